@@ -19,6 +19,7 @@ setup(
     author=cfg["author"],
     license=cfg["license"],
     keywords=cfg["keywords"],
+    project_urls=dict(re.split(r"\s*=\s*", line, maxsplit=1) for line in cfg["urls"].strip().splitlines()),
     packages=find_packages(include=["lps", "lps.*"]),
     include_package_data=True,
     python_requires=f">={cfg['python_floor']}",

@@ -1,0 +1,59 @@
+# `make demo` and `make test` work from a fresh clone: each makes .venv on its first run and is quick after that.
+PYTHON      ?= python3
+VENV        ?= .venv
+CONSTRAINTS ?= constraints.txt
+ARGS        ?=
+
+BIN       := $(VENV)/bin
+PIP       := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+REQUIRES  := settings.ini setup.py pyproject.toml $(CONSTRAINTS)
+RUN_STAMP := $(VENV)/.installed-run
+DEV_STAMP := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test docs lab readme sync constraints clean distclean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+demo: $(RUN_STAMP) ## train a small zoo, fit LPS on it, write tables, figures and a report
+	@$(BIN)/lps demo $(ARGS)
+
+test: $(DEV_STAMP) ## run every notebook, the experiments, the command line and the site (ARGS goes to pytest)
+	@$(BIN)/python -m pytest $(ARGS)
+
+docs: $(DEV_STAMP) ## build the documentation site into _docs/
+	@$(BIN)/python scripts/docs.py site
+
+lab: $(DEV_STAMP) ## open JupyterLab on nbs/
+	@$(BIN)/jupyter lab --notebook-dir=nbs $(ARGS)
+
+sync: $(DEV_STAMP) ## write lps/ from the notebooks, clean them, and write README.md from nbs/index.ipynb
+	@$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python scripts/docs.py readme
+
+readme: $(DEV_STAMP) ## write README.md from nbs/index.ipynb
+	@$(BIN)/python scripts/docs.py readme
+
+constraints: $(DEV_STAMP) ## write the versions installed now into constraints.txt
+	@$(BIN)/python scripts/constraints.py > constraints.tmp && mv constraints.tmp constraints.txt
+
+clean: ## delete what the other targets made, but .venv
+	@rm -rf _docs _proc build dist *.egg-info .pytest_cache && find lps nbs tests scripts -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## delete .venv too
+	@rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) scripts/python_floor.py
+	@echo "Making $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(RUN_STAMP): $(REQUIRES) | $(BIN)/python
+	@echo "Installing lps and its requirements into $(VENV): some minutes the first time"
+	@$(PIP) --editable .
+	@touch $@
+
+$(DEV_STAMP): $(RUN_STAMP)
+	@echo "Installing the development tools into $(VENV)"
+	@$(PIP) --editable '.[dev]'
+	@touch $@

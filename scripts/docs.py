@@ -1,0 +1,114 @@
+"""Build the documentation without Quarto: `docs.py site` writes _docs/, `docs.py readme` writes README.md
+
+nbdev prepares the notebooks in _proc/ (it runs imports and exported cells only, and adds the signatures);
+smalldocs renders _proc/ as _quarto.yml says; formulas become MathML, so that a page loads nothing from elsewhere.
+"""
+import html
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def with_source():
+    "nbdev's processors, keeping the source of exported definitions in a fold under their signature"
+    from nbdev.process import Processor
+    from nbdev.processors import FilterDefaults, _def_names
+
+    class KeepSource(Processor):
+        def cell(self, cell):
+            shown = cell.cell_type == "code" and "export" in cell.directives_ and "hide" not in cell.directives_
+            if shown and _def_names(cell, ()): cell.directives_["exports"] = cell.directives_.pop("export")
+
+    def fold(cell):
+        "Close the fold that nbdev leaves open"
+        cell.source = re.sub(r"^#\| code-fold: show\n#\| code-summary: .*", '#| code-fold: true\n#| code-summary: "Source"', cell.source)
+
+    class WithSource(FilterDefaults):
+        def base_procs(self): return [KeepSource, *super().base_procs(), fold]
+
+    return WithSource
+
+
+def prepare() -> Path:
+    "Run nbdev's preparation of the notebooks, in this process; returns the folder it wrote"
+    os.chdir(ROOT)
+    import nbdev.serve
+    nbdev.serve.FilterDefaults = with_source()
+    return nbdev.serve.proc_nbs("nbs", n_workers=0, force=True)
+
+
+def render(staged: Path):
+    "Render the prepared folder with smalldocs; returns the site's folder and what smalldocs warned of"
+    from smalldocs.config import load
+    from smalldocs.site import Site
+    project = load(staged)
+    project.project.pop("pre-render", None)  # smalldocs makes the API pages itself; the line is for Quarto
+    site = Site(project, quiet=True)
+    site.build()
+    return site.out, [w for w in site.warnings if "output-file is not read" not in w]
+
+
+def mathml(page: str) -> str:
+    "Replace the formulas of an HTML page by MathML and drop the script that would have set them"
+    from latex2mathml.converter import convert
+    def formula(m):
+        return convert(html.unescape(m[2]), display="block" if m[1] == "display" else "inline")
+    page = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', formula, page, flags=re.S)
+    return re.sub(r'<(?:link|script)[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(?:</script>)?', "", page)
+
+
+def site():
+    "Write the site into _docs/; anything that smalldocs warns of is an error"
+    built, warnings = render(prepare())
+    for page in built.rglob("*.html"): page.write_text(mathml(page.read_text(encoding="utf-8")), encoding="utf-8")
+    shutil.rmtree(ROOT/"_docs", ignore_errors=True)
+    shutil.move(built, ROOT/"_docs")
+    print(f"{len(list((ROOT/'_docs').rglob('*.html')))} pages in _docs: open _docs/index.html")
+    if warnings: sys.exit("\n".join(warnings))
+
+
+def as_text(source) -> str: return source if isinstance(source, str) else "".join(source)
+
+
+def outputs_md(cell: dict) -> list[str]:
+    "The outputs of a code cell that a README can show: Markdown as it is, text in a fence"
+    parts = []
+    for out in cell.get("outputs", []):
+        data = out.get("data", {"text/plain": out.get("text", "")})
+        if "text/markdown" in data: parts.append(as_text(data["text/markdown"]).strip())
+        elif as_text(data.get("text/plain", "")).strip(): parts.append(f"```text\n{as_text(data['text/plain']).rstrip()}\n```")
+    return parts
+
+
+def cell_md(cell: dict) -> list[str]:
+    "One notebook cell as the README's Markdown"
+    source = as_text(cell["source"])
+    if cell["cell_type"] == "markdown": return [source.strip()]
+    if cell["cell_type"] != "code" or re.search(r"^#\|\s*hide\b", source, flags=re.M): return []
+    code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
+    show = code and not re.search(r"^#\|\s*echo:\s*false", source, flags=re.M)
+    return ([f"```python\n{code}\n```"] if show else []) + outputs_md(cell)
+
+
+def readme_text(notebook: Path = ROOT/"nbs/index.ipynb") -> str:
+    "The README that the front page's notebook makes; its links are those of the notebook, seen from the top folder"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    text = "\n\n".join(part for cell in cells for part in cell_md(cell) if part)
+    text = re.sub(r"\]\((?![a-z]+:|#|/)([^)#]+)", lambda m: f"]({os.path.relpath((notebook.parent/m[1]).resolve(), notebook.resolve().parent.parent)}", text)
+    return f"<!-- Made from nbs/index.ipynb by `make readme`: change it there -->\n\n{text}\n"
+
+
+def readme():
+    "Write README.md from the front page"
+    (ROOT/"README.md").write_text(readme_text(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    commands = dict(site=site, readme=readme)
+    if sys.argv[1:2] and sys.argv[1] in commands: commands[sys.argv[1]]()
+    else: sys.exit(f"usage: docs.py {'|'.join(commands)}")

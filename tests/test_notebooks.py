@@ -1,0 +1,48 @@
+"""Every notebook runs from top to bottom in a fresh kernel: the library's and tutorials cell by cell, the experiments through papermill"""
+import nbformat
+import papermill as pm
+import pytest
+import torch
+from conftest import ROOT
+from nbclient import NotebookClient
+from nbdev.test import nb_test_cells
+
+NBS = ROOT/"nbs"
+LIBRARY = sorted(p.relative_to(NBS).as_posix() for p in [*NBS.glob("*.ipynb"), *NBS.glob("tutorials/*.ipynb")])
+EXPERIMENTS = sorted(p.stem for p in NBS.glob("experiments/*.ipynb"))
+
+# the small parameters that each experiment is tested with, by the notebook's name
+SMALL = {}
+
+
+def skipped_flags(config) -> list[str]:
+    "The cell flags that are left out here: every one of them is a choice of the caller or the lack of a device"
+    return ["notest", *([] if config.getoption("--slow") else ["slow"]), *([] if torch.cuda.is_available() else ["cuda"])]
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_library_notebook(name, workdir, request):
+    path = workdir/"nbs"/name
+    nb = nbformat.read(path, as_version=4)
+    runnable = {c.id for c in nb_test_cells(path, skip_flags=skipped_flags(request.config))}
+    nb.cells = [c for c in nb.cells if c.id in runnable]
+    NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_has_small_parameters(name):
+    "A new experiment is named here before it can pass, and its parameters are those that the notebook declares"
+    assert name in SMALL, f"nbs/experiments/{name}.ipynb has no entry in SMALL: add the small parameters it is tested with"
+    declared = pm.inspect_notebook(NBS/f"experiments/{name}.ipynb")
+    assert declared, f"nbs/experiments/{name}.ipynb has no cell tagged `parameters`"
+    assert set(SMALL[name]) <= set(declared), f"{name} declares {sorted(declared)}, SMALL sets {sorted(SMALL[name])}"
+
+
+@pytest.mark.parametrize("name", sorted(set(EXPERIMENTS) & set(SMALL)))
+def test_experiment_runs_small(name, workdir):
+    folder = workdir/"nbs/experiments"
+    pm.execute_notebook(folder/f"{name}.ipynb", workdir/f"{name}_small.ipynb", SMALL[name], cwd=folder, kernel_name="python3", progress_bar=False)
+
+
+def test_no_small_parameters_without_a_notebook():
+    assert set(SMALL) <= set(EXPERIMENTS)

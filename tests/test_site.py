@@ -1,0 +1,152 @@
+"""The built site, as files and in a browser: no dead link, no console error, pictures there, search that finds"""
+import functools
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections import namedtuple
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit
+
+import pytest
+from conftest import ROOT, copy_of_repo
+
+BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
+SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+Page = namedtuple("Page", "links ids images")
+NOTEBOOKS = [p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    "The site that `make docs` builds, made from a copy of the repository"
+    copy = copy_of_repo(tmp_path_factory.mktemp("site")/"lps")
+    run = subprocess.run([sys.executable, "scripts/docs.py", "site"], cwd=copy, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return copy/"_docs"
+
+
+class Reader(HTMLParser):
+    "Collects what a page links to, what can be linked to in it, and its pictures"
+
+    def __init__(self):
+        super().__init__()
+        self.page = Page(set(), set(), [])
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if attrs.get("id"): self.page.ids.add(attrs["id"])
+        if tag in ("a", "link") and attrs.get("href"): self.page.links.add(attrs["href"])
+        if tag in ("img", "script") and attrs.get("src"): self.page.links.add(attrs["src"])
+        if tag == "img": self.page.images.append(attrs.get("src", ""))
+
+
+@pytest.fixture(scope="session")
+def pages(site) -> dict[str, Page]:
+    found = {}
+    for path in site.rglob("*.html"):
+        reader = Reader()
+        reader.feed(path.read_text(encoding="utf-8"))
+        found[path.relative_to(site).as_posix()] = reader.page
+    return found
+
+
+def test_one_page_for_every_notebook_and_module(pages):
+    wanted = {p.relative_to(ROOT/"nbs").with_suffix(".html").as_posix() for p in NOTEBOOKS}
+    wanted |= {f"api/{p.stem}.html" for p in ROOT.glob("lps/*.py") if not p.stem.startswith("_")}
+    assert wanted <= set(pages)
+
+
+def test_no_dead_local_link(site, pages):
+    dead = []
+    for name, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(urljoin(f"http://site/{name}", link))
+            if parts.netloc != "site" or parts.scheme != "http": continue
+            target = unquote(parts.path).lstrip("/")
+            if not target or target.endswith("/"): target += "index.html"
+            known = parts.fragment in ("", *pages[target].ids) if target in pages else (site/target).is_file() and not parts.fragment
+            if not known: dead.append(f"{name}: {link}")
+    assert not dead
+
+
+def test_pages_load_nothing_from_elsewhere(site, pages):
+    outside = [f"{n}: {link}" for n, p in pages.items() for link in p.images if link.startswith(("http:", "https:", "//"))]
+    styles = [p.name for p in site.rglob("*.css") if "@import url(http" in p.read_text(encoding="utf-8", errors="replace")]
+    assert not outside and not styles
+
+
+def test_api_page_shows_shapes(site):
+    text = (site/"api/align.html").read_text(encoding="utf-8")
+    assert "align_layer" in text and "(P, Q, k, k)" in text
+
+
+@pytest.fixture(scope="session")
+def served(site) -> str:
+    "The site's address on this machine"
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    path = os.environ.get("CHROME") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not path: pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on PATH (install Chromium, or name one in the variable CHROME)")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=SWITCHES)
+        yield browser
+        browser.close()
+
+
+def test_every_page_loads_without_a_console_error(browser, served, pages):
+    errors, blank = [], []
+    tab = browser.new_page()
+    tab.on("console", lambda m: errors.append(f"{tab.url}: {m.text}") if m.type == "error" else None)
+    tab.on("pageerror", lambda e: errors.append(f"{tab.url}: {e}"))
+    tab.on("requestfailed", lambda r: errors.append(f"{tab.url}: {r.url}: {r.failure}") if r.failure != "net::ERR_ABORTED" else None)
+    for name in pages:
+        tab.goto(f"{served}/{name}", wait_until="load")
+        blank += tab.evaluate("[...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => document.title + ': ' + i.src.slice(0, 80))")
+    tab.close()
+    assert not errors and not blank
+
+
+def test_stored_pictures_are_on_the_pages(pages):
+    for path in NOTEBOOKS:
+        drawn = sum("image/png" in out.get("data", {}) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] for out in c.get("outputs", []))
+        page = pages[path.relative_to(ROOT/"nbs").with_suffix(".html").as_posix()]
+        assert len(page.images) >= drawn, path.name
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_page_is_wider_than_the_screen(browser, served, pages, width):
+    tab = browser.new_page(viewport={"width": width, "height": 800})
+    wide = []
+    for name in pages:
+        tab.goto(f"{served}/{name}", wait_until="load")
+        if tab.evaluate("document.documentElement.scrollWidth") > width: wide.append(name)
+    tab.close()
+    assert not wide
+
+
+def test_search_finds_align_layer(browser, served):
+    tab = browser.new_page()
+    tab.goto(served)
+    tab.keyboard.press("/")
+    tab.keyboard.type("align_layer")
+    hits = tab.locator(".search-result")
+    hits.first.wait_for(timeout=10_000)
+    assert "align_layer" in hits.first.inner_text()
+    hits.first.click()
+    tab.wait_for_load_state()
+    assert tab.url != f"{served}/" and "align_layer" in tab.inner_text("main")
+    tab.close()

@@ -1,0 +1,86 @@
+"""What is generated agrees with what it is generated from: lps/ and the notebooks, README and front page, requirements and constraints"""
+import configparser
+import re
+import runpy
+import subprocess
+import sys
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, copy_of_repo
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+BIN = Path(sys.executable).parent
+SETTINGS = configparser.ConfigParser()
+SETTINGS.read(ROOT/"settings.ini", encoding="utf-8")
+REQUIREMENTS = [Requirement(r) for r in f"{SETTINGS['DEFAULT']['requirements']}\n{SETTINGS['DEFAULT']['dev_requirements']}".split()]
+
+
+def files(root: Path) -> dict[str, bytes]:
+    "Notebooks and modules with their bytes"
+    found = [*root.glob("nbs/**/*.ipynb"), *root.glob("lps/**/*.py")]
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in found}
+
+
+@pytest.mark.parametrize("command", ["nbdev-export", "nbdev-clean"])
+def test_command_changes_nothing(command, tmp_path):
+    copy = copy_of_repo(tmp_path/"lps")
+    before = files(copy)
+    subprocess.run([BIN/command], cwd=copy, check=True)
+    after = files(copy)
+    assert sorted(before) == sorted(after)
+    changed = [name for name in before if before[name] != after[name]]
+    assert not changed, f"{command} changes {changed}: run `make sync`"
+
+
+def test_every_module_comes_from_a_notebook():
+    written = {p.name for p in ROOT.glob("lps/*.py")} - {"__init__.py", "_modidx.py"}
+    exported = {f"{name}.py" for p in ROOT.glob("nbs/*.ipynb") for name in re.findall(r'#\| ?default_exp (\w+)', p.read_text(encoding="utf-8"))}
+    assert written == exported
+
+
+def test_readme_is_the_front_page():
+    docs = runpy.run_path(str(ROOT/"scripts/docs.py"))
+    assert (ROOT/"README.md").read_text(encoding="utf-8") == docs["readme_text"](), "README.md is older than nbs/index.ipynb: run `make readme`"
+
+
+def test_readme_links_exist():
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT/"README.md").read_text(encoding="utf-8"))
+    assert links and not [link for link in links if not (ROOT/link).exists()]
+
+
+def constraints() -> dict[str, Version]:
+    pins = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT/"constraints.txt").read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[-_.]+", "-", name).lower(): Version(version) for name, version in pins}
+
+
+@pytest.mark.parametrize("requirement", REQUIREMENTS, ids=lambda r: r.name)
+def test_constraint_meets_its_lower_bound(requirement):
+    assert constraints()[requirement.name] in requirement.specifier
+
+
+def test_constraints_hold_no_package_of_one_platform():
+    assert not [name for name in constraints() if re.match("nvidia|cuda|triton", name)]
+
+
+def test_metadata_comes_from_settings():
+    cfg, meta = SETTINGS["DEFAULT"], metadata("lps")
+    assert meta["Requires-Python"] == f">={cfg['python_floor']}"
+    assert meta["Summary"] == cfg["description"]
+    assert meta["Version"] == runpy.run_path(str(ROOT/"lps/__init__.py"))["__version__"]
+
+
+def sidebar(items) -> list[str]:
+    "Every page that the sidebar names"
+    return [page for i in items for page in (sidebar(i["contents"]) if "section" in i else [i["href"] if isinstance(i, dict) else i])]
+
+
+def test_sidebar_names_every_page():
+    config = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))
+    named = {p for p in sidebar(config["website"]["sidebar"]["contents"]) if not p.endswith(".md")}
+    notebooks = {p.relative_to(ROOT/"nbs").as_posix() for p in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in p.parts}
+    modules = {f"api/{p.stem}.qmd" for p in ROOT.glob("lps/*.py") if not p.stem.startswith("_")}
+    assert named == notebooks | modules
