@@ -1,2 +1,6 @@
 """Learnable Parameter Similarity: tell from the weights of trained networks which tasks they solve"""
+import warnings
+
 __version__ = "0.1.0"
+
+warnings.filterwarnings('ignore', message='`torch.jit.script` is deprecated', category=FutureWarning)

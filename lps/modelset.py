@@ -87,37 +87,40 @@ def save_model(
     meta.setdefault('versions', versions())
     _write_atomic(path, safetensors.torch.save(tensors, {k: json.dumps(v) for k, v in meta.items()}))
 
-# %% ../nbs/03_modelset.ipynb #237c38e8
-def _why_unreadable(path):
-    "Why a file is no complete safetensors file, or None"
-    size = path.stat().st_size
-    with open(path, 'rb') as f:
-        n = int.from_bytes(f.read(8), 'little')
-        if size < 8 or n > 100_000_000: return f"not a safetensors file ({size} bytes)"
-        if 8 + n > size: return f"truncated: {size} bytes, the header alone has {8 + n}" if f.read(1) == b'{' else f"not a safetensors file ({size} bytes)"
-        try: header = json.loads(f.read(n))
-        except ValueError: return "not a safetensors file (its header is no JSON)"
+# %% ../nbs/03_modelset.ipynb #0f264cc9
+def _header(data):
+    "The header in the bytes of a safetensors file; raises `ValueError` with the reason if they are not a whole one"
+    n, size = int.from_bytes(data[:8], 'little'), len(data)
+    if size < 9 or n > 100_000_000 or data[8:9] != b'{': raise ValueError(f"not a safetensors file ({size} bytes)")
+    if 8 + n > size: raise ValueError(f"truncated: {size} bytes, the header alone has {8 + n}")
+    try: header = json.loads(data[8:8 + n])
+    except ValueError: raise ValueError("not a safetensors file (its header is no JSON)") from None
     need = 8 + n + max((v['data_offsets'][1] for k, v in header.items() if k != '__metadata__'), default=0)
-    if size < need: return f"truncated: {size} bytes of {need}"
+    if size < need: raise ValueError(f"truncated: {size} bytes of {need}")
+    return header
+
+def _tensors(path):
+    "Tensors and metadata of a safetensors file, in memory of their own: the file may change afterwards"
+    data = path.read_bytes()
+    meta = _header(data).get('__metadata__', {})
+    try: return safetensors.torch.load(data), meta
+    except SafetensorError as e: raise ValueError(f"not a safetensors file: {e}") from None
 
 def _json(s):
     "The JSON value in a string, or the string"
     try: return json.loads(s)
     except ValueError: return s
 
-# %% ../nbs/03_modelset.ipynb #0d623904
+# %% ../nbs/03_modelset.ipynb #12507b14
 def load_model(
     path: str | Path, # a file written by `save_model`
 ) -> tuple[dict, dict]: # tensors by name in the order they were saved, and metadata
     "Read one model; raises `ValueError` with the reason for a file that is broken or says nothing about itself"
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no model file {path}")
-    if why := _why_unreadable(path): raise ValueError(f"{path.name} is {why}")
-    try:
-        with safe_open(path, 'pt') as f:
-            meta = {k: _json(v) for k, v in sorted((f.metadata() or {}).items())}
-            state = {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e: raise ValueError(f"{path.name} is not a safetensors file: {e}") from None
+    try: state, meta = _tensors(path)
+    except ValueError as e: raise ValueError(f"{path.name} is {e}") from None
+    meta = {k: _json(v) for k, v in sorted(meta.items())}
     if 'layers' not in meta: raise ValueError(f"{path.name} has no metadata (layers): it was not written by save_model, take it in with import_models")
     if set(meta['layers']) != set(state): raise ValueError(f"{path.name} lists {len(meta['layers'])} layers, but holds {len(state)}")
     return {k: state[k] for k in meta['layers']}, meta
@@ -297,12 +300,10 @@ def rename(
         out[new(k)] = v
     return out
 
-# %% ../nbs/03_modelset.ipynb #86418a32
+# %% ../nbs/03_modelset.ipynb #caf1eeeb
 def _read_foreign(path):
     "The state dict in a `.pt`, `.pth` or `.safetensors` file; raises `ValueError` with the reason if there is none"
-    if path.suffix == '.safetensors':
-        if why := _why_unreadable(path): raise ValueError(why)
-        return safetensors.torch.load_file(path)
+    if path.suffix == '.safetensors': return _tensors(path)[0]
     try: state = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         asks = re.search(r'GLOBAL (\S+)', str(e))
