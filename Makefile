@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 ARGS        ?=
 
 BIN       := $(VENV)/bin
-PIP       := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+PIP       := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 REQUIRES  := settings.ini setup.py pyproject.toml $(CONSTRAINTS)
 RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev

@@ -14,22 +14,34 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def plain_names(signature: str) -> str:
+    "A signature without the notebook's own module, under a heading whose underscores are no emphasis"
+    return re.sub(r"^#+ .*$", lambda m: m[0].replace("_", r"\_"), signature.replace("__main__.", ""), count=1, flags=re.M)
+
+
 def with_source():
-    "nbdev's processors, keeping the source of exported definitions in a fold under their signature"
+    "nbdev's processors, keeping the source of what is exported: in a fold under its signature, open where it has none"
+    import ast
     from nbdev.process import Processor
     from nbdev.processors import FilterDefaults, _def_names
 
     class KeepSource(Processor):
         def cell(self, cell):
-            shown = cell.cell_type == "code" and "export" in cell.directives_ and "hide" not in cell.directives_
-            if shown and _def_names(cell, ()): cell.directives_["exports"] = cell.directives_.pop("export")
+            if cell.cell_type != "code" or "hide" in cell.directives_ or not {"export", "exporti"} & cell.directives_.keys(): return
+            if all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in cell.parsed_() or []): return
+            for name in ("export", "exporti"): cell.directives_.pop(name, None)
+            cell.directives_["exports"] = ""
 
-    def fold(cell):
-        "Close the fold that nbdev leaves open"
-        cell.source = re.sub(r"^#\| code-fold: show\n#\| code-summary: .*", '#| code-fold: true\n#| code-summary: "Source"', cell.source)
+    def finish(cell):
+        "Close the folds that stand under a signature, and write the signature's names plainly"
+        state = "true" if cell.cell_type == "code" and _def_names(cell, ()) else "show"
+        cell.source = re.sub(r"^#\| code-fold: show\n#\| code-summary: .*", f'#| code-fold: {state}\n#| code-summary: "Source"', cell.source)
+        for out in cell.get("outputs", []):
+            data = out.get("data", {})
+            if "text/markdown" in data: data["text/markdown"] = plain_names(as_text(data["text/markdown"]))
 
     class WithSource(FilterDefaults):
-        def base_procs(self): return [KeepSource, *super().base_procs(), fold]
+        def base_procs(self): return [KeepSource, *super().base_procs(), finish]
 
     return WithSource
 
