@@ -6,8 +6,8 @@
 __all__ = ['FOREIGNZOO_NAMES', 'write_json', 'versions', 'provenance', 'save_model', 'load_model', 'TrainedModel', 'ModelSet',
            'load_modelset', 'rename', 'import_models']
 
-# %% ../nbs/03_modelset.ipynb #b202c39f
-import collections, importlib.metadata, json, os, pickle, platform, re, subprocess, time, warnings
+# %% ../nbs/03_modelset.ipynb #08880867
+import collections, functools, importlib.metadata, json, os, platform, re, subprocess, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,16 +149,16 @@ def _row(file, meta):
                 val_accuracy=meta.get('val_accuracy', np.nan), train_accuracy=meta.get('train_accuracy', np.nan), seed=meta.get('seed'),
                 recipe=recipe.get('name') if isinstance(recipe, dict) else recipe, data=meta.get('data'), shortcut=meta.get('shortcut'))
 
-# %% ../nbs/03_modelset.ipynb #80ce403f
+# %% ../nbs/03_modelset.ipynb #04a51d7b
 def _shapes(state):
     "Shape of every tensor that a model must have"
     return {k: tuple(v.shape) for k, v in state.items() if not k.endswith('num_batches_tracked')}
 
 def _not_finite(state):
-    "Which tensor holds NaN or inf, as a reason, or None"
+    "Which tensor holds NaN or inf, as a reason, or None (by numpy: threads would cost more than such small tensors)"
     for k, v in state.items():
-        if v.is_floating_point() and not v.isfinite().all():
-            return f"{k} holds {'NaN' if v.isnan().any() else 'inf'} ({int((~v.isfinite()).sum())} of {v.numel()} values)"
+        if v.is_floating_point() and not (ok := np.isfinite((v.float() if v.dtype == torch.bfloat16 else v).numpy())).all():
+            return f"{k} holds {'NaN' if v.isnan().any() else 'inf'} ({(~ok).sum()} of {v.numel()} values)"
 
 def _mismatch(shapes, usual):
     "How a model's shapes differ from the usual ones, as a reason, or None"
@@ -300,27 +300,32 @@ def rename(
         out[new(k)] = v
     return out
 
-# %% ../nbs/03_modelset.ipynb #caf1eeeb
+# %% ../nbs/03_modelset.ipynb #cf1a2fed
 def _read_foreign(path):
     "The state dict in a `.pt`, `.pth` or `.safetensors` file; raises `ValueError` with the reason if there is none"
     if path.suffix == '.safetensors': return _tensors(path)[0]
     try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as e:
-        asks = re.search(r'GLOBAL (\S+)', str(e))
-        raise ValueError(f"refused and not executed: it asks for {asks[1]}, it holds more than weights" if asks else "not a PyTorch file") from None
-    except (RuntimeError, EOFError, OSError) as e: raise ValueError(f"truncated or damaged: {str(e).splitlines()[0][:100]}") from None
+    except Exception as e:
+        if asks := re.search(r'GLOBAL (\S+)', str(e)): why = f"refused and not executed: it asks for {asks[1]}, it holds more than weights"
+        else: why = "truncated or damaged" if path.read_bytes()[:2] == b'PK' else "not a PyTorch file, or a damaged one"
+        raise ValueError(why) from None
     if isinstance(state, dict): state = next((state[k] for k in ('state_dict', 'model') if isinstance(state.get(k), dict)), state)
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError("holds no state dict (tensors by name)")
     return state
 
-# %% ../nbs/03_modelset.ipynb #c84a3005
+# %% ../nbs/03_modelset.ipynb #3688750b
 def _tidy(state):
     "Head as a matrix, tensors in the order in which a ResNet has them"
     if (w := state.get('fc.weight')) is not None and w.ndim > 2 and w[0, 0].numel() == 1: state = state | {'fc.weight': w.flatten(1)}
-    try: order = list(resnet_from_state(state).state_dict())
-    except (ValueError, KeyError): return state
-    return {k: state[k] for k in order if k in state}
+    order = _forward_order(tuple((k, tuple(v.shape)) for k, v in state.items()))
+    return {k: state[k] for k in order if k in state} if order else state
+
+@functools.cache
+def _forward_order(shapes):
+    "Names of the tensors of a ResNet in forward order, None for any other network"
+    try: return list(resnet_from_state({k: torch.zeros(s) for k, s in shapes}).state_dict())
+    except (ValueError, KeyError): return None
 
 # %% ../nbs/03_modelset.ipynb #8efa2159
 def _table(table):

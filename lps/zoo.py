@@ -7,7 +7,7 @@ __all__ = ['recipes', 'Recipe', 'get_recipe', 'StepSchedule', 'normalise', 'Batc
            'Diverged', 'StopIfDiverged', 'make_learner', 'init_model', 'accuracy', 'train_model', 'model_seed',
            'model_file', 'train_unit', 'build']
 
-# %% ../nbs/04_zoo.ipynb #4fdf8df2
+# %% ../nbs/04_zoo.ipynb #c13766a1
 import contextlib, json, multiprocessing, os, signal, threading, time, zlib
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +15,7 @@ from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 
-from .modelset import ModelSet, load_model, load_modelset, save_model, versions, write_json
+from .modelset import ModelSet, _not_finite, load_model, load_modelset, save_model, versions, write_json
 from .resnet import ResNet
 from .tasks import ImageSet, augment, channel_stats, load_images, pair_classes, task_images
 import numpy as np
@@ -163,7 +163,7 @@ def _fit(learn, epochs):
         with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
     except Diverged as e: raise Diverged(str(e).split('\n\t')[-1]) from None
 
-# %% ../nbs/04_zoo.ipynb #4948d7bc
+# %% ../nbs/04_zoo.ipynb #fce44bc2
 def train_model(
     train: tuple[Tensor, Tensor], # images uint8 `(n, C, H, W)` and labels of one task
     valid: tuple[Tensor, Tensor], # the same for validation
@@ -179,7 +179,7 @@ def train_model(
     model = init_model(seed, recipe, x.shape[1]).to(memory_format=torch.channels_last)
     learn = make_learner(model, BatchLoader(x, y, recipe, stats, torch.Generator().manual_seed(seed)), recipe, cbs)
     _fit(learn, recipe.epochs)
-    if bad := [k for k, v in model.state_dict().items() if not v.isfinite().all()]: raise Diverged(f"{bad[0]} is not finite after training")
+    if why := _not_finite(model.state_dict()): raise Diverged(f"after training {why}")
     acc = {f'{n}_accuracy': accuracy(model, *xy, stats) for n, xy in (('val', valid), ('train', train))}
     return model.to(memory_format=torch.contiguous_format), acc | dict(precision=recipe.precision, seconds=round(time.perf_counter() - start, 2))
 
@@ -249,13 +249,13 @@ def _check_plan(path, plan):
     if differ := list(_differences(json.loads(file.read_text()), plan)):
         raise ValueError(f"{path} was built with {'; '.join(differ[:4])}: choose another folder, or build with what is there")
 
-# %% ../nbs/04_zoo.ipynb #80c3f760
+# %% ../nbs/04_zoo.ipynb #3eec690a
 def _finished(path, task, run, seed):
     "Is this model there and whole, or set aside?"
     if _aside(path, task, run).exists(): return True
     try: state, meta = load_model(path/model_file(task, run))
     except (OSError, ValueError): return False
-    return meta.get('seed') == seed and all(v.isfinite().all() for v in state.values())
+    return meta.get('seed') == seed and not _not_finite(state)
 
 def _sweep(path, seconds=600):
     "Remove temporary files that a killed build left behind"
