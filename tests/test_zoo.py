@@ -1,0 +1,186 @@
+"""Builds that are killed, interrupted, repeated, extended and mixed up, in real processes"""
+import os, signal, subprocess, sys, time, warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import lps.zoo as zoo
+from lps.modelset import load_model, load_modelset
+from lps.tasks import load_images, pair_classes, task_images
+from lps.zoo import Diverged, Recipe, best_precision, build, recipes, train_model
+
+TINY = replace(recipes['digits'], name='tiny', epochs=4, milestones=(3,), depth=8, width=4)
+SCRIPT = """
+import sys
+from dataclasses import replace
+from lps.zoo import build, recipes
+tiny = replace(recipes['digits'], name='tiny', epochs=4, milestones=(3,), depth=8, width=4)
+if __name__ == '__main__': build(sys.argv[1], 'digits', tiny, n_models=int(sys.argv[2]), workers=2)
+"""
+
+
+def start(tmp_path, n_models):
+    "A build in a process group of its own, as a shell would start it"
+    (script := tmp_path/'script.py').write_text(SCRIPT)
+    return subprocess.Popen([sys.executable, str(script), str(tmp_path/'zoo'), str(n_models)], start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def models(path): return sorted(path.glob('[!.]*.safetensors'))
+
+
+def wait_for(condition, seconds, what):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, f"{what} did not happen in {seconds} s"
+        time.sleep(.02)
+
+
+def alive(group):
+    "Processes of a group that still run (zombies do not)"
+    stats = [p.read_text().rpartition(')')[2].split() for p in map(lambda d: d/'stat', proc_dirs()) if p.exists()]
+    return [s for s in stats if int(s[2]) == group and s[0] != 'Z']
+
+
+def proc_dirs():
+    from pathlib import Path
+    return [d for d in Path('/proc').iterdir() if d.name.isdigit()]
+
+
+def fingerprint(files): return {f.name: (f.stat().st_mtime_ns, f.read_bytes()) for f in files}
+
+
+needs_proc = pytest.mark.skipif(not os.path.isdir('/proc/self'), reason="looks for left-over processes in /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize('sig', [signal.SIGKILL, signal.SIGINT])
+def test_stopped_build_resumes(tmp_path, sig):
+    p, folder = start(tmp_path, n_models=60), tmp_path/'zoo'
+    try:
+        wait_for(lambda: len(models(folder)) >= 6, 120, 'six models')
+        p.send_signal(sig) if sig == signal.SIGKILL else os.killpg(p.pid, sig)
+        p.wait(30)
+        wait_for(lambda: not alive(p.pid), 20, 'the end of all workers')
+    finally:
+        if p.poll() is None or alive(p.pid): os.killpg(p.pid, signal.SIGKILL)
+    done = fingerprint(models(folder))
+    assert 6 <= len(done) < 300 and p.returncode != 0
+    (half := folder/'.task04_run1.safetensors.1.tmp').write_bytes(b'half a model')
+    n = max(int(f.split('run')[1].split('.')[0]) for f in done) + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        ms = build(folder, 'digits', TINY, n_models=n, workers=1, progress=False)
+    assert len(ms) == 5*n and not len(ms.rejected) and half.name not in set(ms.manifest.file)
+    assert {f: v for f, v in fingerprint(models(folder)).items() if f in done} == done
+    straight = build(tmp_path/'straight', 'digits', TINY, n_models=1, workers=1, progress=False)
+    for f in straight.manifest.file: same_weights(load_model(folder/f)[0], load_model(straight.path/f)[0])
+
+
+def same_weights(a, b): assert list(a) == list(b) and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_interrupt_leaves_finished_models(tmp_path, monkeypatch):
+    train, n = zoo.train_model, 0
+    def interrupted(*a, **kw):
+        nonlocal n
+        if (n := n + 1) == 4: raise KeyboardInterrupt
+        return train(*a, **kw)
+    monkeypatch.setattr(zoo, 'train_model', interrupted)
+    with pytest.raises(KeyboardInterrupt): build(tmp_path, 'digits', TINY, n_models=2, workers=1, progress=False)
+    assert len(load_modelset(tmp_path)) == 3
+
+
+def test_diverged_models_are_set_aside_once(tmp_path, monkeypatch):
+    train, calls = zoo.train_model, []
+    def sometimes(xy, *a, **kw):
+        calls.append(1)
+        if len(calls) == 2: raise Diverged('the loss is nan in epoch 0, batch 3')
+        return train(xy, *a, **kw)
+    monkeypatch.setattr(zoo, 'train_model', sometimes)
+    ms = build(tmp_path, 'digits', TINY, n_models=1, workers=1, progress=False)
+    assert ms.tasks == [0, 2, 3, 4] and len(calls) == 5
+    assert [f.name for f in (tmp_path/'set_aside').iterdir()] == ['task01_run0.json']
+    assert 'batch 3' in (tmp_path/'set_aside'/'task01_run0.json').read_text()
+    assert len(build(tmp_path, 'digits', TINY, n_models=1, workers=1, progress=False)) == 4 and len(calls) == 5
+
+
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+def test_one_seed_one_model(precision):
+    torch.manual_seed(5); state = torch.random.get_rng_state()
+    train, test = load_images('digits'), load_images('digits', 'test')
+    pair, recipe = pair_classes(10)[2], replace(TINY, epochs=2, precision=precision, flip=True)
+    fit = lambda seed: train_model(task_images(train, pair), task_images(test, pair), recipe, seed)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        (a, m), (b, _), (c, _) = fit(3), fit(3), fit(4)
+    finally: torch.set_num_threads(threads)
+    same_weights(a.state_dict(), b.state_dict())
+    assert not torch.equal(a.conv1.weight, c.conv1.weight) and m['precision'] == precision
+    assert torch.equal(state, torch.random.get_rng_state()), "training moved torch's global random state"
+
+
+def test_order_of_building_does_not_matter(tmp_path):
+    all_at_once = build(tmp_path/'a', 'digits', TINY, n_models=2, workers=1, progress=False)
+    build(tmp_path/'b', 'digits', TINY, n_tasks=1, n_models=2, workers=1, progress=False)
+    with ThreadPoolExecutor(2) as ex: grown = build(tmp_path/'b', 'digits', TINY, n_models=2, executor=ex, progress=False)
+    assert len(grown) == len(all_at_once) == 10
+    for i in range(10): same_weights(grown[i].state, all_at_once[i].state)
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(seed=1), 'seed 0, now 1'),
+    (dict(recipe=replace(TINY, lr=.05)), 'recipe lr 0.1, now 0.05'),
+    (dict(images='colours'), 'images name digits, now colours'),
+])
+def test_another_build_in_the_same_folder_is_refused(tmp_path, monkeypatch, change, words):
+    build(tmp_path/'zoo', 'digits', TINY, n_tasks=1, n_models=1, workers=1, progress=False)
+    before = fingerprint(models(tmp_path/'zoo'))
+    colours(tmp_path/'colours')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=words): build(**(dict(path='zoo', images='digits', recipe=TINY, workers=1, progress=False) | change))
+    assert fingerprint(models(tmp_path/'zoo')) == before
+
+
+def test_models_of_unknown_origin_are_not_added_to(tmp_path):
+    (tmp_path/'task00_run0.safetensors').write_bytes(b'whatever')
+    with pytest.raises(ValueError, match='no build.json'): build(tmp_path, 'digits', TINY, workers=1)
+
+
+def colours(root, n=6, size=32):
+    "Two classes of noisy colours"
+    rng = np.random.default_rng(0)
+    for split in ('train', 'val'):
+        for c, name in enumerate(('blue', 'red')):
+            (root/split/name).mkdir(parents=True)
+            for i in range(n):
+                a = rng.integers(0, 120, (size, size, 3), dtype=np.uint8); a[..., 2*(1 - c)] += 100
+                Image.fromarray(a).save(root/split/name/f'{i}.png')
+
+
+def test_own_images_with_the_short_recipe(tmp_path):
+    colours(tmp_path/'colours')
+    recipe = replace(recipes['short'], epochs=1, depth=8, width=4)
+    ms = build(tmp_path/'zoo', tmp_path/'colours', recipe, n_models=2, workers=1, progress=False)
+    m = ms[1].meta
+    assert m['classes'] in (['blue', 'red'], ['red', 'blue']) and m['data'] == 'colours' and m['precision'] == best_precision()
+    assert m['recipe']['epochs'] == 1 and m['versions']['torch'] and len(m['mean']) == 3 and ms.stack('conv1').shape == (2, 4, 3, 3, 3)
+
+
+def test_what_cannot_be_built_is_said(tmp_path):
+    for kw, words in [(dict(images='nowhere'), 'unknown images'), (dict(recipe='fast'), 'known are paper, short, digits'),
+                      (dict(n_tasks=6), '10 classes'), (dict(n_models=0), 'at least 1')]:
+        with pytest.raises(ValueError, match=words): build(tmp_path/'zoo', **kw, workers=1)
+    with pytest.raises(ValueError, match="known are 'float32'"): Recipe('odd', 1, .1, (), precision='half')
+    assert not (tmp_path/'zoo').exists()
+
+
+def test_paper_recipe_is_the_papers():
+    r = recipes['paper']
+    assert (r.epochs, r.lr, r.milestones, r.momentum, r.weight_decay, r.batch_size, r.pad, r.flip, r.depth, r.width) == (
+        160, .1, (80, 120), .9, 1e-4, 128, 4, True, 20, 16)
