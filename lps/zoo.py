@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['recipes', 'Recipe', 'get_recipe', 'StepSchedule', 'normalise', 'BatchLoader', 'best_precision', 'Autocast',
-           'Diverged', 'StopIfDiverged', 'make_learner', 'init_model', 'accuracy', 'train_model', 'model_seed',
-           'model_file', 'train_unit', 'build']
+           'Diverged', 'StopIfDiverged', 'make_learner', 'init_model', 'accuracy', 'fit_silently', 'train_model',
+           'model_seed', 'model_file', 'one_thread', 'train_unit', 'build']
 
-# %% ../nbs/04_zoo.ipynb #c13766a1
+# %% ../nbs/04_zoo.ipynb #8eca723b
 import contextlib, json, multiprocessing, os, signal, threading, time, zlib
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -20,8 +20,7 @@ from .resnet import ResNet
 from .tasks import ImageSet, augment, channel_stats, load_images, pair_classes, task_images
 import numpy as np
 import torch
-from fastai.callback.core import Callback
-from fastai.callback.progress import ProgressCallback
+from fastai.callback.core import Callback, TrainEvalCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
@@ -120,7 +119,7 @@ class StopIfDiverged(Callback):
     def after_loss(self):
         if not torch.isfinite(self.loss): raise Diverged(f"the loss is {self.loss.item()} in epoch {self.epoch}, batch {self.iter}")
 
-# %% ../nbs/04_zoo.ipynb #8d036af2
+# %% ../nbs/04_zoo.ipynb #9edf71d1
 def make_learner(
     model: nn.Module, # network to train
     dl,               # training batches
@@ -129,8 +128,8 @@ def make_learner(
 ) -> Learner:
     "The `Learner` of a recipe: torch's SGD with weight decay on everything, learning rate in steps"
     opt = partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    cbs = [StepSchedule(recipe.lr, recipe.milestones), StopIfDiverged(), *([Autocast()] if recipe.precision == 'bfloat16' else []), *cbs]
-    return Learner(DataLoaders(dl, []), model, loss_func=nn.CrossEntropyLoss(), opt_func=opt, lr=recipe.lr, wd_bn_bias=True, cbs=cbs)
+    cbs = [TrainEvalCallback(), StepSchedule(recipe.lr, recipe.milestones), StopIfDiverged(), *([Autocast()] if recipe.precision == 'bfloat16' else []), *cbs]
+    return Learner(DataLoaders(dl, []), model, loss_func=nn.CrossEntropyLoss(), opt_func=opt, lr=recipe.lr, wd_bn_bias=True, default_cbs=False, cbs=cbs)
 
 # %% ../nbs/04_zoo.ipynb #40bda73b
 _init_lock = threading.Lock()
@@ -156,14 +155,16 @@ def accuracy(
     model.eval()
     return sum((model(normalise(xb, stats)).argmax(1) == yb).sum().item() for xb, yb in zip(x.split(250), y.split(250))) / len(x)
 
-# %% ../nbs/04_zoo.ipynb #21e36b23
-def _fit(learn, epochs):
-    "Fit in silence; fastai puts words of its own around an error in a callback, they are taken off"
-    try:
-        with learn.no_bar(), learn.no_logging(): learn.fit(epochs)
+# %% ../nbs/04_zoo.ipynb #73727d2d
+def fit_silently(
+    learn: Learner, # what to fit
+    epochs: int,    # passes over its data
+):
+    "Fit; fastai puts words of its own around an error in a callback, they are taken off"
+    try: learn.fit(epochs)
     except Diverged as e: raise Diverged(str(e).split('\n\t')[-1]) from None
 
-# %% ../nbs/04_zoo.ipynb #fce44bc2
+# %% ../nbs/04_zoo.ipynb #05807838
 def train_model(
     train: tuple[Tensor, Tensor], # images uint8 `(n, C, H, W)` and labels of one task
     valid: tuple[Tensor, Tensor], # the same for validation
@@ -178,7 +179,7 @@ def train_model(
     if stats is None: stats = channel_stats(ImageSet(x, y, ['0', '1'], 'train'))
     model = init_model(seed, recipe, x.shape[1]).to(memory_format=torch.channels_last)
     learn = make_learner(model, BatchLoader(x, y, recipe, stats, torch.Generator().manual_seed(seed)), recipe, cbs)
-    _fit(learn, recipe.epochs)
+    fit_silently(learn, recipe.epochs)
     if why := _not_finite(model.state_dict()): raise Diverged(f"after training {why}")
     acc = {f'{n}_accuracy': accuracy(model, *xy, stats) for n, xy in (('val', valid), ('train', train))}
     return model.to(memory_format=torch.contiguous_format), acc | dict(precision=recipe.precision, seconds=round(time.perf_counter() - start, 2))
@@ -196,9 +197,9 @@ def model_file(task: int, run: int) -> str: # file name, such as 'task03_run7.sa
     "File name of one model"
     return f'task{task:02d}_run{run}.safetensors'
 
-# %% ../nbs/04_zoo.ipynb #872649b3
+# %% ../nbs/04_zoo.ipynb #d93c03ad
 @contextlib.contextmanager
-def _one_thread():
+def one_thread():
     "Torch on one thread, and as it was before afterwards"
     n = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -215,7 +216,7 @@ def train_unit(
     x, y, xv, yv = map(torch.from_numpy, arrays)
     key = dict(task=meta['task'], run=meta['run'])
     try:
-        with _one_thread(): model, metrics = train_model((x, y), (xv, yv), Recipe(**recipe), meta['seed'], (meta['mean'], meta['std']))
+        with one_thread(): model, metrics = train_model((x, y), (xv, yv), Recipe(**recipe), meta['seed'], (meta['mean'], meta['std']))
     except Diverged as e:
         write_json(_aside(path, **key), key | dict(seed=meta['seed'], reason=f"diverged: {e}", recipe=recipe, versions=versions()))
         return key | dict(reason=str(e))
