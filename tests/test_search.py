@@ -1,0 +1,119 @@
+"""The index as a file, damaged or not, and what a copy, a permutation and a foreign checkpoint find in it"""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lps.modelset import TrainedModel, load_model, load_modelset, save_model
+from lps.order_chain import permute, random_perms, resnet_spec
+from lps.resnet import ResNet
+from lps.search import ModelIndex, digest
+from lps.second_order import fit, load_net, save_net
+
+SPEC = resnet_spec(depth=8, width=4, shortcut="pad_end")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for i in range(12):
+        torch.manual_seed(i)
+        state = {k: v.half() if v.ndim > 1 else v for k, v in ResNet(depth=8, width=4, shortcut="pad_end").state_dict().items()}
+        meta = dict(task=i//3, run=i % 3, shortcut="pad_end") | (dict(classes=["a", "b"], val_accuracy=.9) if i < 6 else {})
+        save_model(folder/f"m{i:02d}.safetensors", state, meta)
+    return load_modelset(folder)
+
+
+@pytest.fixture(scope="module", params=["lps", "lps-folded", "fc"])
+def index(models, request):
+    method, _, folded = request.param.partition("-")
+    net = fit(models[models.manifest.task < 3], layers=("conv1", "layer2.0.conv1"), method=method, folded=bool(folded), epochs=2, milestones=(1,), n_filters=8)
+    return ModelIndex(net, models)
+
+
+def test_every_model_finds_its_permuted_copy(models, index):
+    "To a method that aligns, the copy is the model itself; to the baseline it is another"
+    copies = [TrainedModel(permute(m.state, SPEC, random_perms(SPEC, i)), {}) for i, m in enumerate(models)]
+    found = [index.query(c, 1) for c in copies]
+    similarity = np.array([f.similarity[1] for f in found])
+    if index.net.config["method"] == "fc":
+        assert (similarity < 1 - 1e-5).any()
+        return
+    assert [f.file[1] for f in found] == models.manifest.file.tolist()
+    assert np.allclose(similarity, 1, atol=1e-5)
+
+
+def test_a_copy_is_known_by_its_weights(models, index, tmp_path):
+    "Under another name, another order of tensors, another precision, as a pickled state dict"
+    state = models[4].state
+    save_model(tmp_path/"renamed.safetensors", dict(reversed(state.items())), dict(task=9))
+    torch.save(state, tmp_path/"a.pt")
+    save_file({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, tmp_path/"plain.safetensors")
+    for query in (models[4], *(tmp_path/n for n in ("renamed.safetensors", "a.pt", "plain.safetensors")), str(tmp_path/"a.pt")):
+        assert index.query(query, 1, with_self=True).file[1] == "m04.safetensors"
+        rest = index.query(query, 100)
+        assert len(rest) == 11 and "m04.safetensors" not in rest.file.tolist()
+        by_task = index.tasks(query)
+        assert by_task.set_index("task").models[1] == 2 and by_task.models.sum() == 11
+        assert index.tasks(query, with_self=True).models.sum() == 12
+
+
+def test_duplicates_in_the_gallery_do_not_shorten_the_answer(models, index):
+    twice = ModelIndex(index.net, models[[4, 4, 4, 0, 1, 2, 7]])
+    assert len(twice.query(models[4], 3)) == 3 and len(twice.query(models[0], 6)) == 6
+    assert len(ModelIndex(index.net, models[[4]]).query(models[4])) == 0
+    assert len(ModelIndex(index.net, models[[4]]).tasks(models[4])) == 0
+
+
+def test_a_set_asks_as_its_models_do(models, index):
+    together = index.query(models[3:6], 4)
+    for i in (3, 4, 5):
+        alone = index.query(models[i], 4)
+        pd.testing.assert_frame_equal(together.loc[models.manifest.file[i]], alone, atol=1e-6)
+        assert alone.similarity.is_monotonic_decreasing and alone.index.tolist() == [1, 2, 3, 4]
+    assert together.index.names == ["query", "rank"]
+    assert index.tasks(models[3:6]).index.names == ["query", "rank"]
+
+
+def test_save_and_load(models, index, tmp_path):
+    path = tmp_path/"index.safetensors"
+    index.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["index.safetensors"]
+    again = ModelIndex.load(path)
+    pd.testing.assert_frame_equal(again.query(models, 3), index.query(models, 3))
+    pd.testing.assert_frame_equal(again.tasks(models), index.tasks(models))
+    again.save(tmp_path/"again.safetensors")
+    assert load_model(tmp_path/"again.safetensors")[1]["index"].keys() == load_model(path)[1]["index"].keys()
+    assert all(torch.equal(v, load_file(path)[k]) for k, v in load_file(tmp_path/"again.safetensors").items())
+
+
+def test_files_that_are_no_index(models, index, tmp_path):
+    path = tmp_path/"index.safetensors"
+    index.save(path)
+    whole = path.read_bytes()
+    for data in (whole[:len(whole)//2], whole[:100], b"", b"an index"):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="index.safetensors"): ModelIndex.load(path)
+    with pytest.raises(FileNotFoundError): ModelIndex.load(tmp_path/"none.safetensors")
+    save_net(tmp_path/"net.safetensors", index.net)
+    with pytest.raises(ValueError, match="holds no index"): ModelIndex.load(tmp_path/"net.safetensors")
+    index.save(path)
+    with pytest.raises(ValueError, match="holds no second-order network"): load_net(path)
+    tensors, meta = load_model(path)
+    save_model(path, tensors | {"embedding": tensors["embedding"][1:]}, meta)
+    with pytest.raises(ValueError, match="11 embeddings for 12 models"): ModelIndex.load(path)
+
+
+def test_queries_that_cannot_be_answered(models, index, tmp_path):
+    state = models[0].state
+    for bad, match in ((TrainedModel(ResNet(depth=8, width=6).state_dict(), {}), r"\(6, 3, 3, 3\), its branch was built for \(4, 3, 3, 3\)"),
+                       (TrainedModel(state | {"fc.bias": torch.tensor([0, torch.inf])}, {}), "fc.bias holds inf"),
+                       (TrainedModel({"fc.weight": torch.zeros(2, 4)}, {}), "no layer conv1 in this model, it has fc")):
+        for ask in (index.query, index.tasks):
+            with pytest.raises(ValueError, match=match): ask(bad)
+    with pytest.raises(ValueError, match="k is 0"): index.query(models[0], 0)
+    (tmp_path/"text.pt").write_text("no weights")
+    with pytest.raises(ValueError, match="text.pt"): index.query(tmp_path/"text.pt")
+    with pytest.raises(ValueError, match="0 models"): ModelIndex(index.net, models[[]])
+    assert digest(state) != digest(models[1].state)
