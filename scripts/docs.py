@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LONG = 30  # lines of source that are folded away even where no signature stands above them
 
 
 def plain_names(signature: str) -> str:
@@ -20,7 +21,7 @@ def plain_names(signature: str) -> str:
 
 
 def with_source():
-    "nbdev's processors, keeping the source of what is exported: in a fold under its signature, open where it has none"
+    "nbdev's processors, keeping the source of what is exported: in a fold under its signature, open where it has none and is short"
     import ast
     from nbdev.process import Processor
     from nbdev.processors import FilterDefaults, _def_names
@@ -33,9 +34,9 @@ def with_source():
             cell.directives_["exports"] = ""
 
     def finish(cell):
-        "Close the folds that stand under a signature, and write the signature's names plainly"
-        state = "true" if cell.cell_type == "code" and _def_names(cell, ()) else "show"
-        cell.source = re.sub(r"^#\| code-fold: show\n#\| code-summary: .*", f'#| code-fold: {state}\n#| code-summary: "Source"', cell.source)
+        "Close the folds that stand under a signature or are long, and write the signature's names plainly"
+        closed = cell.cell_type == "code" and (_def_names(cell, ()) or cell.source.count("\n") > LONG)
+        cell.source = re.sub(r"^#\| code-fold: show\n#\| code-summary: .*", f'#| code-fold: {"true" if closed else "show"}\n#| code-summary: "Source"', cell.source)
         for out in cell.get("outputs", []):
             data = out.get("data", {})
             if "text/markdown" in data: data["text/markdown"] = plain_names(as_text(data["text/markdown"]))

@@ -1,5 +1,6 @@
 """What is generated agrees with what it is generated from: lps/ and the notebooks, README and front page, requirements and constraints"""
 import configparser
+import json
 import re
 import runpy
 import subprocess
@@ -16,6 +17,7 @@ from packaging.version import Version
 BIN = Path(sys.executable).parent
 SETTINGS = configparser.ConfigParser()
 SETTINGS.read(ROOT/"settings.ini", encoding="utf-8")
+NOTEBOOKS = [p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 REQUIREMENTS = [Requirement(r) for r in f"{SETTINGS['DEFAULT']['requirements']}\n{SETTINGS['DEFAULT']['dev_requirements']}".split()]
 
 
@@ -34,6 +36,15 @@ def test_command_changes_nothing(command, tmp_path):
     assert sorted(before) == sorted(after)
     changed = [name for name in before if before[name] != after[name]]
     assert not changed, f"{command} changes {changed}: run `make sync`"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_stored_outputs_are_presentable(path):
+    "No warning, no error and no path of the machine that ran it; an experiment may say which machine that was"
+    outputs = [out for c in json.loads(path.read_text(encoding="utf-8"))["cells"] for out in c.get("outputs", [])]
+    texts = [json.dumps({k: v for k, v in out.get("data", {"text": out.get("text")}).items() if "image" not in k}) for out in outputs]
+    assert not [out for out in outputs if out["output_type"] == "error" or out.get("name") == "stderr"]
+    assert not [m for text in texts for m in re.findall(r"[^\w.~]/(?:root|home|tmp|Users|var)/\S*", text)]
 
 
 def test_every_module_comes_from_a_notebook():
