@@ -63,7 +63,7 @@ def _room(ax, n):
     each = 72*min(ax.figure.get_figwidth()*box.width, ax.figure.get_figheight()*box.height)/n*.85
     return float(np.clip(each, 5, 9)), int(np.ceil(5/each)) if each < 5 else 1
 
-# %% ../nbs/09_report.ipynb #6652bbad
+# %% ../nbs/09_report.ipynb #d98ffff3
 def plot_similarity(
     sim: Tensor,              # similarity of all pairs, `(M, M)`, in [-1, 1]
     labels: Tensor,           # task of each model, `(M,)`
@@ -75,11 +75,12 @@ def plot_similarity(
     sim = np.asarray(sim)
     if sim.shape != (len(labels),)*2: raise ValueError(f"sim is {sim.shape}, labels are {len(labels)}: give the similarity of all pairs, ({len(labels)}, {len(labels)})")
     order, tasks, edges = _by_task(labels)
-    side = float(np.clip(4.2 + .09*len(tasks), 4.6, 9))
+    texts = _texts(tasks, names)
+    side = float(np.clip(4 + .09*len(tasks) + .07*max(map(len, texts)), 4.6, 9))
     ax = _axes(ax, side + .8, side)
     image = ax.imshow(sim[np.ix_(order, order)], cmap='viridis', vmin=np.floor(10*sim.min() + 1e-4)/10, vmax=1, interpolation='nearest')
     for draw in (ax.hlines, ax.vlines): draw(edges[1:-1] - .5, -.5, len(sim) - .5, colors='white', lw=float(np.clip(8/len(tasks), .25, 1)))
-    _name_blocks(ax, _texts(tasks, names), edges)
+    _name_blocks(ax, texts, edges)
     ax.set_title(_plain(title), fontsize=11)
     ax.figure.colorbar(image, ax=ax, shrink=.7, label='similarity (cosine)')
     return ax
@@ -111,7 +112,7 @@ def map_2d(
     tsne = TSNE(metric='cosine', init='pca', perplexity=perplexity, random_state=seed)
     with threadpool_limits(1): return tsne.fit_transform(x.astype(np.float32)), f't-SNE, cosine distance, perplexity {perplexity}'
 
-# %% ../nbs/09_report.ipynb #33f5441a
+# %% ../nbs/09_report.ipynb #f424a6af
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#000000', '#8C6D1F') # Okabe and Ito's, without the yellow that is too light for lines
 SHAPES = 'osD^vPX*'
 
@@ -120,14 +121,14 @@ def _points(tasks):
     if len(tasks) <= len(COLOURS): return [(m, c, 34) for m, c in zip(SHAPES, COLOURS)][:len(tasks)]
     shades = plt.get_cmap('turbo')(np.linspace(.03, .97, len(tasks)))*[.8, .8, .8, 1]
     step = next(s for s in range(int(len(tasks)*.38) or 1, 2*len(tasks)) if np.gcd(s, len(tasks)) == 1)
-    return [(f'${t}$', shades[i*step % len(tasks)], 22*len(str(t))) for i, t in enumerate(tasks)]
+    return [(f'${t}$', shades[i*step % len(tasks)], (22 if len(tasks) > 20 else 34)*len(str(t))) for i, t in enumerate(tasks)]
 
-# %% ../nbs/09_report.ipynb #404665fc
+# %% ../nbs/09_report.ipynb #dff3b329
 def _legend(ax, size, below=.05):
     "Legend under the axes, in as many columns as their width has room for"
     handles, texts = ax.get_legend_handles_labels()
     width = 90*ax.figure.get_figwidth()*ax.get_position().width
-    n_cols = int(np.clip(width/(size*(.55*max(map(len, texts), default=1) + 3.5)), 1, len(texts) or 1))
+    n_cols = int(np.clip(width/(size*(.64*max(map(len, texts), default=1) + 3.5)), 1, len(texts) or 1))
     ax.legend(handles, texts, loc='upper center', bbox_to_anchor=(.5, -below), fontsize=size, ncols=-(-len(texts)//-(-len(texts)//n_cols)),
               frameon=False, handletextpad=.5, columnspacing=1.5)
 
@@ -284,7 +285,7 @@ def _figure_block(fig, caption, dpi):
     alt = caption or '; '.join(t.replace(r'\$', '$') for t in titles if t) or 'figure'
     return dict(png=base64.b64encode(png).decode(), width=round(w*scale), height=round(h*scale), alt=alt, caption=caption)
 
-# %% ../nbs/09_report.ipynb #5e4bff45
+# %% ../nbs/09_report.ipynb #8d00d166
 def _format(column):
     "How a column's numbers are written: one number of decimals for all of them"
     if not pd.api.types.is_float_dtype(column): return '.4g'
@@ -297,8 +298,8 @@ def _cell(v, fmt):
     return '' if v is None or v is pd.NA or v is pd.NaT else str(v)
 
 def _table_block(df, caption):
-    "A table's columns and cells as text; an index that is more than a count becomes the first columns"
-    if not isinstance(df.index, pd.RangeIndex): df = df.reset_index(names=[n if n is not None else '' for n in df.index.names])
+    "A table's columns and cells as text; an index with a name, or more than a count, becomes the first columns"
+    if not isinstance(df.index, pd.RangeIndex) or df.index.name is not None: df = df.reset_index(names=[n if n is not None else '' for n in df.index.names])
     def text(c): return ' '.join(str(x) for x in c if x != '') if isinstance(c, tuple) else str(c)
     columns = [dict(name=text(c), number=pd.api.types.is_numeric_dtype(df.iloc[:, i])) for i, c in enumerate(df.columns)]
     formats = [_format(df.iloc[:, i]) for i in range(df.shape[1])]
