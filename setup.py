@@ -25,5 +25,5 @@ setup(
     python_requires=f">={cfg['python_floor']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
-    entry_points={"console_scripts": ["lps=lps.cli:app"]},
+    entry_points={"console_scripts": ["lps=lps.cli:main"]},
 )

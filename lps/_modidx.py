@@ -212,6 +212,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                          'lps.zoo._check_plan': ('zoo.html#_check_plan', 'lps/zoo.py'),
                          'lps.zoo._differences': ('zoo.html#_differences', 'lps/zoo.py'),
                          'lps.zoo._finished': ('zoo.html#_finished', 'lps/zoo.py'),
+                         'lps.zoo._keep_memory': ('zoo.html#_keep_memory', 'lps/zoo.py'),
                          'lps.zoo._left': ('zoo.html#_left', 'lps/zoo.py'),
                          'lps.zoo._plan': ('zoo.html#_plan', 'lps/zoo.py'),
                          'lps.zoo._pool': ('zoo.html#_pool', 'lps/zoo.py'),

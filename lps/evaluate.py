@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHOD_NAMES', 'classification_splits', 'retrieval_splits', 'rank_k', 'mean_average_precision', 'random_row',
-           'task_logits', 'classify', 'retrieve', 'table1', 'table2', 'summary', 'result_record']
+           'task_logits', 'classify', 'retrieve', 'table1', 'table2', 'summary', 'result_record', 'runs_of']
 
 # %% ../nbs/07_evaluate.ipynb #d4c8540f
 import numpy as np
@@ -174,23 +174,23 @@ def summary(
               for w in ('with', 'without')}
     return pd.DataFrame.from_dict(chance | rows, orient='index', columns=cols).fillna('').rename_axis('method')
 
-# %% ../nbs/07_evaluate.ipynb #fb83816d
-def _figures(runs, ks):
-    "Per-split values of the columns worth keeping, and the whole curve's mean"
-    curve = [c for c in runs if c != 'mAP']
-    keep = [c for c in curve if int(c.split('-')[1]) in ks] + [c for c in runs if c == 'mAP']
-    return {m: dict(splits=r[keep].round(6).to_dict('list'), mean=r[keep].mean().round(4).to_dict(), sd=r[keep].std().round(4).to_dict(),
-                    curve=r[curve].mean().round(4).tolist(), curve_sd=r[curve].std().round(4).tolist()) for m, r in runs.groupby(level='method', sort=False)}
-
+# %% ../nbs/07_evaluate.ipynb #1bdf155c
 def result_record(
-    models: ModelSet,     # what was evaluated
-    tables: dict,         # name → runs, from `table1` or `table2`
-    ks: tuple=(1, 5, 10), # places whose values are kept for each split
-    **settings,           # how: n_splits, seed, layers, epochs, …
-) -> dict:                # for `write_json`: model_set, settings, tables, versions, machine, commit, time
+    models: ModelSet,    # what was evaluated
+    runs: pd.DataFrame,  # from `table1` or `table2`
+    n_right: int=1,      # right answers in each list, as for `summary`
+    **settings,          # how: n_splits, seed, layers, epochs, …
+) -> dict:               # for `write_json`: model_set, settings, summary, runs, versions, machine, commit, time
     "Everything that a reader needs to trust a table or to make it again"
     m, accuracy = models.manifest, models.manifest.val_accuracy.astype(float)
     known = {c: sorted(map(str, m[c].dropna().unique())) for c in ('data', 'recipe')}
     model_set = dict(models=len(models), tasks=len(models.tasks), **known, seeds=m.seed.dropna().astype(int).tolist(),
                      val_accuracy=dict(mean=round(accuracy.mean(), 4), sd=round(accuracy.std(), 4)) if accuracy.notna().any() else None)
-    return dict(model_set=model_set, settings=settings, tables={n: _figures(r, ks) for n, r in tables.items()}, **provenance())
+    splits = {k: r.round(4).to_dict('list') for k, r in runs.groupby(level='method', sort=False)}
+    return dict(model_set=model_set, settings=settings, n_right=n_right, summary=summary(runs, n_right).to_dict('index'), runs=splits, **provenance())
+
+def runs_of(
+    record: dict,     # from `result_record`, or a result file
+) -> pd.DataFrame:    # one row a method and split, as `table1` and `table2` give it
+    "The runs in a result file"
+    return pd.concat({m: pd.DataFrame(r).rename_axis('split') for m, r in record['runs'].items()}, names=['method'])
