@@ -7,8 +7,8 @@ __all__ = ['recipes', 'Recipe', 'get_recipe', 'StepSchedule', 'normalise', 'Batc
            'Diverged', 'StopIfDiverged', 'make_learner', 'init_model', 'accuracy', 'fit_silently', 'train_model',
            'model_seed', 'model_file', 'one_thread', 'train_unit', 'build']
 
-# %% ../nbs/04_zoo.ipynb #8eca723b
-import contextlib, json, multiprocessing, os, signal, threading, time, zlib
+# %% ../nbs/04_zoo.ipynb #20f4f8ff
+import contextlib, ctypes, json, multiprocessing, os, signal, threading, time, zlib
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -277,11 +277,18 @@ def _units(path, plan, train, test, n_tasks, n_models):
                         build_seed=plan['seed'], data=train.name, mean=plan['mean'], std=plan['std'])
             yield str(path), plan['recipe'], meta, tasks[task]
 
-# %% ../nbs/04_zoo.ipynb #2950af83
+# %% ../nbs/04_zoo.ipynb #74681018
+def _keep_memory():
+    "Tell glibc to keep freed memory for the next batch; other C libraries are left alone"
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL('libc.so.6').mallopt
+        mallopt(-3, 1 << 30), mallopt(-1, (1 << 31) - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
 def _start_worker():
     "Leave Ctrl-C to the parent, and do not outlive it"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    _keep_memory()
     parent = multiprocessing.parent_process()
     def watch(): connection.wait([parent.sentinel]); os._exit(1)
     if parent: threading.Thread(target=watch, daemon=True).start()
