@@ -167,7 +167,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lps.second_order._Models.__init__': ('second_order.html#_models.__init__', 'lps/second_order.py'),
                                   'lps.second_order._Models.__iter__': ('second_order.html#_models.__iter__', 'lps/second_order.py'),
                                   'lps.second_order._Models.__len__': ('second_order.html#_models.__len__', 'lps/second_order.py'),
-                                  'lps.second_order._Models.to': ('second_order.html#_models.to', 'lps/second_order.py'),
                                   'lps.second_order._fit_loop': ('second_order.html#_fit_loop', 'lps/second_order.py'),
                                   'lps.second_order.embed': ('second_order.html#embed', 'lps/second_order.py'),
                                   'lps.second_order.fit': ('second_order.html#fit', 'lps/second_order.py'),

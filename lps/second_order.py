@@ -6,12 +6,12 @@
 __all__ = ['METHODS', 'Branch', 'SecondOrderNet', 'SmallSteps', 'layer_weights', 'fit', 'embed', 'similarity', 'save_net',
            'load_net']
 
-# %% ../nbs/06_second_order.ipynb #05936578
+# %% ../nbs/06_second_order.ipynb #f54b1a36
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.core import Callback, CancelBatchException, TrainEvalCallback
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.optimizer import OptimWrapper
@@ -94,16 +94,14 @@ class SecondOrderNet(nn.Module):
         "Cross-entropy of the branches, weighted by α, eq. (9)"
         return sum(a*F.cross_entropy(l, targets) for a, l in zip(self.alpha, logits))
 
-# %% ../nbs/06_second_order.ipynb #7b00eaed
+# %% ../nbs/06_second_order.ipynb #5ca19df1
 class _Models:
     "Layers and targets of the models in minibatches, reshuffled each epoch: what a `Learner` needs of a data loader"
     def __init__(self, xs, y, bs, seed):
         self.xs, self.y, self.bs, self.n_inp, self.g = xs, y, bs, len(xs), torch.Generator().manual_seed(seed)
-        self.device = y.device
     def __len__(self): return -(-len(self.y)//self.bs)
     def __iter__(self):
         for i in torch.randperm(len(self.y), generator=self.g).split(self.bs): yield *[x[i] for x in self.xs], self.y[i]
-    def to(self, device): return self
 
 class SmallSteps(Callback):
     "Take a batch as minibatches of `bs` models, one optimiser step each"
@@ -119,13 +117,13 @@ class SmallSteps(Callback):
             if not loss.isfinite(): raise Diverged(f"the loss is {loss.item()} in epoch {self.epoch}")
         raise CancelBatchException
 
-# %% ../nbs/06_second_order.ipynb #f10dc174
+# %% ../nbs/06_second_order.ipynb #d719a0cd
 def _fit_loop(net, xs, y, epochs, lr, milestones, momentum, bs, seed, plain):
     "Train `net` in place"
     dls = DataLoaders(_Models(xs, y, bs if plain else len(y), seed), [])
     def opt_func(params, lr, **_): return OptimWrapper(params, torch.optim.SGD, lr=lr, momentum=momentum)
-    cbs = [StepSchedule(lr, milestones), StopIfDiverged(), *([] if plain else [SmallSteps(bs)])]
-    fit_silently(Learner(dls, net, loss_func=net.loss, opt_func=opt_func, lr=lr, cbs=cbs), epochs)
+    cbs = [TrainEvalCallback(), StepSchedule(lr, milestones), StopIfDiverged(), *([] if plain else [SmallSteps(bs)])]
+    fit_silently(Learner(dls, net, loss_func=net.loss, opt_func=opt_func, lr=lr, default_cbs=False, cbs=cbs), epochs)
 
 # %% ../nbs/06_second_order.ipynb #39bfc3ab
 def layer_weights(
