@@ -306,10 +306,10 @@ def _pool(workers):
         raise
     else: ex.shutdown()
 
-# %% ../nbs/04_zoo.ipynb #69e2975e
+# %% ../nbs/04_zoo.ipynb #46b54c16
 def _results(units, workers, executor):
     "Train all units, here or by an executor, and give each result when it is there"
-    if executor is None and workers <= 1: yield from (train_unit(*u) for u in units); return
+    if executor is None and min(workers, len(units)) <= 1: yield from (train_unit(*u) for u in units); return
     with _pool(min(workers, len(units))) if executor is None else contextlib.nullcontext(executor) as ex:
         futures = [ex.submit(train_unit, *u) for u in units]
         try:
