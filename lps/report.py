@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'CSS', 'TEMPLATE', 'task_names', 'plot_similarity', 'map_2d', 'plot_embedding', 'chance_curves',
-           'plot_rank_k', 'html_report']
+           'plot_rank_k', 'unseen_record', 'record_text', 'record_figures', 'html_report']
 
-# %% ../nbs/09_report.ipynb #d7ee25d8
+# %% ../nbs/09_report.ipynb #c00498ff
 import base64, io, struct
 from pathlib import Path
 
@@ -17,11 +17,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
+import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from .evaluate import METHOD_NAMES, random_row
+from .evaluate import METHOD_NAMES, random_row, runs_of
 from .modelset import ModelSet, _write_atomic, provenance
+from .second_order import similarity
 
 # %% ../nbs/09_report.ipynb #693477b2
 def task_names(
@@ -195,6 +197,35 @@ def plot_rank_k(
     _legend(ax, 9, .13)
     ax.set_title(_plain(title), fontsize=11)
     return ax
+
+# %% ../nbs/09_report.ipynb #6531be49
+def unseen_record(
+    models: ModelSet,   # models that the second-order network has not seen
+    embedding: Tensor,  # their embedding, `(M, E)`
+) -> dict:              # to be merged into a result record
+    "What the figures of a result file need"
+    return dict(unseen=dict(tasks=models.labels.tolist(), names={str(t): n for t, n in task_names(models).items()}, embedding=[[round(v, 4) for v in row] for row in embedding.tolist()]))
+
+def record_text(
+    record: dict, # from `result_record`
+) -> str:         # one line
+    "What a result was measured on, for a caption"
+    m, s = record['model_set'], record['settings']
+    accuracy = f", mean validation accuracy {m['val_accuracy']['mean']:.3f}" if m['val_accuracy'] else ''
+    return (f"{m['models']} models of {m['tasks']} tasks; data {', '.join(m['data']) or 'unknown'}, recipe {', '.join(m['recipe']) or 'unknown'}{accuracy}. "
+            f"{s['n_splits']} random splits, seed {s['seed']}; {s['epochs']} epochs, {s['n_filters']} second-order filters, momentum {s['momentum']}, "
+            f"{'folded' if s['folded'] else 'raw'} weights of {', '.join(s['layers'])}.")
+
+def record_figures(
+    record: dict, # from `result_record`, with `unseen_record` merged in
+) -> list:        # axes of the curve over k, the heatmap and the map
+    "Draw a result file"
+    name, u, runs = record['settings']['name'], record['unseen'], runs_of(record)
+    n_all = len([c for c in runs if c != 'mAP'])
+    z, names = torch.tensor(u['embedding']), {int(t): n for t, n in u['names'].items()}
+    return [plot_rank_k(runs, chance_curves(record['n_right'], n_all), f'{name}: {record["settings"]["n_splits"]} splits'),
+            plot_similarity(similarity(z), u['tasks'], names, f'{name}: similarity of unseen models'),
+            plot_embedding(z, u['tasks'], names, f'{name}: map of unseen models')]
 
 # %% ../nbs/09_report.ipynb #6629311d
 CSS = '''
