@@ -184,3 +184,10 @@ def test_paper_recipe_is_the_papers():
     r = recipes['paper']
     assert (r.epochs, r.lr, r.milestones, r.momentum, r.weight_decay, r.batch_size, r.pad, r.flip, r.depth, r.width) == (
         160, .1, (80, 120), .9, 1e-4, 128, 4, True, 20, 16)
+
+
+def test_finished_build_again_changes_nothing(tmp_path):
+    build(tmp_path, 'digits', TINY, n_tasks=2, n_models=1, workers=1, progress=False)
+    before = fingerprint(models(tmp_path))
+    for workers in (0, 1, 2): assert len(build(tmp_path, 'digits', TINY, n_tasks=2, n_models=1, workers=workers, progress=False)) == 2
+    assert fingerprint(models(tmp_path)) == before
