@@ -50,11 +50,11 @@ class Recipe:
             raise ValueError(f"precision is '{self.precision}', known are 'float32', 'bfloat16' and 'auto'")
         if self.epochs < 1 or self.batch_size < 1: raise ValueError(f"{self.epochs} epochs of batches of {self.batch_size}: both must be at least 1")
 
-# %% ../nbs/04_zoo.ipynb #5b21bcc9
+# %% ../nbs/04_zoo.ipynb #b131cbe7
 recipes = {r.name: r for r in (
     Recipe('paper', epochs=160, lr=0.1, milestones=(80, 120)),
     Recipe('short', epochs=40, lr=0.1, milestones=(20, 30)),
-    Recipe('digits', epochs=12, lr=0.1, milestones=(8, 11), batch_size=32, pad=1, flip=False, precision='float32'))}
+    Recipe('digits', epochs=12, lr=0.1, milestones=(8, 11), weight_decay=1e-2, batch_size=32, pad=1, flip=False, precision='float32'))}
 
 def get_recipe(
     recipe: str | Recipe, # a recipe or the name of one

@@ -1,4 +1,6 @@
 """Every notebook runs from top to bottom in a fresh kernel: the library's and tutorials cell by cell, the experiments through papermill"""
+import json
+
 import nbformat
 import papermill as pm
 import pytest
@@ -12,7 +14,10 @@ LIBRARY = sorted(p.relative_to(NBS).as_posix() for p in [*NBS.glob("*.ipynb"), *
 EXPERIMENTS = sorted(p.stem for p in NBS.glob("experiments/*.ipynb"))
 
 # the small parameters that each experiment is tested with, by the notebook's name
-SMALL = {}
+SMALL = {
+    "table1": dict(n_models=4, zoo_epochs=1, n_splits=2, n_train=2, n_filters=8, epochs=3),
+    "table2": dict(n_models=4, zoo_epochs=1, n_splits=2, n_query=1, n_filters=8, epochs=3),
+}
 
 
 def skipped_flags(config) -> list[str]:
@@ -42,6 +47,8 @@ def test_experiment_has_small_parameters(name):
 def test_experiment_runs_small(name, workdir):
     folder = workdir/"nbs/experiments"
     pm.execute_notebook(folder/f"{name}.ipynb", workdir/f"{name}_small.ipynb", SMALL[name], cwd=folder, kernel_name="python3", progress_bar=False)
+    written = [json.loads(p.read_text()) for p in (workdir/"results").glob(f"{name}-digits*.json")]
+    assert [r["settings"]["n_splits"] for r in written] == [SMALL[name]["n_splits"]]
 
 
 def test_no_small_parameters_without_a_notebook():
