@@ -28,6 +28,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'lps.evaluate.classification_splits': ('evaluate.html#classification_splits', 'lps/evaluate.py'),
                               'lps.evaluate.classify': ('evaluate.html#classify', 'lps/evaluate.py'),
                               'lps.evaluate.mean_average_precision': ('evaluate.html#mean_average_precision', 'lps/evaluate.py'),
+                              'lps.evaluate.random_map': ('evaluate.html#random_map', 'lps/evaluate.py'),
                               'lps.evaluate.random_row': ('evaluate.html#random_row', 'lps/evaluate.py'),
                               'lps.evaluate.rank_k': ('evaluate.html#rank_k', 'lps/evaluate.py'),
                               'lps.evaluate.result_record': ('evaluate.html#result_record', 'lps/evaluate.py'),

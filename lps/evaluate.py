@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHOD_NAMES', 'classification_splits', 'retrieval_splits', 'rank_k', 'mean_average_precision', 'random_row',
-           'task_logits', 'classify', 'retrieve', 'table1', 'table2', 'summary', 'result_record', 'runs_of']
+           'random_map', 'task_logits', 'classify', 'retrieve', 'table1', 'table2', 'summary', 'result_record',
+           'runs_of']
 
 # %% ../nbs/07_evaluate.ipynb #d4c8540f
 import numpy as np
@@ -87,6 +88,15 @@ def random_row(
     if replacement: return [1 - (1 - n_right/n_all)**k for k in ks]
     return [float(hypergeom(n_all, n_right, min(k, n_all)).sf(0)) for k in ks]
 
+# %% ../nbs/07_evaluate.ipynb #d220d739
+def random_map(
+    n_right: int, # right answers in the list, R
+    n_all: int,   # length of the list, G; 2 at least
+) -> float:
+    "Mean average precision of a random ranking, without replacement"
+    i = np.arange(1, n_all + 1)
+    return float(((1 + (i - 1)*(n_right - 1)/(n_all - 1))/i).mean())
+
 # %% ../nbs/07_evaluate.ipynb #5fbf4f50
 @torch.no_grad()
 def task_logits(
@@ -157,7 +167,7 @@ def table2(
     splits = retrieval_splits(models.labels, n_test_tasks, n_query, n_splits, seed)
     return pd.concat({m: retrieve(models, splits, progress, method=m, **kwargs) for m in methods}, names=['method'])
 
-# %% ../nbs/07_evaluate.ipynb #c57e1116
+# %% ../nbs/07_evaluate.ipynb #53f4dc14
 def summary(
     runs: pd.DataFrame,       # from `table1` or `table2`
     n_right: int=1,           # right answers in each list: 1 for classification, models of a task in the gallery for retrieval
@@ -172,9 +182,10 @@ def summary(
     rows = {METHOD_NAMES.get(m, m): {c: f"{r[c, 'mean']:.1f} ± {r[c, 'std']:.1f}" for c in cols} for m, r in stats.iterrows()}
     chance = {f'random, {w} replacement': {f'{measure}-{k}': f'{100*v:.1f}' for k, v in zip(ks, random_row(ks, n_right, n_all, w == 'with'))}
               for w in ('with', 'without')}
+    if 'mAP' in cols: chance['random, without replacement']['mAP'] = f'{100*random_map(n_right, n_all):.1f}'
     return pd.DataFrame.from_dict(chance | rows, orient='index', columns=cols).fillna('').rename_axis('method')
 
-# %% ../nbs/07_evaluate.ipynb #1bdf155c
+# %% ../nbs/07_evaluate.ipynb #3745f3fd
 def result_record(
     models: ModelSet,    # what was evaluated
     runs: pd.DataFrame,  # from `table1` or `table2`
@@ -187,7 +198,7 @@ def result_record(
     model_set = dict(models=len(models), tasks=len(models.tasks), **known, seeds=m.seed.dropna().astype(int).tolist(),
                      val_accuracy=dict(mean=round(accuracy.mean(), 4), sd=round(accuracy.std(), 4)) if accuracy.notna().any() else None)
     splits = {k: r.round(4).to_dict('list') for k, r in runs.groupby(level='method', sort=False)}
-    return dict(model_set=model_set, settings=settings, n_right=n_right, summary=summary(runs, n_right).to_dict('index'), runs=splits, **provenance())
+    return dict(model_set=model_set, settings=settings, n_right=n_right, summary=summary(runs_of(dict(runs=splits)), n_right).to_dict('index'), runs=splits, **provenance())
 
 def runs_of(
     record: dict,     # from `result_record`, or a result file

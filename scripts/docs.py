@@ -89,10 +89,11 @@ def as_text(source) -> str: return source if isinstance(source, str) else "".joi
 
 
 def outputs_md(cell: dict) -> list[str]:
-    "The outputs of a code cell that a README can show: Markdown as it is, text in a fence"
+    "The outputs of a code cell that a README can show: Markdown as it is, text in a fence, no pictures"
     parts = []
     for out in cell.get("outputs", []):
         data = out.get("data", {"text/plain": out.get("text", "")})
+        if "image/png" in data: continue
         if "text/markdown" in data: parts.append(as_text(data["text/markdown"]).strip())
         elif as_text(data.get("text/plain", "")).strip(): parts.append(f"```text\n{as_text(data['text/plain']).rstrip()}\n```")
     return parts
