@@ -67,7 +67,7 @@ def _check(weight, second_order):
     if weight.dtype != second_order.dtype:
         raise TypeError(f"weight is {weight.dtype}, second_order {second_order.dtype}: cast with weight.to({second_order.dtype})")
 
-# %% ../nbs/05_align.ipynb #fa4189ca
+# %% ../nbs/05_align.ipynb #3933644c
 def align_layer(
     weight: Tensor,               # filters of one layer of any number of models, `(..., N, C, k, k)`; `(..., N, C)` for a linear layer
     second_order: Tensor,         # second-order filters, `(P, Q, k, k)`; `(P, Q)` for a linear layer
@@ -76,10 +76,10 @@ def align_layer(
 ) -> Tensor:                      # aligned scores, `(..., N, P)`, each column from best match to worst
     "Aligned scores of a layer, §4: raises `ValueError` where shapes do not fit and `TypeError` where dtypes differ"
     _check(weight, second_order)
-    lead, dims = weight.shape[:weight.ndim - second_order.ndim], second_order.ndim - 1
-    W, V = weight.reshape(-1, *weight.shape[-dims:]), second_order
-    if align_channels: s = _ChannelAlign.apply(W.reshape(*W.shape[:2], -1), V.reshape(*V.shape[:2], -1))
+    lead, V = weight.shape[:weight.ndim - second_order.ndim + 1], second_order
+    W = weight.reshape(lead.numel(), *weight.shape[len(lead):])
+    if align_channels: s = _ChannelAlign.apply(W.unsqueeze(-1).flatten(2), V.unsqueeze(-1).flatten(2))
     elif W.shape[1] == V.shape[1]: s = W.flatten(1) @ V.flatten(1).T  # eq. (7)
     else: raise ValueError(f"weight has {W.shape[1]} channels, second_order {V.shape[1]}: eq. (7) needs Q = C = {W.shape[1]}, or align_channels=True")
-    s = s.view(*lead, -1, len(V))
+    s = s.view(*lead, len(V))
     return s.sort(dim=-2, descending=True, stable=True)[0] if align_filters else s  # eq. (8)

@@ -1,0 +1,94 @@
+"""Alignment in blocks: whatever the block's size, the same scores and gradients as eqs (5)-(8) written out, and never a tensor as large as all products"""
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lps.align
+from lps.align import align_layer, frobenius_scores
+
+
+def written_out(weight, second_order):
+    return frobenius_scores(weight, second_order).amax(-3).sum(-1).sort(dim=-2, descending=True)[0]
+
+
+def layer(seed=0, shape=(3, 8, 6, 3, 3), P=10, Q=4):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=g, dtype=torch.double, requires_grad=True) for s in (shape, (P, Q, *shape[-2:]))]
+
+
+@pytest.mark.parametrize("block", [1, 50, 24*7, 2**19])
+def test_blocks_do_not_change_the_result(block, monkeypatch):
+    monkeypatch.setattr(lps.align, "BLOCK", block)
+    weight, second_order = layer()
+    out, want = align_layer(weight, second_order), written_out(weight, second_order)
+    torch.testing.assert_close(out, want)
+    for got, ref in zip(*[torch.autograd.grad(o.square().sum(), (weight, second_order)) for o in (out, want)]):
+        torch.testing.assert_close(got, ref)
+
+
+@pytest.mark.parametrize("channels", [True, False])
+def test_gradcheck_over_several_blocks(channels, monkeypatch):
+    monkeypatch.setattr(lps.align, "BLOCK", 24)
+    weight, second_order = layer(shape=(2, 4, 3, 2, 2), P=5, Q=3)
+    assert torch.autograd.gradcheck(lambda w, v: align_layer(w, v, align_channels=channels), (weight, second_order))
+
+
+class Largest(TorchDispatchMode):
+    "The number of elements of the largest tensor that any operation gives"
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        self.n = max([self.n, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out
+
+
+def test_products_of_a_large_layer_are_never_stored():
+    weight, second_order = torch.randn(2, 64, 64, 3, 3, requires_grad=True), torch.randn(20, 64, 3, 3, requires_grad=True)
+    with Largest() as largest:
+        torch.autograd.backward(align_layer(weight, second_order).sum())
+    assert largest.n <= lps.align.BLOCK < 2*64*64*20*64
+
+
+def test_shuffled_filters_and_channels_give_the_same_scores():
+    weight, second_order = layer()
+    g = torch.Generator().manual_seed(1)
+    shuffled = weight[:, torch.randperm(8, generator=g)][:, :, torch.randperm(6, generator=g)]
+    torch.testing.assert_close(align_layer(weight, second_order), align_layer(shuffled, second_order))
+    assert not torch.allclose(align_layer(weight, second_order, align_filters=False), align_layer(shuffled, second_order, align_filters=False))
+
+
+def test_many_models_at_once_are_each_model_alone():
+    weight, second_order = layer()
+    torch.testing.assert_close(align_layer(weight, second_order), torch.stack([align_layer(w, second_order) for w in weight]))
+    torch.testing.assert_close(align_layer(weight[None], second_order)[0], align_layer(weight, second_order))
+    assert align_layer(weight[:0], second_order).shape == (0, 8, 10)
+
+
+def test_copies_of_a_channel_share_its_gradient():
+    weight, second_order = layer()
+    with torch.no_grad(): weight[:, :, 1] = weight[:, :, 0]
+    grads = [torch.autograd.grad(f(weight, second_order).square().sum(), (weight, second_order)) for f in (align_layer, written_out)]
+    (got_w, got_v), (want_w, want_v) = grads
+    torch.testing.assert_close(got_w[:, :, :2].sum(2), want_w[:, :, :2].sum(2))
+    torch.testing.assert_close(got_v, want_v)
+
+
+def test_columns_are_sorted_best_match_first():
+    out = align_layer(*layer())
+    assert (out[:, :-1] >= out[:, 1:]).all()
+
+
+@pytest.mark.parametrize("weight, second_order, error, words", [
+    (torch.zeros(8, 6, 3, 3), torch.zeros(4, 6, 5, 5), ValueError, "3×3.*5×5"),
+    (torch.zeros(6, 3, 3), torch.zeros(4, 6, 3, 3), ValueError, "give"),
+    (torch.zeros(8, 6, 3, 3).half(), torch.zeros(4, 6, 3, 3), TypeError, "float16.*float32.*cast"),
+])
+def test_what_does_not_fit_is_named(weight, second_order, error, words):
+    with pytest.raises(error, match=words): align_layer(weight, second_order)
+
+
+def test_without_channel_alignment_the_channels_must_be_as_many():
+    with pytest.raises(ValueError, match="6 channels, second_order 4.*Q = C = 6"):
+        align_layer(torch.zeros(8, 6, 3, 3), torch.zeros(4, 4, 3, 3), align_channels=False)

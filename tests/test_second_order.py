@@ -1,0 +1,78 @@
+"""The second-order network: order does not matter to any of the 19 branches, the fast loop is the plain loop, n = 1 equals the plain case"""
+import pytest
+import torch
+
+from lps.modelset import load_modelset, save_model
+from lps.order_chain import permute, random_perms, resnet_spec
+from lps.resnet import ResNet, branch_layers
+from lps.second_order import METHODS, SecondOrderNet, embed, fit, load_net, save_net, similarity
+from lps.zoo import Diverged
+
+
+def save(folder, name, state, task, run): save_model(folder/f"{name}.safetensors", state, dict(task=task, run=run))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    "Two tasks of three untrained ResNet20s of width 4, BN vectors made to matter"
+    folder, spec = tmp_path_factory.mktemp("models"), resnet_spec(width=4)
+    for task in range(2):
+        for run in range(3):
+            torch.manual_seed(10*task + run)
+            state = {k: v + torch.rand_like(v)*.5 if "bn" in k and v.is_floating_point() else v for k, v in ResNet(width=4).state_dict().items()}
+            save(folder, f"task{task}_run{run}", state, task, run)
+            save(folder, f"task{task}_run{run + 3}_permuted", permute(state, spec, random_perms(spec, run)), task, run + 3)
+    return load_modelset(folder)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_permuted_model_has_the_same_embedding_on_every_branch(models, folded):
+    original, permuted = models[models.manifest.run < 3], models[models.manifest.run >= 3]
+    net = fit(original, branch_layers(), epochs=1, n_filters=5, folded=folded)
+    assert len(net.branches) == 19
+    torch.testing.assert_close(embed(net, original), embed(net, permuted), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(similarity(embed(net, original), embed(net, permuted)).diagonal(), torch.ones(6), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("switches", [dict(method="fc"), dict(method="frobenius"), dict(align_filters=False), dict(align_channels=False)])
+def test_without_alignment_order_matters(models, switches):
+    original, permuted = models[models.manifest.run < 3], models[models.manifest.run >= 3]
+    net = fit(original, ("layer1.0.conv2",), epochs=1, n_filters=5, **switches)
+    assert (embed(net, original) - embed(net, permuted)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layers, bs", [(("conv1",), 1), (("conv1", "layer2.0.conv1"), 1), (("conv1",), 4)])
+def test_fast_loop_is_the_plain_loop_to_the_bit(models, method, layers, bs):
+    a, b = [fit(models, layers, method, epochs=3, milestones=(1, 2), n_filters=6, bs=bs, plain=plain) for plain in (False, True)]
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def test_a_branch_of_weight_zero_changes_nothing(models):
+    one, two = fit(models, ("conv1",), epochs=2, n_filters=6), fit(models, ("conv1", "layer1.0.conv1"), epochs=2, n_filters=6, alpha=[1, 0])
+    torch.testing.assert_close(one.branches[0].fc.weight, two.branches[0].fc.weight)
+    sims = [similarity(embed(net, models)) for net in (one, two)]
+    torch.testing.assert_close(*sims, atol=1e-5, rtol=1e-4)
+
+
+def test_fit_leaves_the_random_state_and_the_threads_alone(models):
+    torch.manual_seed(5)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    fit(models, epochs=1, n_filters=4)
+    assert torch.equal(before, torch.get_rng_state()) and torch.get_num_threads() == threads
+
+
+def test_saved_and_read_again_it_is_the_same(models, tmp_path):
+    net = fit(models, ("conv1", "layer1.0.conv1"), epochs=1, n_filters=4, alpha=[.75, .25])
+    save_net(tmp_path/"net.safetensors", net)
+    again = load_net(tmp_path/"net.safetensors")
+    assert again.config == net.config and torch.equal(embed(net, models), embed(again, models))
+
+
+def test_what_is_wrong_is_named(models, tmp_path):
+    with pytest.raises(ValueError, match="no layer 'conv9'"): fit(models, ("conv9",))
+    with pytest.raises(ValueError, match="'cosine' is unknown.*lps, frobenius, fc"): fit(models, method="cosine")
+    with pytest.raises(Diverged, match="the loss is"): fit(models, lr=1e8, epochs=5)
+    with pytest.raises(FileNotFoundError): load_net(tmp_path/"none.safetensors")
+    wider = SecondOrderNet({"conv1": (16, 3, 3, 3)}, [0, 1], n_filters=4)
+    with pytest.raises(ValueError, match=r"conv1 is \(4, 3, 3, 3\).*\(16, 3, 3, 3\)"): embed(wider, models)
