@@ -6,8 +6,8 @@
 __all__ = ['app', 'zoo', 'console', 'Layers', 'Epochs', 'Folded', 'zoo_build', 'zoo_import', 'fit', 'evaluate', 'query', 'demo',
            'main']
 
-# %% ../nbs/10_cli.ipynb #d3614473
-import json, sys, time, warnings
+# %% ../nbs/10_cli.ipynb #015ebfd2
+import json, re, sys, time, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -16,50 +16,67 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-# %% ../nbs/10_cli.ipynb #194463a0
-app = typer.Typer(help="Learnable Parameter Similarity: tell from the weights of trained networks which tasks they solve.", no_args_is_help=True, add_completion=False)
+# %% ../nbs/10_cli.ipynb #64bfa0eb
+app = typer.Typer(help="Learnable Parameter Similarity: tell from the weights of trained networks which tasks they solve.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 zoo = typer.Typer(help="Build a model set, or take one in from elsewhere.", no_args_is_help=True)
 app.add_typer(zoo, name='zoo')
-console = Console()
+console = Console(highlight=False, markup=False)
 
 def _show(
     df: pd.DataFrame, # what to print, its index as the first column
     title: str='',    # title above it
 ):
     "Print a table"
-    table = Table(title=title, title_justify='left', title_style='bold')
+    if title: console.print(f'\n{title}', style='bold')
+    table = Table()
     for i, c in enumerate([df.index.name or '', *df.columns]): table.add_column(str(c), justify='right' if i else 'left')
     for name, row in df.iterrows(): table.add_row(str(name), *[f'{v:.3f}' if isinstance(v, float) else str(v) for v in row])
     console.print(table)
 
-# %% ../nbs/10_cli.ipynb #4e6771a2
+def _tell(models):
+    "Print where a model set is and what is in it"
+    console.print(f"{models.path}: {str(models).removeprefix('ModelSet: ')}", soft_wrap=True)
+
+def _writable(file):
+    "Before hours of work: could this file be written?"
+    if file is None: return
+    if file.is_dir(): raise ValueError(f"{file} is a folder: give the name of a file")
+    if not (there := next(p for p in file.absolute().parents if p.exists())).is_dir(): raise ValueError(f"{file} cannot be written: {there} is not a folder")
+
+# %% ../nbs/10_cli.ipynb #8ec206b9
 @zoo.command('build', epilog="Example: lps zoo build runs/digits --images digits --recipe digits --models 10")
 def zoo_build(
     path: Annotated[Path, typer.Argument(help="Folder for the models; an interrupted build goes on")],
     images: Annotated[str, typer.Option(help="digits, cifar100, or a folder with train/ and val/ or test/")]='digits',
     recipe: Annotated[str, typer.Option(help="digits (seconds a model), short (40 epochs) or paper (160 epochs)")]='digits',
-    tasks: Annotated[Optional[int], typer.Option(help="How many pairs of classes; all if not given")]=None,
-    models: Annotated[int, typer.Option(help="Models a task")]=10,
-    seed: Annotated[int, typer.Option(help="Decides the pairs and every model's seed")]=0,
-    workers: Annotated[int, typer.Option(help="Processes")]=2,
+    tasks: Annotated[Optional[int], typer.Option(min=1, help="How many pairs of classes; all if not given")]=None,
+    models: Annotated[int, typer.Option(min=1, help="Models a task")]=10,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the pairs and every model's seed")]=0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that train models")]=2,
 ):
     "Train a model set: several networks for each pair of classes."
     from lps.zoo import build
-    console.print(build(path, images, recipe, tasks, models, seed, workers), highlight=False)
+    _tell(build(path, images, recipe, tasks, models, seed, workers))
 
-# %% ../nbs/10_cli.ipynb #180cb16e
+# %% ../nbs/10_cli.ipynb #3598d8b4
 def _names(names):
     "A name map: 'foreignzoo', or a JSON file with pairs [pattern, replacement] or an object old → new"
     from lps.modelset import FOREIGNZOO_NAMES
     if names in (None, 'foreignzoo'): return FOREIGNZOO_NAMES if names else ()
-    try: return json.loads(Path(names).read_text())
+    try: new = json.loads(Path(names).read_text())
     except ValueError as e: raise ValueError(f"{names} is not JSON: {e}") from None
+    pairs = list(new.items()) if isinstance(new, dict) else new
+    if not isinstance(pairs, list) or not all(isinstance(p, (list, tuple)) and len(p) == 2 and all(isinstance(o, str) for o in p) for p in pairs):
+        raise ValueError(f'{names} is no name map: give a list of ["pattern", "replacement"] or an object {{"old": "new"}}')
+    try: [re.sub(*p, '') for p in ([] if isinstance(new, dict) else new)]
+    except (re.error, IndexError) as e: raise ValueError(f"{names} has a pattern that is no regular expression, or a wrong replacement: {e}") from None
+    return new
 
 @zoo.command('import', epilog="Example: lps zoo import downloads/resnets runs/theirs --names names.json --table models.tsv")
 def zoo_import(
     src: Annotated[Path, typer.Argument(help="Folder of .pt, .pth or .safetensors state dicts")],
     dst: Annotated[Path, typer.Argument(help="Folder for the model set")],
-    names: Annotated[Optional[str], typer.Option(help='JSON file with a list of [pattern, replacement] or an object {"old": "new"}')]=None,
+    names: Annotated[Optional[str], typer.Option(help=r'JSON file: a list of \["pattern", "replacement"], or an object {"old": "new"}')]=None,
     table: Annotated[Optional[Path], typer.Option(help="csv or tsv with columns file, task and, if known, run, class_0, class_1, val_accuracy")]=None,
     shortcut: Annotated[str, typer.Option(help="Shortcuts without weights: pad_end or pad_both")]='pad_end',
     data: Annotated[Optional[str], typer.Option(help="Name of the data set, kept with every model")]=None,
@@ -67,17 +84,18 @@ def zoo_import(
 ):
     "Take in models that were trained elsewhere."
     from lps.modelset import import_models
+    if shortcut not in ('pad_end', 'pad_both'): raise ValueError(f"unknown shortcut '{shortcut}': known are pad_end, pad_both")
     known = {k: v for k, v in dict(data=data, recipe=recipe).items() if v}
-    console.print(import_models(src, dst, _names(names), table, shortcut, known), highlight=False)
+    _tell(import_models(src, dst, _names(names), table, shortcut, known))
 
-# %% ../nbs/10_cli.ipynb #2285b380
+# %% ../nbs/10_cli.ipynb #0548affc
 Layers = Annotated[str, typer.Option(help="Layers that get a branch, with commas between them")]
-Epochs = Annotated[int, typer.Option(help="Passes over the models; the learning rate falls after 40 % and 80 % of them")]
+Epochs = Annotated[int, typer.Option(min=1, help="Passes over the models; the learning rate falls after 40 % and 80 % of them")]
 Folded = Annotated[bool, typer.Option(help="Fold batch normalisation into the weights first")]
 
 def _fit_settings(layers, epochs, folded):
     "Arguments of `fit` from those of the command line"
-    return dict(layers=tuple(layers.split(',')), epochs=epochs, milestones=(epochs*2//5, epochs*4//5), folded=folded)
+    return dict(layers=tuple(dict.fromkeys(l.strip() for l in layers.split(','))), epochs=epochs, milestones=(epochs*2//5, epochs*4//5), folded=folded)
 
 @app.command(epilog="Example: lps fit runs/digits --out runs/digits-net.safetensors")
 def fit(
@@ -85,43 +103,54 @@ def fit(
     out: Annotated[Path, typer.Option(help="File for the second-order network")]=Path('lps-net.safetensors'),
     method: Annotated[str, typer.Option(help="lps, or a baseline: frobenius, fc")]='lps',
     layers: Layers='conv1', epochs: Epochs=100, folded: Folded=False,
-    seed: Annotated[int, typer.Option(help="Decides initialisation and order")]=0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides initialisation and order")]=0,
 ):
     "Learn second-order filters from a model set."
     from lps.modelset import load_modelset
     from lps.second_order import fit as fit_net, save_net
+    _writable(out)
     models = load_modelset(modelset)
     with console.status(f"fitting {method} on {len(models)} models"): net = fit_net(models, method=method, seed=seed, **_fit_settings(layers, epochs, folded))
     save_net(out, net)
-    console.print(f"{out}: {method} on {', '.join(net.layers)} of {len(models)} models, {len(net.tasks)} tasks", highlight=False)
+    console.print(f"{out}: {method} on {', '.join(net.layers)} of {len(models)} models, {len(net.tasks)} tasks")
 
-# %% ../nbs/10_cli.ipynb #29a4c3d3
+# %% ../nbs/10_cli.ipynb #cf57f933
 def _n_right(models, n_query=2):
     "Models of its task that a query should find in the gallery"
     return int(models.manifest.task.value_counts().min()) - n_query
 
+def _check_splits(models, train, test_tasks):
+    "Before an hour of fits: are there models and tasks enough for both tables?"
+    from lps.evaluate import retrieval_splits
+    least = _n_right(models, 0)
+    if least < 3: raise ValueError(f"a task has {least} models: both tables need 3 of each at least, two to ask about and one to be found")
+    if train >= least: raise ValueError(f"a task has {least} models and --train is {train}: take --train {least - 1} or less, or build more models")
+    retrieval_splits(models.labels, test_tasks, n_splits=1)
+
 @app.command(epilog="Example: lps evaluate runs/digits --splits 20 --out runs/digits-results.json")
 def evaluate(
     modelset: Annotated[Path, typer.Argument(help="Folder of a model set")],
-    splits: Annotated[int, typer.Option(help="Random splits")]=10,
-    train: Annotated[int, typer.Option(help="Models of each task to learn from, in Table 1")]=8,
-    test_tasks: Annotated[Optional[int], typer.Option(help="Tasks held out in Table 2; a fifth if not given")]=None,
+    splits: Annotated[int, typer.Option(min=2, help="Random splits")]=10,
+    train: Annotated[int, typer.Option(min=1, help="Models of each task to learn from, in Table 1")]=8,
+    test_tasks: Annotated[Optional[int], typer.Option(min=2, help="Tasks held out in Table 2; a fifth, two at least, if not given")]=None,
     layers: Layers='conv1', epochs: Epochs=100, folded: Folded=False,
-    seed: Annotated[int, typer.Option(help="Decides the splits")]=0,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the splits")]=0,
     out: Annotated[Optional[Path], typer.Option(help="JSON file for the results")]=None,
 ):
     "Tables 1 and 2 of the paper for a model set: LPS, its baselines, chance."
     from lps.evaluate import result_record, summary, table1, table2
     from lps.modelset import load_modelset, write_json
+    _writable(out)
     models, how = load_modelset(modelset), _fit_settings(layers, epochs, folded)
-    runs1 = table1(models, splits, train, seed=seed, progress=True, **how)
+    _check_splits(models, train, test_tasks)
+    runs1 = table1(models, splits, train, seed=seed, progress=console.is_terminal, **how)
     _show(summary(runs1), f"Table 1, task classification, {len(models.tasks)} tasks, % over {splits} splits")
-    runs2 = table2(models, splits, test_tasks, seed=seed, progress=True, **how)
+    runs2 = table2(models, splits, test_tasks, seed=seed, progress=console.is_terminal, **how)
     _show(summary(runs2, _n_right(models)), f"Table 2, task retrieval, % over {splits} splits")
     if out: write_json(out, {'table1': result_record(models, runs1, seed=seed, n_train=train, **how),
                              'table2': result_record(models, runs2, _n_right(models), seed=seed, n_test_tasks=test_tasks, **how)})
 
-# %% ../nbs/10_cli.ipynb #34be7e43
+# %% ../nbs/10_cli.ipynb #ca2a5d50
 def _answer(index, model, k, names=()):
     "Print the nearest models and tasks"
     near = index.query(model, k, names=names)
@@ -135,13 +164,14 @@ def query(
     net: Annotated[Path, typer.Argument(help="Second-order network, from lps fit")],
     gallery: Annotated[Path, typer.Argument(help="Folder of a model set to search")],
     model: Annotated[Path, typer.Argument(help="The model to ask about: .safetensors, .pt or .pth")],
-    k: Annotated[int, typer.Option('-k', help="How many models to show")]=5,
+    k: Annotated[int, typer.Option('-k', min=1, help="How many models to show")]=5,
     names: Annotated[Optional[str], typer.Option(help="JSON file with a name map, as for zoo import")]=None,
 ):
     "Which trained models are closest to this one?"
     from lps.modelset import load_modelset
     from lps.search import ModelIndex
     from lps.second_order import load_net
+    if model.is_dir(): raise ValueError(f"{model} is a folder: ask about one model file in it")
     _answer(ModelIndex(load_net(net), load_modelset(gallery)), model, k, _names(names))
 
 # %% ../nbs/10_cli.ipynb #10da456b
@@ -162,7 +192,7 @@ def _demo_figures(models, runs2, name, how):
                          'embedding': plot_embedding(z, title=f'{name}: map of unseen models', **args).figure,
                          'rank_k': plot_rank_k(runs2, chance_curves(_n_right(models), n_all), title=f'{name}: retrieval of unseen tasks').figure}
 
-# %% ../nbs/10_cli.ipynb #ef3051c8
+# %% ../nbs/10_cli.ipynb #27ebb707
 def _demo_report(out, models, tables, answer, figures, splits):
     "Figures as PNG and the report that holds everything"
     from lps.report import html_report
@@ -172,20 +202,20 @@ def _demo_report(out, models, tables, answer, figures, splits):
         ('The models', [f"{len(models)} ResNet20s, trained here: scikit-learn's handwritten digits, {len(models.tasks)} tasks of two digits each, mean validation accuracy {acc:.3f}. "
                         "LPS reads nothing but the filters of their first layer. All tables give percent, mean ± standard deviation over "
                         f"{splits} random splits; test sets this small make large deviations."]),
-        ('Table 1: which task does a new model solve?', [(t1, "Eight models of each task to learn from, two to be classified (paper, §5.1).")]),
+        ('Table 1: which task does a new model solve?', [(t1, f"{_n_right(models)} models of each task to learn from, two to be classified (paper, §5.1).")]),
         ('Table 2: find the models of a task never seen', [(t2, "Rank-k: a model of the query's task is among the first k of the gallery (paper, §5.2)."), figures['rank_k']]),
         ('Similarity of unseen models', [figures['similarity'], figures['embedding']]),
         ('One query', [(near, "The models closest to one that the network has not seen."), (tasks, "Tasks by the mean similarity of their models.")])])
 
-# %% ../nbs/10_cli.ipynb #879adfab
+# %% ../nbs/10_cli.ipynb #a2b392e2
 @app.command(epilog="Example: lps demo --out runs/demo")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the models, tables, figures and the report")]=Path('runs/demo'),
-    models: Annotated[int, typer.Option(help="Models a task")]=10,
-    splits: Annotated[int, typer.Option(help="Random splits")]=10,
+    models: Annotated[int, typer.Option(min=6, help="Models a task")]=10,
+    splits: Annotated[int, typer.Option(min=2, help="Random splits")]=10,
     epochs: Epochs=100,
-    workers: Annotated[int, typer.Option(help="Processes that train models")]=2,
-    seed: Annotated[int, typer.Option(help="Decides everything random")]=0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that train models")]=2,
+    seed: Annotated[int, typer.Option(min=0, help="Decides everything random")]=0,
 ):
     "Train a small zoo, fit LPS, print Tables 1 and 2, ask one query, write a report."
     from lps.evaluate import result_record, summary, table1, table2
@@ -193,30 +223,33 @@ def demo(
     from lps.search import ModelIndex
     from lps.zoo import build
     start, how = time.perf_counter(), _fit_settings('conv1', epochs, False)
-    if models < 6: raise ValueError(f"{models} models a task: the demo's splits need 6 at least")
-    console.print(f"Training {models} networks for each of 5 tasks (two digits each); what is finished is kept in {out/'digits'}", highlight=False)
+    _writable(out/'report.html')
+    console.print(f"Training {models} networks for each of 5 tasks (two digits each); what is finished is kept in {out/'digits'}")
     ms = build(out/'digits', 'digits', 'digits', n_models=models, seed=seed, workers=workers)
-    console.print(ms, highlight=False)
-    runs1 = table1(ms, splits, n_train=models - 2, seed=seed, progress=True, **how)
+    _tell(ms)
+    runs1 = table1(ms, splits, n_train=_n_right(ms), seed=seed, progress=console.is_terminal, **how)
     _show(t1 := summary(runs1, ks=(1, 2, 3)), f"Table 1, task classification: % over {splits} splits")
-    runs2 = table2(ms, splits, seed=seed, progress=True, **how)
+    runs2 = table2(ms, splits, seed=seed, progress=console.is_terminal, **how)
     _show(t2 := summary(runs2, _n_right(ms), ks=(1, 2, 3)), f"Table 2, retrieval of unseen tasks: % over {splits} splits")
     net, unseen, figures = _demo_figures(ms, runs2, 'Digits', how | dict(seed=seed))
-    console.print(f"Query: {unseen.manifest.file[0]}, task {unseen.manifest.class_0[0]} / {unseen.manifest.class_1[0]}, not seen by the network", highlight=False)
+    console.print(f"Query: {unseen.manifest.file[0]}, task {unseen.manifest.class_0[0]} / {unseen.manifest.class_1[0]}, not seen by the network")
     answer = _answer(ModelIndex(net, unseen), unseen[0], 5)
-    write_json(out/'results.json', {'table1': result_record(ms, runs1, seed=seed, **how), 'table2': result_record(ms, runs2, _n_right(ms), seed=seed, **how)})
+    write_json(out/'results.json', {'table1': result_record(ms, runs1, seed=seed, n_train=_n_right(ms), **how), 'table2': result_record(ms, runs2, _n_right(ms), seed=seed, **how)})
     report = _demo_report(out, ms, (t1, t2), answer, figures, splits)
-    console.print(f"{report}: the report, with every table and figure ({time.perf_counter() - start:.0f} s in all)", highlight=False)
+    console.print(f"{report}: the report, with every table and figure ({time.perf_counter() - start:.0f} s in all)")
 
-# %% ../nbs/10_cli.ipynb #4d55a45d
+# %% ../nbs/10_cli.ipynb #0a79ed9b
 def main(
     args: list=None,  # words of the command line; None: those of the process
 ) -> int:             # exit code
     "The `lps` command"
     warnings.showwarning = lambda message, *a, **k: print(f"lps: warning: {message}", file=sys.stderr)
-    try: return app(args, prog_name='lps', standalone_mode=False) or 0
-    except (KeyboardInterrupt, typer.Abort): print("lps: stopped; the same command goes on from here", file=sys.stderr); return 130
-    except (ValueError, OSError, RuntimeError) as e: why = str(e)
+    try:
+        if (code := app(args, prog_name='lps', standalone_mode=False) or 0) != 130: return code
+        raise KeyboardInterrupt
+    except (KeyboardInterrupt, typer.Abort): print("lps: stopped; models that were finished are kept", file=sys.stderr); return 130
+    except OSError as e: why = f"{e.filename}: {e.strerror}" if e.filename and e.strerror else str(e)
+    except (ValueError, RuntimeError) as e: why = str(e)
     except Exception as e:
         if not hasattr(e, 'format_message'): raise
         why = e.format_message()
