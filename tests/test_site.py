@@ -127,6 +127,10 @@ def test_stored_pictures_are_on_the_pages(pages):
         assert len(page.images) >= drawn, path.name
 
 
+def test_experiments_show_figures(pages):
+    assert not [name for name, page in pages.items() if name.startswith("experiments/") and not page.images]
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 def test_no_page_is_wider_than_the_screen(browser, served, pages, width):
     tab = browser.new_page(viewport={"width": width, "height": 800})
