@@ -216,6 +216,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                          'lps.zoo.StopIfDiverged.after_loss': ('zoo.html#stopifdiverged.after_loss', 'lps/zoo.py'),
                          'lps.zoo._aside': ('zoo.html#_aside', 'lps/zoo.py'),
                          'lps.zoo._check_plan': ('zoo.html#_check_plan', 'lps/zoo.py'),
+                         'lps.zoo._ctrl_c_waits': ('zoo.html#_ctrl_c_waits', 'lps/zoo.py'),
                          'lps.zoo._differences': ('zoo.html#_differences', 'lps/zoo.py'),
                          'lps.zoo._finished': ('zoo.html#_finished', 'lps/zoo.py'),
                          'lps.zoo._keep_memory': ('zoo.html#_keep_memory', 'lps/zoo.py'),

@@ -277,7 +277,7 @@ def _units(path, plan, train, test, n_tasks, n_models):
                         build_seed=plan['seed'], data=train.name, mean=plan['mean'], std=plan['std'])
             yield str(path), plan['recipe'], meta, tasks[task]
 
-# %% ../nbs/04_zoo.ipynb #74681018
+# %% ../nbs/04_zoo.ipynb #a7dc0f49
 def _keep_memory():
     "Tell glibc to keep freed memory for the next batch; other C libraries are left alone"
     with contextlib.suppress(OSError, AttributeError):
@@ -294,6 +294,14 @@ def _start_worker():
     if parent: threading.Thread(target=watch, daemon=True).start()
 
 @contextlib.contextmanager
+def _ctrl_c_waits():
+    "Hold Ctrl-C back for a moment; the processes that start meanwhile never get it, so only the parent reacts"
+    if not hasattr(signal, 'pthread_sigmask'): yield; return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+@contextlib.contextmanager
 def _pool(workers):
     "A pool of processes whose workers end with it, also after an error or Ctrl-C"
     ex = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context('spawn'), initializer=_start_worker)
@@ -306,12 +314,12 @@ def _pool(workers):
         raise
     else: ex.shutdown()
 
-# %% ../nbs/04_zoo.ipynb #46b54c16
+# %% ../nbs/04_zoo.ipynb #fc7dade9
 def _results(units, workers, executor):
     "Train all units, here or by an executor, and give each result when it is there"
     if executor is None and min(workers, len(units)) <= 1: yield from (train_unit(*u) for u in units); return
     with _pool(min(workers, len(units))) if executor is None else contextlib.nullcontext(executor) as ex:
-        futures = [ex.submit(train_unit, *u) for u in units]
+        with _ctrl_c_waits(): futures = [ex.submit(train_unit, *u) for u in units]
         try:
             for f in as_completed(futures): yield f.result()
         finally:
