@@ -327,11 +327,11 @@ def _forward_order(shapes):
     try: return list(resnet_from_state({k: torch.zeros(s) for k, s in shapes}).state_dict())
     except (ValueError, KeyError): return None
 
-# %% ../nbs/03_modelset.ipynb #8efa2159
+# %% ../nbs/03_modelset.ipynb #caa41181
 def _table(table):
     "Rows of a table by file name"
     if table is None: return None
-    if not isinstance(table, pd.DataFrame): table = pd.read_csv(table, sep=None, engine='python')
+    if not isinstance(table, pd.DataFrame): table = pd.read_csv(table, sep=None, engine='python', dtype=dict(class_0=str, class_1=str))
     if lacks := {'file', 'task'} - set(table.columns): raise ValueError(f"the table has no column {', '.join(sorted(lacks))}; it has {', '.join(map(str, table.columns))}")
     return {r['file']: {k: v.item() if hasattr(v, 'item') else v for k, v in r.items() if pd.notna(v)} for r in table.to_dict('records')}
 
@@ -343,7 +343,7 @@ def _foreign_meta(f, i, rows, state, shortcut, meta):
     row['task'], classes = int(row['task']), [str(row.pop(c, None)) for c in ('class_0', 'class_1')]
     return dict(classes=classes, source=row.pop('file', f.name), shortcut='conv' if any('downsample' in k for k in state) else shortcut) | (meta or {}) | row
 
-# %% ../nbs/03_modelset.ipynb #915eee35
+# %% ../nbs/03_modelset.ipynb #93aa1468
 def import_models(
     src: str | Path,     # folder of `.pt`, `.pth` or `.safetensors` state dicts
     dst: str | Path,     # folder to write the model set to
@@ -364,16 +364,17 @@ def import_models(
             save_model(dst/f'{f.stem}.safetensors', state, _foreign_meta(f, i, rows, state, shortcut, meta))
         except ValueError as e: bad[f.name] = str(e)
     bad |= {n: "in the table, but there is no such file" for n in set(rows or ()) - {f.name for f in files}}
-    return _with_rejected(dst, src, bad)
+    return _with_rejected(dst, src, bad, {f'{f.stem}.safetensors': f.name for f in files if f.name not in bad})
 
-# %% ../nbs/03_modelset.ipynb #f7671306
-def _with_rejected(dst, src, bad):
-    "The model set at `dst`, with the files rejected on the way there"
+# %% ../nbs/03_modelset.ipynb #e2f3bbbf
+def _with_rejected(dst, src, bad, written):
+    "The model set at `dst`, with the files rejected on the way there; what was written and does not fit the set is taken away again"
     if not any(dst.glob('*.safetensors')): raise ValueError(f"no model could be taken in from {src}: " + (_summary(bad) if bad else "no .pt, .pth or .safetensors file in it"))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)
         ms = load_modelset(dst)
-    bad = bad | dict(zip(ms.rejected.file, ms.rejected.reason))
+    for f in set(ms.rejected.file) & set(written): (dst/f).unlink()
+    bad = bad | {written.get(f, f): why for f, why in zip(ms.rejected.file, ms.rejected.reason)}
     if bad: warnings.warn(f"left out {_summary(bad)}", stacklevel=3)
     ms.rejected = _rejected(bad)
     return ms

@@ -135,7 +135,7 @@ def test_import_names_each_bad_file(tmp_path):
     r = reasons(ms)
     assert len(ms) == 3 and len(r) == 7
     assert 'holds NaN' in r['nan.pt'] and 'no state dict' in r['list.pt'] and r['unlisted.pt'] == 'not in the table'
-    assert 'truncated' in r['cut.pt'] and 'not a PyTorch file' in r['text.pt'] and 'no such file' in r['gone.pt'] and 'has shape' in r['wide.safetensors']
+    assert 'truncated' in r['cut.pt'] and 'not a PyTorch file' in r['text.pt'] and 'no such file' in r['gone.pt'] and 'has shape' in r['wide.pt'] and not (tmp_path/'dst'/'wide.safetensors').exists()
 
 
 def test_import_without_batch_counters_keeps_buffers(tmp_path):
