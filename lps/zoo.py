@@ -7,7 +7,7 @@ __all__ = ['recipes', 'Recipe', 'get_recipe', 'StepSchedule', 'normalise', 'Batc
            'Diverged', 'StopIfDiverged', 'make_learner', 'init_model', 'accuracy', 'fit_silently', 'train_model',
            'model_seed', 'model_file', 'one_thread', 'train_unit', 'build']
 
-# %% ../nbs/04_zoo.ipynb #20f4f8ff
+# %% ../nbs/04_zoo.ipynb #80c7a65a
 import contextlib, ctypes, json, multiprocessing, os, signal, threading, time, zlib
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +16,7 @@ from multiprocessing import connection
 from pathlib import Path
 
 from .modelset import ModelSet, _not_finite, load_model, load_modelset, save_model, versions, write_json
+from .batchnorm import FusedResNet
 from .resnet import ResNet
 from .tasks import ImageSet, augment, channel_stats, load_images, pair_classes, task_images
 import numpy as np
@@ -119,7 +120,7 @@ class StopIfDiverged(Callback):
     def after_loss(self):
         if not torch.isfinite(self.loss): raise Diverged(f"the loss is {self.loss.item()} in epoch {self.epoch}, batch {self.iter}")
 
-# %% ../nbs/04_zoo.ipynb #9edf71d1
+# %% ../nbs/04_zoo.ipynb #37cc5664
 def make_learner(
     model: nn.Module, # network to train
     dl,               # training batches
@@ -129,6 +130,7 @@ def make_learner(
     "The `Learner` of a recipe: torch's SGD with weight decay on everything, learning rate in steps"
     opt = partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     cbs = [TrainEvalCallback(), StepSchedule(recipe.lr, recipe.milestones), StopIfDiverged(), *([Autocast()] if recipe.precision == 'bfloat16' else []), *cbs]
+    if recipe.precision == 'bfloat16' and isinstance(model, ResNet): model = FusedResNet(model)
     return Learner(DataLoaders(dl, []), model, loss_func=nn.CrossEntropyLoss(), opt_func=opt, lr=recipe.lr, wd_bn_bias=True, default_cbs=False, cbs=cbs)
 
 # %% ../nbs/04_zoo.ipynb #40bda73b
