@@ -1,5 +1,6 @@
 """What the tests share: a copy of the repository to write in, and options for slow cells"""
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "_docs", "_proc", "build", "d
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the notebook cells flagged `#| slow`")
+
+
+def heed_ctrl_c():
+    "For a process that is to be interrupted: a shell's background jobs ignore Ctrl-C, and so would their children"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def copy_of_repo(dest: Path) -> Path:

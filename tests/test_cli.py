@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import heed_ctrl_c
 
 from lps.cli import main
 from lps.modelset import load_model, load_modelset
@@ -241,8 +242,7 @@ def running(group):
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason="looks for left-over processes in /proc")
 def test_ctrl_c_keeps_what_is_finished(tmp_path):
-    def heed(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would their children
-    p = subprocess.Popen([LPS, 'zoo', 'build', 'zoo', '--models', '40'], cwd=tmp_path, env=env(), start_new_session=True, preexec_fn=heed,
+    p = subprocess.Popen([LPS, 'zoo', 'build', 'zoo', '--models', '40'], cwd=tmp_path, env=env(), start_new_session=True, preexec_fn=heed_ctrl_c,
                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         end = time.time() + 90

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import heed_ctrl_c
 from PIL import Image
 
 import lps.zoo as zoo
@@ -26,7 +27,7 @@ if __name__ == '__main__': build(sys.argv[1], 'digits', tiny, n_models=int(sys.a
 def start(tmp_path, n_models):
     "A build in a process group of its own, as a shell would start it"
     (script := tmp_path/'script.py').write_text(SCRIPT)
-    return subprocess.Popen([sys.executable, str(script), str(tmp_path/'zoo'), str(n_models)], start_new_session=True,
+    return subprocess.Popen([sys.executable, str(script), str(tmp_path/'zoo'), str(n_models)], start_new_session=True, preexec_fn=heed_ctrl_c,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
