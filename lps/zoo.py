@@ -345,7 +345,7 @@ def _watched(results, total, done, progress):
             bar.update(t, advance=1, text=f"{_left(left)} left" + (f", val accuracy {np.mean(accs):.3f}" if accs else '') + (f", {aside} set aside" if aside else ''))
             yield r
 
-# %% ../nbs/04_zoo.ipynb #a90f9a38
+# %% ../nbs/04_zoo.ipynb #aec7fa86
 def build(
     path: str | Path,         # folder for the models; a build that was interrupted goes on
     images: str | Path | tuple = 'digits', # 'digits', 'cifar100', an image folder, or a pair of `ImageSet` (train, test)
@@ -369,5 +369,6 @@ def build(
     _check_plan(path, plan)
     _sweep(path)
     units, total = list(_units(path, plan, train, test, n_tasks, n_models)), n_tasks*n_models
-    for _ in _watched(_results(units, workers, executor), total, total - len(units), progress): pass
+    with contextlib.closing(_results(units, workers, executor)) as results:
+        for _ in _watched(results, total, total - len(units), progress): pass
     return load_modelset(path)

@@ -1,5 +1,5 @@
 """Builds that are killed, interrupted, repeated, extended and mixed up, in real processes"""
-import os, signal, subprocess, sys, time, warnings
+import multiprocessing, os, signal, subprocess, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -80,6 +80,17 @@ def test_stopped_build_resumes(tmp_path, sig):
     assert {f: v for f, v in fingerprint(models(folder)).items() if f in done} == done
     straight = build(tmp_path/'straight', 'digits', TINY, n_models=1, workers=1, progress=False)
     for f in straight.manifest.file: same_weights(load_model(folder/f)[0], load_model(straight.path/f)[0])
+
+
+def test_interrupt_between_two_models_ends_the_workers(tmp_path, monkeypatch):
+    "Wherever Ctrl-C strikes, and whoever keeps its traceback"
+    def watched(results, *args):
+        yield next(results)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(zoo, '_watched', watched)
+    with pytest.raises(KeyboardInterrupt) as kept: build(tmp_path, 'digits', TINY, n_models=60, workers=2, progress=False)
+    wait_for(lambda: not multiprocessing.active_children(), 10, 'the end of all workers')
+    assert kept.traceback and 1 <= len(models(tmp_path)) < 300
 
 
 def same_weights(a, b): assert list(a) == list(b) and all(torch.equal(v, b[k]) for k, v in a.items())
