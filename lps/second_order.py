@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'Branch', 'SecondOrderNet', 'SmallSteps', 'layer_weights', 'fit', 'embed', 'similarity', 'save_net',
            'load_net']
 
-# %% ../nbs/06_second_order.ipynb #f54b1a36
+# %% ../nbs/06_second_order.ipynb #a5562e5b
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .align import align_layer
 from .modelset import ModelSet, load_model, save_model
-from .zoo import Diverged, StepSchedule, StopIfDiverged, fit_silently, one_thread
+from .train import Diverged, StepSchedule, StopIfDiverged, fit_silently, one_thread
 
 # %% ../nbs/06_second_order.ipynb #3dc1e4ec
 METHODS = {

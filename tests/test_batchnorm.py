@@ -9,7 +9,7 @@ from torch import nn
 from lps.batchnorm import FusedResNet, bn_relu
 from lps.resnet import ResNet
 from lps.tasks import load_images, pair_classes, task_images
-from lps.zoo import Recipe, train_model
+from lps.train import Recipe, train_model
 
 
 def step(dtype, shape, shortcut, seed=0):

@@ -9,7 +9,7 @@ import torch
 
 from lps.modelset import FOREIGNZOO_NAMES, import_models, load_model, load_modelset, save_model, write_json
 from lps.resnet import ResNet, branch_layers
-from lps.zoo import accuracy
+from lps.train import accuracy
 
 SHARED = Path(os.environ.get('LPS_SHARED') or Path(__file__).resolve().parents[1].parent/'shared'/'data')
 

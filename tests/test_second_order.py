@@ -6,7 +6,7 @@ from lps.modelset import load_modelset, save_model
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.resnet import ResNet, branch_layers
 from lps.second_order import METHODS, SecondOrderNet, embed, fit, load_net, save_net, similarity
-from lps.zoo import Diverged
+from lps.train import Diverged
 
 
 def save(folder, name, state, task, run): save_model(folder/f"{name}.safetensors", state, dict(task=task, run=run))

@@ -12,7 +12,8 @@ from PIL import Image
 import lps.zoo as zoo
 from lps.modelset import load_model, load_modelset
 from lps.tasks import load_images, pair_classes, task_images
-from lps.zoo import Diverged, Recipe, best_precision, build, recipes, train_model
+from lps.train import Diverged, Recipe, best_precision, recipes, train_model
+from lps.zoo import build
 
 TINY = replace(recipes['digits'], name='tiny', epochs=4, milestones=(3,), depth=8, width=4)
 SCRIPT = """
