@@ -22,7 +22,7 @@ from torch import Tensor
 import lps
 from .resnet import bn_of, resnet_from_state
 
-# %% ../nbs/03_modelset.ipynb #286b7e58
+# %% ../nbs/03_modelset.ipynb #b95750b3
 def _write_synced(path, data):
     "Write bytes to a new file and bring them to the disk"
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -33,6 +33,13 @@ def _write_synced(path, data):
         if (size := os.fstat(fd).st_size) != len(data): raise OSError(errno.EIO, f"{size} of {len(data)} bytes were written", str(path))
     finally: os.close(fd)
 
+def _sync_folder(path):
+    "Bring the names in a folder to the disk, where the system can"
+    if os.name != 'posix': return
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
 def _write_atomic(path, data):
     "Write bytes under a temporary name, bring them to the disk, rename, bring the folder to the disk"
     path = Path(path)
@@ -41,12 +48,9 @@ def _write_atomic(path, data):
     try:
         _write_synced(tmp, data)
         os.replace(tmp, path)
-    except OSError as e: raise OSError(e.errno, f"{path} was not written ({e.strerror}); what was there before is unchanged") from e
+        _sync_folder(path.parent)
+    except OSError as e: raise OSError(e.errno, f"{path} could not be written: {e.strerror}. What is there now is whole, and the old or the new one") from e
     finally: tmp.unlink(missing_ok=True)
-    if os.name == 'posix':
-        fd = os.open(path.parent, os.O_RDONLY)
-        try: os.fsync(fd)
-        finally: os.close(fd)
 
 # %% ../nbs/03_modelset.ipynb #d3b92598
 def write_json(

@@ -163,7 +163,7 @@ def accuracy(
     model.eval()
     return sum((model(normalise(xb, stats)).argmax(1) == yb).sum().item() for xb, yb in zip(x.split(250), y.split(250))) / len(x)
 
-# %% ../nbs/04_train.ipynb #c91c304c
+# %% ../nbs/04_train.ipynb #03d28ee2
 def fit_silently(
     learn: Learner, # what to fit
     epochs: int,    # passes over its data
@@ -172,6 +172,7 @@ def fit_silently(
     "Fit; fastai puts words of its own around an error in a callback, they are taken off"
     try: learn.fit(epochs, start_epoch=start)
     except Diverged as e: raise Diverged(str(e).split('\n\t')[-1]) from None
+    except OSError as e: raise OSError(e.errno, e.strerror) if e.errno else e from None
 
 # %% ../nbs/04_train.ipynb #fbc9242c
 def _training_state(learn, generators):
