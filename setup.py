@@ -24,6 +24,6 @@ setup(
     include_package_data=True,
     python_requires=f">={cfg['python_floor']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"cluster": cfg["cluster_requirements"].split(), "dev": cfg["dev_requirements"].split()},
     entry_points={"console_scripts": ["lps=lps.cli:main"]},
 )

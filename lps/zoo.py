@@ -32,7 +32,7 @@ def model_file(task: int, run: int) -> str: # file name, such as 'task03_run7.sa
     "File name of one model"
     return f'task{task:02d}_run{run}.safetensors'
 
-# %% ../nbs/04c_zoo.ipynb #46bb3598
+# %% ../nbs/04c_zoo.ipynb #09860f9f
 class _Place:
     "Where the files of one model of a build are"
     def __init__(self, path, task, run):
@@ -40,6 +40,8 @@ class _Place:
         self.folder, self.model, self.key = Path(path), Path(path)/self.name, dict(task=task, run=run)
         self.aside, self.checkpoint = Path(path)/'set_aside'/f'{self.model.stem}.json', Path(path)/'checkpoints'/self.name
     def epoch(self, n): return self.folder/'epochs'/f'{n:03d}'/self.name
+    def clear(self):
+        with contextlib.suppress(OSError): self.checkpoint.unlink(missing_ok=True)
 
     def finished(self, seed):
         "The result of this unit if it is done: the model has its marker and its hash, or was set aside; else None"
@@ -70,7 +72,7 @@ def train_unit(
     except Diverged as e: return _set_aside(place, meta['seed'], recipe, f"diverged: {e}")
     return _finish(place, model, about, metrics)
 
-# %% ../nbs/04c_zoo.ipynb #a6c7a44b
+# %% ../nbs/04c_zoo.ipynb #9e30d08f
 def _write_model(file, net, meta, **noted):
     "A model and its marker"
     save_model(file, net.state_dict(), meta)
@@ -79,7 +81,7 @@ def _write_model(file, net, meta, **noted):
 def _finish(place, model, about, metrics):
     "Write a trained model, mark it, clear up"
     record = _write_model(place.model, model, about | {k: v for k, v in metrics.items() if k != 'seconds'}, seconds=metrics['seconds'])
-    place.checkpoint.unlink(missing_ok=True)
+    place.clear()
     return record
 
 def _set_aside(place, seed, recipe, reason):
@@ -113,14 +115,14 @@ def _check_plan(path, plan):
     if differ := list(_differences(json.loads(file.read_text()), plan)):
         raise ValueError(f"{path} was built with {'; '.join(differ[:4])}: choose another folder, or build with what is there")
 
-# %% ../nbs/04c_zoo.ipynb #defd6808
+# %% ../nbs/04c_zoo.ipynb #e413762c
 def _units(path, plan, train, test, n_tasks, n_models, *how):
     "The models that are still to be trained, as arguments of `train_unit`; first one of each task, then a second one, …"
     tasks = {}
     for run in range(n_models):
         for task in range(n_tasks):
             seed, pair = model_seed(plan['seed'], task, run), plan['pairs'][task]
-            if _Place(path, task, run).finished(seed): continue
+            if (place := _Place(path, task, run)).finished(seed): place.clear(); continue
             if task not in tasks: tasks[task] = tuple(v.numpy() for s in (train, test) for v in task_images(s, pair))
             meta = dict(task=task, run=run, classes=[train.classes[c] for c in pair], pair=pair, pairs=plan['pairs'], seed=seed,
                         build_seed=plan['seed'], data=train.name, mean=plan['mean'], std=plan['std'])

@@ -204,3 +204,20 @@ def test_finished_build_again_changes_nothing(tmp_path):
     before = fingerprint(models(tmp_path))
     for workers in (0, 1, 2): assert len(build(tmp_path, 'digits', TINY, n_tasks=2, n_models=1, workers=workers, progress=False)) == 2
     assert fingerprint(models(tmp_path)) == before
+
+
+def test_few_units_are_handed_out_at_a_time(tmp_path, monkeypatch):
+    "A unit carries megabytes of images: a scheduler must not get five hundred of them at once"
+    waiting, most = 0, 0
+    class Counting(ThreadPoolExecutor):
+        def submit(self, *a):
+            nonlocal waiting, most
+            waiting += 1; most = max(most, waiting)
+            return super().submit(self.run, *a)
+        def run(self, f, *a):
+            nonlocal waiting
+            time.sleep(.001); waiting -= 1
+            return dict(task=0, run=0, val_accuracy=.5)
+    monkeypatch.setattr(zoo, 'load_modelset', lambda path: None)
+    with Counting(1) as ex: build(tmp_path, 'digits', TINY, n_models=60, executor=ex, progress=False)
+    assert 50 <= most <= 65
