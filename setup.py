@@ -22,6 +22,7 @@ setup(
     project_urls=dict(re.split(r"\s*=\s*", line, maxsplit=1) for line in cfg["urls"].strip().splitlines()),
     packages=find_packages(include=["lps", "lps.*"]),
     include_package_data=True,
+    package_data={"lps": ["data/*"]},
     python_requires=f">={cfg['python_floor']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"cluster": cfg["cluster_requirements"].split(), "dev": cfg["dev_requirements"].split()},

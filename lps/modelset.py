@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FOREIGNZOO_NAMES', 'write_json', 'versions', 'provenance', 'save_model', 'load_model', 'mark_complete', 'read_marker',
-           'not_as_marked', 'TrainedModel', 'ModelSet', 'load_modelset', 'rename', 'import_models']
+           'not_as_marked', 'digest', 'TrainedModel', 'ModelSet', 'load_modelset', 'pack', 'OpenState', 'bundled',
+           'rename', 'import_models']
 
-# %% ../nbs/03_modelset.ipynb #acd5d182
-import collections, errno, functools, hashlib, importlib.metadata, json, os, platform, re, subprocess, time, warnings
+# %% ../nbs/03_modelset.ipynb #7d3ae5f2
+import collections, contextlib, errno, functools, hashlib, importlib.metadata, importlib.resources, json, os, platform, re, subprocess, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from torch import Tensor
 import lps
 from .resnet import bn_of, resnet_from_state
 
-# %% ../nbs/03_modelset.ipynb #b95750b3
+# %% ../nbs/03_modelset.ipynb #e8c36d8a
 def _write_synced(path, data):
     "Write bytes to a new file and bring them to the disk"
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -43,14 +44,15 @@ def _sync_folder(path):
 def _write_atomic(path, data):
     "Write bytes under a temporary name, bring them to the disk, rename, bring the folder to the disk"
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         _write_synced(tmp, data)
         os.replace(tmp, path)
         _sync_folder(path.parent)
     except OSError as e: raise OSError(e.errno, f"{path} could not be written: {e.strerror}. What is there now is whole, and the old or the new one") from e
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
 
 # %% ../nbs/03_modelset.ipynb #d3b92598
 def write_json(
@@ -90,7 +92,16 @@ def provenance() -> dict: # versions, machine, commit, time
     return dict(versions=versions(), machine=dict(cpu=_cpu(), cores=cores, threads=torch.get_num_threads(), system=platform.system()),
                 commit=_commit(), time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
 
-# %% ../nbs/03_modelset.ipynb #912af63f
+# %% ../nbs/03_modelset.ipynb #37bafb63
+def _in_order(data):
+    "The bytes of a safetensors file with its metadata sorted: equal models make equal files"
+    n = int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8:8 + n])
+    header['__metadata__'] = dict(sorted(header.get('__metadata__', {}).items()))
+    text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
+    text += b' '*(-len(text) % 8)
+    return len(text).to_bytes(8, 'little') + text + data[8 + n:]
+
 def save_model(
     path: str | Path, # file to write, `….safetensors`
     state: dict,      # tensors by name, in forward order, as `state_dict()` gives them; their type is kept
@@ -100,7 +111,7 @@ def save_model(
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     meta = dict(meta, layers=list(state))
     meta.setdefault('versions', versions())
-    _write_atomic(path, safetensors.torch.save(tensors, {k: json.dumps(v) for k, v in meta.items()}))
+    _write_atomic(path, _in_order(safetensors.torch.save(tensors, {k: json.dumps(v) for k, v in meta.items()})))
 
 # %% ../nbs/03_modelset.ipynb #0f264cc9
 def _header(data):
@@ -169,7 +180,19 @@ def not_as_marked(
 
 def _marker(path): return Path(path).parent/'complete'/f'{Path(path).stem}.json'
 
-# %% ../nbs/03_modelset.ipynb #24bfd3e3
+# %% ../nbs/03_modelset.ipynb #1920e9ac
+def digest(
+    state: dict, # tensors by name, in any order
+) -> str:        # 32 hexadecimal digits
+    "Fingerprint of a model's weights: equal for a copy in another file, different for another order of its filters"
+    h = hashlib.blake2b(digest_size=16)
+    for k in sorted(state):
+        if k.endswith('num_batches_tracked'): continue
+        h.update(f'{k} {tuple(state[k].shape)}'.encode())
+        h.update(state[k].detach().cpu().float().contiguous().numpy().tobytes())
+    return h.hexdigest()
+
+# %% ../nbs/03_modelset.ipynb #a8362265
 @dataclass
 class TrainedModel:
     "One model: its tensors by name, and what is known about it"
@@ -177,8 +200,16 @@ class TrainedModel:
     meta: dict  # task, classes, seed, recipe, accuracies, versions, …
 
     @property
+    def digest(self): # 32 hexadecimal digits
+        "Fingerprint of all of its weights, also where only some of them are here"
+        return self.meta['digest'] if self.meta.get('lacks') else digest(self.state)
+
+    @property
     def net(self): # ResNet in float32 and evaluation mode
-        "The network with these weights"
+        "The network with these weights; raises `ValueError` where only some layers of it are here"
+        if lacks := self.meta.get('lacks'):
+            raise ValueError(f"{self.meta['file']}: only {', '.join(self.state)} are in this packed set, {len(lacks)} layers are not ({lacks[0]} … {lacks[-1]}): "
+                             "for whole networks open the folder that was packed, or train them with lps zoo build; recipe and seed are in the model's meta")
         return resnet_from_state(self.state, **({'shortcut': self.meta['shortcut']} if 'shortcut' in self.meta else {}))
 
     def __repr__(self):
@@ -225,21 +256,34 @@ def _reason(e, path):
     "The reason in an error, without the file's name, which stands beside it"
     return re.sub(rf'^{re.escape(Path(path).name)} (is |has )?', lambda m: 'has ' if m[1] == 'has ' else '', str(e))
 
-# %% ../nbs/03_modelset.ipynb #2ab22818
+# %% ../nbs/03_modelset.ipynb #4a1e1e2f
+class _Files:
+    "The weights of a model set, in one file a model"
+    about = {}
+    def __init__(self, path): self.path = path
+    def read(self, file): return load_model(self.path/file)
+    def open(self, file): return safe_open(self.path/file, 'pt')
+    def sha256(self, file): return (read_marker(self.path/file) or {}).get('sha256') or hashlib.sha256((self.path/file).read_bytes()).hexdigest()
+
+def _number(n, what): return f"{n} {what}{'s'*(n != 1)}"
+
+# %% ../nbs/03_modelset.ipynb #83ae52fe
 class ModelSet:
     "Trained models of one architecture: a manifest, and their weights on demand"
     def __init__(self,
-        path: Path,             # folder with the files
+        path: Path,             # folder with the files, or packed file
         manifest: pd.DataFrame, # one row a model: file, task, run, class_0, class_1, val_accuracy, …
         rejected: pd.DataFrame, # columns file, reason
         shapes: dict,           # shape of each tensor by name, in forward order
+        source=None,            # where the weights are; None: in the files of the folder
     ):
         self.path, self.manifest, self.rejected, self.shapes, self._cache = Path(path), manifest.reset_index(drop=True), rejected, shapes, {}
+        self.source = source or _Files(self.path)
 
     def __len__(self): return len(self.manifest)
 
     def __repr__(self):
-        return (f"ModelSet: {len(self)} models of {len(self.tasks)} tasks" + (f", {len(self.rejected)} files rejected" if len(self.rejected) else '')
+        return (f"ModelSet: {_number(len(self), 'model')} of {_number(len(self.tasks), 'task')}" + (f", {_number(len(self.rejected), 'file')} rejected" if len(self.rejected) else '')
                 + (f", mean val accuracy {a:.3f}" if np.isfinite(a := self.manifest.val_accuracy.astype(float).mean()) else ''))
 
     @property
@@ -252,17 +296,25 @@ class ModelSet:
         "The different tasks, ascending"
         return sorted(int(t) for t in self.manifest.task.unique())
 
-# %% ../nbs/03_modelset.ipynb #ebe78ecd
+    @property
+    def hashes(self): # list of str, 64 hexadecimal digits each
+        "SHA-256 of each model's file"
+        return [self.source.sha256(f) for f in self.manifest.file]
+
+    @property
+    def about(self): # dict; empty for a folder
+        "What was noted about the set when it was packed"
+        return self.source.about
+
+# %% ../nbs/03_modelset.ipynb #639b8703
 def load_modelset(
-    path: str | Path, # folder with `*.safetensors` files
+    path: str | Path, # folder with `*.safetensors` files; a file written by `pack`; or 'bundled', the set in this package
 ) -> ModelSet:        # the fit models, in the order task, run, file; the others stand in `.rejected`
-    "Open a folder of models. Unfit files are left out, with one warning and a reason each; in the folder of a build also those without a marker"
-    path = Path(path)
-    if not path.is_dir(): raise FileNotFoundError(f"no model set at {path}: it is not a folder")
-    found, bad, built = {}, {}, (path/'build.json').exists()
-    for f in sorted(path.glob('[!.]*.safetensors')):
-        try: found[f.name] = _read_checked(f, built)
-        except (ValueError, OSError) as e: bad[f.name] = _reason(e, f)
+    "Open a model set. Unfit files of a folder are left out, with one warning and a reason each; in the folder of a build also those without a marker"
+    path = bundled() if str(path) == 'bundled' else Path(path)
+    if path.is_file(): return _load_packed(path)
+    if not path.is_dir(): raise FileNotFoundError(f"no model set at {path}: it is not a folder, and there is no such file")
+    found, bad = _read_folder(path)
     counts = collections.Counter(tuple(sorted(s.items())) for _, s in found.values())
     usual = next((s for _, s in found.values() if tuple(sorted(s.items())) == counts.most_common(1)[0][0]), None)
     bad |= {n: why for n, (_, s) in found.items() if (why := _mismatch(s, usual))}
@@ -271,6 +323,14 @@ def load_modelset(
     m = pd.DataFrame([_row(n, meta) for n, (meta, _) in found.items() if n not in bad]).sort_values(['task', 'run', 'file'])
     return ModelSet(path, m, _rejected(bad), usual)
 
+def _read_folder(path):
+    "Metadata and shapes of the models in a folder that can be read, and why the others cannot"
+    found, bad, built = {}, {}, (path/'build.json').exists()
+    for f in sorted(path.glob('[!.]*.safetensors')):
+        try: found[f.name] = _read_checked(f, built)
+        except (ValueError, OSError) as e: bad[f.name] = _reason(e, f)
+    return found, bad
+
 # %% ../nbs/03_modelset.ipynb #51246184
 def _summary(bad, n=3):
     "Files and reasons in one line"
@@ -278,17 +338,17 @@ def _summary(bad, n=3):
 
 def _rejected(bad): return pd.DataFrame(sorted(bad.items()), columns=['file', 'reason'])
 
-# %% ../nbs/03_modelset.ipynb #32bf76f3
+# %% ../nbs/03_modelset.ipynb #c2f48314
 @patch
 def __getitem__(self:ModelSet,
     i, # a number; or a slice, a list of numbers, a mask of length M
 ):
     "A model by number, a smaller set by anything else"
-    if isinstance(i, (int, np.integer)): return TrainedModel(*load_model(self.path/self.manifest.file.iloc[int(i)]))
+    if isinstance(i, (int, np.integer)): return TrainedModel(*self.source.read(self.manifest.file.iloc[int(i)]))
     i = i if isinstance(i, slice) else np.asarray(i)
     if isinstance(i, np.ndarray) and i.dtype == bool and len(i) != len(self): raise IndexError(f"a mask of {len(i)} for {len(self)} models")
     idx = np.arange(len(self))[i] if not isinstance(i, np.ndarray) or i.size else np.array([], dtype=int)
-    sub = ModelSet(self.path, self.manifest.iloc[idx], self.rejected, self.shapes)
+    sub = ModelSet(self.path, self.manifest.iloc[idx], self.rejected, self.shapes, self.source)
     sub._cache = {k: v[torch.from_numpy(idx)] for k, v in self._cache.items()}
     return sub
 
@@ -303,7 +363,7 @@ def _weight(f, layer, folded, eps=1e-5):
         w = w * s[:, None, None, None]
     return w
 
-# %% ../nbs/03_modelset.ipynb #4a3d5fbe
+# %% ../nbs/03_modelset.ipynb #7930e15f
 @patch
 def stack(self:ModelSet,
     layer: str,          # a layer such as 'conv1', or the full name of a tensor such as 'bn1.bias'
@@ -315,7 +375,7 @@ def stack(self:ModelSet,
     if (layer, folded) not in self._cache:
         ws = []
         for n in self.manifest.file:
-            with safe_open(self.path/n, 'pt') as f: ws.append(_weight(f, layer, folded))
+            with self.source.open(n) as f: ws.append(_weight(f, layer, folded))
         self._cache[layer, folded] = torch.stack(ws)
     return self._cache[layer, folded]
 
@@ -324,6 +384,71 @@ def stack(self:ModelSet,
 def layers(self:ModelSet): # list of str
     "Names of the layers with a weight matrix or filters, in forward order"
     return [k.removesuffix('.weight') for k, s in self.shapes.items() if k.endswith('.weight') and len(s) > 1]
+
+# %% ../nbs/03_modelset.ipynb #6d2e7e8c
+def pack(
+    models: ModelSet,         # the models, all of a set or some
+    path: str | Path,         # file to write, `….safetensors`
+    layers: tuple = ('conv1',), # layers to keep, each with the batch normalisation after it
+    classes: dict | None = None, # other names for classes, such as readable ones; the old ones are kept as `class_ids`
+    **about,                  # what else to note about the set, fit for JSON
+) -> ModelSet:                # the packed set
+    "Write some layers of all models into one file, in float32"
+    if unknown := set(layers) - set(models.layers): raise ValueError(f"no layer '{min(unknown)}' in these models: known are {', '.join(models.layers)}")
+    kept = {n for l in layers for n in (l, bn_of(l))}
+    lacks = [l for l in models.layers if l not in kept]
+    metas = [_packed_meta(models[i], sha, file, lacks, classes or {}) for i, (file, sha) in enumerate(zip(models.manifest.file, models.hashes))]
+    common = {k: v for k, v in metas[0].items() if all(k in m and m[k] == v for m in metas)}
+    packed = dict(common=common, models=[{k: v for k, v in m.items() if k not in common} for m in metas])
+    save_model(path, {k: models.stack(k) for k in models.shapes if k.rpartition('.')[0] in kept}, dict(packed=packed, about=about))
+    return load_modelset(path)
+
+def _packed_meta(m, sha256, file, lacks, classes):
+    "A model's metadata in a packed set"
+    ids = m.meta.get('class_ids', m.meta.get('classes'))
+    new = dict(class_ids=ids, classes=[classes.get(c, old) for c, old in zip(ids, m.meta['classes'])]) if classes and ids else {}
+    return {k: v for k, v in m.meta.items() if k != 'layers'} | dict(file=file, sha256=sha256, digest=m.digest, lacks=[*lacks, *m.meta.get('lacks', [])]) | new
+
+# %% ../nbs/03_modelset.ipynb #8ef45634
+class OpenState(dict):
+    "Tensors by name that are read as an open file is"
+    get_tensor = dict.__getitem__
+
+class _Packed:
+    "The weights of a model set, some layers of all models in memory"
+    def __init__(self, tensors, metas, about): self.tensors, self.metas, self.about, self.place = tensors, metas, about, {m['file']: i for i, m in enumerate(metas)}
+    def read(self, file): return {k: v[self.place[file]].clone() for k, v in self.tensors.items()}, dict(self.metas[self.place[file]])
+    def open(self, file): return contextlib.nullcontext(OpenState(self.read(file)[0]))
+    def sha256(self, file): return self.metas[self.place[file]]['sha256']
+
+def _load_packed(path):
+    "The model set in a packed file; raises `ValueError` with the reason for any other file"
+    tensors, meta = load_model(path)
+    if 'packed' not in meta: raise ValueError(f"{path.name} is no packed model set: " + ("it is one model, give the folder that it is in" if 'task' in meta else f"its metadata has {', '.join(meta)}"))
+    try:
+        metas = [meta['packed']['common'] | m for m in meta['packed']['models']]
+        rows = [_row(m['file'], m) for m in metas]
+    except (TypeError, KeyError): metas = []
+    if why := _unfit_pack(tensors, metas): raise ValueError(f"{path.name} is a broken packed model set: {why}")
+    return ModelSet(path, pd.DataFrame(rows), _rejected({}), {k: tuple(v.shape[1:]) for k, v in tensors.items()}, _Packed(tensors, metas, meta.get('about') or {}))
+
+def _unfit_pack(tensors, metas):
+    "Why what was read is no model set, or None"
+    types = dict(file=str, task=int, sha256=str, digest=str)
+    if not metas or not all(isinstance(m.get(k), t) for m in metas for k, t in types.items()): return "it does not say which models it holds"
+    if len({m['file'] for m in metas}) < len(metas): return "two of its models have one name"
+    for k, v in tensors.items():
+        if v.ndim < 2 or len(v) != len(metas): return f"{k} has shape {tuple(v.shape)} for {_number(len(metas), 'model')}"
+    return _not_finite(tensors)
+
+# %% ../nbs/03_modelset.ipynb #eb001496
+def bundled(
+    name: str = 'modelset.safetensors', # or 'net.safetensors', 'DATASHEET.md', 'datasheet.json'
+) -> Path: # where it is
+    "A file of the model set that comes with the package"
+    path = Path(str(importlib.resources.files('lps')))/'data'/name
+    if not path.is_file(): raise FileNotFoundError(f"this installation of lps has no {name}: make it with scripts/bundle.py")
+    return path
 
 # %% ../nbs/03_modelset.ipynb #d2186fda
 FOREIGNZOO_NAMES = [(r'^stem\.', 'conv1.'), (r'^bn\.', 'bn1.'),

@@ -14,7 +14,7 @@ from lps.zoo import build, recipes
 
 LPS = Path(sys.executable).parent/'lps'
 TINY = replace(recipes['digits'], name='tiny', epochs=1, milestones=(), depth=8, width=4)
-COMMANDS = ['zoo build', 'zoo import', 'fit', 'evaluate', 'query', 'demo']
+COMMANDS = ['zoo build', 'zoo import', 'zoo datasheet', 'fit', 'evaluate', 'query', 'demo']
 MODEL = 'zoo/task00_run0.safetensors'
 
 
@@ -108,7 +108,10 @@ MISTAKES = {
     'fit zoo --layers conv9': "no layer 'conv9' in these models: known are conv1, layer1.0.conv1",
     'fit nowhere': 'no model set at nowhere',
     'fit empty': 'no *.safetensors file in it',
-    'fit hello.json': 'it is not a folder',
+    'fit hello.json': 'hello.json is not a safetensors file',
+    'fit ' + MODEL: 'it is one model, give the folder that it is in',
+    'zoo datasheet nowhere': 'no model set at nowhere',
+    'zoo datasheet zoo --out hello.json': 'hello.json is not a folder',
     'fit zoo --out empty': 'empty is a folder',
     'fit zoo --out hello.json/net.safetensors': 'hello.json is not a folder',
     'evaluate nowhere': 'no model set at nowhere',
@@ -118,6 +121,8 @@ MISTAKES = {
     'evaluate zoo --train 4 --test-tasks 4': '5 tasks, 4 of them held out',
     'evaluate zoo --train 4 --out empty': 'empty is a folder',
     'evaluate wide --train 1': 'a task has 1 models',
+    'query bundled nowhere ' + MODEL: 'no model set at nowhere',
+    'query bundled bundled ' + MODEL: 'compare models of one architecture',
     'query nowhere zoo ' + MODEL: 'no model file nowhere',
     'query hello.json zoo ' + MODEL: 'hello.json is not a safetensors file',
     'query half.safetensors zoo ' + MODEL: 'half.safetensors is truncated',
@@ -216,19 +221,27 @@ def test_import_names_what_it_refuses_and_takes_the_rest(world, tmp_path):
 def test_demo_from_start_to_end_and_again(tmp_path, monkeypatch):
     args = 'demo', '--models', 6, '--splits', 2, '--epochs', 3
     out = ok(*args, cwd=tmp_path, timeout=300)
-    assert [w for w in ('Table 1', 'Table 2', 'Query: task', 'Closest models', 'runs/demo/report.html') if w not in out] == []
+    assert out.index('Photographs, Table 1') < out.index('Digits, Table 1')
+    assert [w for w in ('Photographs, Table 2', 'Digits, Table 2', 'over 2 splits', 'Query: task', 'Closest models', 'runs/demo/report.html') if w not in out] == []
     demo, models = tmp_path/'runs/demo', sorted((tmp_path/'runs/demo/digits').glob('*.safetensors'))
     html = (demo/'report.html').read_text()
-    assert len(models) == 30 and html.count('<table') >= 4 and html.count('data:image/') >= 3
+    assert len(models) == 30 and html.count('<table') >= 8 and html.count('data:image/') >= 6
     assert not re.search(r'(src|href)=(?!["\']?(data:|#))', html) and str(tmp_path) not in html
-    assert sorted(f.name for f in demo.glob('*.png') if f.read_bytes()[:4] == b'\x89PNG') == ['embedding.png', 'rank_k.png', 'similarity.png']
+    assert sorted(f.name for f in demo.glob('*.png') if f.read_bytes()[:4] == b'\x89PNG') == [f'{s}-{f}.png' for s in ('digits', 'photographs') for f in ('embedding', 'rank_k', 'similarity')]
     record = json.loads((demo/'results.json').read_text())
-    assert all(record[t][k] for t in ('table1', 'table2') for k in ('versions', 'machine', 'time', 'runs', 'settings'))
+    assert all(record[s][t][k] for s in ('bundled', 'digits') for t in ('table1', 'table2') for k in ('versions', 'machine', 'time', 'runs', 'settings'))
     before = {f: f.stat().st_mtime_ns for f in models}
     monkeypatch.chdir(tmp_path)
     assert main([str(a) for a in args]) == 0
     assert {f: f.stat().st_mtime_ns for f in demo.glob('digits/*.safetensors')} == before
-    assert json.loads((demo/'results.json').read_text())['table1']['runs'] == record['table1']['runs']
+    again = json.loads((demo/'results.json').read_text())
+    assert all(again[s]['table1']['runs'] == record[s]['table1']['runs'] for s in record)
+
+
+def test_demo_without_training(tmp_path):
+    out = ok('demo', '--no-live', '--splits', 2, '--epochs', 1, cwd=tmp_path)
+    assert 'Photographs, Table 2' in out and 'Digits' not in out and list(json.loads((tmp_path/'runs/demo/results.json').read_text())) == ['bundled']
+    assert not list(tmp_path.rglob('*.safetensors'))
 
 
 def running(group):

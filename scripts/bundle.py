@@ -1,0 +1,69 @@
+"""Make the model set that comes with the package from the folder of a build:
+python scripts/bundle.py BUILD --classes classes.tsv [--name modelset500-tinyimagenet32]"""
+import argparse
+import csv
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from lps.datasheet import datasheet, write_datasheet
+from lps.evaluate import classification_splits
+from lps.modelset import ModelSet, load_model, load_modelset, pack, save_model
+from lps.second_order import fit
+
+DATA = Path(__file__).resolve().parent.parent/"lps/data"
+LIMIT = 4_000_000  # bytes, of all files together
+FILES = "modelset.safetensors", "net.safetensors", "DATASHEET.md", "datasheet.json"
+
+
+def class_names(path: Path | None) -> dict[str, str]:
+    "The first of the names of each class, by its id: a table with columns wnid and name"
+    if path is None: return {}
+    with open(path, encoding="utf-8", newline="") as f: names = {r["wnid"]: r["name"].split(",")[0] for r in csv.DictReader(f, delimiter="\t")}
+    if len(set(names.values())) < len(names): sys.exit(f"{path}: two classes have the same first name")
+    return names
+
+
+def add_net(path: Path, models: ModelSet, name: str):
+    "One LPS with the default recipe, fitted on all but two models of each task; its metadata say which"
+    n_train = int(models.manifest.task.value_counts().min()) - 2
+    train, held_out = classification_splits(models.labels, n_train, n_splits=1, seed=0)[0]
+    net, files = fit(models[train]), models.manifest.file
+    split = f"split 0 of classification_splits(labels, n_train={n_train}, seed=0)"
+    about = dict(model_set=name, split=split, files=sorted(files[train]), held_out=sorted(files[held_out]))
+    save_model(path, net.state_dict(), dict(second_order=net.config, trained_on=about))
+
+
+def unfit(folder: Path) -> str | None:
+    "Why these files must not be bundled, or None"
+    sizes = {n: (folder/n).stat().st_size for n in FILES}
+    if sum(sizes.values()) > LIMIT: return f"{sum(sizes.values())} bytes, {LIMIT} are allowed: {sizes}"
+    for n in FILES[:2]:
+        for k, v in load_model(folder/n)[0].items():
+            if not v.is_floating_point() or v.ndim > 2 and max(v.shape[-2:]) > 7: return f"{n}: {k} is {v.dtype} {tuple(v.shape)}, which may be an image"
+
+
+def bundle(build: Path, classes: Path | None, name: str, out: Path) -> str:
+    "Write the four files, all or none; returns what they are in a line"
+    models, names = load_modelset(build), class_names(classes)
+    if not (build/"build.json").exists(): sys.exit(f"{build} is not the folder of a build: it has no build.json")
+    if least := sorted({c for t in datasheet(models, classes=names)["tasks"] for c in t["classes"]} - set(names.values())) if names else []: sys.exit(f"{classes} does not name {least[:5]}")
+    with tempfile.TemporaryDirectory() as tmp:
+        packed = pack(models, f"{tmp}/{FILES[0]}", classes=names, datasheet=datasheet(models, name, names))
+        add_net(Path(tmp)/FILES[1], packed, name)
+        write_datasheet(packed, tmp, name=name)
+        if why := unfit(Path(tmp)): sys.exit(f"nothing was bundled: {why}")
+        out.mkdir(parents=True, exist_ok=True)
+        for n in FILES: shutil.copyfile(f"{tmp}/{n}", out/n)
+    return f"{load_modelset(out/FILES[0])}: {sum((out/n).stat().st_size for n in FILES)/1e6:.2f} MB"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("build", type=Path, help="folder of a build, with build.json and complete/")
+    parser.add_argument("--classes", type=Path, help="tab-separated table with columns wnid and name: readable names for the classes")
+    parser.add_argument("--name", default="modelset500-tinyimagenet32", help="what the set is called")
+    parser.add_argument("--out", type=Path, default=DATA, help="folder to write to")
+    args = parser.parse_args()
+    print(bundle(args.build, args.classes, args.name, args.out))
