@@ -1,4 +1,6 @@
-"""Alignment in blocks: whatever the block's size, the same scores and gradients as eqs (5)-(8) written out, and never a tensor as large as all products"""
+"""Alignment: the same scores and gradients as eqs (5)-(8) written out, and never a tensor as large as all products"""
+import tracemalloc
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,21 +19,52 @@ def layer(seed=0, shape=(3, 8, 6, 3, 3), P=10, Q=4):
     return [torch.randn(s, generator=g, dtype=torch.double, requires_grad=True) for s in (shape, (P, Q, *shape[-2:]))]
 
 
-@pytest.mark.parametrize("block", [1, 50, 24*7, 2**19])
-def test_blocks_do_not_change_the_result(block, monkeypatch):
-    monkeypatch.setattr(lps.align, "BLOCK", block)
-    weight, second_order = layer()
+@pytest.mark.parametrize("P, Q", [(1, 1), (10, 4), (32, 4), (50, 7)])
+@pytest.mark.parametrize("k", [1, 3])
+def test_scores_and_gradients_are_those_of_the_formula(P, Q, k):
+    "Fewer second-order maps than are looked at together, just as many, several times as many and a rest"
+    weight, second_order = layer(shape=(3, 8, 6, k, k), P=P, Q=Q)
     out, want = align_layer(weight, second_order), written_out(weight, second_order)
     torch.testing.assert_close(out, want)
     for got, ref in zip(*[torch.autograd.grad(o.square().sum(), (weight, second_order)) for o in (out, want)]):
         torch.testing.assert_close(got, ref)
+    assert lps.align.WIDTH in range(32*4, 50*7)
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    weight, second_order = layer()
+    for one, other in ((weight, second_order), (second_order, weight)):
+        both = torch.autograd.grad(align_layer(weight, second_order).square().sum(), (one, other))
+        alone = torch.autograd.grad((align_layer(weight, second_order.detach()) if one is weight else align_layer(weight.detach(), second_order)).square().sum(), one)
+        assert torch.equal(both[0], alone[0])
 
 
 @pytest.mark.parametrize("channels", [True, False])
-def test_gradcheck_over_several_blocks(channels, monkeypatch):
-    monkeypatch.setattr(lps.align, "BLOCK", 24)
+def test_gradcheck(channels):
     weight, second_order = layer(shape=(2, 4, 3, 2, 2), P=5, Q=3)
     assert torch.autograd.gradcheck(lambda w, v: align_layer(w, v, align_channels=channels), (weight, second_order))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_broken_number_shows_in_the_scores(value, which):
+    tensors = [t.detach() for t in layer()]
+    tensors[which].view(-1)[5] = value
+    out = align_layer(*tensors, align_filters=False)
+    broken = ~out.isfinite()
+    assert broken.any() and not broken.all() and broken.sum() == (10 if which == 0 else 3*8)
+
+
+def test_products_of_a_large_layer_are_never_stored():
+    weight, second_order = torch.randn(2, 64, 64, 3, 3, requires_grad=True), torch.randn(20, 64, 3, 3, requires_grad=True)
+    align_layer(weight, second_order).sum().backward()
+    tracemalloc.start()
+    try:
+        with Largest() as largest: align_layer(weight, second_order).sum().backward()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()
+    products = 2*64*64*20*64
+    assert largest.n < products/32 and peak < 4*products/16
 
 
 class Largest(TorchDispatchMode):
@@ -42,13 +75,6 @@ class Largest(TorchDispatchMode):
         out = func(*args, **kwargs or {})
         self.n = max([self.n, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
         return out
-
-
-def test_products_of_a_large_layer_are_never_stored():
-    weight, second_order = torch.randn(2, 64, 64, 3, 3, requires_grad=True), torch.randn(20, 64, 3, 3, requires_grad=True)
-    with Largest() as largest:
-        torch.autograd.backward(align_layer(weight, second_order).sum())
-    assert largest.n <= lps.align.BLOCK < 2*64*64*20*64
 
 
 def test_shuffled_filters_and_channels_give_the_same_scores():
