@@ -147,7 +147,7 @@ def _diverged(self) -> dict: # `{number: Diverged}`
 
 FusedModels.alive, FusedModels.note, FusedModels.finite, FusedModels.diverged = property(_alive), _note, _finite, _diverged
 
-# %% ../nbs/04b_many.ipynb #52b3e323
+# %% ../nbs/04b_many.ipynb #2ced6513
 class SetAside(Callback):
     "Take models that diverge out of a fused training, at the end of that epoch; end it when none is left"
     def after_loss(self): self.model.note(~self.loss_func.each.isfinite(), self.epoch, self.iter)
@@ -157,13 +157,14 @@ class SetAside(Callback):
         model = self.model
         model.note(~model.finite(), self.epoch, -1)
         if not (dead := list(model.diverged())): return
-        for v in [*model.nets.state_dict().values(), *(s['momentum_buffer'] for s in self.opt.opt.state.values())]: each(v, model.M)[dead] = 0
+        for v in [*model.nets.state_dict().values(), *(s['momentum_buffer'] for s in self.opt.opt.state.values() if s.get('momentum_buffer') is not None)]: each(v, model.M)[dead] = 0
         if len(dead) == model.M: raise CancelFitException
 
-# %% ../nbs/04b_many.ipynb #46dd8068
+# %% ../nbs/04b_many.ipynb #c827ac12
 def _check_tasks(xys):
     "Raises `ValueError` for tasks that cannot share a batch"
-    (x0, _), *_ = xys
+    if not xys: raise ValueError("0 models to train: at least 1 is needed")
+    x0 = xys[0][0]
     for m, (x, y) in enumerate(xys):
         if len(x) != len(y): raise ValueError(f"model {m} has {len(x)} images and {len(y)} labels: give one label an image")
         if len(x) != len(x0): raise ValueError(f"model {m} has {len(x)} training images, model 0 has {len(x0)}: train them apart, or leave out images until all tasks have as many")
@@ -280,7 +281,7 @@ def _results(model, tasks, stats, **noted):
     why = model.diverged()
     return [why[m] if m in why else (net, {k: v[m] for k, v in acc.items()} | noted) for m, net in enumerate(model.unfuse())]
 
-# %% ../nbs/04b_many.ipynb #c676a5dc
+# %% ../nbs/04b_many.ipynb #47de8528
 def train_models(
     tasks: list,      # for each model `(train, valid)`, each images uint8 `(n, C, H, W)` and labels; as many training images for all
     recipe: str | Recipe = 'digits', # a recipe or the name of one
@@ -292,10 +293,11 @@ def train_models(
     every: int = 10,  # epochs from one checkpoint to the next
     keep: tuple = (), # epochs after which `kept` is called
     kept=None,        # called with the number of epochs and a list as is returned at the end
-) -> list:            # for each model `(ResNet, metrics)` as from `train_model`, or the `Diverged` that ended it
+) -> list:            # for each model `(ResNet, metrics)` as from `train_model` (seconds: its share), or the `Diverged` that ended it
     "Train many networks at the same time, each as `train_model` would"
     recipe, start, device = get_recipe(recipe), time.perf_counter(), torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if len(tasks) != len(seeds): raise ValueError(f"{len(tasks)} tasks, but {len(seeds)} seeds: give one of each a model")
+    if keep and kept is None: raise ValueError(f"epochs {tuple(keep)} are to be kept, but kept is None: pass a function")
     if recipe.precision == 'auto': recipe = replace(recipe, precision=device_precision(device))
     trains, M = [t for t, _ in tasks], len(tasks)
     if stats is None: stats = [channel_stats(ImageSet(*xy, ['0', '1'], 'train')) for xy in trains]

@@ -76,9 +76,10 @@ def normalise(
     mean, std = (torch.as_tensor(s, dtype=torch.float32)[:, None, None] for s in stats)
     return torch.addcmul(-mean/std, xb.to(torch.float32, memory_format=torch.channels_last), 1/(255*std))
 
-# %% ../nbs/04_train.ipynb #9b0e7937
+# %% ../nbs/04_train.ipynb #fd5343e8
 class BatchLoader:
     "Augmented, normalised batches of images that lie in memory, in a new order each time"
+    device = torch.device('cpu') # where there is a GPU, fastai would move the model there
     def __init__(self,
         x: Tensor,      # images, uint8 `(n, C, H, W)`
         y: Tensor,      # labels, long `(n,)`
