@@ -6,7 +6,7 @@
 __all__ = ['ManyLinear', 'ManyPad', 'FusedModels', 'each', 'SummedLoss', 'SetAside', 'MultiLoader', 'device_precision',
            'DeviceAutocast', 'cuda_math', 'many_learner', 'accuracies', 'train_models']
 
-# %% ../nbs/04b_many.ipynb #a97004e3
+# %% ../nbs/04b_many.ipynb #f07af53f
 import contextlib, copy, time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException
 from fastai.learner import Learner
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../nbs/04b_many.ipynb #b63a7d54
@@ -72,7 +73,7 @@ def _replaced(net, new):
 
 def _shape(net): return dict(depth=net.depth, width=net.width, n_classes=net.fc.out_features, in_channels=net.conv1.in_channels, shortcut=net.shortcut)
 
-# %% ../nbs/04b_many.ipynb #98caf5e5
+# %% ../nbs/04b_many.ipynb #9cd3b4e6
 class FusedModels(nn.Module):
     "M ResNets of one architecture as one network; a ResNet's weights are copied, not shared"
     def __init__(self,
@@ -84,8 +85,8 @@ class FusedModels(nn.Module):
         for i, n in enumerate(nets):
             if _shape(n) != self.shape: raise ValueError(f"network {i} is {_shape(n)}, network 0 is {self.shape}: fuse only networks of one architecture")
         with torch.device('meta'): self.nets = _replaced(ResNet(**self.shape), lambda m: _side_by_side(m, self.M))
-        state = {k: torch.cat([n.state_dict()[k].detach().reshape(v.shape[0]//self.M, *v.shape[1:]) for n in nets]) for k, v in self.nets.state_dict().items()}
-        self.nets.load_state_dict(state, assign=True)
+        states = [n.state_dict() for n in nets]
+        self.nets.load_state_dict({k: torch.cat([o[k].reshape(-1, *v.shape[1:]) for o in states]) for k, v in self.nets.state_dict().items()}, assign=True)
         self.register_buffer('diverged_at', torch.full((self.M, 2), -1))
         self.to(memory_format=torch.channels_last)
 
@@ -94,7 +95,7 @@ class FusedModels(nn.Module):
     ) -> Tensor:    # logits, `(n, M, n_classes)`
         return self.nets(x.flatten(1, 2))
 
-# %% ../nbs/04b_many.ipynb #607d5b42
+# %% ../nbs/04b_many.ipynb #2b3aa7e9
 def each(
     v: Tensor, # a tensor of a `FusedModels`, the models one after the other along the first axis
     M: int,    # models
@@ -102,15 +103,14 @@ def each(
     "A tensor of M models by model"
     return v.unflatten(0, (M, -1))
 
-def _unfuse(self) -> list: # M `ResNet`s on the CPU, in evaluation mode
+@patch
+def unfuse(self: FusedModels) -> list: # M `ResNet`s on the CPU, in evaluation mode
     "The networks, with the weights and running statistics that they have now"
     with torch.device('meta'): blank = ResNet(**self.shape)
     state, nets = {k: each(v.detach().cpu(), self.M) for k, v in self.nets.state_dict().items()}, [copy.deepcopy(blank) for _ in range(self.M)]
     for m, net in enumerate(nets):
         net.load_state_dict({k: state[k][m].reshape(v.shape).clone(memory_format=torch.contiguous_format) for k, v in net.state_dict().items()}, assign=True)
     return [net.eval() for net in nets]
-
-FusedModels.unfuse = _unfuse
 
 # %% ../nbs/04b_many.ipynb #a6768446
 class SummedLoss:
@@ -127,25 +127,33 @@ class SummedLoss:
         self.each = losses.detach()
         return torch.where(self.model.alive & self.each.isfinite(), losses, 0.).sum()
 
-# %% ../nbs/04b_many.ipynb #18fe227c
-def _alive(self): return self.diverged_at[:, 0] < 0
+# %% ../nbs/04b_many.ipynb #9389623a
+@patch(as_prop=True)
+def alive(self: FusedModels) -> Tensor: # bool `(M,)`, on the device
+    "Which models have not been noted as diverged"
+    return self.diverged_at[:, 0] < 0
 
-def _note(self, bad, epoch, batch):
+@patch
+def note(self: FusedModels,
+    bad: Tensor, # which models are not finite now, bool `(M,)`
+    epoch: int,  # in which epoch
+    batch: int,  # after which batch; -1: at the end of the epoch
+):
     "Write down who has just diverged, without a word to the CPU"
     new = bad & self.alive
     self.diverged_at[:, 0].masked_fill_(new, epoch)
     self.diverged_at[:, 1].masked_fill_(new, batch)
 
-def _finite(self):
+@patch
+def finite(self: FusedModels) -> Tensor:
     "Which models have only finite weights and statistics, bool `(M,)` on the device"
     return torch.stack([each(v, self.M).isfinite().flatten(1).all(1) for v in self.nets.state_dict().values()]).all(0)
 
-def _diverged(self) -> dict: # `{number: Diverged}`
+@patch
+def diverged(self: FusedModels) -> dict: # `{number: Diverged}`
     "The models that have diverged, and when"
     return {m: Diverged(f"the loss is not finite in epoch {e}, batch {b}" if b >= 0 else f"a weight or statistic is not finite after epoch {e}")
             for m, (e, b) in enumerate(self.diverged_at.tolist()) if e >= 0}
-
-FusedModels.alive, FusedModels.note, FusedModels.finite, FusedModels.diverged = property(_alive), _note, _finite, _diverged
 
 # %% ../nbs/04b_many.ipynb #2ced6513
 class SetAside(Callback):
@@ -207,8 +215,9 @@ class MultiLoader:
             draws[0] += self.first
             yield self.batch(*(draws.pin_memory().to(self.device, non_blocking=True) if self.device.type == 'cuda' else draws))
 
-# %% ../nbs/04b_many.ipynb #344a2019
-def _batch(self,
+# %% ../nbs/04b_many.ipynb #48d39d20
+@patch
+def batch(self: MultiLoader,
     i: Tensor,        # which image of `images`, long `(n, M)`
     dy: Tensor,       # upper edge of the window, same shape
     dx: Tensor,       # left edge, same shape
@@ -219,15 +228,13 @@ def _batch(self,
     rows, cols = dy[:, None] + h, dx[:, None] + torch.where(mirrored[:, None] > 0, len(w) - 1 - w, w)
     return _normalise(self.images[i[:, None, None], rows[:, :, None], cols[:, None]], *self.stats), self.labels[i]
 
-MultiLoader.batch = _batch
-
-# %% ../nbs/04b_many.ipynb #14e6c223
+# %% ../nbs/04b_many.ipynb #50b8711c
 def device_precision(
     device, # such as `'cuda'`
 ) -> str:   # 'bfloat16' or 'float32'
     "The precision that `'auto'` stands for on a device"
     if torch.device(device).type != 'cuda': return best_precision()
-    return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float32'
+    return 'bfloat16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'float32'
 
 class DeviceAutocast(Autocast):
     "Forward pass in bfloat16 on the device of the model, loss in float32"

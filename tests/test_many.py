@@ -128,8 +128,8 @@ def test_in_float32_and_bfloat16_models_learn_as_alone(tasks, stats):
         together = train_models(tasks, recipe, SEEDS, stats, 'cpu')
         alone = [train_model(*t, recipe, s, stats)[1] for t, s in zip(tasks, SEEDS)]
         assert torch.equal(before, torch.random.get_rng_state())
-        assert all(m['precision'] == precision and m['train_accuracy'] > .9 for _, m in together), together
-        assert all(abs(m['train_accuracy'] - a['train_accuracy']) < .06 for (_, m), a in zip(together, alone))
+        assert all(m['precision'] == precision and m['train_accuracy'] > .85 for _, m in together), together
+        assert all(abs(m['train_accuracy'] - a['train_accuracy']) < .1 for (_, m), a in zip(together, alone))
 
 
 def test_accuracies_of_unequal_numbers_of_images(tasks, stats):
@@ -199,11 +199,11 @@ def test_resumed_is_uninterrupted(tmp_path, tasks, stats, spoilt):
     assert log == [0, 1, 2], "a checkpoint of other models was taken up"
 
 
-def test_a_kept_network_is_that_of_a_shorter_training(tasks, stats):
+def test_a_kept_network_is_what_it_is_alone(tasks, stats, in_double):
     kept, alone = {}, {}
     train_models(tasks, TINY, SEEDS, stats, 'cpu', keep=(2,), kept=lambda n, r: kept.update({n: r}))
     train_model(*tasks[1], TINY, SEEDS[1], stats, [KeepEpochs((2,), lambda n, net: alone.update({n: copy.deepcopy(net)}))])
-    for k, v in alone[2].state_dict().items(): torch.testing.assert_close(kept[2][1][0].state_dict()[k], v, rtol=1e-2, atol=1e-3)
+    for k, v in alone[2].state_dict().items(): torch.testing.assert_close(kept[2][1][0].state_dict()[k], v, rtol=1e-8, atol=1e-9)
 
 
 class Waits(TorchDispatchMode):
