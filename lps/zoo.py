@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['model_seed', 'model_file', 'train_unit', 'build']
 
-# %% ../nbs/04c_zoo.ipynb #cd268824
-import contextlib, ctypes, itertools, json, math, multiprocessing, os, shutil, signal, threading, time, zlib
+# %% ../nbs/04c_zoo.ipynb #377da243
+import contextlib, ctypes, functools, itertools, json, math, multiprocessing, os, shutil, signal, threading, time, zlib
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from multiprocessing import connection
 from pathlib import Path
 
-from .modelset import ModelSet, load_modelset, mark_complete, not_as_marked, read_marker, save_model, versions, write_json
+from .modelset import ModelSet, load_model, load_modelset, mark_complete, not_as_marked, read_marker, save_model, versions, write_json
 from .tasks import channel_stats, load_images, pair_classes, task_images
+from .many import train_models
 from .train import Diverged, KeepEpochs, Recipe, accuracy, get_recipe, init_model, one_thread, recipes, train_model
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def model_file(task: int, run: int) -> str: # file name, such as 'task03_run7.sa
     "File name of one model"
     return f'task{task:02d}_run{run}.safetensors'
 
-# %% ../nbs/04c_zoo.ipynb #09860f9f
+# %% ../nbs/04c_zoo.ipynb #dfb93124
 class _Place:
     "Where the files of one model of a build are"
     def __init__(self, path, task, run):
@@ -40,55 +41,78 @@ class _Place:
         self.folder, self.model, self.key = Path(path), Path(path)/self.name, dict(task=task, run=run)
         self.aside, self.checkpoint = Path(path)/'set_aside'/f'{self.model.stem}.json', Path(path)/'checkpoints'/self.name
     def epoch(self, n): return self.folder/'epochs'/f'{n:03d}'/self.name
-    def clear(self):
-        with contextlib.suppress(OSError): self.checkpoint.unlink(missing_ok=True)
 
     def finished(self, seed):
-        "The result of this unit if it is done: the model has its marker and its hash, or was set aside; else None"
+        "The result of this model if it is done: it has its marker and its hash, or was set aside; else None"
         if self.aside.exists(): return self.key | dict(reason=json.loads(self.aside.read_text())['reason'])
         try: record = None if not_as_marked(self.model) else read_marker(self.model)
         except OSError: return None
         return record if record and record.get('seed') == seed else None
 
-# %% ../nbs/04c_zoo.ipynb #da8497f3
-def train_unit(
-    path: str,      # folder of the build
-    recipe: dict,   # fields of the recipe
-    meta: dict,     # what is known before training: task, run, seed, classes, mean, std, …
-    arrays: tuple,  # images and labels for training, images and labels for validation, as numpy arrays
-    every: int = 10, # epochs from one checkpoint to the next
-    keep: tuple = (), # epochs after which the network is kept as well
-) -> dict:          # task, run, and either file, sha256 and val_accuracy, or the reason why there is no model
-    "Train one model of a build and write it; raises `OSError` if a file cannot be written"
-    place = _Place(path, meta['task'], meta['run'])
-    if done := place.finished(meta['seed']): return done
-    x, y, xv, yv = map(torch.from_numpy, arrays)
-    stats, about = (meta['mean'], meta['std']), meta | dict(recipe=recipe, shortcut='conv')
-    def kept(n, net):
-        acc = {f'{s}_accuracy': accuracy(net, *xy, stats) for s, xy in (('val', (xv, yv)), ('train', (x, y)))}
-        _write_model(place.epoch(n), net, about | acc | dict(epoch=n))
-    try:
-        with one_thread(): model, metrics = train_model((x, y), (xv, yv), Recipe(**recipe), meta['seed'], stats, [KeepEpochs(keep, kept)], place.checkpoint, every)
-    except Diverged as e: return _set_aside(place, meta['seed'], recipe, f"diverged: {e}")
-    return _finish(place, model, about, metrics)
+def _unlink(*files):
+    "Take away files that nobody needs any more; that they stay does no harm"
+    for f in files:
+        with contextlib.suppress(OSError): f.unlink(missing_ok=True)
 
-# %% ../nbs/04c_zoo.ipynb #9e30d08f
+# %% ../nbs/04c_zoo.ipynb #68cc8f6b
 def _write_model(file, net, meta, **noted):
     "A model and its marker"
     save_model(file, net.state_dict(), meta)
     return mark_complete(file, task=meta['task'], run=meta['run'], seed=meta['seed'], val_accuracy=meta['val_accuracy'], train_accuracy=meta['train_accuracy'], **noted)
 
-def _finish(place, model, about, metrics):
-    "Write a trained model, mark it, clear up"
-    record = _write_model(place.model, model, about | {k: v for k, v in metrics.items() if k != 'seconds'}, seconds=metrics['seconds'])
-    place.clear()
-    return record
-
 def _set_aside(place, seed, recipe, reason):
     "Write down why there is no model; nothing of it stays where a gallery is read from"
     write_json(place.aside, place.key | dict(seed=seed, reason=reason, recipe=recipe, versions=versions()))
-    for f in [place.model, place.checkpoint, *place.folder.glob(f'epochs/*/{place.name}'), *place.folder.glob(f'epochs/*/complete/{place.model.stem}.json')]: f.unlink(missing_ok=True)
+    _unlink(place.model, *place.folder.glob(f'epochs/*/{place.name}'), *place.folder.glob(f'epochs/*/complete/{place.model.stem}.json'))
     return place.key | dict(reason=reason)
+
+def _finish(place, about, result):
+    "Write what a training gave: a model with its marker, or why there is none"
+    if isinstance(result, Diverged): return _set_aside(place, about['seed'], about['recipe'], f"diverged: {result}")
+    net, metrics = result
+    return _write_model(place.model, net, about | {k: v for k, v in metrics.items() if k != 'seconds'}, seconds=metrics['seconds'])
+
+# %% ../nbs/04c_zoo.ipynb #9b68a520
+def _train(tasks, metas, recipe, device, checkpoint, every, keep, kept):
+    "Train the models of a unit; results as `train_models` gives them"
+    seeds, stats = [m['seed'] for m in metas], (metas[0]['mean'], metas[0]['std'])
+    if len(metas) > 1 or device != 'cpu':
+        return train_models(tasks, recipe, seeds, stats, device, checkpoint=checkpoint, every=every, keep=keep, kept=kept)
+    (train, valid), = tasks
+    def kept_one(n, net): kept(n, [(net, dict(val_accuracy=accuracy(net, *valid, stats), train_accuracy=accuracy(net, *train, stats)))])
+    try:
+        with one_thread(): return [train_model(train, valid, recipe, *seeds, stats, [KeepEpochs(keep, kept_one)], checkpoint, every)]
+    except Diverged as e: return [e]
+
+# %% ../nbs/04c_zoo.ipynb #ff0f07ac
+def train_unit(
+    path: str,      # folder of the build
+    recipe: dict,   # fields of the recipe
+    metas: list,    # for each model what is known before training: task, run, seed, classes, mean, std, …
+    arrays: dict,   # for each task images and labels for training, images and labels for validation, as numpy arrays
+    device: str = 'cpu', # where to train; several models, or one on a GPU, are trained as one network
+    every: int = 10, # epochs from one checkpoint to the next
+    keep: tuple = (), # epochs after which the networks are kept as well
+) -> list:          # for each model task, run, and either file, sha256 and val_accuracy, or the reason why there is no model
+    "Train some models of a build and write them; raises `OSError` if a file cannot be written"
+    places = [_Place(path, m['task'], m['run']) for m in metas]
+    done = [p.finished(m['seed']) for p, m in zip(places, metas)]
+    if all(done): return done
+    tasks = {t: (tuple(map(torch.from_numpy, a[:2])), tuple(map(torch.from_numpy, a[2:]))) for t, a in arrays.items()}
+    abouts = [m | dict(recipe=recipe, shortcut='conv', device=torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else device) for m in metas]
+    def kept(n, results):
+        for place, about, result in zip(places, abouts, results):
+            if not isinstance(result, Diverged): _write_model(place.epoch(n), result[0], about | {k: v for k, v in result[1].items() if k != 'seconds'} | dict(epoch=n))
+    checkpoint = _checkpoint(path, metas)
+    results = _train([tasks[m['task']] for m in metas], metas, Recipe(**recipe), device, checkpoint, every, keep, kept)
+    records = [d or _finish(*unit) for d, *unit in zip(done, places, abouts, results)]
+    _unlink(checkpoint)
+    return records
+
+def _checkpoint(path, metas):
+    "Where a unit leaves its checkpoint: under its model's name, or for many models under one made of their seeds"
+    if len(metas) == 1: return _Place(path, metas[0]['task'], metas[0]['run']).checkpoint
+    return Path(path)/'checkpoints'/f"unit_{zlib.crc32(json.dumps([m['seed'] for m in metas]).encode()):08x}.safetensors"
 
 # %% ../nbs/04c_zoo.ipynb #5718d201
 def _plan(train, recipe, seed):
@@ -115,18 +139,42 @@ def _check_plan(path, plan):
     if differ := list(_differences(json.loads(file.read_text()), plan)):
         raise ValueError(f"{path} was built with {'; '.join(differ[:4])}: choose another folder, or build with what is there")
 
-# %% ../nbs/04c_zoo.ipynb #e413762c
-def _units(path, plan, train, test, n_tasks, n_models, *how):
-    "The models that are still to be trained, as arguments of `train_unit`; first one of each task, then a second one, …"
-    tasks = {}
+# %% ../nbs/04c_zoo.ipynb #2ec370f1
+def _metas(plan, train, n_tasks, n_models):
+    "What is known of each model before it is trained; first one of each task, then a second one, …"
     for run in range(n_models):
-        for task in range(n_tasks):
-            seed, pair = model_seed(plan['seed'], task, run), plan['pairs'][task]
-            if (place := _Place(path, task, run)).finished(seed): place.clear(); continue
-            if task not in tasks: tasks[task] = tuple(v.numpy() for s in (train, test) for v in task_images(s, pair))
-            meta = dict(task=task, run=run, classes=[train.classes[c] for c in pair], pair=pair, pairs=plan['pairs'], seed=seed,
-                        build_seed=plan['seed'], data=train.name, mean=plan['mean'], std=plan['std'])
-            yield str(path), plan['recipe'], meta, tasks[task], *how
+        for task, pair in enumerate(plan['pairs'][:n_tasks]):
+            yield dict(task=task, run=run, classes=[train.classes[c] for c in pair], pair=pair, pairs=plan['pairs'], seed=model_seed(plan['seed'], task, run),
+                       build_seed=plan['seed'], data=train.name, mean=plan['mean'], std=plan['std'])
+
+def _missing(path, metas):
+    "The models that are still to be trained; what is finished needs no checkpoint any more"
+    for m in metas:
+        place = _Place(path, m['task'], m['run'])
+        if place.finished(m['seed']): _unlink(place.checkpoint)
+        else: yield m
+
+# %% ../nbs/04c_zoo.ipynb #9454eb90
+def _interrupted(path, metas, missing):
+    "The units of many models whose checkpoints are there and that miss some of their models"
+    by_seed, seeds_missing = {m['seed']: m for m in metas}, {m['seed'] for m in missing}
+    for f in sorted((path/'checkpoints').glob('unit_*.safetensors')):
+        try: seeds = load_model(f)[1]['about']['seeds']
+        except (OSError, ValueError, KeyError, TypeError): _unlink(f); continue
+        if not set(seeds) <= set(by_seed): continue
+        if seeds_missing & set(seeds): yield [by_seed[s] for s in seeds]
+        else: _unlink(f)
+
+def _units(path, plan, metas, arrays, at_once, *how):
+    "What is still to be trained, as arguments of `train_unit`"
+    missing = list(_missing(path, metas))
+    groups = list(_interrupted(path, metas, missing)) if at_once > 1 else []
+    left = [m for m in missing if not any(m in g for g in groups)]
+    def n_images(m): return len(arrays(m['task'])[1]) if at_once > 1 else 0
+    for _, ms in itertools.groupby(sorted(left, key=n_images), n_images):
+        ms = list(ms)
+        groups += [ms[i:i + at_once] for i in range(0, len(ms), at_once)]
+    return [(str(path), plan['recipe'], g, {m['task']: arrays(m['task']) for m in g}, *how) for g in groups], missing
 
 def _sweep(path, seconds=600):
     "Remove temporary files that a killed build left behind"
@@ -179,10 +227,12 @@ def _pool(workers):
         raise
     else: ex.shutdown()
 
-# %% ../nbs/04c_zoo.ipynb #5b3751f2
+# %% ../nbs/04c_zoo.ipynb #d54c462b
 def _results(units, workers, executor):
     "Train all units, here or by an executor, and give each result when it is there"
-    if executor is None and min(workers, len(units)) <= 1: yield from (train_unit(*u) for u in units); return
+    if executor is None and min(workers, len(units)) <= 1:
+        for u in units: yield from train_unit(*u)
+        return
     left, at_once = iter(units), 2*workers if executor is None else max(64, 2*workers)
     with _pool(min(workers, len(units))) if executor is None else contextlib.nullcontext(executor) as ex:
         pending = set()
@@ -191,7 +241,7 @@ def _results(units, workers, executor):
                 with _ctrl_c_waits(): pending |= {ex.submit(train_unit, *u) for u in itertools.islice(left, at_once - len(pending))}
                 if not pending: return
                 done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for f in done: yield f.result()
+                for f in done: yield from f.result()
         finally:
             for f in pending: f.cancel()
 
@@ -213,7 +263,7 @@ def _watched(results, total, done, progress):
             bar.update(t, advance=1, text=f"{_left(left)} left" + (f", val accuracy {np.mean(accs):.3f}" if accs else '') + (f", {aside} set aside" if aside else ''))
             yield r
 
-# %% ../nbs/04c_zoo.ipynb #23d617e6
+# %% ../nbs/04c_zoo.ipynb #f722503c
 def build(
     path: str | Path,         # folder for the models; a build that was interrupted goes on
     images: str | Path | tuple = 'digits', # 'digits', 'cifar100', an image folder, or a pair of `ImageSet` (train, test)
@@ -226,6 +276,8 @@ def build(
     progress: bool = True,    # show a progress bar?
     every: int = 10,          # epochs from one checkpoint of a training to the next: what a crash can cost
     keep: tuple = (),         # epochs after which each network is kept as well, in `path/epochs/…`
+    device: str = 'cpu',      # 'cuda': train on the GPU, many models as one network
+    at_once: int | None = None, # models that train as one network; None: 1 on a processor, 100 on a GPU
     **kwargs,                 # further arguments of `load_images`: root, size, download
 ) -> ModelSet:                # all models in the folder
     "Train a zoo: `n_models` networks for each of `n_tasks` pairs of classes; raises `ValueError` for a folder with another build, `OSError` if the disk is full or fails"
@@ -239,8 +291,11 @@ def build(
     path.mkdir(parents=True, exist_ok=True)
     _check_plan(path, plan)
     _sweep(path)
-    units, total = list(_units(path, plan, train, test, n_tasks, n_models, every, tuple(keep))), n_tasks*n_models
-    _check_space(path, plan, len(units), keep, workers)
+    at_once = at_once or (1 if device == 'cpu' else 100)
+    arrays = functools.cache(lambda task: tuple(v.numpy() for s in (train, test) for v in task_images(s, plan['pairs'][task])))
+    units, missing = _units(path, plan, metas := list(_metas(plan, train, n_tasks, n_models)), arrays, at_once, device, every, tuple(keep))
+    if device != 'cpu': workers = 1
+    _check_space(path, plan, len(missing), keep, workers*at_once)
     with contextlib.closing(_results(units, workers, executor)) as results:
-        for _ in _watched(results, total, total - len(units), progress): pass
+        for _ in _watched(results, len(metas), len(metas) - len(missing), progress): pass
     return load_modelset(path)

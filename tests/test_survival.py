@@ -20,13 +20,13 @@ import lps.modelset as modelset
 import lps.train as train
 import lps.zoo as zoo
 from lps.modelset import load_model, load_modelset, not_as_marked
-from lps.tasks import load_images, pair_classes, task_images
+from lps.tasks import ImageSet, load_images, pair_classes, task_images
 from lps.train import recipes, train_model
 from lps.zoo import build, train_unit
 
 TINY = replace(recipes['digits'], name='tiny', epochs=6, milestones=(4,), depth=8, width=2, batch_size=128)
 HOW = dict(workers=1, progress=False, every=2, keep=(3,))
-IMAGES = [load_images('digits', s) for s in ('train', 'test')]
+IMAGES = tuple(load_images('digits', s) for s in ('train', 'test'))
 
 
 def all_files(path): return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob('*')) if f.is_file() and not f.name.endswith('.tmp')}
@@ -71,7 +71,7 @@ def child(n_ops, n_models):
     real = zoo.train_model
     zoo.train_model = lambda *a: real(*a[:5], [*a[5], Log(a[6].name)], *a[6:])
     if n_ops: lps.modelset.os = DyingOs(n_ops)
-    zoo.build({folder!r}, tuple(IMAGES), TINY, n_models=n_models, **HOW)
+    zoo.build({folder!r}, IMAGES, TINY, n_models=n_models, **HOW)
 
 print('ready', flush=True)
 for line in sys.stdin:
@@ -118,7 +118,7 @@ def test_fifty_kills(tmp_path):
         assert run(n_models=n_models) == 0
     finally: p.kill()
     assert len(kept) >= 10
-    straight = build(tmp_path/'straight', tuple(IMAGES), TINY, n_models=n_models, **HOW)
+    straight = build(tmp_path/'straight', IMAGES, TINY, n_models=n_models, **HOW)
     expected = weights(all_files(tmp_path/'straight'))
     assert weights(all_files(folder)) == expected and len(expected) == 2*5*n_models
     with warnings.catch_warnings():
@@ -151,11 +151,11 @@ ONE = dict(n_tasks=1, workers=1, progress=False, every=2, keep=(1,))
 def grown(tmp_path_factory):
     "A folder with one finished model; the same with a second one; the file operations in between"
     path = tmp_path_factory.mktemp('grown')
-    build(path/'one', tuple(IMAGES), SHORT, n_models=1, **ONE)
+    build(path/'one', IMAGES, SHORT, n_models=1, **ONE)
     shutil.copytree(path/'one', path/'two')
     with pytest.MonkeyPatch.context() as mp:
         mp.setattr(modelset, 'os', counting := FaultyOs(0, ''))
-        build(path/'two', tuple(IMAGES), SHORT, n_models=2, **ONE)
+        build(path/'two', IMAGES, SHORT, n_models=2, **ONE)
     return path, counting.ops
 
 
@@ -172,16 +172,16 @@ def test_failing_file_operation(grown, tmp_path, monkeypatch, n, fault):
     before = all_files(folder)
     with monkeypatch.context() as mp:
         mp.setattr(modelset, 'os', FaultyOs(n, fault))
-        if fault == 'short': build(folder, tuple(IMAGES), SHORT, n_models=2, **ONE)
+        if fault == 'short': build(folder, IMAGES, SHORT, n_models=2, **ONE)
         else:
-            with pytest.raises(OSError, match=f"{folder}.* could not be written: ") as e: build(folder, tuple(IMAGES), SHORT, n_models=2, **ONE)
+            with pytest.raises(OSError, match=f"{folder}.* could not be written: ") as e: build(folder, IMAGES, SHORT, n_models=2, **ONE)
             assert e.value.errno == getattr(errno, fault, errno.EIO) and '\n' not in str(e.value)
     now = all_files(folder)
     assert {k: now[k] for k in before} == before, "an old file changed"
     assert not list(folder.rglob('.*.tmp')), "a temporary file was left"
     whole = weights(all_files(source/'two'))
     assert all(whole[k] == v for k, v in weights(now).items()), "a file that is not whole"
-    build(folder, tuple(IMAGES), SHORT, n_models=2, **ONE)
+    build(folder, IMAGES, SHORT, n_models=2, **ONE)
     assert weights(all_files(folder)) == whole
 
 
@@ -189,20 +189,20 @@ def test_failing_file_operation(grown, tmp_path, monkeypatch, n, fault):
 def test_failing_at_the_very_first_file(tmp_path, monkeypatch, n):
     with monkeypatch.context() as mp:
         mp.setattr(modelset, 'os', FaultyOs(n, 'ENOSPC'))
-        with pytest.raises(OSError, match='build.json could not be written: No space left on device'): build(tmp_path/'zoo', tuple(IMAGES), SHORT, n_models=1, **ONE)
-    assert len(build(tmp_path/'zoo', tuple(IMAGES), SHORT, n_models=1, **ONE)) == 1
+        with pytest.raises(OSError, match='build.json could not be written: No space left on device'): build(tmp_path/'zoo', IMAGES, SHORT, n_models=1, **ONE)
+    assert len(build(tmp_path/'zoo', IMAGES, SHORT, n_models=1, **ONE)) == 1
 
 
 def test_failure_in_a_worker_process(tmp_path):
     "The error comes back through a pool with its words, and what was finished stays"
-    build(tmp_path, tuple(IMAGES), SHORT, n_models=1, **ONE)
+    build(tmp_path, IMAGES, SHORT, n_models=1, **ONE)
     before = all_files(tmp_path)
     (tmp_path/'checkpoints').rmdir()
     (tmp_path/'checkpoints').write_text('in the way')
-    with pytest.raises(OSError, match='checkpoints'): build(tmp_path, tuple(IMAGES), SHORT, n_models=4, **ONE | dict(workers=2))
+    with pytest.raises(OSError, match='checkpoints'): build(tmp_path, IMAGES, SHORT, n_models=4, **ONE | dict(workers=2))
     assert all(all_files(tmp_path)[k] == v for k, v in before.items())
     (tmp_path/'checkpoints').unlink()
-    assert len(build(tmp_path, tuple(IMAGES), SHORT, n_models=4, **ONE)) == 4
+    assert len(build(tmp_path, IMAGES, SHORT, n_models=4, **ONE)) == 4
 
 
 def test_disk_space_is_checked_before(tmp_path, monkeypatch):
@@ -212,10 +212,10 @@ def test_disk_space_is_checked_before(tmp_path, monkeypatch):
         build(tmp_path/'zoo', tuple(synthetic()), 'paper', progress=False)
     need, more = (int(s) for s in re.search(r'need (\d+) MB.* make (\d+) MB', str(e.value)).groups())
     assert need - 50 <= more <= need - 49 and 550 < need < 700 and not list((tmp_path/'zoo').glob('*.safetensors'))
-    one = build(tmp_path/'small', tuple(IMAGES), SHORT, n_models=1, **ONE)
+    one = build(tmp_path/'small', IMAGES, SHORT, n_models=1, **ONE)
     assert len(one) == 1
     free(0)
-    assert len(build(tmp_path/'small', tuple(IMAGES), SHORT, n_models=1, **ONE)) == 1, "a finished build needs no room"
+    assert len(build(tmp_path/'small', IMAGES, SHORT, n_models=1, **ONE)) == 1, "a finished build needs no room"
 
 
 def synthetic():
@@ -238,13 +238,13 @@ def test_broken_number_is_noticed_within_the_epoch(tmp_path, monkeypatch, tensor
     real, log, recipe = zoo.train_model, [], replace(TINY, precision='bfloat16' if value > 0 else 'float32')
     def injected(*a): return real(*a[:5], [*a[5], *([Inject(tensor, value, 4, log)] if 'task01' in a[6].name else [])], *a[6:])
     monkeypatch.setattr(zoo, 'train_model', injected)
-    ms = build(tmp_path, tuple(IMAGES), recipe, n_models=1, n_tasks=3, **HOW)
+    ms = build(tmp_path, IMAGES, recipe, n_models=1, n_tasks=3, **HOW)
     assert log == [0, 1, 2, 3, 4], "no epoch was begun after it"
     assert ms.tasks == load_modelset(tmp_path/'epochs'/'003').tasks == [0, 2] and not list(tmp_path.rglob('*task01*.safetensors'))
     aside = (tmp_path/'set_aside'/'task01_run0.json').read_text()
     assert 'epoch 4' in aside and ('nan' in aside.lower() or 'inf' in aside)
     monkeypatch.undo()
-    assert build(tmp_path, tuple(IMAGES), recipe, n_models=1, n_tasks=3, **HOW).tasks == [0, 2]
+    assert build(tmp_path, IMAGES, recipe, n_models=1, n_tasks=3, **HOW).tasks == [0, 2]
 
 
 class CutOff(Callback):
@@ -289,17 +289,77 @@ def test_one_unit_twice(tmp_path, monkeypatch):
     units = []
     def grab(us, *_): units.extend(us); yield from ()
     monkeypatch.setattr(zoo, '_results', grab)
-    with pytest.raises(ValueError, match='no model'): build(tmp_path, tuple(IMAGES), SHORT, n_models=1, **ONE)
-    with ThreadPoolExecutor(2) as ex: a, b = ex.map(lambda u: train_unit(*u), units*2)
+    with pytest.raises(ValueError, match='no model'): build(tmp_path, IMAGES, SHORT, n_models=1, **ONE)
+    with ThreadPoolExecutor(2) as ex: (a,), (b,) = ex.map(lambda u: train_unit(*u), units*2)
     same = lambda r: {k: v for k, v in r.items() if k != 'seconds'}
     assert same(a) == same(b) and not not_as_marked(tmp_path/a['file']) and a['sha256']
     times = {f: f.stat().st_mtime_ns for f in tmp_path.rglob('*') if f.is_file()}
-    assert same(train_unit(*units[0])) == same(a) and times == {f: f.stat().st_mtime_ns for f in tmp_path.rglob('*') if f.is_file()}
+    assert same(*train_unit(*units[0])) == same(a) and times == {f: f.stat().st_mtime_ns for f in tmp_path.rglob('*') if f.is_file()}
 
 
 def test_model_without_marker_is_not_finished(tmp_path):
-    ms = build(tmp_path, tuple(IMAGES), SHORT, n_models=2, **ONE)
+    ms = build(tmp_path, IMAGES, SHORT, n_models=2, **ONE)
     (tmp_path/'complete'/'task00_run0.json').unlink()
     with pytest.warns(UserWarning, match='has no marker of completeness'): assert len(load_modelset(tmp_path)) == 1
-    again = build(tmp_path, tuple(IMAGES), SHORT, n_models=2, **ONE)
+    again = build(tmp_path, IMAGES, SHORT, n_models=2, **ONE)
     assert len(again) == 2 and all(torch.equal(v, again[0].state[k]) for k, v in ms[0].state.items())
+
+
+def equal_tasks():
+    "As many images of each class, so that models of several tasks can train side by side"
+    return tuple(ImageSet(*(t[torch.cat([(s.labels == c).nonzero()[:30, 0] for c in range(10)])] for t in (s.images, s.labels)), s.classes, 'equal') for s in IMAGES)
+
+
+MANY = dict(n_tasks=3, n_models=2, at_once=4, workers=1, progress=False, every=1, keep=(2,))
+
+
+def test_models_side_by_side_are_those_built_one_by_one(tmp_path):
+    many = build(tmp_path/'many', equal_tasks(), TINY, **MANY)
+    one = build(tmp_path/'one', equal_tasks(), TINY, **MANY | dict(at_once=1))
+    for folder in ('', 'epochs/002'):
+        a, b = load_modelset(many.path/folder), load_modelset(one.path/folder)
+        assert a.manifest.drop(columns=['val_accuracy', 'train_accuracy']).equals(b.manifest.drop(columns=['val_accuracy', 'train_accuracy'])) and len(a) == 6
+        for i in range(6): torch.testing.assert_close(a[i].state, b[i].state, rtol=1e-3, atol=1e-4)
+    assert not list((many.path/'checkpoints').glob('*'))
+
+
+@pytest.mark.parametrize('written', [0, 2])
+def test_interrupted_unit_of_many_goes_on_as_it_was(tmp_path, monkeypatch, written):
+    "Also when some of its models had been written already, and when other models are asked for"
+    whole, real, begun = build(tmp_path/'whole', equal_tasks(), TINY, **MANY), zoo.train_models, []
+    class Begun(Callback):
+        def before_train(self): begun.append((self.model.M, self.epoch))
+    def cut(*a, **kw): return real(*a, **kw, cbs=[Begun(), *([] if written else [CutOff(4)])])
+    finish = zoo._finish
+    def failing(place, *a):
+        if len(list(place.folder.glob('complete/*'))) == written: raise KeyboardInterrupt
+        return finish(place, *a)
+    with monkeypatch.context() as mp:
+        mp.setattr(zoo, 'train_models', cut)
+        mp.setattr(zoo, '_finish', failing)
+        with pytest.raises(KeyboardInterrupt): build(tmp_path/'cut', equal_tasks(), TINY, **MANY)
+    before, begun[:] = finished(tmp_path/'cut'), []
+    assert len(before) == written
+    monkeypatch.setattr(zoo, 'train_models', lambda *a, **kw: real(*a, **kw, cbs=[Begun()]))
+    again = build(tmp_path/'cut', equal_tasks(), TINY, **MANY | dict(n_models=3, n_tasks=4))
+    assert begun[0] == (4, 5 if written else 4) and len(again) == 12
+    assert before.items() <= finished(tmp_path/'cut').items()
+    a = again[again.manifest.file.isin(whole.manifest.file.tolist())]
+    for i in range(6): torch.testing.assert_close(a[i].state, whole[i].state, rtol=1e-3, atol=1e-4)
+    assert not list((tmp_path/'cut'/'checkpoints').glob('*'))
+
+
+def test_one_of_many_is_set_aside_alone(tmp_path, monkeypatch):
+    real = zoo.train_models
+    def spoilt(*a, **kw):
+        results = real(*a, **kw)
+        return [train.Diverged('the loss is nan') if i == 1 else r for i, r in enumerate(results)]
+    monkeypatch.setattr(zoo, 'train_models', spoilt)
+    ms = build(tmp_path, equal_tasks(), TINY, **MANY | dict(n_models=1))
+    assert ms.tasks == [0, 2] and [f.name for f in (tmp_path/'set_aside').iterdir()] == ['task01_run0.json']
+    assert load_modelset(tmp_path/'epochs'/'002').tasks == [0, 2]
+
+
+def test_unequal_tasks_train_apart(tmp_path):
+    "The digits' classes have different numbers of images"
+    assert len(build(tmp_path, IMAGES, TINY, n_models=2, at_once=8, workers=1, progress=False)) == 10
