@@ -16,7 +16,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-demo: $(RUN_STAMP) ## train a small zoo, fit LPS on it, write tables, figures and a report
+demo: $(RUN_STAMP) ## Tables 1 and 2 on the bundled networks and on a small zoo trained here, with a report
 	@$(BIN)/lps demo $(ARGS)
 
 test: $(DEV_STAMP) ## run every notebook, the experiments, the command line and the site (ARGS goes to pytest)
