@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['model_seed', 'model_file', 'train_unit', 'build']
 
-# %% ../nbs/04c_zoo.ipynb #377da243
+# %% ../nbs/04c_zoo.ipynb #6d5b0c10
 import contextlib, ctypes, functools, itertools, json, math, multiprocessing, os, shutil, signal, threading, time, zlib
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from multiprocessing import connection
 from pathlib import Path
 
+from .datasheet import write_datasheet
 from .modelset import ModelSet, load_model, load_modelset, mark_complete, not_as_marked, read_marker, save_model, versions, write_json
 from .tasks import channel_stats, load_images, pair_classes, task_images
 from .many import train_models
@@ -263,7 +264,7 @@ def _watched(results, total, done, progress):
             bar.update(t, advance=1, text=f"{_left(left)} left" + (f", val accuracy {np.mean(accs):.3f}" if accs else '') + (f", {aside} set aside" if aside else ''))
             yield r
 
-# %% ../nbs/04c_zoo.ipynb #f722503c
+# %% ../nbs/04c_zoo.ipynb #e46a2d36
 def build(
     path: str | Path,         # folder for the models; a build that was interrupted goes on
     images: str | Path | tuple = 'digits', # 'digits', 'cifar100', an image folder, or a pair of `ImageSet` (train, test)
@@ -298,4 +299,6 @@ def build(
     _check_space(path, plan, len(missing), keep, workers*at_once)
     with contextlib.closing(_results(units, workers, executor)) as results:
         for _ in _watched(results, len(metas), len(metas) - len(missing), progress): pass
-    return load_modelset(path)
+    models = load_modelset(path)
+    if missing or not (path/'DATASHEET.md').exists(): write_datasheet(models)
+    return models
