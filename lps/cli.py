@@ -193,13 +193,13 @@ def query(
     if model.is_dir(): raise ValueError(f"{model} is a folder: ask about one model file in it")
     _answer(ModelIndex(load_net(bundled('net.safetensors') if net == 'bundled' else net), load_modelset(gallery)), model, k, _names(names))
 
-# %% ../nbs/10_cli.ipynb #5edec29d
-def _tables(models, splits, workers, seed, how):
-    "The runs of Tables 1 and 2"
+# %% ../nbs/10_cli.ipynb #06227bc7
+def _tables(models, splits, ex, seed, how):
+    "The runs of Tables 1 and 2, each method of each table by a process of the executor"
     from lps.evaluate import table1, table2
-    from lps.zoo import _ctrl_c_waits, _pool
+    from lps.zoo import _ctrl_c_waits
     args = {table1: (models, splits, _n_right(models)), table2: (models, splits)}
-    with console.status("fitting LPS and its baselines"), _pool(workers) as ex:
+    with console.status("fitting LPS and its baselines"):
         with _ctrl_c_waits(): jobs = {(t, m): ex.submit(t, *a, methods=(m,), seed=seed, **how) for m in ('lps', 'frobenius', 'fc') for t, a in args.items()}
         return [pd.concat([jobs[t, m].result() for m in ('fc', 'frobenius', 'lps')]) for t in args]
 
@@ -213,13 +213,13 @@ def _figures(name, z, unseen, runs2, n_right):
             'embedding': plot_embedding(z, title=f'{name}: map of unseen models', **args).figure,
             'rank_k': plot_rank_k(runs2, chance_curves(n_right, n_all), title=f'{name}: retrieval of unseen tasks').figure}
 
-# %% ../nbs/10_cli.ipynb #769da352
-def _measure(out, name, models, split, splits, workers, seed, how, ks=(1, 5, 10)):
+# %% ../nbs/10_cli.ipynb #8b76a092
+def _measure(out, name, models, split, splits, ex, seed, how, ks=(1, 5, 10)):
     "Print tables and a query for a model set; what the report shows of it, and its record"
     from lps.evaluate import result_record, summary
     from lps.search import ModelIndex
     from lps.second_order import embed
-    (runs1, runs2), n_right = _tables(models, splits, workers, seed, how), _n_right(models)
+    (runs1, runs2), n_right = _tables(models, splits, ex, seed, how), _n_right(models)
     _show(t1 := summary(runs1, ks=ks), f"{name}, Table 1, task classification: % over {splits} splits")
     _show(t2 := summary(runs2, n_right, ks=ks), f"{name}, Table 2, retrieval of unseen tasks: % over {splits} splits")
     net, unseen, gallery = split()
@@ -248,7 +248,7 @@ def _halves(models, **how):
     unseen = models[nth % 2 == 1]
     return fit(models[nth % 2 == 0], **how), unseen, unseen
 
-# %% ../nbs/10_cli.ipynb #9d37a7a1
+# %% ../nbs/10_cli.ipynb #9980cdae
 def _photographs(out, *args):
     "The demo's part on the bundled set: a section of the report, and its record"
     from lps.modelset import load_modelset
@@ -259,18 +259,18 @@ def _photographs(out, *args):
     items, record = _measure(out, 'Photographs', models, lambda: _bundled_split(models), *args)
     return ('Networks that saw photographs', [what + ". LPS reads nothing but the filters of their first layer, and nothing else of them is in the package.", *items]), record
 
-def _live(out, n_models, splits, workers, seed, how):
+def _live(out, n_models, splits, ex, seed, how):
     "The demo's part that trains: a section of the report, and its record"
     from lps.zoo import build
     console.print(f"\nTraining {n_models} networks for each of 5 tasks (two digits each); what is finished is kept in {out/'digits'}")
-    models = build(out/'digits', 'digits', 'digits', n_models=n_models, seed=seed, workers=workers)
+    models = build(out/'digits', 'digits', 'digits', n_models=n_models, seed=seed, executor=ex)
     _tell(models)
-    items, record = _measure(out, 'Digits', models, lambda: _halves(models, seed=seed, **how), splits, workers, seed, how, (1, 2, 3))
+    items, record = _measure(out, 'Digits', models, lambda: _halves(models, seed=seed, **how), splits, ex, seed, how, (1, 2, 3))
     what = (f"{len(models)} ResNet20s, trained here: scikit-learn's handwritten digits, {len(models.tasks)} tasks of two digits each, mean validation accuracy {models.manifest.val_accuracy.mean():.3f}. "
             "Test sets this small make large deviations.")
     return ('Networks trained live, on digits', [what, *items]), record
 
-# %% ../nbs/10_cli.ipynb #9ba3a641
+# %% ../nbs/10_cli.ipynb #d5b549f1
 @app.command(epilog="Example: lps demo --out runs/demo")
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the models, tables, figures and the report")]=Path('runs/demo'),
@@ -284,12 +284,14 @@ def demo(
     "Tables 1 and 2 and a query, on the bundled models and on some trained here; writes a report."
     from lps.modelset import write_json
     from lps.report import html_report
+    from lps.zoo import _pool
     start, how = time.perf_counter(), _fit_settings('conv1', epochs, False)
     _writable(out/'report.html')
     out.mkdir(parents=True, exist_ok=True)
-    parts = {'bundled': _photographs(out, min(splits, 3), workers, seed, how)}
-    console.print(f"{time.perf_counter() - start:.0f} s so far")
-    if live: parts['digits'] = _live(out, models, splits, workers, seed, how)
+    with _pool(workers) as ex:
+        parts = {'bundled': _photographs(out, min(splits, 3), ex, seed, how)}
+        console.print(f"{time.perf_counter() - start:.0f} s so far")
+        if live: parts['digits'] = _live(out, models, splits, ex, seed, how)
     write_json(out/'results.json', {k: record for k, (_, record) in parts.items()})
     report = html_report(out/'report.html', 'Learnable Parameter Similarity: demo', [section for section, _ in parts.values()])
     console.print(f"{report}: the report, with every table and figure ({time.perf_counter() - start:.0f} s in all)")
