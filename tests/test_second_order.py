@@ -1,14 +1,18 @@
 """The second-order network: order does not matter to any of the 19 branches, the fast loop is the plain loop, n = 1 equals the plain case"""
+import pickle
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
 import pytest
 import torch
 
 from lps.modelset import load_modelset, save_model
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.resnet import ResNet, branch_layers
-from lps.second_order import METHODS, SecondOrderNet, embed, fit, load_net, save_net, similarity
+from lps.second_order import METHODS, SecondOrderNet, SomeLayers, embed, fit, fit_many, load_net, save_net, similarity
 from lps.train import Diverged
 
 
+def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
 def save(folder, name, state, task, run): save_model(folder/f"{name}.safetensors", state, dict(task=task, run=run))
 
 
@@ -42,10 +46,48 @@ def test_without_alignment_order_matters(models, switches):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("layers, bs", [(("conv1",), 1), (("conv1", "layer2.0.conv1"), 1), (("conv1",), 4)])
+@pytest.mark.parametrize("layers, bs", [(("conv1",), 1), (("conv1", "layer2.0.conv1"), 1), (("conv1",), 4), (("layer3.0.conv1",), 1), (("layer3.2.conv2",), 1), (branch_layers(), 1)])
 def test_fast_loop_is_the_plain_loop_to_the_bit(models, method, layers, bs):
     a, b = [fit(models, layers, method, epochs=3, milestones=(1, 2), n_filters=6, bs=bs, plain=plain) for plain in (False, True)]
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert same(a, b)
+
+
+@pytest.mark.parametrize("switches", [dict(align_filters=False), dict(align_channels=False), dict(alpha=[.9, .1]), dict(momentum=0), dict(loss="triplet", bs=6, per_task=3), dict(folded=True)])
+def test_fast_loop_is_the_plain_loop_with_every_switch(models, switches):
+    a, b = [fit(models, ("layer1.0.conv1", "layer3.1.conv1"), **dict(epochs=3, milestones=(1, 2), n_filters=6, plain=plain) | switches) for plain in (False, True)]
+    assert same(a, b)
+
+
+def test_branches_of_one_network_learn_as_if_alone(models):
+    "They share no weight: α of eq. (9) is a factor of a branch's learning rate, to the bit for powers of two"
+    few = dict(epochs=3, milestones=(1,), n_filters=6)
+    both, alone = fit(models, ("layer2.1.conv1", "layer3.1.conv1"), lr=2e-3, alpha=[.5, .5], **few), fit(models, ("layer2.1.conv1",), lr=1e-3, **few)
+    assert same(both.branches[0], alone.branches[0])
+
+
+@pytest.mark.parametrize("pool", [None, ThreadPoolExecutor, ProcessPoolExecutor])
+def test_fits_at_once_have_the_weights_of_fits_one_by_one(models, pool):
+    train, few, threads = [0, 1, 2, 6, 7, 8], dict(epochs=2, milestones=(1,), n_filters=6), torch.get_num_threads()
+    jobs = [dict(layers=("layer3.1.conv1",), **few), dict(method="fc", seed=3, **few), dict(layers=("conv1", "layer1.0.conv1"), folded=True, **few)]
+    one_by_one = [fit(models[train], **job) for job in jobs]
+    jobs = [dict(job, train=train) for job in jobs]
+    if pool is ThreadPoolExecutor:
+        with pool(2) as ex: at_once = fit_many(models, jobs, executor=ex)
+    else: at_once = fit_many(models, jobs, workers=1 if pool is None else 2)
+    assert all(same(a, b) and a.config == b.config for a, b in zip(at_once, one_by_one))
+    assert torch.get_num_threads() == threads
+
+
+def test_a_job_carries_only_the_layers_it_reads(models):
+    for layer in branch_layers(): models.stack(layer)
+    some = SomeLayers(models, ("conv1",), which=[0, 5])
+    assert len(pickle.dumps(some)) < 4*some.weights["conv1"].numel() + 2_000 and some.tasks == models[[0, 5]].tasks
+
+
+def test_a_fit_that_fails_at_once_with_others_says_why(models):
+    jobs = [dict(train=range(12), epochs=2, n_filters=4), dict(train=range(12), lr=1e8, epochs=9, n_filters=4)]
+    with pytest.raises(Diverged, match="the loss is"): fit_many(models, jobs, workers=2)
+    with pytest.raises(ValueError, match="no layer 'conv9'"): fit_many(models, [dict(train=range(12), layers=("conv9",))])
 
 
 def test_a_branch_of_weight_zero_changes_nothing(models):
@@ -73,6 +115,8 @@ def test_what_is_wrong_is_named(models, tmp_path):
     with pytest.raises(ValueError, match="no layer 'conv9'"): fit(models, ("conv9",))
     with pytest.raises(ValueError, match="'cosine' is unknown.*lps, frobenius, fc"): fit(models, method="cosine")
     with pytest.raises(Diverged, match="the loss is"): fit(models, lr=1e8, epochs=5)
+    with pytest.raises(ValueError, match="hold no triplet"): fit(models, loss="triplet", bs=16)
+    with pytest.raises(ValueError, match="'hinge' is unknown"): fit(models, loss="hinge")
     with pytest.raises(FileNotFoundError): load_net(tmp_path/"none.safetensors")
     wider = SecondOrderNet({"conv1": (16, 3, 3, 3)}, [0, 1], n_filters=4)
     with pytest.raises(ValueError, match=r"conv1 is \(4, 3, 3, 3\).*\(16, 3, 3, 3\)"): embed(wider, models)
