@@ -45,7 +45,7 @@ def _writable(file):
     if file.is_dir(): raise ValueError(f"{file} is a folder: give the name of a file")
     if not (there := next(p for p in file.absolute().parents if p.exists())).is_dir(): raise ValueError(f"{file} cannot be written: {there} is not a folder")
 
-# %% ../nbs/10_cli.ipynb #8ec206b9
+# %% ../nbs/10_cli.ipynb #1d68e11f
 @zoo.command('build', epilog="Example: lps zoo build runs/digits --images digits --recipe digits --models 10")
 def zoo_build(
     path: Annotated[Path, typer.Argument(help="Folder for the models; an interrupted build goes on")],
@@ -55,10 +55,13 @@ def zoo_build(
     models: Annotated[int, typer.Option(min=1, help="Models a task")]=10,
     seed: Annotated[int, typer.Option(min=0, help="Decides the pairs and every model's seed")]=0,
     workers: Annotated[int, typer.Option(min=1, help="Processes that train models")]=2,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: the GPU, a hundred models at a time")]='cpu',
+    keep: Annotated[str, typer.Option(help="Epochs after which each network is kept as well, such as 10,40,80")]='',
 ):
     "Train a model set: several networks for each pair of classes."
     from lps.zoo import build
-    _tell(build(path, images, recipe, tasks, models, seed, workers))
+    if not re.fullmatch(r'(\d+(,\d+)*)?', keep): raise ValueError(f"--keep is '{keep}': give epochs with commas between them, such as 10,40,80")
+    _tell(build(path, images, recipe, tasks, models, seed, workers, device=device, keep=tuple(map(int, keep.split(','))) if keep else ()))
 
 # %% ../nbs/10_cli.ipynb #1a417977
 @zoo.command('datasheet', epilog="Example: lps zoo datasheet runs/digits")

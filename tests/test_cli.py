@@ -157,6 +157,8 @@ MISTAKES = {
     'zoo build new --images empty': 'empty has no train/ folder',
     'zoo build new --images bare': 'no images under bare/train',
     'zoo build new --images hollow': 'no images under hollow/train',
+    'zoo build new --keep 1,x': "--keep is '1,x': give epochs with commas",
+    'zoo build new --device gpu0': "unknown device 'gpu0': give 'cpu' or 'cuda'",
     'zoo build new --tasks 6': "10 classes of 'digits' make 5 pairs",
     'zoo build new --models 0': "Invalid value for '--models'",
     'zoo build new --models 1.5': "Invalid value for '--models'",

@@ -221,3 +221,17 @@ def test_few_units_are_handed_out_at_a_time(tmp_path, monkeypatch):
     for f in ('load_modelset', 'write_datasheet'): monkeypatch.setattr(zoo, f, lambda path: None)
     with Counting(1) as ex: build(tmp_path, 'digits', TINY, n_models=60, executor=ex, progress=False)
     assert 50 <= most <= 65
+
+
+@pytest.mark.parametrize('how, words', [
+    (dict(keep=(2, 4)), r"epochs \[4\] cannot be kept: recipe 'tiny' has 4"),
+    (dict(every=0), 'every 0 epochs: at least 1'),
+    (dict(device='gpu0'), "unknown device 'gpu0': give 'cpu' or 'cuda'")])
+def test_impossible_wishes_are_refused_before_anything_is_written(tmp_path, how, words):
+    with pytest.raises(ValueError, match=words): build(tmp_path/'zoo', 'digits', TINY, n_models=1, progress=False, **how)
+    assert not (tmp_path/'zoo').exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_missing_gpu_is_said(tmp_path):
+    with pytest.raises(ValueError, match="device 'cuda', but torch .* sees no GPU here: give device='cpu'"): build(tmp_path/'zoo', 'digits', TINY, device='cuda', progress=False)
