@@ -6,7 +6,7 @@
 __all__ = ['CURVES', 'curve_splits', 'top1', 'stopped_early', 'learning_curves', 'curve_record', 'curve_table', 'curve_summary',
            'plot_curves', 'curve_text']
 
-# %% ../nbs/07c_curves.ipynb #67ce4189
+# %% ../nbs/07c_curves.ipynb #169a753c
 import re
 from concurrent.futures import Executor
 
@@ -17,9 +17,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .evaluate import rank_k, task_logits
+from .evaluate import per_split, rank_k, task_logits
 from .modelset import ModelSet, load_modelset, provenance
-from .second_order import fit_many
+from .second_order import SomeLayers
 from .transfer import about_models
 
 # %% ../nbs/07c_curves.ipynb #c21d8932
@@ -43,7 +43,7 @@ def curve_splits(
         splits.append(tuple(np.concatenate([s for t in some for s in [models[t][at]]]) for at in (slice(n_train), slice(-n_test, None))))
     return splits
 
-# %% ../nbs/07c_curves.ipynb #eccbd3aa
+# %% ../nbs/07c_curves.ipynb #8bed8fae
 def top1(
     models: ModelSet,      # all models
     splits: list,          # from `curve_splits` or `classification_splits`
@@ -53,8 +53,10 @@ def top1(
     **kwargs,              # of `fit`
 ) -> list:                 # share of the test models whose task is named, one a split
     "Fit on each split's training models, classify its test models"
-    nets = fit_many(models, [dict(train=train, seed=i, **kwargs) for i, (train, _) in enumerate(splits)], workers, executor, progress)
-    return [round(float(rank_k(task_logits(net, models[test]), models.labels[test], torch.tensor(net.tasks))[0]), 4) for net, (_, test) in zip(nets, splits)]
+    def first(net, split):
+        test = SomeLayers(models, net.layers, net.config['folded'], split[1])
+        return round(float(rank_k(task_logits(net, test), test.labels, torch.tensor(net.tasks))[0]), 4)
+    return per_split(models, splits, {'lps': kwargs}, first, workers, executor, progress)['lps']
 
 # %% ../nbs/07c_curves.ipynb #f67e5cb2
 def stopped_early(
@@ -141,7 +143,7 @@ def plot_curves(
     fig.suptitle(record['settings']['name'], fontsize=11)
     return fig
 
-# %% ../nbs/07c_curves.ipynb #3935e970
+# %% ../nbs/07c_curves.ipynb #8ca0457f
 def curve_text(
     record: dict, # from `curve_record`, or a result file
 ) -> str:         # Markdown
@@ -151,6 +153,6 @@ def curve_text(
         a, b = g.iloc[0], g.iloc[-1]
         if len(g) > 1: lines.append(f"from {a.x} to {b.x} {CURVES[c]}, top-1 goes from {100*a['mean']:.0f} ± {100*a.sd:.0f} % ({a.times:.1f} times chance) to {100*b['mean']:.0f} ± {100*b.sd:.0f} % ({b.times:.1f} times)")
     early = t[(t.curve == 'epochs') & (t['mean'] - 2*t.sd/np.sqrt([len(p['top1']) for p in record['points']]) > t.chance)]
-    if len(early): lines.append(f"the task is readable above chance from {early.x.min()} epoch{'s'*(early.x.min() != 1)} of training on, the earliest of those kept that stands out")
+    if len(early): lines.append(f"the task is readable above chance from {early.x.min()} {'epoch' if early.x.min() == 1 else 'epochs'} of training on, the earliest of those kept that stands out")
     elif (t.curve == 'epochs').any(): lines.append('at none of the epochs kept does the task stand out from chance')
     return f"**{record['settings']['name']}**: " + '; '.join(lines) + '.'

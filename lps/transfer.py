@@ -8,7 +8,7 @@ __all__ = ['CIFAR100_SUPERCLASSES', 'PREDICTORS', 'ANSWERS', 'features', 'task_t
            'shared_superclass', 'rank_agreement', 'halves_agreement', 'about_models', 'transfer_record',
            'transfer_table', 'plot_transfer', 'finding', 'transfer_text']
 
-# %% ../nbs/07b_transfer.ipynb #4d0ec0f3
+# %% ../nbs/07b_transfer.ipynb #81f6f69a
 from concurrent.futures import Executor
 from itertools import combinations
 
@@ -26,6 +26,7 @@ from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
+from .evaluate import fingerprint
 from .modelset import ModelSet, TrainedModel, provenance
 from .second_order import embed, fit_many
 from .tasks import ImageSet, task_images
@@ -248,17 +249,17 @@ def halves_agreement(
     odd = scores.groupby(level='source').cumcount() % 2 == 1
     return rank_agreement(by_task(scores[~odd.to_numpy()]), {'other half of the source models': by_task(scores[odd.to_numpy()])}, **kwargs)
 
-# %% ../nbs/07b_transfer.ipynb #5c28a6bf
+# %% ../nbs/07b_transfer.ipynb #9902af66
 PREDICTORS = {'lps': 'LPS of unseen tasks', 'stem': 'raw stem weights', 'convs': 'raw weights of all convolutions',
               'superclass': 'shared superclass', 'cka': 'linear CKA (sees images)', 'logme': 'LogME (sees images and labels)'}
 
 def about_models(
     models: ModelSet,  # what was evaluated
-) -> dict:             # models, tasks, data, recipe, seeds, val_accuracy
+) -> dict:             # models, tasks, sha256, data, recipe, seeds, val_accuracy
     "What a result was measured on"
     m, accuracy = models.manifest, models.manifest.val_accuracy.astype(float)
     known = {c: sorted(map(str, m[c].dropna().unique())) for c in ('data', 'recipe')}
-    return dict(models=len(models), tasks=len(models.tasks), **known, seeds=m.seed.dropna().astype(int).tolist(),
+    return dict(models=len(models), tasks=len(models.tasks), sha256=fingerprint(models), **known, seeds=m.seed.dropna().astype(int).tolist(),
                 val_accuracy=dict(mean=round(accuracy.mean(), 4), sd=round(accuracy.std(), 4)) if accuracy.notna().any() else None)
 
 # %% ../nbs/07b_transfer.ipynb #d40144f1

@@ -1,0 +1,64 @@
+"""Learning curves: nested splits, fewer tasks, networks that were stopped early, words that follow the numbers"""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lps.curves import curve_record, curve_splits, curve_table, curve_text, learning_curves, plot_curves, stopped_early, top1
+from lps.evaluate import classify
+from lps.modelset import load_modelset
+from lps.train import recipes
+from lps.zoo import build
+
+HOW = dict(n_filters=4, epochs=2, milestones=())
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    tiny = replace(recipes["digits"], name="tiny", epochs=2, milestones=(), depth=8, width=4)
+    return build(tmp_path_factory.mktemp("zoo"), "digits", tiny, n_models=4, workers=1, progress=False, keep=(1,))
+
+
+def test_splits_are_nested(zoo):
+    small, more_models, more_tasks = (curve_splits(zoo.labels, k, n, 1, n_splits=5) for k, n in ((3, 1), (3, 3), (5, 1)))
+    for (a, b), (c, d), (e, f) in zip(small, more_models, more_tasks):
+        assert set(a) < set(c) and set(b) == set(d) and set(a) < set(e) and set(b) < set(f) and not set(c) & set(d)
+        assert len(set(zoo.labels[a].tolist())) == 3 and sorted(zoo.labels[b].tolist()) == sorted(set(zoo.labels[a].tolist()))
+    assert len({tuple(b) for _, b in small}) > 1
+
+
+@pytest.mark.parametrize("k, n, m", [(6, 1, 1), (1, 1, 1), (5, 4, 1)])
+def test_too_many_tasks_or_models(zoo, k, n, m):
+    with pytest.raises(ValueError, match="take"): curve_splits(zoo.labels, k, n, m)
+
+
+def test_top1_is_that_of_classify_on_a_set_of_these_tasks(zoo):
+    splits = curve_splits(zoo.labels, 5, 3, 1, n_splits=2)
+    assert top1(zoo, splits, **HOW) == pytest.approx(classify(zoo, splits, **HOW)["top-1"].tolist(), abs=1e-4)
+    (train, test), = curve_splits(zoo.labels, 3, 3, 1, n_splits=1)
+    some = np.sort(np.concatenate([train, test]))
+    inside = tuple(np.searchsorted(some, i) for i in (train, test))
+    assert top1(zoo, [(train, test)], **HOW) == pytest.approx(classify(zoo[some], [inside], **HOW)["top-1"].tolist(), abs=1e-4)
+
+
+def test_stopped_early_compares_the_same_models(zoo, tmp_path):
+    assert list(stopped_early(zoo)) == [1, 2]
+    some = zoo[zoo.manifest.run.to_numpy(copy=True) < 3]
+    assert [s.manifest.file.tolist() for s in stopped_early(some).values()] == [some.manifest.file.tolist()]*2
+    assert not np.array_equal(stopped_early(zoo)[1].stack("conv1"), zoo.stack("conv1"))
+    assert stopped_early(load_modelset(zoo.path/"epochs/001")) == {}
+
+
+def test_curves_record_and_words(zoo):
+    points = learning_curves(zoo, [3, 5], [1, 3], 1, n_splits=2, **HOW)
+    assert [(p["curve"], p["x"], p["n_tasks"], p["n_train"]) for p in points] == [
+        ("tasks", 3, 3, 3), ("tasks", 5, 5, 3), ("models", 1, 5, 1), ("models", 3, 5, 3), ("epochs", 1, 5, 3), ("epochs", 2, 5, 3)]
+    assert points[1]["top1"] == points[3]["top1"] == points[5]["top1"]
+    record = curve_record(zoo, points, name="toy", n_splits=2)
+    assert str(zoo.path) not in str(record) and len(plot_curves(record).axes) == 6
+    for p, high in zip(points, (.5, .9, .3, .9, .2, .9)): p["top1"] = [high - .01, high + .01]
+    t = curve_table(record)
+    assert t.times.tolist() == pytest.approx([1.5, 4.5, 1.5, 4.5, 1, 4.5]) and "from 2 epochs of training on" in curve_text(record)
+    points[5]["top1"] = [.1, .3]
+    assert "at none of the epochs" in curve_text(record)
+    assert "epoch" not in curve_text(curve_record(zoo, points[:4], name="toy"))
