@@ -132,6 +132,15 @@ def test_in_float32_and_bfloat16_models_learn_as_alone(tasks, stats):
         assert all(abs(m['train_accuracy'] - a['train_accuracy']) < .1 for (_, m), a in zip(together, alone))
 
 
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+def test_mean_accuracy_is_that_of_serial_runs_within_two_standard_errors(tasks, stats, precision):
+    recipe, seeds = replace(TINY, precision=precision), range(8)
+    side_by_side = torch.tensor([m['val_accuracy'] for _, m in train_models([tasks[0]]*8, recipe, list(seeds), stats)], dtype=torch.double)
+    serial = torch.tensor([train_model(*tasks[0], recipe, s, stats)[1]['val_accuracy'] for s in seeds], dtype=torch.double)
+    assert (side_by_side.mean() - serial.mean()).abs() <= 2*serial.std()/8**.5, (side_by_side, serial)
+    assert .6 < serial.mean() < 1 and serial.std() > 0
+
+
 def test_accuracies_of_unequal_numbers_of_images(tasks, stats):
     nets = [init_model(s, TINY, 1).eval() for s in SEEDS]
     xys = [tuple(v[:n] for v in t[0]) for t, n in zip(tasks, (150, 7, 126))]
