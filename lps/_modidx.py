@@ -400,6 +400,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'lps.transfer': { 'lps.transfer._findings': ('transfer.html#_findings', 'lps/transfer.py'),
                               'lps.transfer._interval': ('transfer.html#_interval', 'lps/transfer.py'),
                               'lps.transfer._mean': ('transfer.html#_mean', 'lps/transfer.py'),
+                              'lps.transfer._p': ('transfer.html#_p', 'lps/transfer.py'),
                               'lps.transfer._read_source': ('transfer.html#_read_source', 'lps/transfer.py'),
                               'lps.transfer._rho': ('transfer.html#_rho', 'lps/transfer.py'),
                               'lps.transfer._rhos': ('transfer.html#_rhos', 'lps/transfer.py'),

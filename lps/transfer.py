@@ -220,19 +220,21 @@ def _mean(values):
     "Mean over rows of the values that there are, NaN where there is none"
     return np.divide(np.nansum(values, 0), n := np.isfinite(values).sum(0), out=np.full(values.shape[1], np.nan), where=n > 0)
 
-# %% ../nbs/07b_transfer.ipynb #8e699621
+# %% ../nbs/07b_transfer.ipynb #ec3bd1c4
 def rank_agreement(
     ari: pd.DataFrame,   # transfer from each source to each target, `(T, T)`, T at least 5
     predictors: dict,    # name → what should foretell it, `(T, T)`
-    n_boot: int=1000,    # bootstrap samples of the tasks
-    seed: int=0,         # of the bootstrap
-) -> pd.DataFrame:       # one row a predictor: rho, low, high over all pairs; the same within targets
-    "Spearman's ρ between predictors and transfer, with 95 % intervals from a bootstrap over tasks"
+    n_boot: int=1000,    # bootstrap samples of the tasks, and as many permutations
+    seed: int=0,         # of both
+) -> pd.DataFrame:       # one row a predictor: rho, low, high, p over all pairs; the same within targets
+    "Spearman's ρ between predictors and transfer, with 95 % intervals from a bootstrap over tasks and p from permutations of them"
     if len(ari) < 5: raise ValueError(f"{len(ari)} tasks: ranks of their pairs say nothing, give five at least")
     cube, rng = np.stack([ari, *predictors.values()]).astype(float), np.random.default_rng(seed)
     boot = [_rhos(cube, rng.integers(len(ari), size=len(ari))) for _ in range(n_boot)]
-    rho, (low, high) = _rhos(cube, np.arange(len(ari))), _interval(np.stack(boot))
-    columns = {f'{c}{w}': v[k] for k, w in enumerate(('', '_within')) for c, v in (('rho', rho), ('low', low), ('high', high))}
+    rho, (low, high) = _rhos(cube, all_tasks := np.arange(len(ari))), _interval(np.stack(boot))
+    shuffled = [_rhos(np.concatenate([cube[:1], cube[1:, i][:, :, i]]), all_tasks) for i in (rng.permutation(len(ari)) for _ in range(n_boot))]
+    p = np.where(np.isfinite(rho), (1 + (np.abs(shuffled) >= np.abs(rho) - 1e-12).sum(0))/(1 + n_boot), np.nan)
+    columns = {f'{c}{w}': v[k] for k, w in enumerate(('', '_within')) for c, v in (('rho', rho), ('low', low), ('high', high), ('p', p))}
     return pd.DataFrame(columns, pd.Index(list(predictors), name='predictor'))
 
 def _interval(boot):
@@ -280,14 +282,17 @@ def transfer_record(
     return dict(model_set=about_models(models), settings=settings | dict(n_boot=n_boot, seed=seed), tasks=ari.index.tolist(), classes=[[r.class_0, r.class_1] for r in first.itertuples()],
                 rho=rho, ari=_rows(ari), predictors={k: _rows(p) for k, p in predictors.items()}, **provenance())
 
-# %% ../nbs/07b_transfer.ipynb #7d49bbee
+# %% ../nbs/07b_transfer.ipynb #245070c7
 def _with_interval(r, w): return '' if r[f'rho{w}'] is None else f"{r[f'rho{w}']:.2f} [{r[f'low{w}']:.2f}, {r[f'high{w}']:.2f}]".replace('-', '−')
+
+def _p(r, w): return '' if r[f'p{w}'] is None else f"{r[f'p{w}']:.2g}"
 
 def transfer_table(
     record: dict,   # from `transfer_record`, or a result file
 ) -> pd.DataFrame:  # text, one row a predictor
-    "Spearman's ρ with its interval, over all pairs and within targets"
-    rows = {PREDICTORS.get(k, k): {'ρ, all pairs': _with_interval(r, ''), 'ρ, within targets': _with_interval(r, '_within')} for k, r in record['rho'].items()}
+    "Spearman's ρ with its interval and p, over all pairs and within targets"
+    columns = {'ρ, all pairs': '', 'ρ, within targets': '_within'}
+    rows = {PREDICTORS.get(k, k): {c: v for t, w in columns.items() for c, v in ((t, _with_interval(r, w)), (t.replace('ρ', 'p'), _p(r, w)))} for k, r in record['rho'].items()}
     return pd.DataFrame(rows).T.rename_axis('predictor')
 
 # %% ../nbs/07b_transfer.ipynb #fb8e4c28
@@ -322,7 +327,7 @@ def _findings(record, within):
     found = pd.Series({PREDICTORS.get(k, k): finding(record['rho'][k], within) for k in record['predictors']})
     return '; '.join(f"{f}: {', '.join(g.index)}" for f, g in found.groupby(found))
 
-# %% ../nbs/07b_transfer.ipynb #6a1d5efa
+# %% ../nbs/07b_transfer.ipynb #2ede58cf
 ANSWERS = {(True, True): '**predict** transfer', (True, False): 'predict transfer over all pairs, but not which source is best for a target',
            (False, True): 'predict which source is better for a target, but not transfer over all pairs', (False, False): 'do **not** predict transfer beyond chance'}
 
@@ -333,6 +338,6 @@ def transfer_text(
     rho, a = record['rho'], np.array(record['ari'])
     other, own, lps = a[~np.eye(len(a), dtype=bool)], np.diag(a), rho['lps']
     return (f"**{record['settings']['name']}**, {record['model_set']['tasks']} tasks: the clusters' ARI is {own.mean():.2f} on a network's own task and {other.mean():.2f} ± {other.std():.2f} on others. "
-            f"Weights alone, read by LPS, {ANSWERS[tuple(finding(lps, w) == 'above chance' for w in (False, True))]}: ρ = {_with_interval(lps, '')} over all pairs, {_with_interval(lps, '_within')} within targets. "
+            f"Weights alone, read by LPS, {ANSWERS[tuple(finding(lps, w) == 'above chance' for w in (False, True))]}: ρ = {_with_interval(lps, '')} over all pairs (p = {_p(lps, '')}), {_with_interval(lps, '_within')} within targets (p = {_p(lps, '_within')}). "
             f"Over all pairs, {_findings(record, False)}. Within targets, {_findings(record, True)}. "
             f"The two halves of the source networks agree with ρ = {_with_interval(rho['other half of the source models'], '')}.")

@@ -154,13 +154,15 @@ def test_rho_is_scipys_and_its_interval_covers_the_truth():
     rng = np.random.default_rng(0)
     ari = frame(rng.normal(size=(15, 15)))
     p = {"same": 3*ari + 1, "reverse": -ari, "noisy": ari + rng.normal(size=(15, 15)), "nothing": frame(np.ones((15, 15)))}
-    table, off = rank_agreement(ari, p, n_boot=300), ~np.eye(15, dtype=bool)
+    table, off = rank_agreement(ari, p, n_boot=100), ~np.eye(15, dtype=bool)
     assert table.rho["noisy"] == pytest.approx(spearmanr(ari.values[off], p["noisy"].values[off]).statistic)
     within = [spearmanr(ari.values[off[:, t], t], p["noisy"].values[off[:, t], t]).statistic for t in range(15)]
     assert table.rho_within["noisy"] == pytest.approx(np.mean(within))
-    assert table.loc["same"].tolist() == pytest.approx([1]*6) and table.loc["reverse"].tolist() == pytest.approx([-1]*6)
+    values = ["rho", "low", "high", "rho_within", "low_within", "high_within"]
+    assert table.loc["same", values].tolist() == pytest.approx([1]*6) and table.loc["reverse", values].tolist() == pytest.approx([-1]*6)
+    assert table.p["same"] == table.p["reverse"] == pytest.approx(1/101)
     assert table.low["noisy"] < table.rho["noisy"] < table.high["noisy"] and table.loc["nothing"].isna().all()
-    pd.testing.assert_frame_equal(table, rank_agreement(ari, p, n_boot=300))
+    pd.testing.assert_frame_equal(table, rank_agreement(ari, p, n_boot=100))
 
 
 def test_easy_targets_alone_are_no_agreement_within_targets():
@@ -168,7 +170,7 @@ def test_easy_targets_alone_are_no_agreement_within_targets():
     rng = np.random.default_rng(0)
     easy = rng.normal(size=20)
     ari, p = frame(easy + .3*rng.normal(size=(20, 20))), frame(easy + .3*rng.normal(size=(20, 20)))
-    r = rank_agreement(ari, {"p": p}, n_boot=300).loc["p"].to_dict()
+    r = rank_agreement(ari, {"p": p}, n_boot=100).loc["p"].to_dict()
     assert finding(r) == "above chance" and finding(r, within=True) == "not told from chance"
 
 
@@ -180,6 +182,12 @@ def test_a_bootstrap_over_tasks_is_wider_than_one_over_pairs():
     r = rank_agreement(frame(ari), {"p": p}, n_boot=300).loc["p"]
     pairs = [spearmanr(*np.stack([ari[off], p[off]])[:, rng.integers(132, size=132)]).statistic for _ in range(300)]
     assert r.high - r.low > 1.3*np.subtract(*np.quantile(pairs, (.975, .025)))
+
+
+def test_p_is_even_where_nothing_is_to_be_found():
+    rng = np.random.default_rng(0)
+    ps = [rank_agreement(frame(a[:, None] + rng.normal(size=(8, 8))), {"p": b + rng.normal(size=(8, 8))}, n_boot=30, seed=i).p.item() for i, (a, b) in enumerate(rng.normal(size=(30, 2, 8)))]
+    assert .3 < np.mean(ps) < .7 and np.mean(np.array(ps) < .1) < .25
 
 
 def test_superclasses():
@@ -202,4 +210,4 @@ def test_record_table_figure_and_words_agree(zoo, tmp_path):
     assert transfer_table(record).iloc[0, 0] == "1.00 [1.00, 1.00]"
     assert len([ax for ax in plot_transfer(record).axes if ax.collections]) == 3
     assert "do **not** predict" in transfer_text(transfer_record(zoo, ari, dict(lps=-by_task(ari)), n_boot=50, name="toy"))
-    assert halves_agreement(ari, n_boot=10).shape == (1, 6)
+    assert halves_agreement(ari, n_boot=10).shape == (1, 8)
