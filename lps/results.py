@@ -190,7 +190,7 @@ def mean_sd(
     "Mean ± sd, of one split the value alone"
     return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else '')
 
-# %% ../nbs/09b_results.ipynb #953e8a1c
+# %% ../nbs/09b_results.ipynb #f6ccfab8
 def _claims_table(record, kind):
     "Tables 1 and 2"
     runs, p = runs_of(record), PAPER[kind]
@@ -234,7 +234,7 @@ def _claims_fusion(record, kind):
 def _claims_transfer(record, kind):
     rho = record['rho']['lps']
     words = {'above chance': VERDICTS[0], 'below chance': VERDICTS[2]}
-    if rho['rho'] is None: return
+    if rho['low'] is None: return
     yield ('similarity of weights is roughly proportional to transfer', 'a scatter without a number', f"ρ = {rho['rho']:.2f}, from {rho['low']:.2f} to {rho['high']:.2f}".replace('-', '−'),
            words.get(finding(rho), VERDICTS[1]))
 
