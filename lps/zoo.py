@@ -183,12 +183,12 @@ def _sweep(path, seconds=600):
         with contextlib.suppress(OSError):
             if time.time() - f.stat().st_mtime > seconds: f.unlink()
 
-# %% ../nbs/04c_zoo.ipynb #81e1ab44
-def _check_device(device):
-    "Raises `ValueError` for a device that torch does not have here"
+# %% ../nbs/04c_zoo.ipynb #3b777326
+def _check_device(device, here):
+    "Raises `ValueError` for a device that torch does not know, or does not have where the models will train"
     try: kind = torch.device(device).type
     except RuntimeError: raise ValueError(f"unknown device '{device}': give 'cpu' or 'cuda'") from None
-    if kind == 'cuda' and not torch.cuda.is_available(): raise ValueError(f"device '{device}', but torch {torch.__version__} sees no GPU here: give device='cpu'")
+    if here and kind == 'cuda' and not torch.cuda.is_available(): raise ValueError(f"device '{device}', but torch {torch.__version__} sees no GPU here: give device='cpu'")
 
 def _check_space(path, plan, n, keep, workers):
     "Is there room for what will be written? Raises `OSError` with both sizes if not"
@@ -282,7 +282,7 @@ def _watched(results, total, done, progress):
             bar.update(t, advance=1, text=f"{_left(left)} left" + (f", val accuracy {np.mean(accs):.3f}" if accs else '') + (f", {aside} set aside" if aside else ''))
             yield r
 
-# %% ../nbs/04c_zoo.ipynb #03225b4a
+# %% ../nbs/04c_zoo.ipynb #c725f3f3
 def build(
     path: str | Path,         # folder for the models; a build that was interrupted goes on
     images: str | Path | tuple = 'digits', # 'digits', 'cifar100', an image folder, or a pair of `ImageSet` (train, test)
@@ -308,7 +308,7 @@ def build(
     if n_models < 1: raise ValueError(f"{n_models} models a task: at least 1 is needed")
     if every < 1: raise ValueError(f"a checkpoint every {every} epochs: at least 1 is needed")
     if wrong := [n for n in keep if not 1 <= n < recipe.epochs]: raise ValueError(f"epochs {wrong} cannot be kept: recipe '{recipe.name}' has {recipe.epochs}, the last of which is the model itself")
-    _check_device(device)
+    _check_device(device, here=executor is None)
     path.mkdir(parents=True, exist_ok=True)
     _check_plan(path, plan)
     _sweep(path)

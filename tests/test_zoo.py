@@ -235,3 +235,13 @@ def test_impossible_wishes_are_refused_before_anything_is_written(tmp_path, how,
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_missing_gpu_is_said(tmp_path):
     with pytest.raises(ValueError, match="device 'cuda', but torch .* sees no GPU here: give device='cpu'"): build(tmp_path/'zoo', 'digits', TINY, device='cuda', progress=False)
+
+
+def test_a_gpu_is_asked_for_where_the_models_train(tmp_path, monkeypatch):
+    "Whoever hands units to a cluster's GPUs may have none"
+    asked = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(zoo, 'train_unit', lambda path, recipe, metas, arrays, device, *how: asked.append(device) or [dict(task=0, run=0, val_accuracy=.5)]*len(metas))
+    for f in ('load_modelset', 'write_datasheet'): monkeypatch.setattr(zoo, f, lambda path: None)
+    with ThreadPoolExecutor(1) as ex: build(tmp_path, 'digits', TINY, n_models=1, executor=ex, device='cuda', progress=False)
+    assert set(asked) == {'cuda'}
