@@ -22,7 +22,7 @@ def frobenius_scores(
     "All Frobenius inner products of filter maps and second-order filter maps, eq. (5)"
     return torch.einsum('...ijuv,pquv->...ijpq', weight, second_order)
 
-# %% ../nbs/05_align.ipynb #a68f6c1a
+# %% ../nbs/05_align.ipynb #e2ffa8ca
 WIDTH = 128  # second-order maps (p, q) that are looked at together
 
 @functools.cache
@@ -49,11 +49,15 @@ def _kernels(d):
                 if len(best):
                     for l in range(n): best[i, c + l] = np.int32(at[l])
 
-    @njit(cache=True)
+    @njit(error_model='numpy', cache=True)
     def to_second_order(W, of, g, best, gV):
-        for i in range(len(W)):
-            for c in range(len(of)):
-                for e in range(d): gV[c, e] += g[i, of[c]]*W[i, best[i, c], e]
+        total = np.zeros(d, W.dtype)
+        for c in range(len(of)):
+            total[:] = 0
+            for i in range(len(W)):
+                x, w = g[i, of[c]], W[i, best[i, c]]
+                for e in range(d): total[e] += x*w[e]
+            gV[c] = total
 
     @njit(cache=True)
     def to_filters(V, of, g, best, gW):
@@ -62,7 +66,7 @@ def _kernels(d):
                 for e in range(d): gW[i, best[i, c], e] += g[i, of[c]]*V[c, e]
     return scores, to_second_order, to_filters
 
-# %% ../nbs/05_align.ipynb #5e554356
+# %% ../nbs/05_align.ipynb #d48ba415
 def _array(t): return np.ascontiguousarray(t.detach().cpu().numpy())
 
 class _ChannelAlign(torch.autograd.Function):
@@ -71,7 +75,7 @@ class _ChannelAlign(torch.autograd.Function):
     def forward(ctx, W, V):
         (R, C, d), (P, Q) = W.shape, V.shape[:2]
         w, v, of = _array(W), _array(V.flatten(0, 1)), np.arange(P*Q)//Q
-        s, best = np.zeros((R, P), w.dtype), np.empty((R, P*Q) if any(ctx.needs_input_grad) else (0, 0), np.int32)
+        s, best = np.zeros((R, P), w.dtype), np.empty((R, P*Q) if any(ctx.needs_input_grad) else (0, 0), np.min_scalar_type(C - 1))
         _kernels(d)[0](w, np.ascontiguousarray(v.T), of, s, best)
         ctx.arrays = w, v, of, best
         ctx.save_for_backward(W, V)
@@ -84,7 +88,7 @@ class _ChannelAlign(torch.autograd.Function):
         _, to_second_order, to_filters = _kernels(W.shape[2])
         g, gW, gV = _array(grad), None, None
         if ctx.needs_input_grad[0]: to_filters(v, of, g, best, gW := np.zeros_like(w))
-        if ctx.needs_input_grad[1]: to_second_order(w, of, g, best, gV := np.zeros_like(v))
+        if ctx.needs_input_grad[1]: to_second_order(w, of, g, best, gV := np.empty_like(v))
         return tuple(None if a is None else torch.from_numpy(a).view_as(t).to(t.device) for a, t in ((gW, W), (gV, V)))
 
 # %% ../nbs/05_align.ipynb #ada3edab
