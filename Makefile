@@ -11,7 +11,7 @@ RUN_STAMP := $(VENV)/.installed-run
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs lab readme sync constraints clean distclean
+.PHONY: help demo test experiments docs lab readme sync constraints clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -21,6 +21,9 @@ demo: $(RUN_STAMP) ## Tables 1 and 2 on the bundled networks and on a small zoo 
 
 test: $(DEV_STAMP) ## run every notebook, the experiments, the command line and the site (ARGS goes to pytest)
 	@$(BIN)/python -m pytest $(ARGS)
+
+experiments: $(DEV_STAMP) ## run every experiment on one model set (ARGS goes to scripts/experiments.py)
+	@$(BIN)/python scripts/experiments.py $(ARGS)
 
 docs: $(DEV_STAMP) ## build the documentation site into _docs/
 	@$(BIN)/python scripts/docs.py site

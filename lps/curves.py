@@ -6,7 +6,7 @@
 __all__ = ['CURVES', 'curve_splits', 'top1', 'stopped_early', 'learning_curves', 'curve_record', 'curve_table', 'curve_summary',
            'plot_curves', 'curve_text']
 
-# %% ../nbs/07c_curves.ipynb #169a753c
+# %% ../nbs/07c_curves.ipynb #5f77b7ad
 import re
 from concurrent.futures import Executor
 
@@ -17,10 +17,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .evaluate import per_split, rank_k, task_logits
+from .evaluate import about_models, per_split, rank_k, task_logits
 from .modelset import ModelSet, load_modelset, provenance
 from .second_order import SomeLayers
-from .transfer import about_models
 
 # %% ../nbs/07c_curves.ipynb #c21d8932
 def curve_splits(

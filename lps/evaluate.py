@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['READ_OUTS', 'FUSIONS', 'METHOD_NAMES', 'classification_splits', 'retrieval_splits', 'rank_k',
            'mean_average_precision', 'random_row', 'random_map', 'task_logits', 'per_split', 'task_scores', 'top_k',
-           'classify', 'fuse', 'learn_alpha', 'retrieve', 'table1', 'table2', 'summary', 'fingerprint', 'result_record',
-           'runs_of', 'find_record']
+           'classify', 'fuse', 'learn_alpha', 'retrieve', 'table1', 'table2', 'summary', 'fingerprint', 'about_models',
+           'result_record', 'runs_of', 'find_record']
 
 # %% ../nbs/07_evaluate.ipynb #07b50c46
 import hashlib, json
@@ -274,12 +274,21 @@ def summary(
     if 'mAP' in cols: chance['random, without replacement']['mAP'] = f'{100*random_map(n_right, n_all):.1f}'
     return pd.DataFrame.from_dict(chance | rows, orient='index', columns=cols).fillna('').rename_axis('method')
 
-# %% ../nbs/07_evaluate.ipynb #9c6f296a
+# %% ../nbs/07_evaluate.ipynb #590c7a54
 def fingerprint(
     models: ModelSet, # any model set
 ) -> str:             # 16 hexadecimal digits
     "The same for the same files, and for no others"
     return hashlib.sha256(''.join(sorted(models.hashes)).encode()).hexdigest()[:16]
+
+def about_models(
+    models: ModelSet, # what was evaluated
+) -> dict:            # models, tasks, sha256, data, recipe, seeds, val_accuracy
+    "What a result was measured on"
+    m, accuracy = models.manifest, models.manifest.val_accuracy.astype(float)
+    known = {c: sorted(map(str, m[c].dropna().unique())) for c in ('data', 'recipe')}
+    return dict(models=len(models), tasks=len(models.tasks), sha256=fingerprint(models), **known, seeds=m.seed.dropna().astype(int).tolist(),
+                val_accuracy=dict(mean=round(accuracy.mean(), 4), sd=round(accuracy.std(), 4)) if accuracy.notna().any() else None)
 
 def result_record(
     models: ModelSet,    # what was evaluated
@@ -288,12 +297,8 @@ def result_record(
     **settings,          # how: n_splits, seed, layers, epochs, …
 ) -> dict:               # for `write_json`: model_set, settings, summary, runs, versions, machine, commit, time
     "Everything that a reader needs to trust a table or to make it again"
-    m, accuracy = models.manifest, models.manifest.val_accuracy.astype(float)
-    known = {c: sorted(map(str, m[c].dropna().unique())) for c in ('data', 'recipe')}
-    model_set = dict(models=len(models), tasks=len(models.tasks), sha256=fingerprint(models), **known, seeds=m.seed.dropna().astype(int).tolist(),
-                     val_accuracy=dict(mean=round(accuracy.mean(), 4), sd=round(accuracy.std(), 4)) if accuracy.notna().any() else None)
     splits = {k: r.round(4).to_dict('list') for k, r in runs.groupby(level='method', sort=False)}
-    return dict(model_set=model_set, settings=settings, n_right=n_right, summary=summary(runs_of(dict(runs=splits)), n_right).to_dict('index'), runs=splits, **provenance())
+    return dict(model_set=about_models(models), settings=settings, n_right=n_right, summary=summary(runs_of(dict(runs=splits)), n_right).to_dict('index'), runs=splits, **provenance())
 
 def runs_of(
     record: dict,     # from `result_record`, or a result file

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CIFAR100_SUPERCLASSES', 'PREDICTORS', 'ANSWERS', 'features', 'task_targets', 'cluster_ari', 'log_me', 'linear_cka',
            'transfer', 'by_task', 'task_similarity', 'weight_similarity', 'unseen_folds', 'unseen_similarity',
-           'shared_superclass', 'rank_agreement', 'halves_agreement', 'about_models', 'transfer_record',
-           'transfer_table', 'plot_transfer', 'finding', 'transfer_text']
+           'shared_superclass', 'rank_agreement', 'halves_agreement', 'transfer_record', 'transfer_table',
+           'plot_transfer', 'finding', 'transfer_text']
 
-# %% ../nbs/07b_transfer.ipynb #81f6f69a
+# %% ../nbs/07b_transfer.ipynb #8ce67ce4
 from concurrent.futures import Executor
 from itertools import combinations
 
@@ -26,7 +26,7 @@ from sklearn.metrics import adjusted_rand_score
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from .evaluate import fingerprint
+from .evaluate import about_models
 from .modelset import ModelSet, TrainedModel, provenance
 from .second_order import embed, fit_many
 from .tasks import ImageSet, task_images
@@ -251,20 +251,10 @@ def halves_agreement(
     odd = scores.groupby(level='source').cumcount() % 2 == 1
     return rank_agreement(by_task(scores[~odd.to_numpy()]), {'other half of the source models': by_task(scores[odd.to_numpy()])}, **kwargs)
 
-# %% ../nbs/07b_transfer.ipynb #9902af66
+# %% ../nbs/07b_transfer.ipynb #fe65c0fa
 PREDICTORS = {'lps': 'LPS of unseen tasks', 'stem': 'raw stem weights', 'convs': 'raw weights of all convolutions',
               'superclass': 'shared superclass', 'cka': 'linear CKA (sees images)', 'logme': 'LogME (sees images and labels)'}
 
-def about_models(
-    models: ModelSet,  # what was evaluated
-) -> dict:             # models, tasks, sha256, data, recipe, seeds, val_accuracy
-    "What a result was measured on"
-    m, accuracy = models.manifest, models.manifest.val_accuracy.astype(float)
-    known = {c: sorted(map(str, m[c].dropna().unique())) for c in ('data', 'recipe')}
-    return dict(models=len(models), tasks=len(models.tasks), sha256=fingerprint(models), **known, seeds=m.seed.dropna().astype(int).tolist(),
-                val_accuracy=dict(mean=round(accuracy.mean(), 4), sd=round(accuracy.std(), 4)) if accuracy.notna().any() else None)
-
-# %% ../nbs/07b_transfer.ipynb #d40144f1
 def _rows(frame, n=4): return [[None if np.isnan(v) else round(float(v), n) for v in row] for row in frame.to_numpy(dtype=float)]
 
 def transfer_record(

@@ -1,5 +1,8 @@
 """Every notebook runs from top to bottom in a fresh kernel: the library's and tutorials cell by cell, the experiments through papermill"""
 import json
+import runpy
+import subprocess
+import sys
 
 import nbformat
 import papermill as pm
@@ -15,8 +18,8 @@ EXPERIMENTS = sorted(p.stem for p in NBS.glob("experiments/*.ipynb"))
 
 # the small parameters that each experiment is tested with, by the notebook's name
 SMALL = {
-    "table1": dict(n_models=4, zoo_epochs=1, n_splits=2, n_train=2, n_filters=8, epochs=3),
-    "table2": dict(n_models=4, zoo_epochs=1, n_splits=2, n_query=1, n_filters=8, epochs=3),
+    "table1": dict(n_models=4, zoo_epochs=1, n_splits=2, n_train=2, n_filters=8, epochs=3, workers=1),
+    "table2": dict(n_models=4, zoo_epochs=1, n_splits=2, n_query=1, n_filters=8, epochs=3, workers=1),
     "branches": dict(n_models=4, zoo_epochs=1, n_splits=2, n_train=2, n_filters=8, epochs=3, workers=1),
     "alignment": dict(n_models=4, zoo_epochs=1, n_splits=2, n_train=2, n_filters=8, epochs=3, workers=1),
     "fusion": dict(n_models=4, zoo_epochs=1, n_splits=2, n_train=3, n_held=1, n_filters=8, epochs=3, workers=1),
@@ -59,3 +62,27 @@ def test_experiment_runs_small(name, workdir):
 
 def test_no_small_parameters_without_a_notebook():
     assert set(SMALL) <= set(EXPERIMENTS)
+
+
+SCRIPT = runpy.run_path(str(ROOT/"scripts/experiments.py"))
+
+
+def test_one_command_runs_the_experiments(workdir, tmp_path):
+    "A parameter reaches the notebooks that have it; one with the name of an experiment, that one alone"
+    small = [f"{k}={v}" for k, v in SMALL["branches"].items()]
+    args = ["--results", tmp_path, "--only", "alignment", "branches", "--set", *small, "alignment.epochs=2"]
+    done = subprocess.run([sys.executable, workdir/"scripts/experiments.py", *args], capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["branches", "alignment", "all"]
+    assert {p.name: json.loads(p.read_text())["settings"]["epochs"] for p in tmp_path.iterdir()} == {"branches-digits.json": 3, "alignment-digits.json": 2}
+
+
+@pytest.mark.parametrize("args, says", [(["--set", "n_splitz=3"], "n_splitz"), (["--set", "branches.n_boot=3"], "branches.n_boot"), (["--set", "n_splits"], "n_splits"),
+                                        (["--model-set", "no/such/folder"], "no/such/folder"), (["--only", "table3"], "table3")])
+def test_one_command_refuses_what_it_does_not_know(args, says, capsys):
+    with pytest.raises(SystemExit) as stopped: SCRIPT["main"](args)
+    assert says in str(stopped.value) + capsys.readouterr().err
+
+
+def test_one_command_knows_every_experiment():
+    assert sorted(SCRIPT["ORDER"]) == EXPERIMENTS

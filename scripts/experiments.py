@@ -1,0 +1,77 @@
+"""Run every experiment on one model set, one notebook after the other, and say how long each took:
+
+python scripts/experiments.py [--model-set FOLDER --images FOLDER] [--only branches fusion] [--set n_splits=3 branches.n_splits=1]
+
+Without a folder the notebooks build their own zoo of digits. Result files go to results/, the notebooks in the repository stay as they are;
+with a result file of the same models and settings, most notebooks take that instead of fitting again: --results FOLDER starts afresh."""
+import argparse
+import contextlib
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import papermill as pm
+
+EXPERIMENTS = Path(__file__).resolve().parent.parent/"nbs/experiments"
+ORDER = "table1", "table2", "learning_curve", "triplet", "branches", "alignment", "fusion", "transfer"  # alignment and fusion take what branches has left
+
+
+def number(text: str) -> int | float | bool | str:
+    "A parameter as Python would read it"
+    if text in ("True", "False"): return text == "True"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError): return kind(text)
+    return text
+
+
+def parameters(name: str, common: dict, settings: list[str]) -> dict:
+    "Of all that is asked for, what this notebook declares"
+    declared, out = pm.inspect_notebook(EXPERIMENTS/f"{name}.ipynb"), dict(common)
+    for key, value in (s.split("=", 1) for s in settings):
+        of, _, parameter = key.rpartition(".")
+        if of and of != name: continue
+        if of and parameter not in declared: sys.exit(f"{name} has no parameter {parameter!r}: it has {', '.join(declared)}")
+        out[parameter] = number(value)
+    return {k: v for k, v in out.items() if k in declared}
+
+
+def known(settings: list[str]):
+    "Each setting is a parameter of one notebook at least"
+    declared = {name: set(pm.inspect_notebook(EXPERIMENTS/f"{name}.ipynb")) for name in ORDER}
+    for s in settings:
+        of, _, parameter = s.split("=", 1)[0].rpartition(".")
+        if "=" not in s or (of and of not in declared) or not any(parameter in d for d in ([declared[of]] if of else declared.values())):
+            sys.exit(f"--set {s}: give parameter=value or experiment.parameter=value, with a parameter that an experiment has")
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-set", type=Path, help="folder of a model set; default: digits, built here")
+    parser.add_argument("--images", help="the images of its tasks, by name or folder: needed for transfer, which is left out without them")
+    parser.add_argument("--class-names", type=Path, help="table of classes, where images and models name them differently")
+    parser.add_argument("--results", type=Path, default=EXPERIMENTS.parent.parent/"results", help="folder for the result files")
+    parser.add_argument("--only", nargs="+", choices=ORDER, default=ORDER, metavar="EXPERIMENT", help=f"some of {', '.join(ORDER)}")
+    parser.add_argument("--set", nargs="+", default=[], metavar="PARAMETER=VALUE", help="parameters of the notebooks; experiment.parameter=value for one of them")
+    args = parser.parse_args(argv)
+    known(args.set)
+    if args.model_set and not args.model_set.is_dir(): sys.exit(f"{args.model_set} is not a folder: give one with trained models")
+    common = dict(results=str(args.results.resolve()))
+    if args.model_set: common["model_set"] = str(args.model_set.resolve())
+    if args.images: common["images"] = str(Path(args.images).resolve()) if Path(args.images).exists() else args.images
+    if args.class_names: common["class_names"] = str(args.class_names.resolve())
+    chosen = [n for n in ORDER if n in args.only and (n != "transfer" or args.images or not args.model_set)]
+    if "transfer" in args.only and "transfer" not in chosen: print("transfer is left out: it needs the --images of the tasks")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the fits go side by side, one core each
+    total = 0
+    with tempfile.TemporaryDirectory() as tmp:
+        for name in chosen:
+            start = time.perf_counter()
+            pm.execute_notebook(EXPERIMENTS/f"{name}.ipynb", f"{tmp}/{name}.ipynb", parameters(name, common, args.set), cwd=EXPERIMENTS, kernel_name="python3", progress_bar=False)
+            total += (took := time.perf_counter() - start)
+            print(f"{name:16}{took/60:6.1f} min", flush=True)
+    print(f"{'all':16}{total/60:6.1f} min")
+
+
+if __name__ == "__main__": main()
