@@ -142,7 +142,7 @@ def plot_curves(
     fig.suptitle(record['settings']['name'], fontsize=11)
     return fig
 
-# %% ../nbs/07c_curves.ipynb #8ca0457f
+# %% ../nbs/07c_curves.ipynb #3669d8d7
 def curve_text(
     record: dict, # from `curve_record`, or a result file
 ) -> str:         # Markdown
@@ -151,7 +151,7 @@ def curve_text(
     for c, g in t.groupby('curve', sort=False):
         a, b = g.iloc[0], g.iloc[-1]
         if len(g) > 1: lines.append(f"from {a.x} to {b.x} {CURVES[c]}, top-1 goes from {100*a['mean']:.0f} ± {100*a.sd:.0f} % ({a.times:.1f} times chance) to {100*b['mean']:.0f} ± {100*b.sd:.0f} % ({b.times:.1f} times)")
-    early = t[(t.curve == 'epochs') & (t['mean'] - 2*t.sd/np.sqrt([len(p['top1']) for p in record['points']]) > t.chance)]
-    if len(early): lines.append(f"the task is readable above chance from {early.x.min()} {'epoch' if early.x.min() == 1 else 'epochs'} of training on, the earliest of those kept that stands out")
+    early = t[(t.curve == 'epochs') & (t['mean'] - t.sd > t.chance)]
+    if len(early): lines.append(f"the task is readable above chance from {early.x.min()} {'epoch' if early.x.min() == 1 else 'epochs'} of training on, the earliest of those kept where top-1 exceeds chance by more than its standard deviation")
     elif (t.curve == 'epochs').any(): lines.append('at none of the epochs kept does the task stand out from chance')
     return f"**{record['settings']['name']}**: " + '; '.join(lines) + '.'

@@ -1,6 +1,6 @@
 """Run every experiment on one model set, one notebook after the other, and say how long each took:
 
-python scripts/experiments.py [--model-set FOLDER --images FOLDER] [--only branches fusion] [--set n_splits=3 branches.n_splits=1]
+python scripts/experiments.py [--model-set FOLDER --images FOLDER | --model-set bundled] [--only branches fusion] [--set n_splits=3 branches.n_splits=1]
 
 Without a folder the notebooks build their own zoo of digits. Result files go to results/, the notebooks in the repository stay as they are;
 with a result file of the same models and settings, most notebooks take that instead of fitting again: --results FOLDER starts afresh."""
@@ -16,6 +16,7 @@ import papermill as pm
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent/"nbs/experiments"
 ORDER = "table1", "table2", "learning_curve", "triplet", "branches", "alignment", "fusion", "transfer"  # alignment and fusion take what branches has left
+OF_FIRST_LAYERS = "table1", "table2", "learning_curve", "triplet"  # all that the bundled model set has
 
 
 def number(text: str) -> int | float | bool | str:
@@ -48,7 +49,7 @@ def known(settings: list[str]):
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-set", type=Path, help="folder of a model set; default: digits, built here")
+    parser.add_argument("--model-set", help="folder of a model set, or bundled; default: digits, built here")
     parser.add_argument("--images", help="the images of its tasks, by name or folder: needed for transfer, which is left out without them")
     parser.add_argument("--class-names", type=Path, help="table of classes, where images and models name them differently")
     parser.add_argument("--results", type=Path, default=EXPERIMENTS.parent.parent/"results", help="folder for the result files")
@@ -56,13 +57,14 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--set", nargs="+", default=[], metavar="PARAMETER=VALUE", help="parameters of the notebooks; experiment.parameter=value for one of them")
     args = parser.parse_args(argv)
     known(args.set)
-    if args.model_set and not args.model_set.is_dir(): sys.exit(f"{args.model_set} is not a folder: give one with trained models")
-    common = dict(results=str(args.results.resolve()))
-    if args.model_set: common["model_set"] = str(args.model_set.resolve())
+    bundled, common = args.model_set == "bundled", dict(results=str(args.results.resolve()))
+    if args.model_set and not bundled and not Path(args.model_set).is_dir(): sys.exit(f"{args.model_set} is not a folder: give one with trained models, or bundled")
+    if args.model_set: common["model_set"] = args.model_set if bundled else str(Path(args.model_set).resolve())
     if args.images: common["images"] = str(Path(args.images).resolve()) if Path(args.images).exists() else args.images
     if args.class_names: common["class_names"] = str(args.class_names.resolve())
-    chosen = [n for n in ORDER if n in args.only and (n != "transfer" or args.images or not args.model_set)]
-    if "transfer" in args.only and "transfer" not in chosen: print("transfer is left out: it needs the --images of the tasks")
+    possible = OF_FIRST_LAYERS if bundled else ORDER if args.images or not args.model_set else ORDER[:-1]
+    chosen = [n for n in possible if n in args.only]
+    if left := [n for n in ORDER if n in args.only and n not in possible]: print(f"{', '.join(left)}: left out, for lack of {'deeper layers' if bundled else '--images'}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the fits go side by side, one core each
     total = 0
     with tempfile.TemporaryDirectory() as tmp:
