@@ -52,7 +52,7 @@ def result_files(
     paths = sorted(Path(folder).glob('*.json'), key=lambda p: (list(PAPER).index(kind_of(p)), p.name))
     return {p: json.loads(p.read_text()) for p in paths}
 
-# %% ../nbs/09b_results.ipynb #b63ae5a7
+# %% ../nbs/09b_results.ipynb #4b8d5042
 def _chance(record): return 100/record['model_set']['tasks']
 
 def _percent(runs, method, measure='top-1'): return 100*runs.loc[method, measure].to_numpy()
@@ -75,10 +75,11 @@ def _axes(w=7.4, h=3.8): return plt.subplots(figsize=(w, h), layout='constrained
 def plot_branches(
     record: dict, # a result file of the experiment on branches
 ) -> Axes:
-    "Top-1 of each branch alone"
+    "Top-1, 5 and 10 of each branch alone, and, where the file has it, top-1 of the models that it learned from"
     runs, layers, ax = runs_of(record), record['settings']['layers'], _axes()
     x = np.arange(1, len(layers) + 1)
     for i, k in enumerate(k for k in (1, 5, 10) if k < record['model_set']['tasks']): _points(ax, x, [_percent(runs, l, f'top-{k}') for l in layers], i, f'top-{k}')
+    if 'learned' in record: ax.plot(x, [100*np.mean(record['learned'][l]) for l in layers], color=COLOURS[0], ls=':', label='top-1 of the models\nlearned from')
     ax.set(xlabel='branch', xticks=x)
     return _finish(ax, record, 'right among the first k, %')
 
@@ -190,7 +191,7 @@ def mean_sd(
     "Mean ± sd, of one split the value alone"
     return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else '')
 
-# %% ../nbs/09b_results.ipynb #f6ccfab8
+# %% ../nbs/09b_results.ipynb #ea7a8197
 def _claims_table(record, kind):
     "Tables 1 and 2"
     runs, p = runs_of(record), PAPER[kind]
@@ -214,7 +215,8 @@ def _claims_branches(record, kind):
     if len(layers) < p['none'][1]: return
     weak, none = [v[a - 1:b].mean(0) for a, b in (p['weak'], p['none'])]
     yield 'branches {}–{} are weak, but above chance'.format(*p['weak']), f"above {p['chance']}", f"mean {mean_sd(weak)}; chance {chance:.1f}", verdict(weak - chance)
-    yield 'branches {}–{} are at chance'.format(*p['none']), f"near {p['chance']}", f"mean {mean_sd(none)}; chance {chance:.1f}", at_chance(none, chance)
+    learned = f"; of the models learned from {np.mean([record['learned'][l] for l in layers[p['none'][0] - 1:p['none'][1]]])*100:.1f}" if 'learned' in record else ''
+    yield 'branches {}–{} are at chance'.format(*p['none']), f"near {p['chance']}", f"mean {mean_sd(none)}{learned}; chance {chance:.1f}", at_chance(none, chance)
 
 def _claims_alignment(record, kind):
     runs, layers = runs_of(record), record['settings']['layers']

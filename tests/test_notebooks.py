@@ -18,12 +18,12 @@ EXPERIMENTS = sorted(p.stem for p in NBS.glob("experiments/*.ipynb"))
 
 # the small parameters that each experiment is tested with, by the notebook's name
 SMALL = {
-    "table1": dict(n_models=4, zoo_epochs=1, n_splits=2, n_train=2, n_filters=8, epochs=3, workers=1),
-    "table2": dict(n_models=4, zoo_epochs=1, n_splits=2, n_query=1, n_filters=8, epochs=3, workers=1),
+    "table1": dict(model_set="digits", n_models=4, zoo_epochs=1, n_splits=2, n_train=2, n_filters=8, epochs=3, workers=1),
+    "table2": dict(model_set="digits", n_models=4, zoo_epochs=1, n_splits=2, n_query=1, n_filters=8, epochs=3, workers=1),
     "branches": dict(n_models=4, zoo_epochs=1, n_splits=2, n_train=2, n_filters=8, epochs=3, workers=1),
     "alignment": dict(n_models=4, zoo_epochs=1, n_splits=2, n_train=2, n_filters=8, epochs=3, workers=1),
     "fusion": dict(n_models=4, zoo_epochs=1, n_splits=2, n_train=3, n_held=1, n_filters=8, epochs=3, workers=1),
-    "triplet": dict(n_models=4, zoo_epochs=1, n_splits=2, n_train=2, n_query=1, bs=6, per_task=2, n_filters=8, epochs=3, workers=1),
+    "triplet": dict(model_set="digits", n_models=4, zoo_epochs=1, n_splits=2, n_train=2, n_query=1, bs=6, per_task=2, n_filters=8, epochs=3, workers=1),
     "learning_curve": dict(n_tasks="3", n_train="1,2", n_test=1, n_models=4, zoo_epochs=2, keep="1", n_splits=2, n_filters=8, epochs=3, workers=1),
     "transfer": dict(n_models=4, zoo_epochs=1, n_splits=2, n_init=2, n_boot=50, n_filters=8, epochs=3, workers=1),
 }
