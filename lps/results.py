@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER', 'VARIANTS', 'VERDICTS', 'CLAIMS', 'kind_of', 'result_files', 'plot_branches', 'plot_alignment',
            'alignment_table', 'as_text', 'from_text', 'plot_fusion', 'plot_triplet', 'verdict', 'at_chance', 'reaches',
-           'mean_sd', 'claims', 'caption', 'in_words', 'plot_result', 'overview']
+           'mean_sd', 'claims', 'caption', 'in_words', 'plot_result', 'overview', 'same_networks']
 
 # %% ../nbs/09b_results.ipynb #d6bcf658
 import json
@@ -293,3 +293,13 @@ def overview(
     "What reproduces, what does not, and on which data"
     parts = [claims(p, r).assign(where=PAPER[kind_of(p)]['where'], data=f"{r['settings']['name']}, {r['model_set']['tasks']} tasks", file=p.name) for p, r in result_files(folder).items()]
     return pd.concat(parts, ignore_index=True)[['where', 'the paper says', 'its numbers', 'found here', 'data', 'verdict', 'file']]
+
+# %% ../nbs/09b_results.ipynb #58c352e4
+def same_networks(
+    records: list, # what is in result files
+) -> list:         # tuples of two or more names
+    "Names of model sets that are the same networks"
+    names = {}
+    for r in records:
+        if digest := r['model_set'].get('sha256'): names.setdefault(digest, {})[r['settings']['name']] = None
+    return [tuple(n) for n in names.values() if len(n) > 1]

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
-from lps.results import PAPER, VARIANTS, at_chance, caption, claims, in_words, kind_of, plot_result, reaches, result_files, verdict
+from lps.results import PAPER, VARIANTS, at_chance, caption, claims, in_words, kind_of, plot_result, reaches, result_files, same_networks, verdict
 
 PAGE = json.loads((ROOT/"nbs/results.ipynb").read_text(encoding="utf-8"))
 FILES = result_files(ROOT/"results")
@@ -99,6 +99,13 @@ def test_a_branch_that_stands_out_is_found():
     assert claims("branches-x.json", record).verdict.tolist()[0] == "reproduces"
 
 
+def test_what_branches_know_of_the_models_they_learned_from_is_said():
+    record = made_up("branches")
+    record["learned"] = {l: [.25]*3 for l in record["runs"]}
+    assert "of the models learned from 25.0" in claims("branches-x.json", record)["found here"].tolist()[-1]
+    assert any("learned from" in line.get_label() for line in plot_result("branches-x.json", record).get_lines())
+
+
 def test_alignment_of_no_worth_is_not_found():
     assert set(claims("alignment-x.json", made_up("alignment")).verdict) == {"does not reproduce"}
 
@@ -111,3 +118,9 @@ def test_verdicts():
 
 def test_a_file_of_nothing_known_is_named():
     with pytest.raises(ValueError, match="table9-x.json is of no experiment.*table1, table2"): kind_of("results/table9-x.json")
+
+
+def test_the_same_networks_under_two_names_are_told_by_their_fingerprint():
+    def record(name, **about): return dict(model_set=about, settings=dict(name=name))
+    records = [record("build", sha256="a"), record("other", sha256="b"), record("packed", sha256="a"), record("build", sha256="a"), record("old"), record("older")]
+    assert same_networks(records) == [("build", "packed")]
