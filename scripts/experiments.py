@@ -7,12 +7,15 @@ with a result file of the same models and settings, most notebooks take that ins
 import argparse
 import contextlib
 import os
+import resource
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import papermill as pm
+
+from lps.modelset import provenance, write_json
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent/"nbs/experiments"
 ORDER = "table1", "table2", "learning_curve", "triplet", "branches", "alignment", "fusion", "transfer"  # alignment and fusion take what branches has left
@@ -47,6 +50,22 @@ def known(settings: list[str]):
             sys.exit(f"--set {s}: give parameter=value or experiment.parameter=value, with a parameter that an experiment has")
 
 
+def cpu_seconds() -> float:
+    "Of all processes that were started from here and have ended"
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def show(name: str, took: dict):
+    "A row of the table of times"
+    print(f"{name:16}{took['minutes']:7.1f} min{took['core_minutes']:8.1f} core-min", flush=True)
+
+
+def without_folders(argv: list[str]) -> list[str]:
+    "Arguments fit to be published: of a path, its last part"
+    return [Path(a).name if "/" in a else a for a in argv]
+
+
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-set", help="folder of a model set, or bundled; default: digits, built here")
@@ -55,6 +74,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--results", type=Path, default=EXPERIMENTS.parent.parent/"results", help="folder for the result files")
     parser.add_argument("--only", nargs="+", choices=ORDER, default=ORDER, metavar="EXPERIMENT", help=f"some of {', '.join(ORDER)}")
     parser.add_argument("--set", nargs="+", default=[], metavar="PARAMETER=VALUE", help="parameters of the notebooks; experiment.parameter=value for one of them")
+    parser.add_argument("--times", type=Path, help="file to write the times to, .json")
     args = parser.parse_args(argv)
     known(args.set)
     bundled, common = args.model_set == "bundled", dict(results=str(args.results.resolve()))
@@ -66,14 +86,16 @@ def main(argv: list[str] | None = None):
     chosen = [n for n in possible if n in args.only]
     if left := [n for n in ORDER if n in args.only and n not in possible]: print(f"{', '.join(left)}: left out, for lack of {'deeper layers' if bundled else '--images'}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the fits go side by side, one core each
-    total = 0
+    rows = {}
     with tempfile.TemporaryDirectory() as tmp:
         for name in chosen:
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), cpu_seconds()
             pm.execute_notebook(EXPERIMENTS/f"{name}.ipynb", f"{tmp}/{name}.ipynb", parameters(name, common, args.set), cwd=EXPERIMENTS, kernel_name="python3", progress_bar=False)
-            total += (took := time.perf_counter() - start)
-            print(f"{name:16}{took/60:6.1f} min", flush=True)
-    print(f"{'all':16}{total/60:6.1f} min")
+            rows[name] = dict(minutes=round((time.perf_counter() - start)/60, 2), core_minutes=round((cpu_seconds() - cpu)/60, 2))
+            show(name, rows[name])
+    rows["all"] = {k: round(sum(r[k] for r in rows.values()), 2) for k in ("minutes", "core_minutes")}
+    show("all", rows["all"])
+    if args.times: write_json(args.times, dict(command=" ".join(["python scripts/experiments.py", *without_folders(argv or sys.argv[1:])]), times=rows, load=os.getloadavg()[0], **provenance()))
 
 
 if __name__ == "__main__": main()
