@@ -251,11 +251,11 @@ def halves_agreement(
     odd = scores.groupby(level='source').cumcount() % 2 == 1
     return rank_agreement(by_task(scores[~odd.to_numpy()]), {'other half of the source models': by_task(scores[odd.to_numpy()])}, **kwargs)
 
-# %% ../nbs/07b_transfer.ipynb #fe65c0fa
+# %% ../nbs/07b_transfer.ipynb #ee151856
 PREDICTORS = {'lps': 'LPS of unseen tasks', 'stem': 'raw stem weights', 'convs': 'raw weights of all convolutions',
               'superclass': 'shared superclass', 'cka': 'linear CKA (sees images)', 'logme': 'LogME (sees images and labels)'}
 
-def _rows(frame, n=4): return [[None if np.isnan(v) else round(float(v), n) for v in row] for row in frame.to_numpy(dtype=float)]
+def _rows(frame): return [[None if np.isnan(v) else float(f'{v:.4g}') for v in row] for row in frame.to_numpy(dtype=float)]
 
 def transfer_record(
     models: ModelSet,      # what was evaluated
