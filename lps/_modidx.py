@@ -288,6 +288,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lps.results.reaches': ('results.html#reaches', 'lps/results.py'),
                              'lps.results.result_files': ('results.html#result_files', 'lps/results.py'),
                              'lps.results.same_networks': ('results.html#same_networks', 'lps/results.py'),
+                             'lps.results.stays_below': ('results.html#stays_below', 'lps/results.py'),
                              'lps.results.verdict': ('results.html#verdict', 'lps/results.py')},
             'lps.search': { 'lps.search.ModelIndex': ('search.html#modelindex', 'lps/search.py'),
                             'lps.search.ModelIndex.__init__': ('search.html#modelindex.__init__', 'lps/search.py'),

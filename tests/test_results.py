@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
-from lps.results import PAPER, VARIANTS, at_chance, caption, claims, in_words, kind_of, plot_result, reaches, result_files, same_networks, verdict
+from lps.results import PAPER, VARIANTS, at_chance, caption, claims, in_words, kind_of, plot_result, reaches, result_files, same_networks, stays_below, verdict
 
 PAGE = json.loads((ROOT/"nbs/results.ipynb").read_text(encoding="utf-8"))
 FILES = result_files(ROOT/"results")
@@ -113,6 +113,7 @@ def test_alignment_of_no_worth_is_not_found():
 def test_verdicts():
     assert [verdict(d) for d in [(3, 4, 5), (-1, 1, 2), (-3, 1, 1), (0, 0, 0), (7,)]] == ["reproduces", "not decided", "does not reproduce", "does not reproduce", "not decided"]
     assert at_chance((10, 10, 10), 10) == "reproduces" and at_chance((12, 12, 12), 10) == "does not reproduce" and at_chance((0, 50, 100), 50) == "not decided"
+    assert stays_below((10, 11, 12), 5, 5.4, 2) == "does not reproduce" and stays_below((6, 10, 14), 5, 5.4, 2) == stays_below((3, 4, 5), 5, 5.4, 2) == "reproduces" and stays_below((0, 50, 100), 5, 5.4, 2) == "not decided"
     assert reaches((78, 80, 82), 10, 79.8, 2) == "reproduces" and reaches((90, 90, 90), 80, 79.8, 2) == "does not reproduce" and reaches((40, 66, 100), 50, 80.7, 10) == "not decided"
 
 
