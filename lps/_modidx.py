@@ -270,6 +270,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lps.results._finish': ('results.html#_finish', 'lps/results.py'),
                              'lps.results._percent': ('results.html#_percent', 'lps/results.py'),
                              'lps.results._points': ('results.html#_points', 'lps/results.py'),
+                             'lps.results._way': ('results.html#_way', 'lps/results.py'),
                              'lps.results.alignment_table': ('results.html#alignment_table', 'lps/results.py'),
                              'lps.results.as_text': ('results.html#as_text', 'lps/results.py'),
                              'lps.results.at_chance': ('results.html#at_chance', 'lps/results.py'),

@@ -154,7 +154,7 @@ def plot_triplet(
     fig.suptitle(f"{record['settings']['name']}: {record['settings']['n_splits']} splits", fontsize=11)
     return fig
 
-# %% ../nbs/09b_results.ipynb #a0efc123
+# %% ../nbs/09b_results.ipynb #d39cddc7
 VERDICTS = ('reproduces', 'not decided', 'does not reproduce')
 
 def verdict(
@@ -173,6 +173,8 @@ def at_chance(
     if len(values) < 2 or (sd := np.std(values, ddof=1)) > (100 - chance)/4: return VERDICTS[1]
     return VERDICTS[0 if abs(np.mean(values) - chance) <= sd else 2]
 
+def _way(percent, chance): return (np.asarray(percent) - chance)/(100 - chance)  # from chance, 0, to 100 %, 1
+
 def reaches(
     values: np.ndarray,  # percentages, one a split
     chance: float,       # theirs
@@ -181,7 +183,7 @@ def reaches(
 ) -> str:                # one of `VERDICTS`
     "Do values go as far from chance to 100 % as the paper's?"
     if len(values) < 2: return VERDICTS[1]
-    way, theirs = (np.asarray(values) - chance)/(100 - chance), (paper - paper_chance)/(100 - paper_chance)
+    way, theirs = _way(values, chance), _way(paper, paper_chance)
     if way.mean() + way.std(ddof=1) < theirs: return VERDICTS[2]
     return VERDICTS[0 if way.mean() > way.std(ddof=1) else 1]
 
@@ -192,8 +194,9 @@ def stays_below(
     paper_chance: float, # its chance
 ) -> str:                # one of `VERDICTS`
     "Do values go no farther from chance to 100 % than the paper's?"
-    if len(values) < 2 or (sd := np.std(values, ddof=1)) > (100 - chance)/4: return VERDICTS[1]
-    return VERDICTS[0 if (np.mean(values) - sd - chance)/(100 - chance) <= (paper - paper_chance)/(100 - paper_chance) else 2]
+    way = _way(values, chance)
+    if len(way) < 2 or way.std(ddof=1) > 1/4: return VERDICTS[1]
+    return VERDICTS[0 if way.mean() - way.std(ddof=1) <= _way(paper, paper_chance) else 2]
 
 def mean_sd(
     values: np.ndarray, # percentages, one a split

@@ -2,7 +2,7 @@
 
 python scripts/experiments.py [--model-set FOLDER --images FOLDER | --model-set bundled] [--only branches fusion] [--set n_splits=3 branches.n_splits=1]
 
-Without a folder the notebooks build their own zoo of digits. Result files go to results/, the notebooks in the repository stay as they are;
+Without a folder all of them run on a zoo of digits, which they build. Result files go to results/, the notebooks in the repository stay as they are;
 with a result file of the same models and settings, most notebooks take that instead of fitting again: --results FOLDER starts afresh."""
 import argparse
 import contextlib
@@ -36,7 +36,6 @@ def parameters(name: str, common: dict, settings: list[str]) -> dict:
     for key, value in (s.split("=", 1) for s in settings):
         of, _, parameter = key.rpartition(".")
         if of and of != name: continue
-        if of and parameter not in declared: sys.exit(f"{name} has no parameter {parameter!r}: it has {', '.join(declared)}")
         out[parameter] = number(value)
     return {k: v for k, v in out.items() if k in declared}
 
@@ -68,7 +67,7 @@ def without_folders(argv: list[str]) -> list[str]:
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-set", help="folder of a model set, or bundled; default: digits, built here")
+    parser.add_argument("--model-set", default="digits", help="folder of a model set, or bundled; default: digits, built here")
     parser.add_argument("--images", help="the images of its tasks, by name or folder: needed for transfer, which is left out without them")
     parser.add_argument("--class-names", type=Path, help="table of classes, where images and models name them differently")
     parser.add_argument("--results", type=Path, default=EXPERIMENTS.parent.parent/"results", help="folder for the result files")
@@ -77,14 +76,14 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--times", type=Path, help="file to write the times to, .json")
     args = parser.parse_args(argv)
     known(args.set)
-    bundled, common = args.model_set == "bundled", dict(results=str(args.results.resolve()))
-    if args.model_set and not bundled and not Path(args.model_set).is_dir(): sys.exit(f"{args.model_set} is not a folder: give one with trained models, or bundled")
-    if args.model_set: common["model_set"] = args.model_set if bundled else str(Path(args.model_set).resolve())
+    named = args.model_set in ("bundled", "digits")
+    if not named and not Path(args.model_set).is_dir(): sys.exit(f"{args.model_set} is not a folder: give one with trained models, bundled or digits")
+    common = dict(results=str(args.results.resolve()), model_set=args.model_set if named else str(Path(args.model_set).resolve()))
     if args.images: common["images"] = str(Path(args.images).resolve()) if Path(args.images).exists() else args.images
     if args.class_names: common["class_names"] = str(args.class_names.resolve())
-    possible = OF_FIRST_LAYERS if bundled else ORDER if args.images or not args.model_set else ORDER[:-1]
+    possible = OF_FIRST_LAYERS if args.model_set == "bundled" else ORDER if args.images or args.model_set == "digits" else ORDER[:-1]
     chosen = [n for n in possible if n in args.only]
-    if left := [n for n in ORDER if n in args.only and n not in possible]: print(f"{', '.join(left)}: left out, for lack of {'deeper layers' if bundled else '--images'}")
+    if left := [n for n in ORDER if n in args.only and n not in possible]: print(f"{', '.join(left)}: left out, for lack of {'deeper layers' if args.model_set == 'bundled' else '--images'}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the fits go side by side, one core each
     rows = {}
     with tempfile.TemporaryDirectory() as tmp:

@@ -55,6 +55,14 @@ def test_a_broken_number_shows_in_the_scores(value, which):
     assert broken.any() and not broken.all() and broken.sum() == (10 if which == 0 else 3*8)
 
 
+def test_more_channels_than_a_byte_counts():
+    weight, second_order = torch.randn(3, 300, 2, 2, dtype=torch.double, requires_grad=True), torch.randn(4, 5, 2, 2, dtype=torch.double, requires_grad=True)
+    written_out = torch.einsum("ijuv,pquv->ijpq", weight, second_order).amax(1).sum(-1)
+    scores = align_layer(weight, second_order, align_filters=False)
+    assert torch.allclose(scores, written_out)
+    for got, want in zip(*[torch.autograd.grad(s.square().sum(), (weight, second_order)) for s in (scores, written_out)]): assert torch.allclose(got, want)
+
+
 def test_products_of_a_large_layer_are_never_stored():
     weight, second_order = torch.randn(2, 64, 64, 3, 3, requires_grad=True), torch.randn(20, 64, 3, 3, requires_grad=True)
     with Largest(): align_layer(weight, second_order).sum().backward()  # compiles the kernels and imports what the mode needs

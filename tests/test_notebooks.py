@@ -70,11 +70,11 @@ SCRIPT = runpy.run_path(str(ROOT/"scripts/experiments.py"))
 def test_one_command_runs_the_experiments(workdir, tmp_path):
     "A parameter reaches the notebooks that have it; one with the name of an experiment, that one alone"
     small = [f"{k}={v}" for k, v in SMALL["branches"].items()]
-    args = ["--results", tmp_path/"results", "--times", tmp_path/"times.json", "--only", "alignment", "branches", "--set", *small, "alignment.epochs=2"]
+    args = ["--results", tmp_path/"results", "--times", tmp_path/"times.json", "--only", "alignment", "branches", "table1", "--set", *small, "alignment.epochs=2"]
     done = subprocess.run([sys.executable, workdir/"scripts/experiments.py", *args], capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["branches", "alignment", "all"]
-    assert {p.name: json.loads(p.read_text())["settings"]["epochs"] for p in (tmp_path/"results").iterdir()} == {"branches-digits.json": 3, "alignment-digits.json": 2}
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["table1", "branches", "alignment", "all"]
+    assert {p.name: json.loads(p.read_text())["settings"]["epochs"] for p in (tmp_path/"results").iterdir()} == {"table1-digits.json": 3, "branches-digits.json": 3, "alignment-digits.json": 2}
     times = json.loads((tmp_path/"times.json").read_text())
     assert all(t["minutes"] > 0 and t["core_minutes"] > 0 for t in times["times"].values()) and str(tmp_path) not in json.dumps(times)
 
