@@ -180,6 +180,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'lps.modelset._read_folder': ('modelset.html#_read_folder', 'lps/modelset.py'),
                               'lps.modelset._read_foreign': ('modelset.html#_read_foreign', 'lps/modelset.py'),
                               'lps.modelset._reason': ('modelset.html#_reason', 'lps/modelset.py'),
+                              'lps.modelset._recipe_text': ('modelset.html#_recipe_text', 'lps/modelset.py'),
                               'lps.modelset._rejected': ('modelset.html#_rejected', 'lps/modelset.py'),
                               'lps.modelset._row': ('modelset.html#_row', 'lps/modelset.py'),
                               'lps.modelset._shapes': ('modelset.html#_shapes', 'lps/modelset.py'),

@@ -57,11 +57,12 @@ def zoo_build(
     workers: Annotated[int, typer.Option(min=1, help="Processes that train models")]=2,
     device: Annotated[str, typer.Option(help="cpu, or cuda: the GPU, a hundred models at a time")]='cpu',
     keep: Annotated[str, typer.Option(help="Epochs after which each network is kept as well, such as 10,40,80")]='',
+    until: Annotated[Optional[int], typer.Option(min=1, help="Stop after so many epochs of the recipe; the same command without it goes on from there")]=None,
 ):
     "Train a model set: several networks for each pair of classes."
     from lps.zoo import build
     if not re.fullmatch(r'(\d+(,\d+)*)?', keep): raise ValueError(f"--keep is '{keep}': give epochs with commas between them, such as 10,40,80")
-    _tell(build(path, images, recipe, tasks, models, seed, workers, device=device, keep=tuple(map(int, keep.split(','))) if keep else ()))
+    _tell(build(path, images, recipe, tasks, models, seed, workers, device=device, keep=tuple(map(int, keep.split(','))) if keep else (), until=until))
 
 # %% ../nbs/10_cli.ipynb #1a417977
 @zoo.command('datasheet', epilog="Example: lps zoo datasheet runs/digits")

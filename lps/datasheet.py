@@ -33,6 +33,7 @@ def _not_for(data, recipes, n_tasks, n_planned, lacks):
     net = f"ResNet{recipe['depth']}s of width {recipe['width']}" if {'depth', 'width'} <= set(recipe) else 'networks of one architecture'
     yield f"Claims about other architectures or other recipes: all are {net}, recipe '{names}'."
     if data != 'cifar100': yield f"Claims about CIFAR-100, or numbers to set beside the paper's: its models saw CIFAR-100, these saw {data or 'other images'}."
+    if any(r.get('stopped_after') for r in recipes): yield f"Claims about finished networks: these are as they were after {recipe['stopped_after']} of {recipe.get('epochs')} epochs."
     if names != 'paper': yield f"Claims about the paper's recipe, which has 160 epochs: '{names}' is another."
     if n_planned and n_tasks < n_planned: yield f"Results named after all {n_planned} tasks of this split: {n_tasks} are here. State how many; chance depends on it."
     yield "Classifying images: each network knows two classes only, and answers with one of them whatever it is shown."
@@ -67,9 +68,12 @@ def _of_task(task, metas, classes):
 def _left_by_build(models):
     "The plan of a build and the models that it set aside; of a packed set, what its sheet has of them"
     if not models.path.is_dir(): return models.about.get('datasheet') or {}
-    plan = json.loads(f.read_text()) if (f := models.path/'build.json').exists() else {}
-    aside = [json.loads(f.read_text()) for f in sorted(models.path.glob('set_aside/*.json'))]
-    return dict(planned_tasks=len(plan['pairs']) if 'pairs' in plan else None, set_aside=[{k: a.get(k) for k in ('task', 'run', 'seed', 'reason')} for a in aside])
+    stopped = models.path.parent.name == 'epochs'
+    folder = models.path.parent.parent if stopped else models.path
+    plan = json.loads(f.read_text()) if (f := folder/'build.json').exists() else {}
+    aside = [json.loads(f.read_text()) for f in sorted(folder.glob('set_aside/*.json'))]
+    name = f'{folder.resolve().name}, after {int(models.path.name)} epochs' if stopped and models.path.name.isdigit() else None
+    return dict(name=name, planned_tasks=len(plan['pairs']) if 'pairs' in plan else None, set_aside=[{k: a.get(k) for k in ('task', 'run', 'seed', 'reason')} for a in aside])
 
 # %% ../nbs/03c_datasheet.ipynb #2405b080
 def datasheet(
@@ -82,6 +86,7 @@ def datasheet(
     m, metas, left = models.manifest, [models[i].meta for i in range(len(models))], _left_by_build(models)
     data, recipes = _distinct(x.get('data') for x in metas), _distinct(x.get('recipe') for x in metas)
     recipes = [r if isinstance(r, dict) else dict(name=r) for r in recipes]
+    recipes = [r | dict(stopped_after=e) if e else r for r in recipes for e in _distinct(x.get('epoch') for x in metas) or [None]]
     tasks = [_of_task(t, [x for x in metas if x['task'] == t], classes or {}) for t in models.tasks]
     seconds = [s for f, x in zip(m.file, metas) if (s := x.get('seconds') or (read_marker(models.path/f) or {}).get('seconds'))]
     return dict(name=name or left.get('name') or models.path.resolve().stem, models=len(m), planned_tasks=left.get('planned_tasks'), data=data, source=[_source(d) for d in data or [None]],
@@ -105,6 +110,7 @@ def _classes_text(t):
 def _facts(s):
     "What the sheet says in one line each, by heading"
     many = f"{_number(s['models'], 'model')} of {_number(len(s['tasks']), 'task')}" + (f", of the {s['planned_tasks']} in this split of the classes" if s['planned_tasks'] else '')
+    many += ''.join(f", after {r['stopped_after']} of {r.get('epochs')} epochs" for r in s['recipes'] if r.get('stopped_after'))
     recipes = '; '.join(', '.join(f'{k} {v}' for k, v in r.items() if v is not None) for r in s['recipes']) or 'not known'
     versions = '; '.join(', '.join(f'{k} {v}' for k, v in d.items() if v) for d in s['trained_with']) or 'not known'
     w = s['written']

@@ -300,6 +300,7 @@ def train_models(
     every: int = 10,  # epochs from one checkpoint to the next
     keep: tuple = (), # epochs after which `kept` is called
     kept=None,        # called with the number of epochs and a list as is returned at the end
+    until: int | None = None, # stop after so many epochs, with the recipe's schedule; None: at the recipe's end
 ) -> list:            # for each model `(ResNet, metrics)` as from `train_model` (seconds: its share), or the `Diverged` that ended it
     "Train many networks at the same time, each as `train_model` would"
     recipe, start, device = get_recipe(recipe), time.perf_counter(), torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
@@ -316,5 +317,6 @@ def train_models(
     cbs = [*cbs, KeepEpochs(keep, lambda n, _: kept(n, results())), *([Checkpoint(checkpoint, every, generators, about)] if checkpoint else [])]
     with cuda_math():
         learn = many_learner(model, dl, recipe, cbs)
-        fit_silently(learn, recipe.epochs, resume(learn, checkpoint, generators, about) if checkpoint else 0)
+        start_epoch = resume(learn, checkpoint, generators, about, until) if checkpoint else 0
+        fit_silently(learn, until or recipe.epochs, start_epoch)
         return results()

@@ -217,12 +217,19 @@ class TrainedModel:
         return f"TrainedModel(task={m.get('task')}, run={m.get('run')}, classes={m.get('classes')}, val_accuracy={m.get('val_accuracy')})"
 
 # %% ../nbs/03_modelset.ipynb #64b8ea17
+def _recipe_text(meta):
+    "Name of a model's recipe, with the epochs it had where it was stopped before the end"
+    recipe = meta.get('recipe')
+    name = recipe.get('name') if isinstance(recipe, dict) else recipe
+    if 'epoch' not in meta: return name
+    return f"{name}, after {meta['epoch']} of {recipe.get('epochs')} epochs" if isinstance(recipe, dict) else f"{name}, after {meta['epoch']} epochs"
+
 def _row(file, meta):
     "A model's row in the manifest"
-    classes, recipe = list(meta.get('classes') or []) + [None, None], meta.get('recipe')
+    classes = list(meta.get('classes') or []) + [None, None]
     return dict(file=file, task=meta['task'], run=meta.get('run', 0), class_0=classes[0], class_1=classes[1],
                 val_accuracy=meta.get('val_accuracy', np.nan), train_accuracy=meta.get('train_accuracy', np.nan), seed=meta.get('seed'),
-                recipe=recipe.get('name') if isinstance(recipe, dict) else recipe, data=meta.get('data'), shortcut=meta.get('shortcut'))
+                recipe=_recipe_text(meta), data=meta.get('data'), shortcut=meta.get('shortcut'))
 
 # %% ../nbs/03_modelset.ipynb #04a51d7b
 def _shapes(state):

@@ -183,25 +183,28 @@ def _training_state(learn, generators):
             | {f'generator.{i}': g.get_state() for i, g in enumerate(generators)})
 
 class Checkpoint(Callback):
-    "Every few epochs, write what the next epoch depends on"
+    "Every few epochs, and where a training run stops before its recipe's end, write what the next epoch depends on"
     order = 95
     def __init__(self, path, every, generators, about): self.path, self.every, self.generators, self.about = path, every, generators, about
     def after_train(self):
         n = self.epoch + 1
-        if n % self.every == 0 and n < self.n_epoch: save_model(self.path, _training_state(self.learn, self.generators), dict(epoch=n, about=self.about))
+        due = n % self.every == 0 or n == self.n_epoch
+        if due and n < self.about['recipe']['epochs']: save_model(self.path, _training_state(self.learn, self.generators), dict(epoch=n, about=self.about))
 
 def resume(
     learn: Learner,   # about to be fitted with torch's SGD
     path: str | Path, # file that `Checkpoint` may have written
     generators,       # the random generators of its batches
-    about: dict,      # what the training is: a checkpoint about anything else is left alone
-) -> int:             # epochs that are done; 0: no checkpoint of this training is there
-    "Take a training up where its last checkpoint left it"
+    about: dict,      # what the training run is: a checkpoint about anything else is left alone
+    until: int | None = None, # where it is to stop; a checkpoint beyond that raises `ValueError`
+) -> int:             # epochs that are done; 0: no checkpoint of this training run is there
+    "Take a training run up where its last checkpoint left it"
     try: state, meta = load_model(path)
     except (OSError, ValueError): return 0
     params = list(learn.model.parameters())
     expected = {f'model.{k}' for k in learn.model.state_dict()} | {f'momentum.{i}' for i in range(len(params))} | {f'generator.{i}' for i in range(len(generators))}
     if meta.get('about') != about or set(state) != expected or _not_finite(state): return 0
+    if until and meta['epoch'] > until: raise ValueError(f"{path} is already at epoch {meta['epoch']}, and the run was to stop after {until}: take until={meta['epoch']} or more, or None")
     learn.model.load_state_dict({k.removeprefix('model.'): v for k, v in state.items() if k.startswith('model.')})
     learn.create_opt()
     for i, p in enumerate(params): learn.opt.opt.state[p]['momentum_buffer'] = torch.empty_like(p).copy_(state[f'momentum.{i}'])
@@ -229,6 +232,7 @@ def train_model(
     cbs=(),                       # further fastai callbacks
     checkpoint: str | Path | None = None, # file to go on from if it is there, and to write to
     every: int = 10,              # epochs from one checkpoint to the next
+    until: int | None = None,     # stop after so many epochs, with the recipe's schedule; None: at the recipe's end
 ) -> tuple[ResNet, dict]:         # the network in evaluation mode; val_accuracy, train_accuracy, precision, seconds
     "Train one network on one task; raises `Diverged` if the loss or a weight leaves the finite numbers"
     recipe, (x, y), start = get_recipe(recipe), train, time.perf_counter()
@@ -238,6 +242,7 @@ def train_model(
     about = dict(recipe=asdict(recipe) | dict(milestones=list(recipe.milestones)), seed=seed, n=len(x))
     if checkpoint: cbs = [*cbs, Checkpoint(checkpoint, every, [generator], about)]
     learn = make_learner(model, BatchLoader(x, y, recipe, stats, generator), recipe, cbs)
-    fit_silently(learn, recipe.epochs, resume(learn, checkpoint, [generator], about) if checkpoint else 0)
+    start_epoch = resume(learn, checkpoint, [generator], about, until) if checkpoint else 0
+    fit_silently(learn, until or recipe.epochs, start_epoch)
     acc = {f'{n}_accuracy': accuracy(model, *xy, stats) for n, xy in (('val', valid), ('train', train))}
     return model.to(memory_format=torch.contiguous_format), acc | dict(precision=recipe.precision, seconds=round(time.perf_counter() - start, 2))

@@ -16,7 +16,7 @@ from .datasheet import write_datasheet
 from .modelset import ModelSet, load_model, load_modelset, mark_complete, not_as_marked, read_marker, save_model, versions, write_json
 from .tasks import channel_stats, load_images, pair_classes, task_images
 from .many import train_models
-from .train import Diverged, KeepEpochs, Recipe, accuracy, get_recipe, init_model, one_thread, recipes, train_model
+from .train import Diverged, KeepEpochs, Recipe, accuracy, best_precision, get_recipe, init_model, one_thread, recipes, train_model
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -43,10 +43,11 @@ class _Place:
         self.aside, self.checkpoint = Path(path)/'set_aside'/f'{self.model.stem}.json', Path(path)/'checkpoints'/self.name
     def epoch(self, n): return self.folder/'epochs'/f'{n:03d}'/self.name
 
-    def finished(self, seed):
-        "The result of this model if it is done: it has its marker and its hash, or was set aside; else None"
+    def finished(self, seed, until=None):
+        "The result of this model, or of the network kept after `until` epochs, if it is done: it has its marker and its hash, or was set aside; else None"
+        file = self.epoch(until) if until else self.model
         if self.aside.exists(): return self.key | dict(reason=json.loads(self.aside.read_text())['reason'])
-        try: record = None if not_as_marked(self.model) else read_marker(self.model)
+        try: record = None if not_as_marked(file) else read_marker(file)
         except OSError: return None
         return record if record and record.get('seed') == seed else None
 
@@ -67,22 +68,26 @@ def _set_aside(place, seed, recipe, reason):
     _unlink(place.model, *place.folder.glob(f'epochs/*/{place.name}'), *place.folder.glob(f'epochs/*/complete/{place.model.stem}.json'))
     return place.key | dict(reason=reason)
 
-def _finish(place, about, result):
-    "Write what a training gave: a model with its marker, or why there is none"
+def _finish(place, about, result, until):
+    "Write what a training run gave: a model with its marker, the network kept after `until` epochs, or why there is none"
     if isinstance(result, Diverged): return _set_aside(place, about['seed'], about['recipe'], f"diverged: {result}")
     net, metrics = result
-    return _write_model(place.model, net, about | {k: v for k, v in metrics.items() if k != 'seconds'}, seconds=metrics['seconds'])
+    file, stopped = (place.epoch(until), dict(epoch=until)) if until else (place.model, {})
+    return _write_model(file, net, about | {k: v for k, v in metrics.items() if k != 'seconds'} | stopped, seconds=metrics['seconds'])
 
 # %% ../nbs/04c_zoo.ipynb #9b68a520
-def _train(tasks, metas, recipe, device, checkpoint, every, keep, kept):
+def _train(tasks, metas, recipe, device, checkpoint, every, keep, kept, until):
     "Train the models of a unit; results as `train_models` gives them"
     seeds, stats = [m['seed'] for m in metas], (metas[0]['mean'], metas[0]['std'])
     if len(metas) > 1 or device != 'cpu':
-        return train_models(tasks, recipe, seeds, stats, device, checkpoint=checkpoint, every=every, keep=keep, kept=kept)
+        return train_models(tasks, recipe, seeds, stats, device, checkpoint=checkpoint, every=every, keep=keep, kept=kept, until=until)
     (train, valid), = tasks
-    def kept_one(n, net): kept(n, [(net, dict(val_accuracy=accuracy(net, *valid, stats), train_accuracy=accuracy(net, *train, stats)))])
+    precision = best_precision() if recipe.precision == 'auto' else recipe.precision
+    def kept_one(n, net):
+        metrics = dict(val_accuracy=accuracy(net, *valid, stats), train_accuracy=accuracy(net, *train, stats), precision=precision)
+        kept(n, [(net, metrics)])
     try:
-        with one_thread(): return [train_model(train, valid, recipe, *seeds, stats, [KeepEpochs(keep, kept_one)], checkpoint, every)]
+        with one_thread(): return [train_model(train, valid, recipe, *seeds, stats, [KeepEpochs(keep, kept_one)], checkpoint, every, until)]
     except Diverged as e: return [e]
 
 # %% ../nbs/04c_zoo.ipynb #ff0f07ac
@@ -94,10 +99,11 @@ def train_unit(
     device: str = 'cpu', # where to train; several models, or one on a GPU, are trained as one network
     every: int = 10, # epochs from one checkpoint to the next
     keep: tuple = (), # epochs after which the networks are kept as well
+    until: int | None = None, # stop after so many epochs: keep the networks as they are then, and their checkpoint
 ) -> list:          # for each model task, run, and either file, sha256 and val_accuracy, or the reason why there is no model
     "Train some models of a build and write them; raises `OSError` if a file cannot be written"
     places = [_Place(path, m['task'], m['run']) for m in metas]
-    done = [p.finished(m['seed']) for p, m in zip(places, metas)]
+    done = [p.finished(m['seed'], until) for p, m in zip(places, metas)]
     if all(done): return done
     tasks = {t: (tuple(map(torch.from_numpy, a[:2])), tuple(map(torch.from_numpy, a[2:]))) for t, a in arrays.items()}
     abouts = [m | dict(recipe=recipe, shortcut='conv', device=torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else device) for m in metas]
@@ -105,9 +111,9 @@ def train_unit(
         for place, about, result in zip(places, abouts, results):
             if not isinstance(result, Diverged): _write_model(place.epoch(n), result[0], about | {k: v for k, v in result[1].items() if k != 'seconds'} | dict(epoch=n))
     checkpoint = _checkpoint(path, metas)
-    results = _train([tasks[m['task']] for m in metas], metas, Recipe(**recipe), device, checkpoint, every, keep, kept)
-    records = [d or _finish(*unit) for d, *unit in zip(done, places, abouts, results)]
-    _unlink(checkpoint)
+    results = _train([tasks[m['task']] for m in metas], metas, Recipe(**recipe), device, checkpoint, every, keep, kept, until)
+    records = [d or _finish(*unit, until) for d, *unit in zip(done, places, abouts, results)]
+    if until is None: _unlink(checkpoint)
     return records
 
 def _checkpoint(path, metas):
@@ -148,15 +154,18 @@ def _metas(plan, train, n_tasks, n_models):
             yield dict(task=task, run=run, classes=[train.classes[c] for c in pair], pair=pair, pairs=plan['pairs'], seed=model_seed(plan['seed'], task, run),
                        build_seed=plan['seed'], data=train.name, mean=plan['mean'], std=plan['std'])
 
-def _missing(path, metas):
+def _missing(path, metas, until):
     "The models that are still to be trained; what is finished needs no checkpoint any more"
     for m in metas:
         place = _Place(path, m['task'], m['run'])
-        if place.finished(m['seed']): _unlink(place.checkpoint)
-        else: yield m
+        done = place.finished(m['seed'])
+        if done: _unlink(place.checkpoint)
+        if until and done and 'file' in done and not place.finished(m['seed'], until):
+            raise ValueError(f"{place.name} is trained to its end and was not kept after {until} epochs: build without until, or in another folder")
+        if not (place.finished(m['seed'], until) if until else done): yield m
 
 # %% ../nbs/04c_zoo.ipynb #9454eb90
-def _interrupted(path, metas, missing):
+def _interrupted(path, metas, missing, until):
     "The units of many models whose checkpoints are there and that miss some of their models"
     by_seed, seeds_missing = {m['seed']: m for m in metas}, {m['seed'] for m in missing}
     for f in sorted((path/'checkpoints').glob('unit_*.safetensors')):
@@ -164,18 +173,18 @@ def _interrupted(path, metas, missing):
         except (OSError, ValueError, KeyError, TypeError): _unlink(f); continue
         if not set(seeds) <= set(by_seed): continue
         if seeds_missing & set(seeds): yield [by_seed[s] for s in seeds]
-        else: _unlink(f)
+        elif until is None: _unlink(f)
 
-def _units(path, plan, metas, arrays, at_once, *how):
+def _units(path, plan, metas, arrays, at_once, until, *how):
     "What is still to be trained, as arguments of `train_unit`"
-    missing = list(_missing(path, metas))
-    groups = list(_interrupted(path, metas, missing)) if at_once > 1 else []
+    missing = list(_missing(path, metas, until))
+    groups = list(_interrupted(path, metas, missing, until)) if at_once > 1 else []
     left = [m for m in missing if not any(m in g for g in groups)]
     def n_images(m): return len(arrays(m['task'])[1]) if at_once > 1 else 0
     for _, ms in itertools.groupby(sorted(left, key=n_images), n_images):
         ms = list(ms)
         groups += [ms[i:i + at_once] for i in range(0, len(ms), at_once)]
-    return [(str(path), plan['recipe'], g, {m['task']: arrays(m['task']) for m in g}, *how) for g in groups], missing
+    return [(str(path), plan['recipe'], g, {m['task']: arrays(m['task']) for m in g}, *how, until) for g in groups], missing
 
 def _sweep(path, seconds=600):
     "Remove temporary files that a killed build left behind"
@@ -190,11 +199,11 @@ def _check_device(device, here):
     except RuntimeError: raise ValueError(f"unknown device '{device}': give 'cpu' or 'cuda'") from None
     if here and kind == 'cuda' and not torch.cuda.is_available(): raise ValueError(f"device '{device}', but torch {torch.__version__} sees no GPU here: give device='cpu'")
 
-def _check_space(path, plan, n, keep, workers):
+def _check_space(path, plan, n, keep, checkpoints):
     "Is there room for what will be written? Raises `OSError` with both sizes if not"
     state = init_model(0, Recipe(**plan['recipe']), plan['images']['shape'][0]).state_dict()
     one = sum(v.nbytes for v in state.values()) + 32_000
-    need, free = math.ceil(1.02*one*n*(1 + len(keep)) + 3*one*workers), shutil.disk_usage(path).free
+    need, free = math.ceil(1.02*one*n*(1 + len(keep)) + 3*one*checkpoints), shutil.disk_usage(path).free
     if n and need > free: raise OSError(f"{n} models need {need/1e6:.0f} MB in {path}, {free/1e6:.0f} MB are free: make {math.ceil((need - free)/1e6)} MB more room, or choose another folder")
 
 # %% ../nbs/04c_zoo.ipynb #a7dc0f49
@@ -297,8 +306,9 @@ def build(
     keep: tuple = (),         # epochs after which each network is kept as well, in `path/epochs/…`
     device: str = 'cpu',      # 'cuda': train on the GPU, many models as one network
     at_once: int | None = None, # models that train as one network; None: 1 on a processor, 100 on a GPU
+    until: int | None = None, # stop after so many epochs of the recipe: the networks as they are then, and their checkpoints, are kept, and the same build without it goes on from there
     **kwargs,                 # further arguments of `load_images`: root, size, download
-) -> ModelSet:                # all models in the folder
+) -> ModelSet:                # all models in the folder; with `until`, all networks in `path/epochs/…`
     "Train a zoo: `n_models` networks for each of `n_tasks` pairs of classes; raises `ValueError` for a folder with another build, `OSError` if the disk is full or fails"
     path, recipe = Path(path), get_recipe(recipe)
     train, test = images if isinstance(images, tuple) else (load_images(images, s, **kwargs) for s in ('train', 'test'))
@@ -307,6 +317,8 @@ def build(
     if not 1 <= n_tasks <= len(plan['pairs']): raise ValueError(f"{n_tasks} tasks, but the {len(train.classes)} classes of '{train.name}' make {len(plan['pairs'])} pairs")
     if n_models < 1: raise ValueError(f"{n_models} models a task: at least 1 is needed")
     if every < 1: raise ValueError(f"a checkpoint every {every} epochs: at least 1 is needed")
+    if until is not None and not 1 <= until <= recipe.epochs: raise ValueError(f"until {until} epochs: recipe '{recipe.name}' has {recipe.epochs}, take 1 to {recipe.epochs}")
+    if until == recipe.epochs: until = None
     if wrong := [n for n in keep if not 1 <= n < recipe.epochs]: raise ValueError(f"epochs {wrong} cannot be kept: recipe '{recipe.name}' has {recipe.epochs}, the last of which is the model itself")
     _check_device(device, here=executor is None)
     path.mkdir(parents=True, exist_ok=True)
@@ -314,11 +326,11 @@ def build(
     _sweep(path)
     at_once = at_once or (1 if device == 'cpu' else 100)
     arrays = functools.cache(lambda task: tuple(v.numpy() for s in (train, test) for v in task_images(s, plan['pairs'][task])))
-    units, missing = _units(path, plan, metas := list(_metas(plan, train, n_tasks, n_models)), arrays, at_once, device, every, tuple(keep))
+    units, missing = _units(path, plan, metas := list(_metas(plan, train, n_tasks, n_models)), arrays, at_once, until, device, every, tuple(keep))
     if device != 'cpu': workers = 1
-    _check_space(path, plan, len(missing), keep, workers*at_once)
+    _check_space(path, plan, len(missing), keep, len(missing) if until else workers*at_once)
     with contextlib.closing(_results(units, workers, executor)) as results:
         for _ in _watched(results, len(metas), len(metas) - len(missing), progress): pass
-    models = load_modelset(path)
-    if missing or not (path/'DATASHEET.md').exists(): write_datasheet(models)
+    models = load_modelset(path/'epochs'/f'{until:03d}' if until else path)
+    if missing or not (models.path/'DATASHEET.md').exists(): write_datasheet(models)
     return models

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import heed_ctrl_c
+from fastai.callback.core import Callback
 from PIL import Image
 
+import lps.many as many
+import lps.train as train
 import lps.zoo as zoo
 from lps.modelset import load_model, load_modelset
-from lps.tasks import load_images, pair_classes, task_images
+from lps.tasks import ImageSet, load_images, pair_classes, task_images
 from lps.train import Diverged, Recipe, best_precision, recipes, train_model
 from lps.zoo import build
 
@@ -245,3 +248,40 @@ def test_a_gpu_is_asked_for_where_the_models_train(tmp_path, monkeypatch):
     for f in ('load_modelset', 'write_datasheet'): monkeypatch.setattr(zoo, f, lambda path: None)
     with ThreadPoolExecutor(1) as ex: build(tmp_path, 'digits', TINY, n_models=1, executor=ex, device='cuda', progress=False)
     assert set(asked) == {'cuda'}
+
+
+def with_states(folder):
+    "Bytes of a finished build's models and kept epochs, by their place"
+    files = [*folder.glob('*.safetensors'), *folder.glob('epochs/*/*.safetensors')]
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
+
+
+@pytest.mark.parametrize('at_once', [1, 3])
+def test_build_stopped_after_some_epochs_goes_on_to_the_same_bits(tmp_path, at_once):
+    images = [load_images('digits', s) for s in ('train', 'test')]
+    images = tuple(ImageSet(i.images[:400], i.labels[:400], i.classes, 'digits') for i in images)
+    how = dict(recipe=replace(TINY, epochs=6, milestones=(4,)), n_tasks=1, n_models=3, workers=1, at_once=at_once, progress=False, keep=(1,))
+    build(tmp_path/'straight', images, **how | dict(keep=(1, 3)))
+    early = build(tmp_path/'stopped', images, until=3, **how)
+    assert early.path == tmp_path/'stopped/epochs/003' and set(early.manifest.recipe) == {'tiny, after 3 of 6 epochs'}
+    assert 'after 3 of 6 epochs' in (early.path/'DATASHEET.md').read_text() and not list((tmp_path/'stopped').glob('*.safetensors'))
+    begun = []
+    class Begun(Callback):
+        def before_train(self): begun.append(self.epoch)
+    with pytest.MonkeyPatch.context() as mp:
+        for module in (train, many): mp.setattr(module, 'make_learner', lambda *a, f=train.make_learner, **k: f(*a, **k).add_cb(Begun()))
+        build(tmp_path/'stopped', images, until=3, **how)
+        assert begun == [], "what is there is not trained again"
+        build(tmp_path/'stopped', images, **how)
+    assert set(begun) == {3, 4, 5}
+    assert with_states(tmp_path/'stopped') == with_states(tmp_path/'straight')
+    assert not list((tmp_path/'stopped/checkpoints').iterdir())
+
+
+def test_stopping_where_a_build_cannot_go_back_to_is_refused(tmp_path):
+    how = dict(images='digits', recipe=TINY, n_tasks=1, n_models=1, workers=1, progress=False)
+    build(tmp_path, until=3, **how)
+    with pytest.raises(ValueError, match='already at epoch 3, and the run was to stop after 2'): build(tmp_path, until=2, **how)
+    build(tmp_path, **how)
+    with pytest.raises(ValueError, match='trained to its end and was not kept after 2 epochs'): build(tmp_path, until=2, **how)
+    with pytest.raises(ValueError, match="until 5 epochs: recipe 'tiny' has 4"): build(tmp_path, until=5, **how)
