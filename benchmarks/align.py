@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from lps.align import align_layer
-from lps.modelset import provenance, write_json
+from lps.files import provenance, write_json
 
 SHAPE, P, Q, REPEATS = (8, 64, 64, 3, 3), 100, 64, 5
 

@@ -34,10 +34,10 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms as T
 
-from lps.modelset import provenance, write_json
+from lps.files import provenance, write_json
 from lps.resnet import ResNet
 from lps.train import BatchLoader, best_precision, init_model, make_learner, recipes
-from lps.zoo import _start_worker
+from lps.jobs import _start_worker
 
 STATS = (.48, .45, .40), (.28, .27, .28)
 FLOPS = 3*2*40.8e6

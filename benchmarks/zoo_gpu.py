@@ -42,7 +42,7 @@ from torch import nn
 from zoo_cpu import STATS, PerItem, spread
 
 from lps.many import FusedModels, ManyLinear, MultiLoader, cuda_math, each, many_learner
-from lps.modelset import provenance, write_json
+from lps.files import provenance, write_json
 from lps.resnet import ResNet
 from lps.train import Recipe, StopIfDiverged, init_model, make_learner, recipes
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from lps.datasheet import datasheet, write_datasheet
 from lps.evaluate import classification_splits
-from lps.modelset import ModelSet, load_model, load_modelset, pack, save_model
+from lps.files import load_model, save_model
+from lps.modelset import ModelSet, load_modelset, pack
 from lps.second_order import fit
 
 DATA = Path(__file__).resolve().parent.parent/"lps/data"

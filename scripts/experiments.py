@@ -15,7 +15,7 @@ from pathlib import Path
 
 import papermill as pm
 
-from lps.modelset import provenance, write_json
+from lps.files import provenance, write_json
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent/"nbs/experiments"
 ORDER = "table1", "table2", "learning_curve", "triplet", "branches", "alignment", "fusion", "transfer"  # alignment and fusion take what branches has left

@@ -10,7 +10,8 @@ from conftest import ROOT, copy_of_repo
 from lps.cli import main
 from lps.datasheet import SOURCES, datasheet, datasheet_text, write_datasheet
 from lps.evaluate import classification_splits, rank_k, table1, table2, task_logits
-from lps.modelset import bundled, digest, load_model, load_modelset, mark_complete, pack, save_model
+from lps.files import load_model, mark_complete, save_model
+from lps.modelset import bundled, digest, load_modelset, pack
 from lps.resnet import ResNet
 from lps.search import ModelIndex
 from lps.second_order import embed, fit, load_net

@@ -8,9 +8,11 @@ import torch
 from conftest import heed_ctrl_c
 
 from lps.cli import main
-from lps.modelset import load_model, load_modelset
+from lps.files import load_model
+from lps.modelset import load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
-from lps.zoo import build, recipes
+from lps.train import recipes
+from lps.zoo import build
 
 LPS = Path(sys.executable).parent/'lps'
 TINY = replace(recipes['digits'], name='tiny', epochs=1, milestones=(), depth=8, width=4)

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from lps.modelset import load_modelset, not_as_marked
+from lps.files import not_as_marked
+from lps.modelset import load_modelset
 from lps.tasks import load_images
 from lps.train import recipes
 from lps.zoo import build

@@ -4,7 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lps.curves import curve_record, curve_splits, curve_table, curve_text, learning_curves, plot_curves, stopped_early, top1
+from lps.curves import curve_record, curve_splits, curve_table, curve_text, learning_curves, stopped_early, top1
+from lps.plots import plot_curves
 from lps.evaluate import classify
 from lps.modelset import load_modelset
 from lps.train import recipes

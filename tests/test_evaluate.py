@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from lps.evaluate import (FUSIONS, READ_OUTS, classification_splits, classify, find_record, fuse, learn_alpha, rank_k, result_record, summary, table1, table2,
-                          task_logits, top_k)
-from lps.modelset import load_modelset, save_model, write_json
+from lps.evaluate import READ_OUTS, classification_splits, classify, rank_k, summary, table1, table2, task_logits, top_k
+from lps.fusion import FUSIONS, fuse, learn_alpha
+from lps.records import find_record, result_record
+from lps.files import save_model, write_json
+from lps.modelset import load_modelset
 from lps.second_order import fit
 
 FEW = dict(epochs=2, milestones=(1,), n_filters=6)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lps.many as many
 import lps.train as single
 from lps.many import FusedModels, MultiLoader, SummedLoss, accuracies, each, train_models
-from lps.modelset import load_model
+from lps.files import load_model
 from lps.resnet import ResNet
 from lps.tasks import augment, channel_stats, load_images, pair_classes, task_images
 from lps.train import BatchLoader, Diverged, KeepEpochs, accuracy, init_model, recipes, train_model

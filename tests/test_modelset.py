@@ -7,7 +7,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from lps.modelset import FOREIGNZOO_NAMES, import_models, load_model, load_modelset, save_model, write_json
+from lps.files import load_model, save_model, write_json
+from lps.foreign import FOREIGNZOO_NAMES, import_models
+from lps.modelset import load_modelset
 from lps.resnet import ResNet, branch_layers
 from lps.train import accuracy
 

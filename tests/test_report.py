@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lps.report import html_report, map_2d, plot_embedding, plot_rank_k, plot_similarity
+from lps.plots import map_2d, plot_embedding, plot_rank_k, plot_similarity
+from lps.report import html_report
 
 EVIL = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "</style><script src=http://a.b/c.js></script>", "{{ 7*7 }}", "{% raw %}", "a$b$c", "$\\frac{", "${x}$", "&lt;b&gt;", "'", "two\nlines", "Ünïcode 0/5"]
 

@@ -9,7 +9,9 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
-from lps.results import PAPER, VARIANTS, at_chance, caption, claims, in_words, kind_of, plot_result, reaches, result_files, same_networks, stays_below, verdict
+from lps.claims import PAPER, at_chance, claims, kind_of, reaches, stays_below, verdict
+from lps.experiments import caption, in_words, plot_result, result_files, same_networks
+from lps.plots import VARIANTS
 
 PAGE = json.loads((ROOT/"nbs/results.ipynb").read_text(encoding="utf-8"))
 FILES = result_files(ROOT/"results")

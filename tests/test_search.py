@@ -5,10 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lps.modelset import TrainedModel, load_model, load_modelset, save_model
+from lps.files import load_model, save_model
+from lps.modelset import TrainedModel, load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.resnet import ResNet
-from lps.search import ModelIndex, digest
+from lps.files import digest
+from lps.search import ModelIndex
 from lps.second_order import fit, load_net, save_net
 
 SPEC = resnet_spec(depth=8, width=4, shortcut="pad_end")

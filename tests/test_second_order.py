@@ -5,7 +5,8 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 import pytest
 import torch
 
-from lps.modelset import load_modelset, save_model
+from lps.files import save_model
+from lps.modelset import load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.resnet import ResNet, branch_layers
 from lps.second_order import METHODS, SecondOrderNet, SomeLayers, embed, fit, fit_many, load_net, save_net, similarity

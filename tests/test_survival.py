@@ -20,7 +20,8 @@ from fastai.callback.core import Callback
 import lps.modelset as modelset
 import lps.train as train
 import lps.zoo as zoo
-from lps.modelset import load_model, load_modelset, not_as_marked
+from lps.files import load_model, not_as_marked
+from lps.modelset import load_modelset
 from lps.tasks import ImageSet, load_images, pair_classes, task_images
 from lps.train import recipes, train_model
 from lps.zoo import build, train_unit

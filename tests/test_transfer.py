@@ -10,13 +10,15 @@ from scipy.optimize import minimize
 from scipy.stats import multivariate_normal, spearmanr
 
 import lps.transfer
-from lps.evaluate import fingerprint
-from lps.modelset import TrainedModel, load_modelset, save_model
+from lps.records import fingerprint
+from lps.files import save_model
+from lps.modelset import TrainedModel, load_modelset
 from lps.resnet import ResNet
 from lps.tasks import ImageSet, channel_stats, load_images
 from lps.train import recipes
-from lps.transfer import (CIFAR100_SUPERCLASSES, about_models, by_task, cluster_ari, features, finding, halves_agreement, linear_cka, log_me, plot_transfer, rank_agreement,
-                          shared_superclass, task_similarity, task_targets, transfer, transfer_record, transfer_table, transfer_text, unseen_folds, unseen_similarity, weight_similarity)
+from lps.plots import plot_transfer
+from lps.records import about_models
+from lps.transfer import CIFAR100_SUPERCLASSES, by_task, cluster_ari, features, finding, halves_agreement, linear_cka, log_me, rank_agreement, shared_superclass, task_similarity, task_targets, transfer, transfer_record, transfer_table, transfer_text, unseen_folds, unseen_similarity, weight_similarity
 from lps.zoo import build
 
 

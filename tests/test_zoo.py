@@ -13,7 +13,8 @@ from PIL import Image
 import lps.many as many
 import lps.train as train
 import lps.zoo as zoo
-from lps.modelset import load_model, load_modelset
+from lps.files import load_model
+from lps.modelset import load_modelset
 from lps.tasks import ImageSet, load_images, pair_classes, task_images
 from lps.train import Diverged, Recipe, best_precision, recipes, train_model
 from lps.zoo import build
@@ -22,7 +23,8 @@ TINY = replace(recipes['digits'], name='tiny', epochs=4, milestones=(3,), depth=
 SCRIPT = """
 import sys
 from dataclasses import replace
-from lps.zoo import build, recipes
+from lps.train import recipes
+from lps.zoo import build
 tiny = replace(recipes['digits'], name='tiny', epochs=4, milestones=(3,), depth=8, width=4)
 if __name__ == '__main__': build(sys.argv[1], 'digits', tiny, n_models=int(sys.argv[2]), workers=2)
 """
