@@ -19,8 +19,9 @@ help: ## show this list
 demo: $(RUN_STAMP) ## Tables 1 and 2 on the bundled networks and on a small zoo trained here, with a report
 	@$(BIN)/lps demo $(ARGS)
 
-test: $(DEV_STAMP) ## run every notebook, the experiments, the command line and the site (ARGS goes to pytest)
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(DEV_STAMP) ## read the code with ruff; run every notebook, the experiments, the command line and the site, in two processes (ARGS goes to pytest)
+	@$(BIN)/ruff check --quiet
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 experiments: $(DEV_STAMP) ## run every experiment on one model set (ARGS goes to scripts/experiments.py)
 	@$(BIN)/python scripts/experiments.py $(ARGS)
@@ -41,7 +42,7 @@ constraints: $(DEV_STAMP) ## write the versions installed now into constraints.t
 	@$(BIN)/python scripts/constraints.py > constraints.tmp && mv constraints.tmp constraints.txt
 
 clean: ## delete what the other targets made, but .venv
-	@rm -rf _docs _proc build dist *.egg-info .pytest_cache && find lps nbs tests scripts -name __pycache__ -prune -exec rm -rf {} +
+	@rm -rf _docs _proc build dist *.egg-info .pytest_cache .ruff_cache .hypothesis && find lps nbs tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## delete .venv too
 	@rm -rf $(VENV)

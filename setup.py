@@ -25,6 +25,6 @@ setup(
     package_data={"lps": ["data/*"]},
     python_requires=f">={cfg['python_floor']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"cluster": cfg["cluster_requirements"].split(), "triplet": cfg["triplet_requirements"].split(), "dev": cfg["dev_requirements"].split()},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("cluster", "triplet", "dev")},
     entry_points={"console_scripts": ["lps=lps.cli:main"]},
 )

@@ -1,16 +1,44 @@
-"""What the tests share: a copy of the repository to write in, and options for slow cells"""
+"""What the tests share: a copy of the repository to write in, options for what is slow, and how much is fuzzed"""
+import os
+import random
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "_docs", "_proc", "build", "dist", "runs", "__pycache__", ".pytest_cache", ".ipynb_checkpoints", "*.egg-info")
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "_docs", "_proc", "build", "dist", "runs", "__pycache__",
+                                  ".pytest_cache", ".ruff_cache", ".hypothesis", ".ipynb_checkpoints", "*.egg-info")
+
+
+EXAMPLES = int(os.environ.get("LPS_EXAMPLES", 100))  # inputs that each property is tried with
+NOISY = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
+settings.register_profile("lps", max_examples=EXAMPLES, deadline=None, print_blob=True, suppress_health_check=NOISY)
+settings.load_profile("lps")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the notebook cells flagged `#| slow`")
+    parser.addoption("--slow", action="store_true", help="also run what is flagged slow, cells of notebooks too")
+
+
+def pytest_configure(config):
+    "One seed for every property and process of a run: the one given, or a new one, which the header shows"
+    config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
+    os.environ.setdefault("LPS_SEED", str(random.SystemRandom().randrange(2**32)))
+    if config.option.hypothesis_seed is None: config.option.hypothesis_seed = os.environ["LPS_SEED"]
+
+
+def pytest_report_header(config):
+    return f"fuzzing: {EXAMPLES} examples a property, --hypothesis-seed={config.option.hypothesis_seed}"
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"): return
+    skip = pytest.mark.skip(reason="slow: run with --slow")
+    for item in items:
+        if "slow" in item.keywords: item.add_marker(skip)
 
 
 def heed_ctrl_c():

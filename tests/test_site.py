@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import namedtuple
 from html.parser import HTMLParser
+from itertools import chain
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
@@ -17,7 +18,10 @@ from conftest import ROOT, copy_of_repo
 
 BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
 SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+BLANK_IMAGES = """[...document.images].filter(i => !(i.complete && i.naturalWidth))
+                                 .map(i => document.title + ': ' + i.src.slice(0, 80))"""
 Page = namedtuple("Page", "links ids images")
+pytestmark = pytest.mark.xdist_group("site")  # one process builds it, once
 NOTEBOOKS = [p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 
 
@@ -69,15 +73,17 @@ def test_no_dead_local_link(site, pages):
             if parts.netloc != "site" or parts.scheme != "http": continue
             target = unquote(parts.path).lstrip("/")
             if not target or target.endswith("/"): target += "index.html"
-            known = parts.fragment in ("", *pages[target].ids) if target in pages else (site/target).is_file() and not parts.fragment
+            if target in pages: known = parts.fragment in ("", *pages[target].ids)
+            else: known = (site/target).is_file() and not parts.fragment
             if not known: dead.append(f"{name}: {link}")
     assert not dead
 
 
 def test_pages_load_nothing_from_elsewhere(site, pages):
-    outside = [f"{n}: {link}" for n, p in pages.items() for link in p.images if link.startswith(("http:", "https:", "//"))]
-    styles = [p.name for p in site.rglob("*.css") if "@import url(http" in p.read_text(encoding="utf-8", errors="replace")]
-    assert not outside and not styles
+    for name, page in pages.items():
+        assert not [link for link in page.images if link.startswith(("http:", "https:", "//"))], name
+    for style in site.rglob("*.css"):
+        assert "@import url(http" not in style.read_text(encoding="utf-8", errors="replace"), style.name
 
 
 def test_api_page_shows_shapes(site):
@@ -99,7 +105,9 @@ def served(site) -> str:
 @pytest.fixture(scope="session")
 def browser():
     path = os.environ.get("CHROME") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not path: pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is on PATH (install Chromium, or name one in the variable CHROME)")
+    if not path:
+        names = ", ".join(BROWSERS)
+        pytest.skip(f"no browser: none of {names} is on PATH (install Chromium, or name one in the variable CHROME)")
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=path, args=SWITCHES)
@@ -110,19 +118,25 @@ def browser():
 def test_every_page_loads_without_a_console_error(browser, served, pages):
     errors, blank = [], []
     tab = browser.new_page()
-    tab.on("console", lambda m: errors.append(f"{tab.url}: {m.text}") if m.type == "error" else None)
+    def note_message(message):
+        if message.type == "error": errors.append(f"{tab.url}: {message.text}")
+    def note_failure(request):
+        if request.failure != "net::ERR_ABORTED": errors.append(f"{tab.url}: {request.url}: {request.failure}")
+    tab.on("console", note_message)
     tab.on("pageerror", lambda e: errors.append(f"{tab.url}: {e}"))
-    tab.on("requestfailed", lambda r: errors.append(f"{tab.url}: {r.url}: {r.failure}") if r.failure != "net::ERR_ABORTED" else None)
+    tab.on("requestfailed", note_failure)
     for name in pages:
         tab.goto(f"{served}/{name}", wait_until="load")
-        blank += tab.evaluate("[...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => document.title + ': ' + i.src.slice(0, 80))")
+        blank += tab.evaluate(BLANK_IMAGES)
     tab.close()
     assert not errors and not blank
 
 
 def test_stored_pictures_are_on_the_pages(pages):
     for path in NOTEBOOKS:
-        drawn = sum("image/png" in out.get("data", {}) for c in json.loads(path.read_text(encoding="utf-8"))["cells"] for out in c.get("outputs", []))
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        outputs = chain.from_iterable(c.get("outputs", []) for c in cells)
+        drawn = sum("image/png" in out.get("data", {}) for out in outputs)
         page = pages[path.relative_to(ROOT/"nbs").with_suffix(".html").as_posix()]
         assert len(page.images) >= drawn, path.name
 

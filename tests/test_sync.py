@@ -1,4 +1,4 @@
-"""What is generated agrees with what it is generated from: lps/ and the notebooks, README and front page, requirements and constraints"""
+"""What is generated agrees with its source: lps/, README, and the constraints that meet their requirements"""
 import configparser
 import json
 import re
@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from importlib.metadata import metadata
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ BIN = Path(sys.executable).parent
 SETTINGS = configparser.ConfigParser()
 SETTINGS.read(ROOT/"settings.ini", encoding="utf-8")
 NOTEBOOKS = [p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
-REQUIREMENTS = [Requirement(r) for r in f"{SETTINGS['DEFAULT']['requirements']}\n{SETTINGS['DEFAULT']['dev_requirements']}".split()]
+NEEDED = SETTINGS["DEFAULT"]["requirements"] + SETTINGS["DEFAULT"]["dev_requirements"]
+REQUIREMENTS = [Requirement(r) for r in NEEDED.split()]
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -41,22 +43,26 @@ def test_command_changes_nothing(command, tmp_path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_stored_outputs_are_presentable(path):
     "No warning, no error, no rows of a training log and no path of the machine that ran it"
-    outputs = [out for c in json.loads(path.read_text(encoding="utf-8"))["cells"] for out in c.get("outputs", [])]
-    texts = [json.dumps({k: v for k, v in out.get("data", {"text": out.get("text")}).items() if "image" not in k}) for out in outputs]
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    outputs = list(chain.from_iterable(c.get("outputs", []) for c in cells))
     assert not [out for out in outputs if out["output_type"] == "error" or out.get("name") == "stderr"]
-    assert not [text[:80] for text in texts if re.search(r"\[0, [\d.]+, .*'00:", text)]
-    assert not [m for text in texts for m in re.findall(r"[^\w.~]/(?:root|home|tmp|Users|var)/\S*", text)]
+    for out in outputs:
+        data = out.get("data", {"text": out.get("text")})
+        text = json.dumps({kind: value for kind, value in data.items() if "image" not in kind})
+        assert not re.search(r"\[0, [\d.]+, .*'00:", text), text[:80]
+        assert not re.findall(r"[^\w.~]/(?:root|home|tmp|Users|var)/\S*", text)
 
 
 def test_every_module_comes_from_a_notebook():
     written = {p.name for p in ROOT.glob("lps/*.py")} - {"__init__.py", "_modidx.py"}
-    exported = {f"{name}.py" for p in ROOT.glob("nbs/*.ipynb") for name in re.findall(r'#\| ?default_exp (\w+)', p.read_text(encoding="utf-8"))}
-    assert written == exported
+    notebooks = "".join(p.read_text(encoding="utf-8") for p in ROOT.glob("nbs/*.ipynb"))
+    assert written == {f"{name}.py" for name in re.findall(r"#\| ?default_exp (\w+)", notebooks)}
 
 
 def test_readme_is_the_front_page():
     docs = runpy.run_path(str(ROOT/"scripts/docs.py"))
-    assert (ROOT/"README.md").read_text(encoding="utf-8") == docs["readme_text"](), "README.md is older than nbs/index.ipynb: run `make readme`"
+    readme = (ROOT/"README.md").read_text(encoding="utf-8")
+    assert readme == docs["readme_text"](), "README.md is older than nbs/index.ipynb: run `make readme`"
 
 
 def test_readme_links_exist():
@@ -87,12 +93,17 @@ def test_metadata_comes_from_settings():
 
 def sidebar(items) -> list[str]:
     "Every page that the sidebar names"
-    return [page for i in items for page in (sidebar(i["contents"]) if "section" in i else [i["href"] if isinstance(i, dict) else i])]
+    pages = []
+    for item in items:
+        if isinstance(item, str): pages.append(item)
+        elif "section" in item: pages += sidebar(item["contents"])
+        else: pages.append(item["href"])
+    return pages
 
 
 def test_sidebar_names_every_page():
     config = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))
     named = {p for p in sidebar(config["website"]["sidebar"]["contents"]) if not p.endswith(".md")}
-    notebooks = {p.relative_to(ROOT/"nbs").as_posix() for p in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in p.parts}
+    notebooks = {p.relative_to(ROOT/"nbs").as_posix() for p in NOTEBOOKS}
     modules = {f"api/{p.stem}.qmd" for p in ROOT.glob("lps/*.py") if not p.stem.startswith("_")}
     assert named == notebooks | modules
