@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom in a fresh kernel: the library's and tutorials cell by cell, the experiments through papermill"""
+"""Every notebook runs from top to bottom in a fresh kernel: library and tutorials by cells, experiments by papermill"""
 import json
 import runpy
 import subprocess
@@ -12,26 +12,20 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from nbdev.test import nb_test_cells
 
+from lps.experiments import EXPERIMENTS
+
 NBS = ROOT/"nbs"
 LIBRARY = sorted(p.relative_to(NBS).as_posix() for p in [*NBS.glob("*.ipynb"), *NBS.glob("tutorials/*.ipynb")])
-EXPERIMENTS = sorted(p.stem for p in NBS.glob("experiments/*.ipynb"))
-
-# the small parameters that each experiment is tested with, by the notebook's name
-SMALL = {
-    "table1": dict(model_set="digits", n_models=4, zoo_epochs=1, n_splits=2, n_train=2, n_filters=8, epochs=3, workers=1),
-    "table2": dict(model_set="digits", n_models=4, zoo_epochs=1, n_splits=2, n_query=1, n_filters=8, epochs=3, workers=1),
-    "branches": dict(n_models=4, zoo_epochs=1, n_splits=2, n_train=2, n_filters=8, epochs=3, workers=1),
-    "alignment": dict(n_models=4, zoo_epochs=1, n_splits=2, n_train=2, n_filters=8, epochs=3, workers=1),
-    "fusion": dict(n_models=4, zoo_epochs=1, n_splits=2, n_train=3, n_held=1, n_filters=8, epochs=3, workers=1),
-    "triplet": dict(model_set="digits", n_models=4, zoo_epochs=1, n_splits=2, n_train=2, n_query=1, bs=6, per_task=2, n_filters=8, epochs=3, workers=1),
-    "learning_curve": dict(n_tasks="3", n_train="1,2", n_test=1, n_models=4, zoo_epochs=2, keep="1", n_splits=2, n_filters=8, epochs=3, workers=1),
-    "transfer": dict(n_models=4, zoo_epochs=1, n_splits=2, n_init=2, n_boot=50, n_filters=8, epochs=3, workers=1),
-}
+WRITTEN = sorted(p.stem for p in NBS.glob("experiments/*.ipynb"))
+together = pytest.mark.xdist_group("experiments")  # one process: they share the digits that the first of them builds
 
 
 def skipped_flags(config) -> list[str]:
     "The cell flags that are left out here: every one of them is a choice of the caller or the lack of a device"
-    return ["notest", *([] if config.getoption("--slow") else ["slow"]), *([] if torch.cuda.is_available() else ["cuda"])]
+    flags = ["notest"]
+    if not config.getoption("--slow"): flags.append("slow")
+    if not torch.cuda.is_available(): flags.append("cuda")
+    return flags
 
 
 @pytest.mark.parametrize("name", LIBRARY)
@@ -40,51 +34,65 @@ def test_library_notebook(name, workdir, request):
     nb = nbformat.read(path, as_version=4)
     runnable = {c.id for c in nb_test_cells(path, skip_flags=skipped_flags(request.config))}
     nb.cells = [c for c in nb.cells if c.id in runnable]
-    NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+    where = {"metadata": {"path": str(path.parent)}}
+    NotebookClient(nb, timeout=600, kernel_name="python3", resources=where).execute()
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_experiment_has_small_parameters(name):
-    "A new experiment is named here before it can pass, and its parameters are those that the notebook declares"
-    assert name in SMALL, f"nbs/experiments/{name}.ipynb has no entry in SMALL: add the small parameters it is tested with"
-    declared = pm.inspect_notebook(NBS/f"experiments/{name}.ipynb")
-    assert declared, f"nbs/experiments/{name}.ipynb has no cell tagged `parameters`"
-    assert set(SMALL[name]) <= set(declared), f"{name} declares {sorted(declared)}, SMALL sets {sorted(SMALL[name])}"
+def test_every_experiment_has_its_notebook():
+    assert sorted(EXPERIMENTS) == WRITTEN
 
 
-@pytest.mark.parametrize("name", sorted(set(EXPERIMENTS) & set(SMALL)))
-def test_experiment_runs_small(name, workdir):
-    folder = workdir/"nbs/experiments"
-    pm.execute_notebook(folder/f"{name}.ipynb", workdir/f"{name}_small.ipynb", SMALL[name], cwd=folder, kernel_name="python3", progress_bar=False)
-    written = [json.loads(p.read_text()) for p in (workdir/"results").glob(f"{name}-digits*.json")]
-    assert [r["settings"]["n_splits"] for r in written] == [SMALL[name]["n_splits"]]
+@pytest.mark.parametrize("kind", EXPERIMENTS)
+def test_experiment_declares_its_small_parameters(kind):
+    declared = pm.inspect_notebook(NBS/f"experiments/{kind}.ipynb")
+    assert declared, f"nbs/experiments/{kind}.ipynb has no cell tagged `parameters`"
+    assert set(EXPERIMENTS[kind].small) <= set(declared)
 
 
-def test_no_small_parameters_without_a_notebook():
-    assert set(SMALL) <= set(EXPERIMENTS)
+@together
+@pytest.mark.parametrize("kind", EXPERIMENTS)
+def test_experiment_runs_small(kind, workdir):
+    folder, small = workdir/"nbs/experiments", EXPERIMENTS[kind].small
+    pm.execute_notebook(
+        input_path=folder/f"{kind}.ipynb",
+        output_path=workdir/f"{kind}_small.ipynb",
+        parameters=small,
+        cwd=folder,
+        kernel_name="python3",
+        progress_bar=False,
+    )
+    written = [json.loads(p.read_text()) for p in (workdir/"results").glob(f"{kind}-digits*.json")]
+    assert [r["settings"]["n_splits"] for r in written] == [small["n_splits"]]
 
 
 SCRIPT = runpy.run_path(str(ROOT/"scripts/experiments.py"))
 
 
+@together
 def test_one_command_runs_the_experiments(workdir, tmp_path):
     "A parameter reaches the notebooks that have it; one with the name of an experiment, that one alone"
-    small = [f"{k}={v}" for k, v in SMALL["branches"].items()]
-    args = ["--results", tmp_path/"results", "--times", tmp_path/"times.json", "--only", "alignment", "branches", "table1", "--set", *small, "alignment.epochs=2"]
-    done = subprocess.run([sys.executable, workdir/"scripts/experiments.py", *args], capture_output=True, text=True, encoding="utf-8")
+    small = [f"{k}={v}" for k, v in EXPERIMENTS["branches"].small.items()]
+    command = [sys.executable, workdir/"scripts/experiments.py", "--results", tmp_path/"results"]
+    command += ["--times", tmp_path/"times.json", "--only", "alignment", "branches", "table1"]
+    command += ["--set", *small, "alignment.epochs=2"]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()] == ["table1", "branches", "alignment", "all"]
-    assert {p.name: json.loads(p.read_text())["settings"]["epochs"] for p in (tmp_path/"results").iterdir()} == {"table1-digits.json": 3, "branches-digits.json": 3, "alignment-digits.json": 2}
+    records = {p.name: json.loads(p.read_text()) for p in (tmp_path/"results").iterdir()}
+    epochs = {name: record["settings"]["epochs"] for name, record in records.items()}
+    assert epochs == {"table1-digits.json": 3, "branches-digits.json": 3, "alignment-digits.json": 2}
     times = json.loads((tmp_path/"times.json").read_text())
-    assert all(t["minutes"] > 0 and t["core_minutes"] > 0 for t in times["times"].values()) and str(tmp_path) not in json.dumps(times)
+    assert str(tmp_path) not in json.dumps(times)
+    for took in times["times"].values(): assert took["minutes"] > 0 and took["core_minutes"] > 0
 
 
-@pytest.mark.parametrize("args, says", [(["--set", "n_splitz=3"], "n_splitz"), (["--set", "branches.n_boot=3"], "branches.n_boot"), (["--set", "n_splits"], "n_splits"),
-                                        (["--model-set", "no/such/folder"], "no/such/folder"), (["--only", "table3"], "table3")])
+@pytest.mark.parametrize("args, says", [
+    (["--set", "n_splitz=3"], "n_splitz"),
+    (["--set", "branches.n_boot=3"], "branches.n_boot"),
+    (["--set", "n_splits"], "n_splits"),
+    (["--model-set", "no/such/folder"], "no/such/folder"),
+    (["--only", "table3"], "table3"),
+])
 def test_one_command_refuses_what_it_does_not_know(args, says, capsys):
     with pytest.raises(SystemExit) as stopped: SCRIPT["main"](args)
     assert says in str(stopped.value) + capsys.readouterr().err
-
-
-def test_one_command_knows_every_experiment():
-    assert sorted(SCRIPT["ORDER"]) == EXPERIMENTS
