@@ -37,7 +37,7 @@ from torchvision import transforms as T
 from lps.files import provenance, write_json
 from lps.resnet import ResNet
 from lps.train import BatchLoader, best_precision, init_model, make_learner, recipes
-from lps.jobs import _start_worker
+from lps.jobs import start_worker
 
 STATS = (.48, .45, .40), (.28, .27, .28)
 FLOPS = 3*2*40.8e6
@@ -128,7 +128,7 @@ def serve(pipe, side, threads):
     "A process for one side: runs once at each word from the other end. A zoo process starts as `build` starts its workers"
     multiprocessing.set_start_method(None, force=True)  # loading workers start as they do by default, not as this process did
     if side in ('fastai', 'lean'): torch.set_num_threads(threads)
-    else: _start_worker()
+    else: start_worker()
     while job := pipe.recv(): pipe.send(SIDES[side](*job))
 
 

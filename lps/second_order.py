@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from .align import align_layer
 from .files import load_model, save_model
 from .modelset import ModelSet
-from .train import Diverged, StepSchedule, StopIfDiverged, init_lock, fit_silently, one_thread
-from .jobs import each_done
+from .train import Diverged, StepSchedule, StopIfDiverged, fit_silently
+from .jobs import each_done, one_thread, seeded
 
 # %% ../nbs/14_second_order.ipynb #3dc1e4ec
 METHODS = {
@@ -204,8 +204,7 @@ def fit(
     if kwargs.get('loss') == 'triplet' and min(bs, per_task) < 2: raise ValueError(f"minibatches of {bs} models with {per_task} of a task hold no triplet: take for example bs=16, per_task=4")
     xs, tasks = [models.stack(l, folded) for l in layers], models.tasks
     with one_thread():
-        with init_lock, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             net = SecondOrderNet({l: x.shape[1:] for l, x in zip(layers, xs)}, tasks, method, folded=folded, **kwargs)
         y = torch.tensor([tasks.index(t) for t in models.labels.tolist()])
         _fit_loop(net, xs, y, epochs, lr, milestones, momentum, bs, per_task, seed, plain)

@@ -31,8 +31,8 @@ from .files import provenance
 from .modelset import ModelSet, TrainedModel
 from .second_order import embed, fit_many
 from .tasks import ImageSet, task_images
-from .train import normalise, one_thread
-from .jobs import each_done
+from .train import normalise
+from .jobs import each_done, one_thread
 
 # %% ../nbs/19_transfer.ipynb #90706dab
 @torch.no_grad()

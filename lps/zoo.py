@@ -13,11 +13,11 @@ from pathlib import Path
 
 from .datasheet import write_datasheet
 from .files import load_model, mark_complete, not_as_marked, read_marker, save_model, versions, write_json
-from .jobs import each_done
+from .jobs import check_device, each_done, one_thread
 from .modelset import ModelSet, load_modelset
 from .tasks import channel_stats, load_images, pair_classes, task_images
 from .many import train_models
-from .train import Diverged, KeepEpochs, Recipe, accuracy, best_precision, get_recipe, init_model, one_thread, recipes, train_model
+from .train import Diverged, KeepEpochs, Recipe, accuracy, best_precision, get_recipe, init_model, recipes, train_model
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn

@@ -15,6 +15,7 @@ import lps.many as many
 import lps.train as single
 from lps.many import FusedModels, MultiLoader, SummedLoss, accuracies, each, train_models
 from lps.files import load_model
+from lps.jobs import one_thread
 from lps.resnet import ResNet
 from lps.tasks import augment, channel_stats, load_images, pair_classes, task_images
 from lps.train import BatchLoader, Diverged, KeepEpochs, accuracy, init_model, recipes, train_model
@@ -24,8 +25,8 @@ SEEDS = [11, 12, 13]
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    with single.one_thread(): yield
+def on_one_thread():
+    with one_thread(): yield
 
 
 @pytest.fixture(scope='module')
@@ -160,7 +161,7 @@ class Spoil(Callback):
 @pytest.fixture(scope='module')
 def sound(tasks, stats):
     "The three models, nothing spoilt"
-    with single.one_thread(): return train_models(tasks, TINY, SEEDS, stats, 'cpu')
+    with one_thread(): return train_models(tasks, TINY, SEEDS, stats, 'cpu')
 
 
 @pytest.mark.parametrize('where, words', [('weight', 'the loss is not finite in epoch 1, batch 1'), ('statistic', 'a weight or statistic is not finite after epoch 1')])

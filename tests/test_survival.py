@@ -17,10 +17,11 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 
-import lps.modelset as modelset
+import lps.files as files
 import lps.train as train
 import lps.zoo as zoo
 from lps.files import load_model, not_as_marked
+from lps.jobs import one_thread
 from lps.modelset import load_modelset
 from lps.tasks import ImageSet, load_images, pair_classes, task_images
 from lps.train import recipes, train_model
@@ -32,9 +33,9 @@ IMAGES = tuple(load_images('digits', s) for s in ('train', 'test'))
 
 
 def all_files(path): return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob('*')) if f.is_file() and not f.name.endswith('.tmp')}
-def weights(files): return {k: v for k, v in files.items() if k.endswith('.safetensors') and 'checkpoints' not in k}
-def sheets(files): return {k: v for k, v in files.items() if 'datasheet' in k.lower()}
-def finished(path): return {f.name: f.read_bytes() for f in path.glob('[!.]*.safetensors') if modelset.read_marker(f) and not not_as_marked(f)}
+def weights(contents): return {k: v for k, v in contents.items() if k.endswith('.safetensors') and 'checkpoints' not in k}
+def sheets(contents): return {k: v for k, v in contents.items() if 'datasheet' in k.lower()}
+def finished(path): return {f.name: f.read_bytes() for f in path.glob('[!.]*.safetensors') if files.read_marker(f) and not not_as_marked(f)}
 
 
 # A process that has imported everything forks one build for each line it reads. A build dies by SIGKILL after so many
@@ -44,7 +45,7 @@ import os, signal, sys, time
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-import lps.modelset, lps.zoo as zoo
+import lps.files, lps.zoo as zoo
 from fastai.callback.core import Callback
 from test_survival import HOW, IMAGES, TINY
 
@@ -73,7 +74,7 @@ class DyingOs:
 def child(n_ops, n_models):
     real = zoo.train_model
     zoo.train_model = lambda *a: real(*a[:5], [*a[5], Log(a[6].name)], *a[6:])
-    if n_ops: lps.modelset.os = DyingOs(n_ops)
+    if n_ops: lps.files.os = DyingOs(n_ops)
     zoo.build({folder!r}, IMAGES, TINY, n_models=n_models, **HOW)
 
 print('ready', flush=True)
@@ -157,7 +158,7 @@ def grown(tmp_path_factory):
     build(path/'one', IMAGES, SHORT, n_models=1, **ONE)
     shutil.copytree(path/'one', path/'two')
     with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(modelset, 'os', counting := FaultyOs(0, ''))
+        mp.setattr(files, 'os', counting := FaultyOs(0, ''))
         build(path/'two', IMAGES, SHORT, n_models=2, **ONE)
     return path, counting.ops
 
@@ -173,7 +174,7 @@ def test_failing_file_operation(grown, tmp_path, monkeypatch, n, fault):
     shutil.copytree(source/'one', folder)
     before = all_files(folder)
     with monkeypatch.context() as mp:
-        mp.setattr(modelset, 'os', FaultyOs(n, fault))
+        mp.setattr(files, 'os', FaultyOs(n, fault))
         if fault == 'short': build(folder, IMAGES, SHORT, n_models=2, **ONE)
         else:
             with pytest.raises(OSError, match=f"{folder}.* could not be written: ") as e: build(folder, IMAGES, SHORT, n_models=2, **ONE)
@@ -191,7 +192,7 @@ def test_failing_file_operation(grown, tmp_path, monkeypatch, n, fault):
 @pytest.mark.parametrize('n', range(1, 5))
 def test_failing_at_the_very_first_file(tmp_path, monkeypatch, n):
     with monkeypatch.context() as mp:
-        mp.setattr(modelset, 'os', FaultyOs(n, 'ENOSPC'))
+        mp.setattr(files, 'os', FaultyOs(n, 'ENOSPC'))
         with pytest.raises(OSError, match='build.json could not be written: No space left on device'): build(tmp_path/'zoo', IMAGES, SHORT, n_models=1, **ONE)
     assert len(build(tmp_path/'zoo', IMAGES, SHORT, n_models=1, **ONE)) == 1
 
@@ -261,7 +262,7 @@ class CutOff(Callback):
 def test_resumed_equals_uninterrupted(tmp_path, precision, every, cut):
     recipe = replace(TINY, precision=precision, flip=True, width=4)
     args = *(task_images(s, pair_classes(10)[1]) for s in IMAGES), recipe, 7
-    with train.one_thread():
+    with one_thread():
         whole, metrics = train_model(*args)
         with pytest.raises(KeyboardInterrupt): train_model(*args, cbs=[CutOff(cut)], checkpoint=tmp_path/'c.safetensors', every=every)
         assert (tmp_path/'c.safetensors').exists() == (cut >= every)
@@ -275,12 +276,12 @@ def test_unfit_checkpoint_counts_as_none(tmp_path, spoil):
     file, args, begun = tmp_path/'c.safetensors', [task_images(s, pair_classes(10)[1]) for s in IMAGES], []
     class Begun(Callback):
         def before_train(self): begun.append(self.epoch)
-    with train.one_thread():
+    with one_thread():
         with pytest.raises(KeyboardInterrupt): train_model(*args, TINY, 7, cbs=[CutOff(4)], checkpoint=file, every=1)
         state, meta = load_model(file)
         if spoil == 'torn': file.write_bytes(file.read_bytes()[:-50])
-        if spoil == 'nan': state['momentum.0'].view(-1)[0] = float('nan'); modelset.save_model(file, state, meta)
-        if spoil == 'not a checkpoint': modelset.save_model(file, {'conv1.weight': torch.zeros(2)}, {})
+        if spoil == 'nan': state['momentum.0'].view(-1)[0] = float('nan'); files.save_model(file, state, meta)
+        if spoil == 'not a checkpoint': files.save_model(file, {'conv1.weight': torch.zeros(2)}, {})
         recipe, seed = replace(TINY, lr=.05) if spoil == 'other recipe' else TINY, 8 if spoil == 'other seed' else 7
         a, _ = train_model(*args, recipe, seed, cbs=[Begun()], checkpoint=file, every=1)
         b, _ = train_model(*args, recipe, seed)
