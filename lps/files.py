@@ -72,11 +72,12 @@ def _cpu():
     return platform.processor() or platform.machine()
 
 def _commit():
-    "Commit of the checkout that `lps` is imported from, None outside of one"
+    "Commit of the checkout that `lps` is imported from, None outside of one; `+changes` where more than results differ from it"
     def git(*a): return subprocess.run(['git', *a], cwd=Path(lps.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     try:
         git('ls-files', '--error-unmatch', '__init__.py')
-        return git('rev-parse', '--short=12', 'HEAD') + ('+changes' if git('status', '--porcelain', '-uno') else '')
+        changed = git('status', '--porcelain', '-uno', '--', ':/', ':(top,exclude)results')
+        return git('rev-parse', '--short=12', 'HEAD') + ('+changes' if changed else '')
     except (OSError, subprocess.CalledProcessError): return None
 
 # %% ../nbs/04_files.ipynb #511bdcc1
