@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .architectures import net_from_state, norms_of, shapes_of
+from .architectures import net_from_state, norms_of, shapes_of, stem_of
 from .files import (ModelFile, checked, digest, load_model, marker_file, not_as_marked, not_finite, pluralise, printable, read_model,
                        save_model)
 from .order_chain import fold_conv, norm_vectors
@@ -210,6 +210,11 @@ def digests(self: ModelSet) -> list: # of str, 32 hexadecimal digits each
     return [self.source.digest(file) for file in self.manifest.file]
 
 @patch(as_prop=True)
+def stem(self: ModelSet) -> str: # name of a layer
+    "The layer that reads the image"
+    return getattr(self.source, 'stem', None) or stem_of(self.shapes)
+
+@patch(as_prop=True)
 def about(self: ModelSet) -> dict: # empty for a folder
     "What was noted about the set when it was packed"
     return self.source.about
@@ -393,8 +398,9 @@ def pack(
              for i, (file, sha) in enumerate(zip(models.manifest.file, models.hashes))]
     common = {k: v for k, v in metas[0].items() if all(k in m and m[k] == v for m in metas)}
     own = [{k: v for k, v in meta.items() if k not in common} for meta in metas]
+    packed = dict(common=common, models=own, stem=models.stem)
     tensors = models.weights([name for name in models.shapes if name.rpartition('.')[0] in kept])
-    save_model(path, tensors, dict(packed=dict(common=common, models=own), about=about, content=digest(tensors)))
+    save_model(path, tensors, dict(packed=packed, about=about, content=digest(tensors)))
     return load_modelset(path)
 
 # %% ../nbs/05_modelset.ipynb #6f43c74c
@@ -413,8 +419,9 @@ class PackedSource:
         stacked: dict,  # name → tensor of all models, `(M, …)`
         metas: list,    # metadata of each model
         about: dict,    # of the set
+        stem: str | None = None, # the layer that reads the image, which may not be among those in the file
     ):
-        self.stacked, self.metas, self.about = stacked, metas, about
+        self.stacked, self.metas, self.about, self.stem = stacked, metas, about, stem
         self.place = {meta['file']: i for i, meta in enumerate(metas)}
 
     def read(self,
@@ -444,6 +451,7 @@ class _PackHeader:
     "What the metadata of a packed set must have"
     common: dict
     models: list[dict]
+    stem: str | None = None
 
 @dataclass
 class _PackedModel:
@@ -460,7 +468,8 @@ def _load_packed(path):
     except ValueError as e: raise ValueError(f"{printable(path.name)} is a broken packed model set: {e}") from None
     shapes = {name: tuple(v.shape[1:]) for name, v in file.state.items()}
     about = file.meta.get('about')
-    source = PackedSource(file.state, metas, about if isinstance(about, dict) else {})
+    stem = file.meta['packed'].get('stem')
+    source = PackedSource(file.state, metas, about if isinstance(about, dict) else {}, stem)
     return ModelSet(path, pd.DataFrame(rows), rejected_table({}), shapes, source)
 
 def _what_else(file: ModelFile):
