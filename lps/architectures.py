@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .order_chain import PermutationSpec, resnet_spec
+from .order_chain import resnet_spec
 from .resnet import ResNet, bn_of, branch_layers as resnet_branches, resnet_config, resnet_from_state
 
 # %% ../nbs/02_architectures.ipynb #6ee48bc6

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .evaluate import METHOD_NAMES, random_row
+from .evaluate import random_row
+from .methods import method_title
 from .plots import VARIANTS, chance_percent, percent
 from .records import runs_of
 from .transfer import finding
@@ -98,7 +99,7 @@ def _claims_table(record, kind):
     strongest = max(base, key=lambda m: v[m].mean())
     said, ours = p['found'], f"LPS {mean_sd(v['lps'])}, best baseline {mean_sd(v[strongest])}, chance {chance:.1f}"
     yield ("without alignment little of a network's task can be told", f"baselines {said['fc']}, {said['frobenius']}; chance {p['chance']}",
-           ', '.join(f"{METHOD_NAMES.get(m, m)} {mean_sd(v[m])}" for m in base) + f"; chance {chance:.1f}",
+           ', '.join(f"{method_title(m)} {mean_sd(v[m])}" for m in base) + f"; chance {chance:.1f}",
            stays_below(np.mean([v[m] for m in base], 0), chance, (said['fc'] + said['frobenius'])/2, p['chance']))
     yield 'with alignment it can', f"LPS {said['lps']}, best baseline {max(said['fc'], said['frobenius'])}", ours, verdict(v['lps'] - v[strongest])
     yield f"{p['measure']} is {said['lps']} %", f"LPS {said['lps']}; chance {p['chance']}", f"LPS {mean_sd(v['lps'])}; chance {chance:.1f}", reaches(v['lps'], chance, said['lps'], p['chance'])

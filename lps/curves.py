@@ -17,11 +17,11 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .evaluate import per_split, rank_k, task_logits
+from .evaluate import per_split, rank_k
+from .methods import score_models, some_weights
 from .records import about_models
 from .files import provenance
 from .modelset import ModelSet, load_modelset
-from .second_order import SomeLayers
 
 # %% ../nbs/20_curves.ipynb #c21d8932
 def curve_splits(
@@ -55,8 +55,8 @@ def top1(
 ) -> list:                 # share of the test models whose task is named, one a split
     "Fit on each split's training models, classify its test models"
     def first(net, split):
-        test = SomeLayers(models, net.layers, net.config['folded'], split[1])
-        return round(float(rank_k(task_logits(net, test), test.labels, torch.tensor(net.tasks))[0]), 4)
+        scores = score_models(net, some_weights(models, net.layers, net.folded, split[1]))
+        return round(float(rank_k(scores, models.labels[split[1]], torch.tensor(net.tasks))[0]), 4)
     return per_split(models, splits, {'lps': kwargs}, first, workers, executor, progress)['lps']
 
 # %% ../nbs/20_curves.ipynb #f67e5cb2

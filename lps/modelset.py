@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .architectures import net_from_state, norms_of, shapes_of, stem_of
 from .files import (ModelFile, checked, digest, load_model, marker_file, not_as_marked, not_finite, pluralise, printable, read_model,
                        save_model)
-from .order_chain import fold_conv, norm_vectors
+from .order_chain import fold_conv
 
 # %% ../nbs/05_modelset.ipynb #a8362265
 @dataclass
@@ -34,6 +34,18 @@ class TrainedModel:
     def digest(self): # 32 hexadecimal digits
         "Fingerprint of all of its weights, also where only some of them are here"
         return self.meta['digest'] if self.meta.get('lacks') else digest(self.state)
+
+    def weights(self,
+        layers: list,       # names of layers, or full names of tensors
+        folded: bool=False, # scale filters as the batch normalisation after them does
+    ) -> dict:              # name → float32 `(1, N, C, k, k)`
+        "Layers of this model, in the shape of a set of one; raises `ValueError` for a layer that it does not have"
+        shapes, found = shapes_of(self.state), {}
+        for layer in layers:
+            _known_layer(shapes, layer)
+            tensors = {name: self.state[name] for name in _tensor_names(shapes, layer, folded)}
+            found[layer] = _layer_weight(tensors, layer, folded)[None]
+        return found
 
     def __repr__(self):
         known = {key: self.meta.get(key) for key in ('task', 'run', 'classes', 'val_accuracy')}
@@ -347,20 +359,6 @@ def stack(self: ModelSet,
 ) -> Tensor:              # float32 `(M, N, C, k, k)`; for the full name of a tensor its own shape after M
     "One layer of all models"
     return self.weights([layer], folded)[layer]
-
-# %% ../nbs/05_modelset.ipynb #75dbc6ac
-@patch
-def weights(self: TrainedModel,
-    layers: list,         # names of layers, or full names of tensors
-    folded: bool = False, # scale filters as the batch normalisation after them does
-) -> dict:                # name → float32 `(1, N, C, k, k)`
-    "Layers of one model, in the shape of a set of one; raises `ValueError` for a layer that it does not have"
-    shapes, found = shapes_of(self.state), {}
-    for layer in layers:
-        _known_layer(shapes, layer)
-        tensors = {name: self.state[name] for name in _tensor_names(shapes, layer, folded)}
-        found[layer] = _layer_weight(tensors, layer, folded)[None]
-    return found
 
 # %% ../nbs/05_modelset.ipynb #68a37f4b
 @patch(as_prop=True)

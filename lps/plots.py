@@ -21,7 +21,8 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from .curves import CURVES, curve_table
-from .evaluate import METHOD_NAMES, chance_curves, summary
+from .evaluate import chance_curves, summary
+from .methods import method_title
 from .records import runs_of
 from .second_order import similarity
 from .transfer import PREDICTORS, with_interval
@@ -155,7 +156,7 @@ def _mean_sd(curves):
     if isinstance(curves, pd.DataFrame):
         k = [c for c in curves if str(c).startswith(('rank-', 'top-'))]
         if not k or 'method' not in curves.index.names: raise ValueError(f"curves has columns {', '.join(map(str, curves))}: give the runs from table1 or table2, or arrays by name")
-        curves = {METHOD_NAMES.get(m, m): g[k].to_numpy() for m, g in sorted(curves.groupby(level='method', sort=False), key=lambda mg: mg[0] != 'lps')}
+        curves = {method_title(m): g[k].to_numpy() for m, g in sorted(curves.groupby(level='method', sort=False), key=lambda mg: mg[0] != 'lps')}
     curves = {m: np.asarray(c, dtype=float) for m, c in curves.items()}
     if bad := [f'{m} {c.shape}' for m, c in curves.items() if c.ndim not in (1, 2)]: raise ValueError(f"curve {bad[0]}: give (K,), or (splits, K) for a band")
     return {m: (c, None) if c.ndim == 1 else (c.mean(0), c.std(0, ddof=1) if len(c) > 1 else None) for m, c in curves.items()}

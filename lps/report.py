@@ -20,7 +20,8 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from .evaluate import METHOD_NAMES, random_row
+from .evaluate import random_row
+from .methods import method_title
 from .records import runs_of
 from .files import write_atomic, provenance
 from .modelset import ModelSet

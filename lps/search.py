@@ -16,16 +16,8 @@ from torch import Tensor
 
 from .files import not_finite, load_model, save_model
 from .foreign import read_foreign, tidy_state, rename
-from .modelset import ModelSet, OpenState, TrainedModel, layer_weight, digest
-from .second_order import SecondOrderNet, embed, similarity
-
-# %% ../nbs/24_search.ipynb #7a674ba9
-class _One:
-    "One model in memory, with a model set's `stack`"
-    def __init__(self, state): self.state = OpenState(state)
-    def stack(self, layer, folded=False):
-        if f'{layer}.weight' in self.state: return layer_weight(self.state, layer, folded)[None]
-        raise ValueError(f"no layer {layer} in this model, it has {', '.join(k.removesuffix('.weight') for k, v in self.state.items() if v.ndim > 1)}: give names= to rename them")
+from .modelset import ModelSet, TrainedModel
+from .second_order import SecondOrderNet, embed, restore, similarity
 
 # %% ../nbs/24_search.ipynb #4ac99030
 def _read_query(path, names):
@@ -43,7 +35,7 @@ def _embed_query(net, query, names):
     elif isinstance(query, TrainedModel): name, model = 'the query', query
     else: raise TypeError(f"a query cannot be a {type(query).__name__}: give a ModelSet, one model of it, or a file")
     if why := not_finite(model.state): raise ValueError(f"{name} is broken: {why}")
-    try: return embed(net, _One(model.state)), [name], [model.digest]
+    try: return embed(net, model), [name], [model.digest]
     except ValueError as e: raise ValueError(f"{name}: {e}") from None
 
 # %% ../nbs/24_search.ipynb #8a6ec6aa
@@ -134,9 +126,7 @@ def load(cls:ModelIndex,
     config, manifest, digests = (meta['index'][k] for k in ('second_order', 'manifest', 'digests'))
     embedding = tensors.pop('embedding')
     if not len(embedding) == len(manifest['file']) == len(digests): raise ValueError(f"{Path(path).name} has {len(embedding)} embeddings for {len(manifest['file'])} models: build the index again")
-    net = SecondOrderNet(**{k: v for k, v in config.items() if k != 'recipe'})
-    net.load_state_dict({k.removeprefix('net.'): v for k, v in tensors.items()})
-    net.config = config
+    net = restore(config, {k.removeprefix('net.'): v for k, v in tensors.items()})
     index = cls.__new__(cls)
-    index._set(net.eval(), embedding, pd.DataFrame(manifest), digests)
+    index._set(net, embedding, pd.DataFrame(manifest), digests)
     return index

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from .records import about_models
 from .files import provenance
 from .modelset import ModelSet, TrainedModel
-from .second_order import embed, fit_many
+from .methods import fit_many
+from .second_order import embed
 from .tasks import ImageSet, task_images
 from .train import normalise
 from .jobs import each_done, one_thread

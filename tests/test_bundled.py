@@ -9,11 +9,12 @@ from conftest import ROOT, copy_of_repo
 
 from lps.cli import main
 from lps.datasheet import SOURCES, datasheet, datasheet_text, write_datasheet
-from lps.evaluate import classification_splits, rank_k, table1, table2, task_logits
+from lps.evaluate import classification_splits, rank_k, table1, table2
 from lps.files import load_model, mark_complete, save_model
 from lps.modelset import bundled, digest, load_modelset, pack
 from lps.resnet import ResNet
 from lps.search import ModelIndex
+from lps.methods import score_models
 from lps.second_order import embed, fit, load_net
 
 QUICK = dict(n_filters=8, epochs=2, milestones=(1,))
@@ -181,7 +182,7 @@ def test_bundled_net_saw_its_training_split_only_and_knows_the_others(ours):
     train, test = classification_splits(ours.labels, n_train, n_splits=1, seed=0)[0]
     assert about['files'] == sorted(ours.manifest.file[train]) and about['held_out'] == sorted(ours.manifest.file[test])
     assert not set(about['files']) & set(about['held_out']) and len(about['files']) + len(about['held_out']) == len(ours) and net.tasks == ours.tasks
-    curve = rank_k(task_logits(net, ours[test]), ours.labels[test], torch.tensor(net.tasks))
+    curve = rank_k(score_models(net, ours[test]), ours.labels[test], torch.tensor(net.tasks))
     assert curve[0] > 1.5/len(net.tasks)
 
 

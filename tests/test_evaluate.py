@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from lps.evaluate import READ_OUTS, classification_splits, classify, rank_k, summary, table1, table2, task_logits, top_k
+from lps.evaluate import READ_OUTS, classification_splits, classify, rank_k, summary, table1, table2, top_k
 from lps.fusion import FUSIONS, fuse, learn_alpha
 from lps.records import find_record, result_record
 from lps.files import save_model, write_json
 from lps.modelset import load_modelset
+from lps.methods import score_models
 from lps.second_order import fit
 
 FEW = dict(epochs=2, milestones=(1,), n_filters=6)
@@ -30,7 +31,7 @@ def models(tmp_path_factory):
 
 def test_tables_are_those_of_fits_one_by_one(models):
     splits = classification_splits(models.labels, 3, 2)
-    by_hand = [rank_k(task_logits(net, models[test]), models.labels[test], torch.tensor(net.tasks))
+    by_hand = [rank_k(score_models(net, models[test]), models.labels[test], torch.tensor(net.tasks))
                for i, (train, test) in enumerate(splits) for net in [fit(models[train], method="lps", seed=i, **FEW)]]
     one_by_one = [table1(models, 2, 3, **FEW), table2(models, 2, 2, 1, **FEW)]
     with ThreadPoolExecutor(2) as ex: at_once = [table1(models, 2, 3, executor=ex, **FEW), table2(models, 2, 2, 1, executor=ex, **FEW)]

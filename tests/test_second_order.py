@@ -7,9 +7,10 @@ import torch
 
 from lps.files import save_model
 from lps.modelset import load_modelset
+from lps.methods import fit_many, some_weights
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.resnet import ResNet, branch_layers
-from lps.second_order import METHODS, SecondOrderNet, SomeLayers, embed, fit, fit_many, load_net, save_net, similarity
+from lps.second_order import VARIANTS, SecondOrderNet, embed, fit, load_net, save_net, similarity
 from lps.train import Diverged
 
 
@@ -46,7 +47,7 @@ def test_without_alignment_order_matters(models, switches):
     assert (embed(net, original) - embed(net, permuted)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", VARIANTS)
 @pytest.mark.parametrize("layers, bs", [(("conv1",), 1), (("conv1", "layer2.0.conv1"), 1), (("conv1",), 4), (("layer3.0.conv1",), 1), (("layer3.2.conv2",), 1), (branch_layers(), 1)])
 def test_fast_loop_is_the_plain_loop_to_the_bit(models, method, layers, bs):
     a, b = [fit(models, layers, method, epochs=3, milestones=(1, 2), n_filters=6, bs=bs, plain=plain) for plain in (False, True)]
@@ -81,8 +82,8 @@ def test_fits_at_once_have_the_weights_of_fits_one_by_one(models, pool):
 
 def test_a_job_carries_only_the_layers_it_reads(models):
     for layer in branch_layers(): models.stack(layer)
-    some = SomeLayers(models, ("conv1",), which=[0, 5])
-    assert len(pickle.dumps(some)) < 4*some.weights["conv1"].numel() + 2_000 and some.tasks == models[[0, 5]].tasks
+    some = some_weights(models, ["conv1"], which=[0, 5])
+    assert list(some) == ["conv1"] and len(pickle.dumps(some)) < 4*some["conv1"].numel() + 2_000
 
 
 def test_a_fit_that_fails_at_once_with_others_says_why(models):
