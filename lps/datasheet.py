@@ -18,17 +18,17 @@ from .modelset import ModelSet, load_modelset
 # %% ../nbs/07_datasheet.ipynb #05aa78ea
 SOURCES = {
     'digits':
-        "scikit-learn's `load_digits`: 1797 images of 8×8 pixels, the test part of *Optical Recognition of Handwritten Digits* "
-        "(E. Alpaydin, C. Kaynak; UCI Machine Learning Repository, CC BY 4.0)",
+        "scikit-learn's `load_digits`: 1797 images of 8×8 pixels, the test part of *Optical Recognition of "
+        "Handwritten Digits* (E. Alpaydin, C. Kaynak; UCI Machine Learning Repository, CC BY 4.0)",
     'cifar100':
-        "CIFAR-100 (A. Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009), a labelled part of the "
-        "80 Million Tiny Images, which their authors withdrew in 2020. Its authors' page, "
+        "CIFAR-100 (A. Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009), a labelled part "
+        "of the 80 Million Tiny Images, which their authors withdrew in 2020. Its authors' page, "
         "https://www.cs.toronto.edu/~kriz/cifar.html, asks that the report is cited; for all other terms ask them",
     'tinyimagenet32':
-        "TinyImageNet32: the first 100 classes, by WordNet id, of Tiny ImageNet (Stanford CS231n), 500 training and 50 "
-        "validation images a class, averaged from 64×64 to 32×32 pixels. Tiny ImageNet is a part of ImageNet "
-        "(https://www.image-net.org): for non-commercial research and education. The photographs belong to those who took "
-        "them; no image is passed on with the models",
+        "TinyImageNet32: the first 100 classes, by WordNet id, of Tiny ImageNet (Stanford CS231n), 500 training "
+        "and 50 validation images a class, averaged from 64×64 to 32×32 pixels. Tiny ImageNet is a part of "
+        "ImageNet (https://www.image-net.org): for non-commercial research and education. The photographs belong "
+        "to those who took them; no image is passed on with the models",
 }
 
 # %% ../nbs/07_datasheet.ipynb #4de8d75b

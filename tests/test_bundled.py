@@ -102,18 +102,35 @@ def test_packing_a_packed_set_changes_nothing(packed, tmp_path):
 def rewritten(packed, path, tensors=lambda t: t, meta=lambda m: m):
     "A packed file with other contents"
     t, m = load_model(packed.path)
-    save_model(path, tensors(t), meta({k: v for k, v in m.items() if k != 'layers'}))
+    save_model(path, tensors(t), meta({k: v for k, v in m.items() if k not in ('layers', 'content')}))
     return path
 
 
+def spoil(name, value):
+    "One tensor with other values"
+    return dict(tensors=lambda t: t | {name: t[name]*0 + value})
+
+
+def with_models(change, **other):
+    "Other metadata of the models"
+    def meta(m): return m | {'packed': m['packed'] | dict(models=list(map(change, m['packed']['models']))) | other}
+    return dict(meta=meta)
+
+
+def without_task(o): return {k: v for k, v in o.items() if k != 'task'}
+
+
 BROKEN = {
-    'NaN': (dict(tensors=lambda t: t | {'bn1.bias': t['bn1.bias'].log()*float('nan')}), 'bn1.bias holds NaN'),
-    'inf': (dict(tensors=lambda t: t | {'conv1.weight': t['conv1.weight'] + float('inf')}), 'conv1.weight holds inf'),
-    'models and rows': (dict(tensors=lambda t: t | {'bn1.bias': t['bn1.bias'][1:]}), r'bn1.bias has shape \(14, 4\) for 15 models'),
+    'NaN': (spoil('bn1.bias', float('nan')), 'bn1.bias holds NaN'),
+    'inf': (spoil('conv1.weight', float('inf')), 'conv1.weight holds inf'),
+    'models and rows': (dict(tensors=lambda t: t | {'bn1.bias': t['bn1.bias'][1:]}), r'shape \(14, 4\) for 15 models'),
     'no models': (dict(meta=lambda m: m | {'packed': dict(common={}, models=[])}), 'does not say which models'),
-    'nonsense': (dict(meta=lambda m: m | {'packed': 'yes'}), 'does not say which models'),
-    'no task': (dict(meta=lambda m: m | {'packed': m['packed'] | dict(models=[{k: v for k, v in o.items() if k != 'task'} for o in m['packed']['models']])}), 'does not say which models'),
-    'two of a name': (dict(meta=lambda m: m | {'packed': m['packed'] | dict(models=[o | dict(file='a') for o in m['packed']['models']])}), 'have one name'),
+    'nonsense': (dict(meta=lambda m: m | {'packed': 'yes'}), "packed holds 'yes', expected fields by name"),
+    'no common': (dict(meta=lambda m: m | {'packed': dict(models=[{}])}), "field 'common' is missing"),
+    'no task': (with_models(without_task), "field 'task' is missing"),
+    'task is text': (with_models(lambda o: o | dict(task='3')), "field 'task' is '3'"),
+    'no hash': (with_models(lambda o: o | dict(sha256=None)), "field 'sha256' is None"),
+    'two of a name': (with_models(lambda o: o | dict(file='a')), 'have one name'),
     'no packed set': (dict(meta=lambda m: dict(purpose='?')), 'is no packed model set: its metadata has'),
     'one model': (dict(meta=lambda m: dict(task=0)), 'it is one model, give the folder'),
 }
@@ -145,7 +162,8 @@ def test_datasheet_of_a_build(folder, packed):
 
 def test_datasheet_of_models_about_which_nothing_is_known(tmp_path):
     save_model(tmp_path/'a.safetensors', ResNet(depth=8, width=4).state_dict(), dict(task=-1))
-    assert '1 models of 1 tasks' not in (text := datasheet_text(write_datasheet(tmp_path))) and 'not known' in text and 'whoever passes the models on has to say' in text
+    text = datasheet_text(write_datasheet(tmp_path))
+    assert '1 model of 1 task\n' in text and 'not known' in text and 'whoever passes the models on has to state them' in text
 
 
 def test_bundled_set_loads_without_a_network(monkeypatch):
