@@ -14,6 +14,8 @@ from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .files import pluralise
+
 # %% ../nbs/13_align.ipynb #13324a02
 def frobenius_scores(
     weight: Tensor,        # filters of a layer, `(..., N, C, k, k)`
@@ -26,12 +28,14 @@ def frobenius_scores(
 WIDTH = 128  # second-order maps (p, q) that are looked at together
 
 @functools.cache
-def _kernels(d):
-    "Eq. (6) and its gradients for maps of `d` numbers, a constant so that the loop over them can be unrolled"
+def _scores_kernel(d):
+    "Eq. (6) for maps of `d` numbers, a constant so that the loop over them can be unrolled"
     @njit(fastmath={'contract', 'nsz'}, error_model='numpy', cache=True)
     def scores(W, Vt, of, s, best):
-        "Adds eq. (6) to `s (R, P)` for `W (R, C, d)`, `Vt (d, P·Q)`, `of (P·Q)` the p of each map; notes channels in `best (R, P·Q)` unless it is empty"
-        m, at, v, number = np.empty(WIDTH, W.dtype), np.empty(WIDTH, W.dtype), np.zeros((d, WIDTH), W.dtype), np.empty(1, W.dtype)
+        # Adds to s (R, P), for W (R, C, d), Vt (d, P·Q) and of (P·Q), the p of each map.
+        # Notes the channel that was found in best (R, P·Q), unless that is empty.
+        m, at = np.empty(WIDTH, W.dtype), np.empty(WIDTH, W.dtype)
+        v, number = np.zeros((d, WIDTH), W.dtype), np.empty(1, W.dtype)
         for c in range(0, len(of), WIDTH):
             n = min(WIDTH, len(of) - c)
             v[:, :n] = Vt[:, c:c + n]
@@ -48,7 +52,12 @@ def _kernels(d):
                 for l in range(n): s[i, of[c + l]] += m[l]
                 if len(best):
                     for l in range(n): best[i, c + l] = np.int32(at[l])
+    return scores
 
+# %% ../nbs/13_align.ipynb #9f4dbf05
+@functools.cache
+def _gradient_kernels(d):
+    "Gradients of eq. (6) for maps of `d` numbers"
     @njit(error_model='numpy', cache=True)
     def to_second_order(W, of, g, best, gV):
         total = np.zeros(d, W.dtype)
@@ -64,10 +73,16 @@ def _kernels(d):
         for i in range(len(gW)):
             for c in range(len(of)):
                 for e in range(d): gW[i, best[i, c], e] += g[i, of[c]]*V[c, e]
-    return scores, to_second_order, to_filters
+    return to_second_order, to_filters
 
 # %% ../nbs/13_align.ipynb #ba0b2ea2
-def _array(t): return np.ascontiguousarray(t.detach().cpu().numpy())
+def _array(t):
+    "The numbers of a tensor for a kernel"
+    return np.ascontiguousarray(t.detach().cpu().numpy())
+
+def _tensor(array, like):
+    "The numbers of a kernel as a tensor; None stays None"
+    return None if array is None else torch.from_numpy(array).view_as(like).to(like.device)
 
 class _ChannelAlign(torch.autograd.Function):
     "Eq. (6) for filters `(R, C, d)` and second-order filters `(P, Q, d)`"
@@ -75,34 +90,68 @@ class _ChannelAlign(torch.autograd.Function):
     def forward(ctx, W, V):
         (R, C, d), (P, Q) = W.shape, V.shape[:2]
         w, v, of = _array(W), _array(V.flatten(0, 1)), np.arange(P*Q)//Q
-        s, best = np.zeros((R, P), w.dtype), np.empty((R, P*Q) if any(ctx.needs_input_grad) else (0, 0), np.min_scalar_type(C - 1))
-        _kernels(d)[0](w, np.ascontiguousarray(v.T), of, s, best)
+        noted = (R, P*Q) if any(ctx.needs_input_grad) else (0, 0)
+        s, best = np.zeros((R, P), w.dtype), np.empty(noted, np.min_scalar_type(C - 1))
+        _scores_kernel(d)(w, np.ascontiguousarray(v.T), of, s, best)
         ctx.arrays = w, v, of, best
         ctx.save_for_backward(W, V)
         s = torch.from_numpy(s).to(W.device)
-        if not math.isfinite(W.sum() + V.sum()): s += 0*(W.sum((1, 2))[:, None] + V.sum((1, 2)))  # a comparison passes over NaN: here it shows again
-        return s
+        if math.isfinite(W.sum() + V.sum()): return s
+        return s + 0*(W.sum((1, 2))[:, None] + V.sum((1, 2)))  # a comparison passes over NaN: here it shows again
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (W, V), (w, v, of, best) = ctx.saved_tensors, ctx.arrays
-        _, to_second_order, to_filters = _kernels(W.shape[2])
-        g, gW, gV = _array(grad), None, None
-        if ctx.needs_input_grad[0]: to_filters(v, of, g, best, gW := np.zeros_like(w))
-        if ctx.needs_input_grad[1]: to_second_order(w, of, g, best, gV := np.empty_like(v))
-        return tuple(None if a is None else torch.from_numpy(a).view_as(t).to(t.device) for a, t in ((gW, W), (gV, V)))
+        to_second_order, to_filters = _gradient_kernels(W.shape[2])
+        g, (wants_w, wants_v) = _array(grad), ctx.needs_input_grad
+        gW, gV = np.zeros_like(w) if wants_w else None, np.empty_like(v) if wants_v else None
+        if wants_w: to_filters(v, of, g, best, gW)
+        if wants_v: to_second_order(w, of, g, best, gV)
+        return _tensor(gW, W), _tensor(gV, V)
 
 # %% ../nbs/13_align.ipynb #ada3edab
+def _check_kind(name, t):
+    "Raises `TypeError` for anything but a dense tensor of floats with memory"
+    if not isinstance(t, Tensor): raise TypeError(f"{name} is a {type(t).__name__}: give a tensor, torch.as_tensor makes one")
+    if t.layout != torch.strided or t.is_meta: raise TypeError(f"{name} is {'meta' if t.is_meta else t.layout}: give a dense tensor that has values")
+    if torch._C._functorch.is_batchedtensor(t):
+        raise TypeError(f"{name} comes from torch.vmap, which is not supported: align_layer takes many models at once as leading axes of weight")
+
 def _check(weight, second_order):
+    "Raises `TypeError` or `ValueError` for tensors that do not fit together"
+    for name, t in (('weight', weight), ('second_order', second_order)): _check_kind(name, t)
     if second_order.ndim not in (2, 4) or weight.ndim < second_order.ndim:
-        raise ValueError(f"weight {tuple(weight.shape)} and second_order {tuple(second_order.shape)}: give (..., N, C, k, k) and (P, Q, k, k)")
-    k, kv = weight.shape[-2:], second_order.shape[-2:]
-    if second_order.ndim == 4 and k != kv:
-        raise ValueError(f"maps of weight are {k[0]}×{k[1]}, of second_order {kv[0]}×{kv[1]}: make the second-order filters {k[0]}×{k[1]}")
+        shapes = f"weight {tuple(weight.shape)} and second_order {tuple(second_order.shape)}"
+        raise ValueError(f"{shapes}: give (..., N, C, k, k) and (P, Q, k, k)")
+    _check_sizes(weight, second_order)
     if weight.dtype != second_order.dtype:
         raise TypeError(f"weight is {weight.dtype}, second_order {second_order.dtype}: cast with weight.to({second_order.dtype})")
-    if weight.dtype not in (torch.float32, torch.float64): raise TypeError(f"weight and second_order are {weight.dtype}: cast both to float32 or float64")
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"weight and second_order are {weight.dtype}: cast both to float32 or float64")
+
+# %% ../nbs/13_align.ipynb #031464b9
+def _check_sizes(weight, second_order):
+    "Raises `ValueError` where there is nothing to compare, or maps of two sizes"
+    own = dict(zip(('filters', 'channels', 'rows', 'columns'), weight.shape[-second_order.ndim:]))
+    theirs = dict(zip(('second-order filters', 'second-order channels'), second_order.shape))
+    for what, n in (own | theirs).items():
+        if n == 0: raise ValueError(f"0 {what}: weight {tuple(weight.shape)} and second_order {tuple(second_order.shape)} need one at least")
+    k, kv = weight.shape[-2:], second_order.shape[-2:]
+    if second_order.ndim == 4 and k != kv:
+        sizes = f"maps of weight are {k[0]}×{k[1]}, of second_order {kv[0]}×{kv[1]}"
+        raise ValueError(f"{sizes}: make the second-order filters {k[0]}×{k[1]}")
+
+# %% ../nbs/13_align.ipynb #d968eb4d
+def _channel_scores(W, V):
+    "Scores of filters with matched channels, eq. (6)"
+    return _ChannelAlign.apply(W.unsqueeze(-1).flatten(2), V.unsqueeze(-1).flatten(2))
+
+def _stem_scores(W, V):
+    "Scores of filters whose channels stay as they are, eq. (7); raises `ValueError` unless Q = C"
+    if W.shape[1] == V.shape[1]: return W.flatten(1) @ V.flatten(1).T
+    cure = f"eq. (7) needs Q = C = {W.shape[1]}, or align_channels=True"
+    raise ValueError(f"weight has {pluralise(W.shape[1], 'channel')}, second_order {V.shape[1]}: {cure}")
 
 # %% ../nbs/13_align.ipynb #3933644c
 def align_layer(
@@ -115,8 +164,6 @@ def align_layer(
     _check(weight, second_order)
     lead, V = weight.shape[:weight.ndim - second_order.ndim + 1], second_order
     W = weight.reshape(lead.numel(), *weight.shape[len(lead):])
-    if align_channels: s = _ChannelAlign.apply(W.unsqueeze(-1).flatten(2), V.unsqueeze(-1).flatten(2))
-    elif W.shape[1] == V.shape[1]: s = W.flatten(1) @ V.flatten(1).T  # eq. (7)
-    else: raise ValueError(f"weight has {W.shape[1]} channels, second_order {V.shape[1]}: eq. (7) needs Q = C = {W.shape[1]}, or align_channels=True")
+    s = _channel_scores(W, V) if align_channels else _stem_scores(W, V)
     s = s.view(*lead, len(V))
     return s.sort(dim=-2, descending=True, stable=True)[0] if align_filters else s  # eq. (8)

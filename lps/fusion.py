@@ -23,7 +23,8 @@ def fuse(
     alpha: Tensor|None=None,   # weight of each branch, `(B,)`; None: equal
 ) -> Tensor:                   # scores, `(M, tasks)`
     "One score from many branches"
-    alpha = torch.full((len(log_probs),), 1/len(log_probs)) if alpha is None else alpha
+    if how not in FUSIONS: raise ValueError(f"fusion {how!r} is unknown: take one of {', '.join(FUSIONS)}")
+    if alpha is None: alpha = torch.full((len(log_probs),), 1/len(log_probs))
     return (alpha[:, None, None]*FUSIONS[how](log_probs)).sum(0)
 
 # %% ../nbs/16_fusion.ipynb #375d374e

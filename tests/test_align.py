@@ -1,4 +1,7 @@
 """Alignment: the same scores and gradients as eqs (5)-(8) written out, and never a tensor as large as all products"""
+import os
+import subprocess
+import sys
 import tracemalloc
 
 import pytest
@@ -35,7 +38,9 @@ def test_only_what_needs_a_gradient_gets_one():
     weight, second_order = layer()
     for one, other in ((weight, second_order), (second_order, weight)):
         both = torch.autograd.grad(align_layer(weight, second_order).square().sum(), (one, other))
-        alone = torch.autograd.grad((align_layer(weight, second_order.detach()) if one is weight else align_layer(weight.detach(), second_order)).square().sum(), one)
+        if one is weight: scores = align_layer(weight, second_order.detach())
+        else: scores = align_layer(weight.detach(), second_order)
+        alone = torch.autograd.grad(scores.square().sum(), one)
         assert torch.equal(both[0], alone[0])
 
 
@@ -56,11 +61,13 @@ def test_a_broken_number_shows_in_the_scores(value, which):
 
 
 def test_more_channels_than_a_byte_counts():
-    weight, second_order = torch.randn(3, 300, 2, 2, dtype=torch.double, requires_grad=True), torch.randn(4, 5, 2, 2, dtype=torch.double, requires_grad=True)
+    weight = torch.randn(3, 300, 2, 2, dtype=torch.double, requires_grad=True)
+    second_order = torch.randn(4, 5, 2, 2, dtype=torch.double, requires_grad=True)
     written_out = torch.einsum("ijuv,pquv->ijpq", weight, second_order).amax(1).sum(-1)
     scores = align_layer(weight, second_order, align_filters=False)
     assert torch.allclose(scores, written_out)
-    for got, want in zip(*[torch.autograd.grad(s.square().sum(), (weight, second_order)) for s in (scores, written_out)]): assert torch.allclose(got, want)
+    grads = [torch.autograd.grad(s.square().sum(), (weight, second_order)) for s in (scores, written_out)]
+    for got, want in zip(*grads): assert torch.allclose(got, want)
 
 
 def test_products_of_a_large_layer_are_never_stored():
@@ -90,7 +97,8 @@ def test_shuffled_filters_and_channels_give_the_same_scores():
     g = torch.Generator().manual_seed(1)
     shuffled = weight[:, torch.randperm(8, generator=g)][:, :, torch.randperm(6, generator=g)]
     torch.testing.assert_close(align_layer(weight, second_order), align_layer(shuffled, second_order))
-    assert not torch.allclose(align_layer(weight, second_order, align_filters=False), align_layer(shuffled, second_order, align_filters=False))
+    unsorted = [align_layer(w, second_order, align_filters=False) for w in (weight, shuffled)]
+    assert not torch.allclose(*unsorted)
 
 
 def test_many_models_at_once_are_each_model_alone():
@@ -126,3 +134,50 @@ def test_what_does_not_fit_is_named(weight, second_order, error, words):
 def test_without_channel_alignment_the_channels_must_be_as_many():
     with pytest.raises(ValueError, match="6 channels, second_order 4.*Q = C = 6"):
         align_layer(torch.zeros(8, 6, 3, 3), torch.zeros(4, 4, 3, 3), align_channels=False)
+
+
+@pytest.mark.parametrize("shape, P, Q", [((8, 6, 0, 0), 4, 6), ((8, 0, 3, 3), 4, 6), ((0, 6, 3, 3), 4, 6),
+                                         ((8, 6, 3, 3), 0, 6), ((8, 6, 3, 3), 4, 0), ((8, 0), 4, 6)])
+@pytest.mark.parametrize("channels", [True, False])
+def test_nothing_to_compare_is_refused_before_the_kernel(shape, P, Q, channels):
+    second_order = torch.zeros(P, Q, *shape[2:])
+    with pytest.raises(ValueError, match="need one at least"):
+        align_layer(torch.zeros(shape), second_order, align_channels=channels)
+
+
+@pytest.mark.parametrize("weight, words", [
+    ([[1.0]], "weight is a list"),
+    (torch.zeros(8, 6, 3, 3, device="meta"), "weight is meta"),
+    (torch.zeros(8, 6).to_sparse(), "weight is torch.sparse_coo"),
+])
+def test_what_is_no_dense_tensor_is_refused(weight, words):
+    with pytest.raises(TypeError, match=words): align_layer(weight, torch.zeros(4, 6, 3, 3))
+
+
+@pytest.mark.parametrize("channels", [True, False])
+def test_vmap_says_that_it_does_not_work(channels):
+    def one(weight): return align_layer(weight, torch.zeros(4, 6, 3, 3), align_channels=channels)
+    with pytest.raises(TypeError, match="torch.vmap, which is not supported.*leading axes"):
+        torch.vmap(one)(torch.zeros(2, 8, 6, 3, 3))
+
+
+BOUNDS = """
+import itertools, torch
+from lps.align import align_layer
+for N, C, P, Q, k in itertools.product((1, 3), (1, 2, 257), (1, 5), (1, 3, 130), (1, 3)):
+    weight = torch.randn(2, N, C, k, k, requires_grad=True)
+    second_order = torch.randn(P, Q, k, k, requires_grad=True)
+    scores = align_layer(weight, second_order)
+    written_out = torch.einsum('bijuv,pquv->bijpq', weight, second_order).amax(2).sum(-1).sort(1, descending=True)[0]
+    torch.testing.assert_close(scores, written_out)
+    scores.sum().backward()
+print('all shapes in bounds')
+"""
+
+
+def test_kernels_stay_in_bounds_over_the_range_of_shapes(tmp_path):
+    "In a process of its own, compiled anew with numba's bounds checking"
+    env = os.environ | dict(NUMBA_BOUNDSCHECK="1", NUMBA_CACHE_DIR=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", BOUNDS], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "all shapes in bounds" in done.stdout
