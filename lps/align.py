@@ -113,10 +113,15 @@ class _ChannelAlign(torch.autograd.Function):
 # %% ../nbs/13_align.ipynb #ada3edab
 def _check_kind(name, t):
     "Raises `TypeError` for anything but a dense tensor of floats with memory"
-    if not isinstance(t, Tensor): raise TypeError(f"{name} is a {type(t).__name__}: give a tensor, torch.as_tensor makes one")
-    if t.layout != torch.strided or t.is_meta: raise TypeError(f"{name} is {'meta' if t.is_meta else t.layout}: give a dense tensor that has values")
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} is a {type(t).__name__}: give a tensor, torch.as_tensor makes one")
+    if t.layout != torch.strided or t.is_meta:
+        raise TypeError(f"{name} is {'meta' if t.is_meta else t.layout}: give a dense tensor that has values")
     if torch._C._functorch.is_batchedtensor(t):
-        raise TypeError(f"{name} comes from torch.vmap, which is not supported: align_layer takes many models at once as leading axes of weight")
+        raise TypeError(
+            f"{name} comes from torch.vmap, which is not supported: align_layer takes many models at once as leading"
+            " axes of weight"
+        )
 
 def _check(weight, second_order):
     "Raises `TypeError` or `ValueError` for tensors that do not fit together"
@@ -126,7 +131,9 @@ def _check(weight, second_order):
         raise ValueError(f"{shapes}: give (..., N, C, k, k) and (P, Q, k, k)")
     _check_sizes(weight, second_order)
     if weight.dtype != second_order.dtype:
-        raise TypeError(f"weight is {weight.dtype}, second_order {second_order.dtype}: cast with weight.to({second_order.dtype})")
+        raise TypeError(
+            f"weight is {weight.dtype}, second_order {second_order.dtype}: cast with weight.to({second_order.dtype})"
+        )
     if weight.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"weight and second_order are {weight.dtype}: cast both to float32 or float64")
 
@@ -136,7 +143,10 @@ def _check_sizes(weight, second_order):
     own = dict(zip(('filters', 'channels', 'rows', 'columns'), weight.shape[-second_order.ndim:]))
     theirs = dict(zip(('second-order filters', 'second-order channels'), second_order.shape))
     for what, n in (own | theirs).items():
-        if n == 0: raise ValueError(f"0 {what}: weight {tuple(weight.shape)} and second_order {tuple(second_order.shape)} need one at least")
+        if n == 0:
+            raise ValueError(
+                f"0 {what}: weight {tuple(weight.shape)} and second_order {tuple(second_order.shape)} need one at least"
+            )
     k, kv = weight.shape[-2:], second_order.shape[-2:]
     if second_order.ndim == 4 and k != kv:
         sizes = f"maps of weight are {k[0]}×{k[1]}, of second_order {kv[0]}×{kv[1]}"
@@ -155,7 +165,7 @@ def _stem_scores(W, V):
 
 # %% ../nbs/13_align.ipynb #3933644c
 def align_layer(
-    weight: Tensor,               # filters of one layer of any number of models, `(..., N, C, k, k)`; `(..., N, C)` for a linear layer
+    weight: Tensor,               # filters of a layer of any number of models, `(..., N, C, k, k)`; `(..., N, C)` if linear
     second_order: Tensor,         # second-order filters, `(P, Q, k, k)`; `(P, Q)` for a linear layer
     align_filters: bool=True,     # sort each second-order filter's scores, eq. (8); off for the ablation of §5.5
     align_channels: bool=True,    # match channels by the best score, eq. (6); off at the stem, eq. (7), where Q = C

@@ -119,6 +119,8 @@ def net_from_state(
     known = recognise(shapes_of(state), **hints)
     if known is None:
         kinds, first = ', '.join(ARCHITECTURES), ', '.join(list(state)[:3])
-        raise ValueError(f"no known architecture has the tensors {first}, …: known are {kinds}; register_architecture adds one")
+        raise ValueError(
+            f"no known architecture has the tensors {first}, …: known are {kinds}; register_architecture adds one"
+        )
     architecture, config = known
     return architecture.rebuild(state, config)

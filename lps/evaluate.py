@@ -48,18 +48,22 @@ def classification_splits(
 # %% ../nbs/17_evaluate.ipynb #aff00e3e
 def retrieval_splits(
     labels: Tensor,              # task of each model, `(M,)`
-    n_test_tasks: int|None=None, # tasks held out; None: a fifth of them, two at least. Fewer than two tasks left to learn from raise `ValueError`
+    n_test_tasks: int|None=None, # tasks held out; None: a fifth of them, two at least
     n_query: int=2,              # models of each held-out task that are queries
     n_splits: int=10,            # how many random splits
     seed: int=0,                 # decides all of them
 ) -> list:                       # `(train, query, gallery)` a split: numbers of models
-    "Random splits of the tasks, and of the held-out tasks' models into queries and gallery, §5.2"
+    """Random splits of the tasks, and of the held-out tasks' models into queries and gallery, §5.2
+
+    Raises `ValueError` if fewer than two tasks are left to learn from."""
     rng, splits = np.random.default_rng(seed), []
     for _ in range(n_splits):
         by_task = _shuffled_by_task(labels, rng)
         n_test = n_test_tasks or max(2, len(by_task)//5)
         if len(by_task) - n_test < 2:
-            raise ValueError(f"{len(by_task)} tasks, {n_test} of them held out: at least two must be left to learn from")
+            raise ValueError(
+                f"{len(by_task)} tasks, {n_test} of them held out: at least two must be left to learn from"
+            )
         order = rng.permutation(list(by_task))
         train = np.concatenate([by_task[task] for task in order[n_test:]])
         query = np.concatenate([by_task[task][:n_query] for task in order[:n_test]])
@@ -145,10 +149,11 @@ def task_scores(
     fitted,                  # a fitted method
     weights: dict,           # of M models, `(M, …)` by name
     known: tuple|None=None,  # weights and labels of models of the tasks to choose from; not needed for logits
-    read_out: str='logits',  # `'logits'`, or the similarity to a task's `'nearest'` known model or to the `'centroid'` of them; an unknown one raises `ValueError`
+    read_out: str='logits',  # or the similarity to a task's `'nearest'` known model, or to the `'centroid'` of them
 ) -> Tensor:                 # a score for each of the method's tasks, `(M, tasks)`
-    "How much each model looks like one of each task"
-    if read_out not in READ_OUTS: raise ValueError(f"read-out {read_out!r} is unknown: take one of {', '.join(READ_OUTS)}")
+    "How much each model looks like one of each task; raises `ValueError` for an unknown read-out"
+    if read_out not in READ_OUTS:
+        raise ValueError(f"read-out {read_out!r} is unknown: take one of {', '.join(READ_OUTS)}")
     if read_out == 'logits': return score_models(fitted, weights)
     z, labels = embed_models(fitted, known[0]), known[1]
     of_task = [labels == task for task in fitted.tasks]
@@ -202,7 +207,9 @@ def retrieve(
     "Fit on each split's training tasks, rank its gallery for each query by the cosine of embeddings, §5.2"
     def row(fitted, split):
         _, query, gallery = split
-        embedded = [embed_models(fitted, some_weights(models, fitted.layers, fitted.folded, i)) for i in (query, gallery)]
+        embedded = [
+            embed_models(fitted, some_weights(models, fitted.layers, fitted.folded, i)) for i in (query, gallery)
+        ]
         ranking = similarity(*embedded), models.labels[query], models.labels[gallery]
         return [*rank_k(*ranking), mean_average_precision(*ranking)]
     asked = {name: kwargs | how for name, how in (settings or {'': {}}).items()}
@@ -262,7 +269,7 @@ def _chance_rows(measure, ks, n_right, n_all, with_map):
 # %% ../nbs/17_evaluate.ipynb #9765f9ac
 def summary(
     runs: pd.DataFrame,       # from `table1` or `table2`
-    n_right: int=1,           # right answers in each list: 1 for classification, models of a task in the gallery for retrieval
+    n_right: int=1, # right answers in each list: 1 for classification, models of a task in the gallery for retrieval
     ks: tuple=(1, 5, 10),     # the places k to show
 ) -> pd.DataFrame:            # text, one row a method, both random rows first
     "Mean ± sd in percent over splits, beside chance; of one split the value alone"

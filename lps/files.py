@@ -28,7 +28,8 @@ def _write_synced(path, data):
         left = memoryview(data)
         while len(left): left = left[os.write(fd, left):]
         os.fsync(fd)
-        if (size := os.fstat(fd).st_size) != len(data): raise OSError(errno.EIO, f"{size} of {len(data)} bytes were written", str(path))
+        if (size := os.fstat(fd).st_size) != len(data):
+            raise OSError(errno.EIO, f"{size} of {len(data)} bytes were written", str(path))
     finally: os.close(fd)
 
 def _sync_folder(path):
@@ -47,7 +48,9 @@ def write_atomic(path, data):
         _write_synced(tmp, data)
         os.replace(tmp, path)
         _sync_folder(path.parent)
-    except OSError as e: raise OSError(e.errno, f"{path} could not be written: {e.strerror}. What is there now is whole, and the old or the new one") from e
+    except OSError as e:
+        why = f"{path} could not be written: {e.strerror}. What is there now is whole, and the old or the new one"
+        raise OSError(e.errno, why) from e
     finally:
         with contextlib.suppress(OSError): tmp.unlink(missing_ok=True)
 
@@ -77,7 +80,8 @@ def checked(
     where: str,    # file, or part of it, for the message
 ):                 # an instance of `schema`
     "What was read, as what it should be; raises `ValueError` with file and field otherwise"
-    if not isinstance(value, dict): raise ValueError(f"{printable(where)} holds {printable(repr(value)[:40])}, expected fields by name")
+    if not isinstance(value, dict):
+        raise ValueError(f"{printable(where)} holds {printable(repr(value)[:40])}, expected fields by name")
     known = {name: value[name] for name in schema.__dataclass_fields__ if name in value}
     try: return _adapter(schema).validate_json(json.dumps(known), strict=True)  # strict: a text is no number
     except ValidationError as e: first = e.errors(include_url=False)[0]
@@ -93,7 +97,8 @@ def read_json(
     "Read JSON; raises `ValueError` with file and field for anything else, `OSError` if it cannot be read"
     path = Path(path)
     try: value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e: raise ValueError(f"{printable(path.name)} is not JSON: {printable(e)}") from None
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{printable(path.name)} is not JSON: {printable(e)}") from None
     return value if schema is None else checked(value, schema, path.name)
 
 # %% ../nbs/04_files.ipynb #dab68186
@@ -102,7 +107,11 @@ def versions() -> dict: # name of a package (and 'python') to its version
     def v(p):
         try: return importlib.metadata.version(p)
         except importlib.metadata.PackageNotFoundError: return None
-    return dict(lps=lps.__version__, python=platform.python_version(), **{p: v(p) for p in ('torch', 'fastai', 'numpy', 'safetensors')})
+    return dict(
+        lps=lps.__version__,
+        python=platform.python_version(),
+        **{p: v(p) for p in ('torch', 'fastai', 'numpy', 'safetensors')}
+    )
 
 def _cpu():
     "The processor's name"
@@ -112,8 +121,13 @@ def _cpu():
     return platform.processor() or platform.machine()
 
 def _commit():
-    "Commit of the checkout that `lps` is imported from, None outside of one; `+changes` where more than results differ from it"
-    def git(*a): return subprocess.run(['git', *a], cwd=Path(lps.__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+    """Commit of the checkout that `lps` is imported from, None outside of one; `+changes` where more than results
+    differ from it
+    """
+    def git(*a):
+        return subprocess.run(
+            ['git', *a], cwd=Path(lps.__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
     try:
         git('ls-files', '--error-unmatch', '__init__.py')
         changed = git('status', '--porcelain', '-uno', '--', ':/', ':(top,exclude)results')
@@ -124,8 +138,12 @@ def _commit():
 def provenance() -> dict: # versions, machine, commit, time
     "Where a result comes from: versions, processor, cores, commit (None outside a checkout), time"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return dict(versions=versions(), machine=dict(cpu=_cpu(), cores=cores, threads=torch.get_num_threads(), system=platform.system()),
-                commit=_commit(), time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
+    return dict(
+        versions=versions(),
+        machine=dict(cpu=_cpu(), cores=cores, threads=torch.get_num_threads(), system=platform.system()),
+        commit=_commit(),
+        time=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+    )
 
 # %% ../nbs/04_files.ipynb #37bafb63
 def _in_order(data):
@@ -178,7 +196,8 @@ class _TensorEntry:
 def _tensor_end(name, about):
     "Where a tensor's bytes end"
     entry = checked(about, _TensorEntry, f'tensor {name}')
-    if len(entry.data_offsets) != 2: raise ValueError(f"tensor {printable(name)} has {len(entry.data_offsets)} offsets, expected 2")
+    if len(entry.data_offsets) != 2:
+        raise ValueError(f"tensor {printable(name)} has {len(entry.data_offsets)} offsets, expected 2")
     return entry.data_offsets[1]
 
 # %% ../nbs/04_files.ipynb #747ef74d
@@ -219,7 +238,10 @@ class _Layers:
 def read_model(
     path: str | Path,  # a file written by `save_model`
 ) -> ModelFile:
-    "Read one model, its file once; raises `ValueError` with the reason for a file that is broken or says nothing about itself"
+    """Read one model, its file once
+
+    Raises `ValueError` with the reason for a file that is broken or says nothing about itself
+    """
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"no model file {printable(path)}")
     data, name = path.read_bytes(), printable(path.name)
@@ -227,7 +249,9 @@ def read_model(
     except ValueError as e: raise ValueError(f"{name} is {e}") from None
     meta = {key: _json(text) for key, text in sorted(texts.items())}
     if 'layers' not in meta:
-        raise ValueError(f"{name} has no metadata (layers): it was not written by save_model, take it in with import_models")
+        raise ValueError(
+            f"{name} has no metadata (layers): it was not written by save_model, take it in with import_models"
+        )
     layers = checked(meta, _Layers, name).layers
     if set(layers) != set(tensors): raise ValueError(f"{name} lists {len(layers)} layers, but holds {len(tensors)}")
     state = {layer: tensors[layer] for layer in layers}

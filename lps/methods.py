@@ -47,7 +47,8 @@ def get_method(
 ) -> Method:
     "A method by name; raises `ValueError` with those that are known for any other"
     if isinstance(name, Method): return name
-    if name not in METHODS: raise ValueError(f"method {printable(repr(name))} is unknown: take one of {', '.join(METHODS)}")
+    if name not in METHODS:
+        raise ValueError(f"method {printable(repr(name))} is unknown: take one of {', '.join(METHODS)}")
     return METHODS[name]
 
 def method_title(
@@ -118,7 +119,7 @@ def _units(models, jobs):
 
 def fit_many(
     models: ModelSet,              # all models
-    jobs: list,                    # for each fit a dict: `train`, the numbers of the models to learn from, `method`, `seed` and settings
+    jobs: list, # for each fit a dict: `train`, the numbers of the models to learn from, `method`, `seed` and settings
     workers: int=1,                # processes; 1: one fit after the other in this one
     executor: Executor|None=None,  # any `concurrent.futures.Executor` to use instead; it is not shut down
     progress: str='',              # text of a progress bar; empty: none
@@ -147,7 +148,8 @@ def score_models(
     models,      # a `ModelSet`, a `TrainedModel`, or weights by name, `(M, …)` each
 ) -> Tensor:     # a score for each of the method's tasks, `(M, tasks)`
     "How much each model looks like one of each task; raises `ValueError` for a method that gives no scores"
-    if not hasattr(fitted, 'scores'): raise ValueError(f"method {fitted.method!r} gives no scores: take read_out='nearest' or 'centroid'")
+    if not hasattr(fitted, 'scores'):
+        raise ValueError(f"method {fitted.method!r} gives no scores: take read_out='nearest' or 'centroid'")
     scores = fitted.scores(_weights_for(fitted, models))
     if scores.isnan().any(): raise ValueError("no finite score for some models: leave out what is broken")
     return scores

@@ -19,8 +19,19 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .architectures import net_from_state, norms_of, shapes_of, stem_of
-from .files import (ModelFile, checked, digest, load_model, marker_file, not_as_marked, not_finite, pluralise, printable, read_model,
-                       save_model)
+from lps.files import (
+    ModelFile,
+    checked,
+    digest,
+    load_model,
+    marker_file,
+    not_as_marked,
+    not_finite,
+    pluralise,
+    printable,
+    read_model,
+    save_model,
+)
 from .order_chain import fold_conv
 
 # %% ../nbs/05_modelset.ipynb #a8362265
@@ -54,12 +65,20 @@ class TrainedModel:
 # %% ../nbs/05_modelset.ipynb #0538712a
 @patch(as_prop=True)
 def net(self: TrainedModel) -> nn.Module: # in float32 and evaluation mode
-    "The network with these weights; raises `ValueError` where only some layers of it are here, or nobody knows its architecture"
+    """The network with these weights
+
+    Raises `ValueError` where only some layers of it are here, or nobody knows its architecture
+    """
     lacks = self.meta.get('lacks')
     if lacks:
         missing = f"{len(lacks)} layers are not ({lacks[0]} … {lacks[-1]})"
-        cure = "open the folder that was packed, or train them with lps zoo build; recipe and seed are in the model's meta"
-        raise ValueError(f"{self.meta['file']}: only {', '.join(self.state)} are in this packed set, {missing}: for whole networks {cure}")
+        cure = (
+            "open the folder that was packed, or train them with lps zoo build; recipe and seed are in the model's meta"
+        )
+        raise ValueError(
+            f"{self.meta['file']}: only {', '.join(self.state)} are in this packed set, {missing}: for whole networks"
+            f" {cure}"
+        )
     hints = {'shortcut': self.meta['shortcut']} if 'shortcut' in self.meta else {}
     return net_from_state(self.state, **hints)
 
@@ -93,7 +112,8 @@ def _recipe_text(meta):
 def _manifest_row(file, meta):
     "A model's row in the manifest"
     known = checked(meta, ModelMeta, file)
-    if abs(known.task) > 2**53: raise ValueError(f"{printable(file)}: field 'task' is {known.task}, expected less than 2**53")
+    if abs(known.task) > 2**53:
+        raise ValueError(f"{printable(file)}: field 'task' is {known.task}, expected less than 2**53")
     first, second = [*(known.classes or []), None, None][:2]
     return dict(
         file=file,
@@ -233,12 +253,15 @@ def about(self: ModelSet) -> dict: # empty for a folder
 
 # %% ../nbs/05_modelset.ipynb #639b8703
 def load_modelset(
-    path: str | Path, # folder with `*.safetensors` files; a file written by `pack`; or 'bundled', the set in this package
+    path: str | Path, # folder with `*.safetensors` files; a file written by `pack`; or 'bundled', which comes with lps
 ) -> ModelSet:        # the fit models, in the order task, run, file; the others stand in `.rejected`
-    "Open a model set. Unfit files of a folder are left out, with one warning and a reason each; in the folder of a build also those without a marker"
+    """Open a model set. Unfit files of a folder are left out, with one warning and a reason each; in the folder of a
+    build also those without a marker
+    """
     path = bundled() if str(path) == 'bundled' else Path(path)
     if path.is_file(): return _load_packed(path)
-    if not path.is_dir(): raise FileNotFoundError(f"no model set at {printable(path)}: it is not a folder, and there is no such file")
+    if not path.is_dir():
+        raise FileNotFoundError(f"no model set at {printable(path)}: it is not a folder, and there is no such file")
     found, bad = _read_folder(path)
     usual = _usual_shapes(found.values())
     for name, model in found.items():
@@ -246,7 +269,9 @@ def load_modelset(
         if why: bad[name] = why
     fit = {name: model for name, model in found.items() if name not in bad}
     if not fit:
-        raise ValueError(f"no model in {printable(path)}: {rejection_summary(bad) if bad else 'no *.safetensors file in it'}")
+        raise ValueError(
+            f"no model in {printable(path)}: {rejection_summary(bad) if bad else 'no *.safetensors file in it'}"
+        )
     if bad: warnings.warn(f"left out {rejection_summary(bad)}", stacklevel=2)
     return _folder_set(path, fit, bad, usual)
 
@@ -314,7 +339,9 @@ def _tensor_names(shapes, layer, folded):
     "The tensors that a layer's weights are made of"
     if layer in shapes: return [layer]
     norm = norms_of(shapes).get(layer) if folded else None
-    vectors = [name for name in shapes if norm and name.rpartition('.')[0] == norm and not name.endswith('num_batches_tracked')]
+    vectors = [
+        name for name in shapes if norm and name.rpartition('.')[0] == norm and not name.endswith('num_batches_tracked')
+    ]
     return [f'{layer}.weight', *vectors]
 
 def _layer_weight(tensors, layer, folded):
@@ -328,7 +355,9 @@ def _layer_weight(tensors, layer, folded):
 def _known_layer(shapes, layer):
     "Raises `ValueError` for a layer that models of these shapes do not have"
     if layer in shapes or f'{layer}.weight' in shapes: return
-    known = [name.removesuffix('.weight') for name, shape in shapes.items() if name.endswith('.weight') and len(shape) > 1]
+    known = [
+        name.removesuffix('.weight') for name, shape in shapes.items() if name.endswith('.weight') and len(shape) > 1
+    ]
     shown = ', '.join(known[:12]) + (f', … ({len(known)} layers)' if len(known) > 12 else '')
     raise ValueError(f"no layer '{printable(layer)}' in these models: known are {printable(shown)}")
 
@@ -338,7 +367,10 @@ def weights(self: ModelSet,
     layers: list,         # names of layers such as 'conv1', or full names of tensors such as 'bn1.bias'
     folded: bool = False, # scale filters as the batch normalisation after them does
 ) -> dict:                # name → float32 `(M, N, C, k, k)`; for the full name of a tensor its own shape after M
-    "Layers of all models by name, kept in memory after the first time; raises `ValueError` for a layer that they do not have"
+    """Layers of all models by name, kept in memory after the first time
+
+    Raises `ValueError` for a layer that they do not have
+    """
     return {layer: self._cached(layer, folded) for layer in layers}
 
 @patch
@@ -386,7 +418,10 @@ def pack(
     classes: dict | None = None, # other names for classes, such as readable ones; the old ones are kept as `class_ids`
     **about,                  # what else to note about the set, fit for JSON
 ) -> ModelSet:                # the packed set
-    "Write some layers of all models into one file, in float32; raises `ValueError` for an empty set or a layer that it does not have"
+    """Write some layers of all models into one file, in float32
+
+    Raises `ValueError` for an empty set or a layer that it does not have
+    """
     if len(models) == 0: raise ValueError("a model set of 0 models cannot be packed: give one model at least")
     for layer in layers: _known_layer(models.shapes, layer)
     norms = norms_of(models.shapes)
@@ -426,7 +461,9 @@ class PackedSource:
         file: str,  # name that the model's own file had
     ):              # tensors and metadata
         "One model"
-        return {name: v.clone() for name, v in self.tensors(file, self.stacked).items()}, dict(self.metas[self.place[file]])
+        return {name: v.clone() for name, v in self.tensors(file, self.stacked).items()}, dict(
+            self.metas[self.place[file]]
+        )
 
     def tensors(self,
         file: str,    # name that the model's own file had
@@ -488,7 +525,8 @@ def _packed_models(file):
         if v.ndim < 2 or len(v) != len(metas):
             raise ValueError(f"{printable(name)} has shape {tuple(v.shape)} for {pluralise(len(metas), 'model')}")
     content = file.meta.get('content')
-    if content is not None and content != digest(file.state): raise ValueError("its weights are not those that were packed: a bit has flipped")
+    if content is not None and content != digest(file.state):
+        raise ValueError("its weights are not those that were packed: a bit has flipped")
     why = not_finite(file.state)
     if why: raise ValueError(why)
     return metas, [_manifest_row(meta['file'], meta) for meta in metas]
@@ -499,5 +537,6 @@ def bundled(
 ) -> Path: # where it is
     "A file of the model set that comes with the package"
     path = Path(str(importlib.resources.files('lps')))/'data'/name
-    if not path.is_file(): raise FileNotFoundError(f"this installation of lps has no {name}: make it with scripts/bundle.py")
+    if not path.is_file():
+        raise FileNotFoundError(f"this installation of lps has no {name}: make it with scripts/bundle.py")
     return path

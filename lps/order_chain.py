@@ -22,7 +22,9 @@ from .resnet import SHORTCUTS, ResNet, bn_of, check_depth
 class PermutationSpec:
     "Which axis of which parameter follows which group of channels"
     sizes: dict         # channels in each group, by the group's name
-    axes_to_perm: dict  # for each parameter a tuple over its leading axes: None, or a tuple of groups that make up the axis
+    axes_to_perm: (
+        dict  # for each parameter a tuple over its leading axes: None, or a tuple of groups that make up the axis
+    )
 
     def __post_init__(self):
         for name, axes in self.axes_to_perm.items():
@@ -33,7 +35,9 @@ class PermutationSpec:
         if groups is None: return
         if isinstance(groups, tuple) and set(groups) <= set(self.sizes): return
         known = list(self.sizes)
-        raise ValueError(f"{name!r} follows {groups!r}, the groups are {known}: write a tuple of these names for each axis, or None")
+        raise ValueError(
+            f"{name!r} follows {groups!r}, the groups are {known}: write a tuple of these names for each axis, or None"
+        )
 
     @property
     def perm_to_axes(self) -> dict:  # for each group a list of (parameter, axis)
@@ -67,12 +71,17 @@ def _check_perms(spec, perms):
     if unknown: raise ValueError(f"perms names {unknown}, the spec has {list(spec.sizes)}: leave others out")
     for group, n in spec.sizes.items():
         if group not in perms:
-            raise ValueError(f"no permutation for group {group!r} of {n}: add perms[{group!r}]; torch.arange({n}) leaves it as it is")
+            raise ValueError(
+                f"no permutation for group {group!r} of {n}: add perms[{group!r}]; torch.arange({n}) leaves it as it is"
+            )
         _check_perm(group, n, torch.as_tensor(perms[group]))
 
 def _check_perm(group, n, perm):
     "Raises `ValueError` unless each of 0 to n - 1 is there once"
-    if len(perm) != n: raise ValueError(f"group {group!r} has {n} channels, its permutation {len(perm)}: take random_perms of this spec")
+    if len(perm) != n:
+        raise ValueError(
+            f"group {group!r} has {n} channels, its permutation {len(perm)}: take random_perms of this spec"
+        )
     if perm.sort().values.tolist() == list(range(n)): return
     found = f"{perm.unique().numel()} different entries from {perm.min()} to {perm.max()}"
     raise ValueError(f"perms[{group!r}] has {found}: it needs each of 0 to {n - 1} once")
@@ -183,7 +192,10 @@ def _folds(state):
     layers = [name.removesuffix('.weight') for name in state if name.endswith('.weight')]
     convs = {layer: bn_of(layer) for layer in layers if layer not in norms and bn_of(layer) in norms}
     lost = sorted(norms - set(convs.values()))
-    if lost: raise ValueError(f"BN {lost} follows no convolution in {list(convs)}: rename the parameters as ResNet names them")
+    if lost:
+        raise ValueError(
+            f"BN {lost} follows no convolution in {list(convs)}: rename the parameters as ResNet names them"
+        )
     return convs
 
 def fold_bn(
@@ -204,7 +216,7 @@ def fold_bn(
 # %% ../nbs/01_order_chain.ipynb #c4f51e84
 def folded_resnet(
     model: ResNet,  # a network with BN
-) -> ResNet:        # a copy in evaluation mode with `nn.Identity` for each BN; its state is `fold_bn(model.state_dict())`
+) -> ResNet: # a copy in evaluation mode with `nn.Identity` for each BN; its state is `fold_bn(model.state_dict())`
     "The same network with its BN folded in"
     model = deepcopy(model).eval()
     modules = dict(model.named_modules())

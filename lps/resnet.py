@@ -121,7 +121,8 @@ def resnet_config(
 ) -> dict:                    # arguments of `ResNet`
     "Which ResNet has tensors of these names and shapes; raises `ValueError` where none has"
     try: config = _resnet_config(shapes, shortcut)
-    except (KeyError, IndexError, ValueError) as e: raise ValueError(f"not the state of a CIFAR ResNet: lacks {e}") from None
+    except (KeyError, IndexError, ValueError) as e:
+        raise ValueError(f"not the state of a CIFAR ResNet: lacks {e}") from None
     if config['depth'] > MAX_DEPTH:
         raise ValueError(f"not the state of a CIFAR ResNet: {config['depth']} layers, {MAX_DEPTH} are the most")
     try:

@@ -65,14 +65,18 @@ def _triplet_margin():
     try: from pytorch_metric_learning import distances, losses
     except ImportError:
         cure = "pip install 'lps[triplet]'"
-        raise ImportError(f"triplet loss is taken from pytorch-metric-learning, which is not installed: {cure}") from None
+        raise ImportError(
+            f"triplet loss is taken from pytorch-metric-learning, which is not installed: {cure}"
+        ) from None
     return losses.TripletMarginLoss(margin=.2, distance=distances.CosineSimilarity())
 
 def triplet(
     embeddings: Tensor,  # of B models, `(B, E)`
     targets: Tensor,     # their tasks, `(B,)`
 ) -> Tensor:             # scalar, mean over the triplets that violate the margin
-    "Loss of all triplets in a minibatch: cosine to a model of the same task is to exceed that to one of another task by 0.2; raises `ImportError` without pytorch-metric-learning"
+    """Loss of all triplets in a minibatch: cosine to a model of the same task is to exceed that to one of another task
+    by 0.2; raises `ImportError` without pytorch-metric-learning
+    """
     return _triplet_margin()(embeddings, targets)
 
 LOSSES = {'cross-entropy': F.cross_entropy, 'triplet': triplet}
@@ -114,7 +118,8 @@ def _check(self: SecondOrderNet, shapes, method, loss, alpha):
     "Raises `ValueError` for what cannot be built"
     if method not in VARIANTS: raise ValueError(f"method {method!r} is unknown: take one of {', '.join(VARIANTS)}")
     if loss not in LOSSES: raise ValueError(f"loss {loss!r} is unknown: take one of {', '.join(LOSSES)}")
-    if len(alpha) != len(shapes): raise ValueError(f"{len(alpha)} loss weights alpha for {len(shapes)} branches: give one a branch")
+    if len(alpha) != len(shapes):
+        raise ValueError(f"{len(alpha)} loss weights alpha for {len(shapes)} branches: give one a branch")
 
 @patch
 def _branch(self: SecondOrderNet, layer, **kwargs):
@@ -180,7 +185,9 @@ def _order(y, per_task, g):
     return torch.cat([groups[i] for i in torch.randperm(len(groups), generator=g)])
 
 class _Models:
-    "Layers and targets of the models in minibatches, in a new order each epoch: what a `Learner` needs of a data loader"
+    """Layers and targets of the models in minibatches, in a new order each epoch: what a `Learner` needs of a data
+    loader
+    """
     def __init__(self, xs, y, bs, per_task, seed):
         self.xs, self.y, self.bs, self.per_task, self.n_inp = xs, y, bs, per_task, len(xs)
         self.g = torch.Generator().manual_seed(seed)
@@ -275,14 +282,16 @@ def _check_models(weights, labels):
     if labels is None: raise ValueError("no labels: give the task of each model")
     for layer, weight in weights.items():
         if len(weight) != len(labels):
-            raise ValueError(f"layer {printable(layer)} is of {len(weight)} models, labels are {len(labels)}: give one label a model")
+            raise ValueError(
+                f"layer {printable(layer)} is of {len(weight)} models, labels are {len(labels)}: give one label a model"
+            )
     tasks = sorted(set(labels.tolist()))
     if len(tasks) < 2: raise ValueError(f"the models solve {len(tasks)} task: give models of two tasks at least")
     return tasks
 
 # %% ../nbs/14_second_order.ipynb #761a8db2
 def fit(
-    models: ModelSet|dict,       # trained models of two tasks at least; or their weights by layer, `(M, N, C, k, k)` each
+    models: ModelSet|dict, # trained models of two tasks at least; or their weights by layer, `(M, N, C, k, k)` each
     layers: tuple|None=None,     # layers of a model set that get a branch; None: the stem
     method: str='lps',           # `'lps'`, or a baseline: `'frobenius'`, `'fc'`
     labels: Tensor|None=None,    # task of each model, `(M,)`; None: those of the model set
@@ -291,7 +300,10 @@ def fit(
     plain: bool=False,           # one Learner batch a minibatch: same result, slower
     **kwargs,                    # of `FitRecipe`: epochs, lr, seed, …; of `SecondOrderNet`: alpha, loss, n_filters, …
 ) -> SecondOrderNet:             # the trained network, in evaluation mode
-    "Learn the second-order filters and the projection that tell the models' tasks apart, §4, eq. (2); raises `ValueError` for fewer than two tasks, `Diverged` if the loss leaves the finite numbers (take a smaller lr)"
+    """Learn the second-order filters and the projection that tell the models' tasks apart, §4, eq. (2)
+
+    Raises `ValueError` for fewer than two tasks, `Diverged` if the loss leaves the finite numbers (take a smaller lr)
+    """
     recipe = FitRecipe(**{name: kwargs.pop(name) for name in list(kwargs) if name in FitRecipe.__dataclass_fields__})
     if kwargs.get('loss') == 'triplet' and min(recipe.bs, recipe.per_task) < 2:
         held = f"minibatches of {recipe.bs} models with {recipe.per_task} of a task hold no triplet"
@@ -313,7 +325,10 @@ def _inputs(self: SecondOrderNet, weights):
     for layer, shape in self.config['shapes'].items():
         found = tuple(weights[layer].shape[1:])
         if list(found) == list(shape): continue
-        raise ValueError(f"layer {printable(layer)} is {found}, its branch was built for {tuple(shape)}: compare models of one architecture")
+        raise ValueError(
+            f"layer {printable(layer)} is {found}, its branch was built for {tuple(shape)}: compare models of one"
+            " architecture"
+        )
     return [weights[layer] for layer in self.layers]
 
 @patch
@@ -347,7 +362,10 @@ def check_embedding(
     if not unfit.any(): return z
     places = unfit.nonzero()[:3, 0].tolist()
     bad = ', '.join(printable(names[i]) if names is not None else f'model {i}' for i in places)
-    raise ValueError(f"no finite embedding for {bad}: the weights are zero or so large that the scores overflow; leave out what is broken")
+    raise ValueError(
+        f"no finite embedding for {bad}: the weights are zero or so large that the scores overflow; leave out what is"
+        " broken"
+    )
 
 def embed(
     net: SecondOrderNet,    # a trained second-order network
@@ -388,7 +406,8 @@ def restore(
     "A second-order network from its parts; raises `ValueError` with the field where they do not fit"
     checked(config, NetConfig, 'second_order')
     known = {name: config[name] for name in NetConfig.__dataclass_fields__ if name in config and name != 'recipe'}
-    if any(len(shape) != 4 for shape in known['shapes'].values()): raise ValueError("second_order: shapes need four numbers each")
+    if any(len(shape) != 4 for shape in known['shapes'].values()):
+        raise ValueError("second_order: shapes need four numbers each")
     try:
         with torch.device('meta'): net = SecondOrderNet(**known)
     except (RuntimeError, TypeError, OverflowError) as e: raise ValueError(f"second_order: {printable(e)}") from None
@@ -434,7 +453,8 @@ def load_net(
     "Read a second-order network; raises `FileNotFoundError`, or `ValueError` for a file that holds none"
     state, meta = load_model(path)
     name = printable(Path(path).name)
-    if 'second_order' not in meta: raise ValueError(printable(f"{name} holds no second-order network: its metadata has {', '.join(meta)}"))
+    if 'second_order' not in meta:
+        raise ValueError(printable(f"{name} holds no second-order network: its metadata has {', '.join(meta)}"))
     check_content(path, state, meta)
     try: return restore(meta['second_order'], state)
     except ValueError as e: raise ValueError(f"{name}: {e}") from None

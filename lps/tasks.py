@@ -32,7 +32,7 @@ class ImageSet:
     classes: list       # name of each class
     name: str           # name of the data set
     rejected: dict = field(default_factory=dict) # files that could not be read, with the reason
-    converted: dict = field(default_factory=dict) # what was done to images that are not plain 8-bit RGB, and to how many
+    converted: dict = field(default_factory=dict) # what was done to images not in 8-bit RGB, with their number
 
     def __post_init__(self):
         if self.images.dtype != torch.uint8: raise TypeError(f"images are {self.images.dtype}, not torch.uint8")
@@ -62,8 +62,10 @@ def lps_home() -> Path: # `$LPS_HOME`, or `~/.cache/lps`
 
 def _no_cifar100(folder, why):
     "What to say where CIFAR-100 is not, and cannot be had"
-    cure = (f"On a machine with a network, get {CIFAR100.filename} and unpack it so that {folder/'train'} exists, or set LPS_HOME to a folder "
-            f"that has data/{CIFAR100.base_folder}; or use images='digits', which needs no download.")
+    cure = (
+        f"On a machine with a network, get {CIFAR100.filename} and unpack it so that {folder/'train'} exists, or set"
+        f" LPS_HOME to a folder that has data/{CIFAR100.base_folder}; or use images='digits', which needs no download."
+    )
     return FileNotFoundError(f"no CIFAR-100 in {folder}, and {why}. {cure}")
 
 def _cifar100(split, root=None, download=True, **kwargs):
@@ -95,9 +97,13 @@ def _to_rgb(im):
     "An image as 8-bit RGB, and what was done to it; None: nothing"
     animated = getattr(im, 'n_frames', 1) > 1
     done = 'animated: first frame' if animated else None
-    if im.mode in ('F', 'I') or im.mode.startswith('I;16'): return _scaled_to_bytes(im).convert('RGB'), 'scaled to 8 bits by their range'
+    if im.mode in ('F', 'I') or im.mode.startswith('I;16'):
+        return _scaled_to_bytes(im).convert('RGB'), 'scaled to 8 bits by their range'
     if 'A' in im.mode or 'transparency' in im.info:
-        return Image.alpha_composite(Image.new('RGBA', im.size, 'black'), im.convert('RGBA')).convert('RGB'), 'transparency laid on black'
+        return (
+            Image.alpha_composite(Image.new('RGBA', im.size, 'black'), im.convert('RGBA')).convert('RGB'),
+            'transparency laid on black',
+        )
     if im.mode == 'CMYK': done = 'CMYK to RGB'
     return im.convert('RGB'), done
 
@@ -126,7 +132,9 @@ def _split_folder(root, split):
     for name in names:
         if (root/name).is_dir(): return root/name
     wanted = ' or '.join(f'{name}/' for name in names)
-    raise FileNotFoundError(f"{root} has no {wanted} folder: an image folder needs train/CLASS/… and val/CLASS/… (or test/CLASS/…)")
+    raise FileNotFoundError(
+        f"{root} has no {wanted} folder: an image folder needs train/CLASS/… and val/CLASS/… (or test/CLASS/…)"
+    )
 
 def _class_folders(folder):
     "Names of the classes in a folder"
@@ -136,7 +144,11 @@ def _image_files(root, split):
     "Class names of a tree and all `(file, class number)` of one of its splits"
     classes, here = _class_folders(_split_folder(root, 'train')), _split_folder(root, split)
     odd = sorted(set(_class_folders(here)) ^ set(classes))
-    if odd: raise ValueError(f"{here} and {root/'train'} do not hold the same classes: {_plain(', '.join(odd[:5]))} is only in one of them")
+    if odd:
+        raise ValueError(
+            f"{here} and {root/'train'} do not hold the same classes: {_plain(', '.join(odd[:5]))} is only in one of"
+            " them"
+        )
     files = []
     for number, name in enumerate(classes):
         files += [(f, number) for f in sorted((here/name).rglob('*')) if f.suffix.lower() in _suffixes]
@@ -161,14 +173,20 @@ def _warn(bad, n_files, converted):
 def _check_classes(split, classes, labels):
     "Raises `ValueError` for a class without an image"
     for number, name in enumerate(classes):
-        if number not in labels: raise ValueError(f"class '{_plain(name)}' has no readable image in {split}: add some, or take its folder away")
+        if number not in labels:
+            raise ValueError(
+                f"class '{_plain(name)}' has no readable image in {split}: add some, or take its folder away"
+            )
 
 def _check_sizes(good):
     "Raises `ValueError` unless all images have one size"
     first, _, (im0, _) = good[0]
     for file, _, (im, _) in good:
         if im.shape == im0.shape: continue
-        sizes = f"{_plain(file)} is {im.shape[1]}×{im.shape[0]} pixels, {_plain(first.name)} is {im0.shape[1]}×{im0.shape[0]}"
+        sizes = (
+            f"{_plain(file)} is {im.shape[1]}×{im.shape[0]} pixels, {_plain(first.name)} is"
+            f" {im0.shape[1]}×{im0.shape[0]}"
+        )
         raise ValueError(f"{sizes}: bring all to one size with size= (--size on the command line)")
 
 # %% ../nbs/03_tasks.ipynb #f488f9ec
@@ -208,43 +226,70 @@ def source_of(
 ) -> str:
     "What is known about images and their terms"
     if name in DATASETS: return DATASETS[name].source
-    return f"{_plain(name or 'not named')}: this project does not know them or their terms; whoever passes the models on has to say"
+    return (
+        f"{_plain(name or 'not named')}: this project does not know them or their terms; whoever passes the models on"
+        " has to say"
+    )
 
 # %% ../nbs/03_tasks.ipynb #0707196e
 def _tinyimagenet32(split, root=None, size=None, **kwargs):
     "TinyImageNet32 from an image folder"
     folder = Path(root) if root else lps_home()/'data'/'tinyimagenet32'
     if folder.is_dir(): return _folder(folder, split, size)
-    raise FileNotFoundError(f"no TinyImageNet32 in {folder}: put its train/ and val/ folders there, or give another folder")
+    raise FileNotFoundError(
+        f"no TinyImageNet32 in {folder}: put its train/ and val/ folders there, or give another folder"
+    )
 
-register_dataset(DataSet('digits', _digits,
-    "scikit-learn's `load_digits`: 1797 images of 8×8 pixels, the test part of *Optical Recognition of Handwritten Digits* "
-    "(E. Alpaydin, C. Kaynak; UCI Machine Learning Repository, CC BY 4.0)"))
-register_dataset(DataSet('cifar100', _cifar100,
-    "CIFAR-100 (A. Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009), a labelled part of the 80 Million Tiny Images, "
-    "which their authors withdrew in 2020. Its authors' page, https://www.cs.toronto.edu/~kriz/cifar.html, asks that the report is cited; "
-    "for all other terms ask them"))
-register_dataset(DataSet('tinyimagenet32', _tinyimagenet32,
-    "TinyImageNet32: the first 100 classes, by WordNet id, of Tiny ImageNet (Stanford CS231n), 500 training and 50 validation images a class, "
-    "averaged from 64×64 to 32×32 pixels. Tiny ImageNet is a part of ImageNet (https://www.image-net.org): for non-commercial research and "
-    "education. The photographs belong to those who took them; no image is passed on with the models"))
+register_dataset(
+    DataSet(
+        'digits',
+        _digits,
+        "scikit-learn's `load_digits`: 1797 images of 8×8 pixels, the test part of *Optical Recognition of Handwritten"
+        " Digits* (E. Alpaydin, C. Kaynak; UCI Machine Learning Repository, CC BY 4.0)",
+    )
+)
+register_dataset(
+    DataSet(
+        'cifar100',
+        _cifar100,
+        "CIFAR-100 (A. Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009), a labelled part of"
+        " the 80 Million Tiny Images, which their authors withdrew in 2020. Its authors' page,"
+        " https://www.cs.toronto.edu/~kriz/cifar.html, asks that the report is cited; for all other terms ask them",
+    )
+)
+register_dataset(
+    DataSet(
+        'tinyimagenet32',
+        _tinyimagenet32,
+        "TinyImageNet32: the first 100 classes, by WordNet id, of Tiny ImageNet (Stanford CS231n), 500 training and 50"
+        " validation images a class, averaged from 64×64 to 32×32 pixels. Tiny ImageNet is a part of ImageNet"
+        " (https://www.image-net.org): for non-commercial research and education. The photographs belong to those who"
+        " took them; no image is passed on with the models",
+    )
+)
 
 # %% ../nbs/03_tasks.ipynb #f02d0d42
 def load_images(
-    name: str | Path = 'digits', # a data set by name, such as 'digits' or 'cifar100', or a folder with train/ and val/ (or test/)
+    name: str | Path = 'digits', # a data set by name, such as 'cifar100', or a folder with train/ and val/ (or test/)
     split: str = 'train',        # 'train' or 'test'
     root: str | Path | None = None, # where a data set's files lie; default: a folder of `lps_home()/'data'`
     size: int | None = None,     # side in pixels to bring a folder's images to; None: they already have one size
     download: bool = True,       # may a data set be downloaded?
 ) -> ImageSet:                   # images, labels and class names
-    "Load one split of a data set into memory; raises `ValueError` for an unknown name or images that cannot make tasks, `FileNotFoundError` where they are not"
+    """Load one split of a data set into memory
+
+    Raises `ValueError` for an unknown name or images that cannot make tasks, `FileNotFoundError` where they are not
+    """
     if split not in ('train', 'test'): raise ValueError(f"split is '{split}', known are 'train' and 'test'")
     if not str(name).strip(): raise ValueError("the name of the images is empty: give a data set's name or a folder")
     if str(name) in DATASETS: return DATASETS[str(name)].load(split, root=root, size=size, download=download)
     folder = Path(name).expanduser()
     if folder.is_dir(): return _folder(folder, split, size)
     known = ', '.join(f"'{dataset}'" for dataset in DATASETS)
-    raise ValueError(f"unknown images '{_plain(name)}': known are {known}, and any folder with train/ and val/ (there is no folder {_plain(folder)})")
+    raise ValueError(
+        f"unknown images '{_plain(name)}': known are {known}, and any folder with train/ and val/ (there is no folder"
+        f" {_plain(folder)})"
+    )
 
 def check_splits(
     train: ImageSet,  # images to learn from
@@ -252,9 +297,15 @@ def check_splits(
 ):
     "Raises `ValueError` for two splits that do not belong together: other classes, or images of another size"
     if list(train.classes) != list(test.classes):
-        raise ValueError(f"train has the classes {train.classes[:4]} …, test {test.classes[:4]} …: both need the same, in one order")
+        raise ValueError(
+            f"train has the classes {train.classes[:4]} …, test {test.classes[:4]} …: both need the same, in one order"
+        )
     sizes = [tuple(images.images.shape[1:]) for images in (train, test)]
-    if sizes[0] != sizes[1]: raise ValueError(f"images of train are {sizes[0]}, of test {sizes[1]}: bring both to one size with size= (--size on the command line)")
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"images of train are {sizes[0]}, of test {sizes[1]}: bring both to one size with size= (--size on the"
+            " command line)"
+        )
 
 # %% ../nbs/03_tasks.ipynb #dba0e5e8
 def pair_classes(
@@ -271,12 +322,18 @@ def task_images(
     images: ImageSet,      # all images
     pair: tuple[int, int], # class numbers of label 0 and label 1
 ) -> tuple[Tensor, Tensor]: # pixels uint8 `(n, C, H, W)`, labels long `(n,)` of 0 and 1
-    "The images of one pair of classes; raises `ValueError` for a class without images, which nothing could be learned about"
+    """The images of one pair of classes
+
+    Raises `ValueError` for a class without images, which nothing could be learned about
+    """
     a, b = pair
     if a == b or not all(0 <= c < len(images.classes) for c in pair):
-        raise ValueError(f"pair {tuple(pair)} is not two different classes of the {len(images.classes)} in '{_plain(images.name)}'")
+        raise ValueError(
+            f"pair {tuple(pair)} is not two different classes of the {len(images.classes)} in '{_plain(images.name)}'"
+        )
     for c in pair:
-        if not (images.labels == c).any(): raise ValueError(f"no image of the class {_plain(images.classes[c])} in '{_plain(images.name)}'")
+        if not (images.labels == c).any():
+            raise ValueError(f"no image of the class {_plain(images.classes[c])} in '{_plain(images.name)}'")
     idx = ((images.labels == a) | (images.labels == b)).nonzero().squeeze(1)
     return images.images[idx], (images.labels[idx] == b).long()
 
@@ -284,14 +341,20 @@ def task_images(
 def channel_stats(
     images: ImageSet, # training images
 ) -> tuple[Tensor, Tensor]: # mean and standard deviation of each channel, float32 `(C,)`, on the scale 0 to 1
-    "Mean and standard deviation of each colour channel; raises `ValueError` for a channel that is the same in all images"
+    """Mean and standard deviation of each colour channel
+
+    Raises `ValueError` for a channel that is the same in all images
+    """
     values = torch.arange(256, dtype=torch.float64)/255
     counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.images.transpose(0, 1)]
     shares = torch.stack(counts).double()
     shares = shares/shares.sum(1, keepdim=True)
     for number, share in enumerate(shares):
         if share.max() < 1: continue
-        raise ValueError(f"channel {number} of '{_plain(images.name)}' is {share.argmax()} in every pixel: it cannot be normalised, leave it out")
+        raise ValueError(
+            f"channel {number} of '{_plain(images.name)}' is {share.argmax()} in every pixel: it cannot be normalised,"
+            " leave it out"
+        )
     mean = shares @ values
     return mean.float(), ((shares @ values**2) - mean**2).clamp_min(0).sqrt().float()
 
