@@ -132,7 +132,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lps.datasheet._written_text': ('datasheet.html#_written_text', 'lps/datasheet.py'),
                                'lps.datasheet.datasheet': ('datasheet.html#datasheet', 'lps/datasheet.py'),
                                'lps.datasheet.datasheet_text': ('datasheet.html#datasheet_text', 'lps/datasheet.py'),
-                               'lps.datasheet.image_terms': ('datasheet.html#image_terms', 'lps/datasheet.py'),
                                'lps.datasheet.markdown_table': ('datasheet.html#markdown_table', 'lps/datasheet.py'),
                                'lps.datasheet.write_datasheet': ('datasheet.html#write_datasheet', 'lps/datasheet.py')},
             'lps.demo': { 'lps.demo._bundled_split': ('demo.html#_bundled_split', 'lps/demo.py'),

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT, copy_of_repo
 
 from lps.cli import main
-from lps.datasheet import SOURCES, datasheet, datasheet_text, write_datasheet
+from lps.datasheet import datasheet, datasheet_text, write_datasheet
 from lps.evaluate import classification_splits, rank_k, table1, table2
 from lps.files import load_model, mark_complete, save_model
 from lps.modelset import bundled, digest, load_modelset, pack
@@ -16,6 +16,7 @@ from lps.resnet import ResNet
 from lps.search import ModelIndex
 from lps.methods import score_models
 from lps.second_order import embed, fit, load_net
+from lps.tasks import source_of
 
 QUICK = dict(n_filters=8, epochs=2, milestones=(1,))
 FILES = ['DATASHEET.md', 'datasheet.json', 'modelset.safetensors', 'net.safetensors']
@@ -152,7 +153,7 @@ def test_datasheet_of_a_build(folder, packed):
     sheet = write_datasheet(folder)
     assert sheet == json.loads((folder/'datasheet.json').read_text()) and len(load_modelset(folder)) == 15
     assert sheet['planned_tasks'] == 5 and sheet['training_hours'] == 15 and [a['reason'] for a in sheet['set_aside']] == ['diverged: the loss is nan in epoch 2']
-    assert sheet['recipes'][0]['epochs'] == 40 and sheet['source'] == [SOURCES['digits']] and [t['models'] for t in sheet['tasks']] == [4, 4, 4, 3]
+    assert sheet['recipes'][0]['epochs'] == 40 and sheet['source'] == [source_of('digits')] and [t['models'] for t in sheet['tasks']] == [4, 4, 4, 3]
     text = (folder/'DATASHEET.md').read_text()
     assert all(m['sha256'] in text for m in sheet['members']) and 'task 3 run 3: diverged' in text and 'digits' in text
     of_packed = datasheet(packed)
@@ -163,7 +164,7 @@ def test_datasheet_of_a_build(folder, packed):
 def test_datasheet_of_models_about_which_nothing_is_known(tmp_path):
     save_model(tmp_path/'a.safetensors', ResNet(depth=8, width=4).state_dict(), dict(task=-1))
     text = datasheet_text(write_datasheet(tmp_path))
-    assert '1 model of 1 task\n' in text and 'not known' in text and 'whoever passes the models on has to state them' in text
+    assert '1 model of 1 task\n' in text and 'not known' in text and 'whoever passes the models on has to say' in text
 
 
 def test_bundled_set_loads_without_a_network(monkeypatch):
