@@ -40,19 +40,26 @@ def _sums(x, total, squares):
                 v = _to_float(x[i, c])
                 s[c] += v
                 q[c] += v*v
-        for c in range(LANES): total[c] += s[c]; squares[c] += q[c]
+        for c in range(LANES):
+            total[c] += s[c]
+            squares[c] += q[c]
 
+# %% ../nbs/09_batchnorm.ipynb #7c2b92d6
 @njit(fastmath=True, cache=True)
 def _forward(x, scale, shift, y):
     "max(scale·x + shift, 0)"
     for i in range(len(x)):
-        for c in range(LANES): y[i, c] = _to_bits(max(_to_float(x[i, c])*scale[c] + shift[c], np.float32(0)))
+        for c in range(LANES):
+            v = _to_float(x[i, c])*scale[c] + shift[c]
+            y[i, c] = _to_bits(max(v, np.float32(0)))
 
 @njit(fastmath=True, cache=True)
 def _forward_add(x, shortcut, scale, shift, y):
     "max(scale·x + shift + shortcut, 0)"
     for i in range(len(x)):
-        for c in range(LANES): y[i, c] = _to_bits(max(_to_float(x[i, c])*scale[c] + shift[c] + _to_float(shortcut[i, c]), np.float32(0)))
+        for c in range(LANES):
+            v = _to_float(x[i, c])*scale[c] + shift[c] + _to_float(shortcut[i, c])
+            y[i, c] = _to_bits(max(v, np.float32(0)))
 
 # %% ../nbs/09_batchnorm.ipynb #00bac465
 @njit(fastmath=True, cache=True)
@@ -72,66 +79,94 @@ def _grad_sums(x, grad, mean, total, products):
                 g = _to_float(grad[i, c])
                 s[c] += g
                 q[c] += g*(_to_float(x[i, c]) - mean[c])
-        for c in range(LANES): total[c] += s[c]; products[c] += q[c]
+        for c in range(LANES):
+            total[c] += s[c]
+            products[c] += q[c]
 
 @njit(fastmath=True, cache=True)
 def _backward(x, grad, mean, scale, k0, k1, out):
     "scale·grad − k0 − k1·(x − mean)"
     for i in range(len(x)):
-        for c in range(LANES): out[i, c] = _to_bits(scale[c]*_to_float(grad[i, c]) - k0[c] - k1[c]*(_to_float(x[i, c]) - mean[c]))
+        for c in range(LANES):
+            v = scale[c]*_to_float(grad[i, c]) - k0[c] - k1[c]*(_to_float(x[i, c]) - mean[c])
+            out[i, c] = _to_bits(v)
 
 # %% ../nbs/09_batchnorm.ipynb #804c9e0c
-def _rows(x):
+def _as_lanes(x):
     "The bits of a channels-last bfloat16 tensor, `(·, LANES)`, in its own memory"
     return x.permute(0, 2, 3, 1).view(torch.uint16).reshape(-1, LANES).numpy()
 
-def _lane_sums(kernel, C, *args):
+def _channel_sums(kernel, C, *args):
     "Two sums for each of C channels in float64, by a kernel that adds up lanes"
     total = np.zeros((2, LANES))
     kernel(*args, *total)
     return total.reshape(2, -1, C).sum(1)
 
-def _lanes(v): return np.tile(np.asarray(v, dtype=np.float32), LANES//len(v))
+def _repeat_to_lanes(v): return np.tile(np.asarray(v, dtype=np.float32), LANES//len(v))
 
 # %% ../nbs/09_batchnorm.ipynb #7bd22c5e
+def _moments(x, eps):
+    "Mean, variance and 1/√(variance + eps) of each channel, in float64"
+    n = x.numel()//x.shape[1]
+    total, squares = _channel_sums(_sums, x.shape[1], _as_lanes(x))
+    mean = total/n
+    var = np.maximum(squares/n - mean**2, 0)
+    return mean, var, np.sqrt(var + eps)
+
+def _scaled(x, shortcut, scale, shift):
+    "max(scale·x + shift + shortcut, 0) as a new tensor"
+    y = torch.empty_like(x)
+    scale, shift = _repeat_to_lanes(scale), _repeat_to_lanes(shift)
+    if shortcut is None: _forward(_as_lanes(x), scale, shift, _as_lanes(y))
+    else: _forward_add(_as_lanes(x), _as_lanes(shortcut), scale, shift, _as_lanes(y))
+    return y
+
+def _where_positive(y, grad):
+    "The gradient that a ReLU with output `y` passes on"
+    rectified = torch.empty_like(y)
+    _rectified(_as_lanes(y), _as_lanes(grad.contiguous(memory_format=torch.channels_last)), _as_lanes(rectified))
+    return rectified
+
+# %% ../nbs/09_batchnorm.ipynb #9d52cb1c
 class _BatchNormReLU(torch.autograd.Function):
     "relu(bn(x) + shortcut) of a training step"
     @staticmethod
     def forward(ctx, x, weight, bias, shortcut, eps):
-        rows, C, n = _rows(x), x.shape[1], x.numel()//x.shape[1]
-        total, squares = _lane_sums(_sums, C, rows)
-        mean = total/n
-        var = np.maximum(squares/n - mean**2, 0)
-        scale = weight.detach().double().numpy()/np.sqrt(var + eps)
-        shift, y = bias.detach().double().numpy() - mean*scale, torch.empty_like(x)
-        if shortcut is None: _forward(rows, _lanes(scale), _lanes(shift), _rows(y))
-        else: _forward_add(rows, _rows(shortcut), _lanes(scale), _lanes(shift), _rows(y))
+        mean, var, std = _moments(x, eps)
+        scale = weight.detach().double().numpy()/std
+        y = _scaled(x, shortcut, scale, bias.detach().double().numpy() - mean*scale)
         ctx.save_for_backward(x, y)
-        ctx.mean, ctx.invstd, ctx.scale, ctx.has_shortcut = mean, 1/np.sqrt(var + eps), scale, shortcut is not None
+        ctx.mean, ctx.invstd, ctx.scale, ctx.has_shortcut = mean, 1/std, scale, shortcut is not None
         stats = torch.from_numpy(mean).float(), torch.from_numpy(var).float()
         ctx.mark_non_differentiable(*stats)
         return y, *stats
 
     @staticmethod
     def backward(ctx, grad, *_):
-        (x, y), mean = ctx.saved_tensors, _lanes(ctx.mean)
-        rows, C, n = _rows(x), x.shape[1], x.numel()//x.shape[1]
-        rectified, dx = torch.empty_like(x), torch.empty_like(x)
-        _rectified(_rows(y), _rows(grad.contiguous(memory_format=torch.channels_last)), _rows(rectified))
-        total, products = _lane_sums(_grad_sums, C, rows, _rows(rectified), mean)
-        _backward(rows, _rows(rectified), mean, _lanes(ctx.scale), _lanes(ctx.scale*total/n), _lanes(ctx.scale*ctx.invstd**2*products/n), _rows(dx))
-        return dx, torch.from_numpy(products*ctx.invstd).float(), torch.from_numpy(total).float(), rectified if ctx.has_shortcut else None, None
+        x, y = ctx.saved_tensors
+        C, n, mean, dx = x.shape[1], x.numel()//x.shape[1], _repeat_to_lanes(ctx.mean), torch.empty_like(x)
+        rectified = _where_positive(y, grad)
+        rows, out = _as_lanes(x), _as_lanes(rectified)
+        total, products = _channel_sums(_grad_sums, C, rows, out, mean)
+        factors = ctx.scale, ctx.scale*total/n, ctx.scale*ctx.invstd**2*products/n
+        _backward(rows, out, mean, *map(_repeat_to_lanes, factors), _as_lanes(dx))
+        dweight, dbias = (torch.from_numpy(v).float() for v in (products*ctx.invstd, total))
+        return dx, dweight, dbias, rectified if ctx.has_shortcut else None, None
 
 # %% ../nbs/09_batchnorm.ipynb #1a780cad
-def _fits(x): return x.dtype == torch.bfloat16 and x.device.type == 'cpu' and x.is_contiguous(memory_format=torch.channels_last) and x.numel() % LANES == 0
+def _fits(x):
+    "Can the kernels read this tensor?"
+    in_memory = x.dtype == torch.bfloat16 and x.device.type == 'cpu'
+    return in_memory and x.is_contiguous(memory_format=torch.channels_last) and x.numel() % LANES == 0
 
 def bn_relu(
-    bn: nn.BatchNorm2d,         # the normalisation, in training or evaluation mode; its running statistics are updated as torch does
+    bn: nn.BatchNorm2d,         # the normalisation; in training mode its running statistics are updated as torch does
     x: Tensor,                  # feature maps, `(B, C, H, W)`
     shortcut: Tensor|None=None, # added before the ReLU, same shape as `x`
 ) -> Tensor:                    # `relu(bn(x) + shortcut)`, same shape
-    "Batch normalisation, sum with the shortcut and ReLU; in one pass for a training step in bfloat16 and channels last on a CPU"
-    if not (bn.training and _fits(x) and LANES % x.shape[1] == 0 and (shortcut is None or _fits(shortcut))):
+    "Batch normalisation, sum with the shortcut and ReLU; one pass for training in bfloat16, channels last, on a CPU"
+    fits = _fits(x) and LANES % x.shape[1] == 0 and (shortcut is None or _fits(shortcut))
+    if not (bn.training and fits):
         return F.relu(bn(x) if shortcut is None else bn(x) + shortcut)
     y, mean, var = _BatchNormReLU.apply(x, bn.weight, bn.bias, shortcut, bn.eps)
     n = x.numel()//x.shape[1]
