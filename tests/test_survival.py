@@ -73,7 +73,8 @@ class DyingOs:
 
 def child(n_ops, n_models):
     real = zoo.train_model
-    zoo.train_model = lambda *a: real(*a[:5], [*a[5], Log(a[6].name)], *a[6:])
+    def logged(*a, cbs, checkpoint, **kw): return real(*a, cbs=[*cbs, Log(checkpoint.name)], checkpoint=checkpoint, **kw)
+    zoo.train_model = logged
     if n_ops: lps.files.os = DyingOs(n_ops)
     zoo.build({folder!r}, IMAGES, TINY, n_models=n_models, **HOW)
 
@@ -240,7 +241,9 @@ class Inject(Callback):
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_broken_number_is_noticed_within_the_epoch(tmp_path, monkeypatch, tensor, value):
     real, log, recipe = zoo.train_model, [], replace(TINY, precision='bfloat16' if value > 0 else 'float32')
-    def injected(*a): return real(*a[:5], [*a[5], *([Inject(tensor, value, 4, log)] if 'task01' in a[6].name else [])], *a[6:])
+    def injected(*a, cbs, checkpoint, **kw):
+        spoiling = [Inject(tensor, value, 4, log)] if 'task01' in checkpoint.name else []
+        return real(*a, cbs=[*cbs, *spoiling], checkpoint=checkpoint, **kw)
     monkeypatch.setattr(zoo, 'train_model', injected)
     ms = build(tmp_path, IMAGES, recipe, n_models=1, n_tasks=3, **HOW)
     assert log == [0, 1, 2, 3, 4], "no epoch was begun after it"
@@ -334,13 +337,13 @@ def test_interrupted_unit_of_many_goes_on_as_it_was(tmp_path, monkeypatch, writt
     class Begun(Callback):
         def before_train(self): begun.append((self.model.M, self.epoch))
     def cut(*a, **kw): return real(*a, **kw, cbs=[Begun(), *([] if written else [CutOff(4)])])
-    finish = zoo._finish
-    def failing(place, *a):
+    finish = zoo._Unit.finish
+    def failing(self, place, *a):
         if len(list(place.folder.glob('complete/*'))) == written: raise KeyboardInterrupt
-        return finish(place, *a)
+        return finish(self, place, *a)
     with monkeypatch.context() as mp:
         mp.setattr(zoo, 'train_models', cut)
-        mp.setattr(zoo, '_finish', failing)
+        mp.setattr(zoo._Unit, 'finish', failing)
         with pytest.raises(KeyboardInterrupt): build(tmp_path/'cut', equal_tasks(), TINY, **MANY)
     before, begun[:] = finished(tmp_path/'cut'), []
     assert len(before) == written
