@@ -226,7 +226,7 @@ def test_disk_space_is_checked_before(tmp_path, monkeypatch):
 def synthetic():
     "A hundred classes of photographs' shape, without photographs"
     from lps.tasks import ImageSet
-    return [ImageSet(torch.zeros(200, 3, 32, 32, dtype=torch.uint8), torch.arange(200) % 100, [f'c{i:02d}' for i in range(100)], 'synthetic') for _ in range(2)]
+    return [ImageSet(torch.randint(0, 256, (200, 3, 32, 32), dtype=torch.uint8), torch.arange(200) % 100, [f'c{i:02d}' for i in range(100)], 'synthetic') for _ in range(2)]
 
 
 class Inject(Callback):
