@@ -174,9 +174,9 @@ class FolderSource:
     about = {}
     def __init__(self,
         path: Path,            # the folder
-        hashes: dict = {},     # file → SHA-256, where it is known
-        digests: dict = {},    # file → digest of the weights, where it is known
-    ): self.path, self.hashes, self.digests = path, hashes, digests
+        hashes: dict|None = None,  # file → SHA-256, where it is known
+        digests: dict|None = None, # file → digest of the weights, where it is known
+    ): self.path, self.hashes, self.digests = path, hashes or {}, digests or {}
 
     def read(self,
         file: str,  # name of a file

@@ -39,7 +39,7 @@ def test_every_model_finds_its_permuted_copy(models, index):
     copies = [TrainedModel(permute(m.state, SPEC, random_perms(SPEC, i)), {}) for i, m in enumerate(models)]
     found = [index.query(c, 1) for c in copies]
     similarity = np.array([f.similarity[1] for f in found])
-    if index.net.config["method"] == "fc":
+    if index.fitted.method == "fc":
         assert (similarity < 1 - 1e-5).any()
         return
     assert [f.file[1] for f in found] == models.manifest.file.tolist()
@@ -62,10 +62,10 @@ def test_a_copy_is_known_by_its_weights(models, index, tmp_path):
 
 
 def test_duplicates_in_the_gallery_do_not_shorten_the_answer(models, index):
-    twice = ModelIndex(index.net, models[[4, 4, 4, 0, 1, 2, 7]])
+    twice = ModelIndex(index.fitted, models[[4, 4, 4, 0, 1, 2, 7]])
     assert len(twice.query(models[4], 3)) == 3 and len(twice.query(models[0], 6)) == 6
-    assert len(ModelIndex(index.net, models[[4]]).query(models[4])) == 0
-    assert len(ModelIndex(index.net, models[[4]]).tasks(models[4])) == 0
+    assert len(ModelIndex(index.fitted, models[[4]]).query(models[4])) == 0
+    assert len(ModelIndex(index.fitted, models[[4]]).tasks(models[4])) == 0
 
 
 def test_a_set_asks_as_its_models_do(models, index):
@@ -98,7 +98,7 @@ def test_files_that_are_no_index(models, index, tmp_path):
         path.write_bytes(data)
         with pytest.raises(ValueError, match="index.safetensors"): ModelIndex.load(path)
     with pytest.raises(FileNotFoundError): ModelIndex.load(tmp_path/"none.safetensors")
-    save_net(tmp_path/"net.safetensors", index.net)
+    save_net(tmp_path/"net.safetensors", index.fitted)
     with pytest.raises(ValueError, match="holds no index"): ModelIndex.load(tmp_path/"net.safetensors")
     index.save(path)
     with pytest.raises(ValueError, match="holds no second-order network"): load_net(path)
@@ -111,11 +111,11 @@ def test_queries_that_cannot_be_answered(models, index, tmp_path):
     state = models[0].state
     for bad, match in ((TrainedModel(ResNet(depth=8, width=6).state_dict(), {}), r"\(6, 3, 3, 3\), its branch was built for \(4, 3, 3, 3\)"),
                        (TrainedModel(state | {"fc.bias": torch.tensor([0, torch.inf])}, {}), "fc.bias holds inf"),
-                       (TrainedModel({"fc.weight": torch.zeros(2, 4)}, {}), "no layer conv1 in this model, it has fc")):
+                       (TrainedModel({"fc.weight": torch.zeros(2, 4)}, {}), "no layer 'conv1' in these models: known are fc")):
         for ask in (index.query, index.tasks):
             with pytest.raises(ValueError, match=match): ask(bad)
     with pytest.raises(ValueError, match="k is 0"): index.query(models[0], 0)
     (tmp_path/"text.pt").write_text("no weights")
     with pytest.raises(ValueError, match="text.pt"): index.query(tmp_path/"text.pt")
-    with pytest.raises(ValueError, match="0 models"): ModelIndex(index.net, models[[]])
+    with pytest.raises(ValueError, match="0 models"): ModelIndex(index.fitted, models[[]])
     assert digest(state) != digest(models[1].state)
