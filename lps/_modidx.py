@@ -558,7 +558,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lps.second_order._read_set': ('second_order.html#_read_set', 'lps/second_order.py'),
                                   'lps.second_order._sgd': ('second_order.html#_sgd', 'lps/second_order.py'),
                                   'lps.second_order._triplet_margin': ('second_order.html#_triplet_margin', 'lps/second_order.py'),
-                                  'lps.second_order.check_content': ('second_order.html#check_content', 'lps/second_order.py'),
                                   'lps.second_order.check_embedding': ('second_order.html#check_embedding', 'lps/second_order.py'),
                                   'lps.second_order.embed': ('second_order.html#embed', 'lps/second_order.py'),
                                   'lps.second_order.fit': ('second_order.html#fit', 'lps/second_order.py'),

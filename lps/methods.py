@@ -17,10 +17,10 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from .files import checked, digest, load_model, printable, save_model
+from .files import checked, load_model, printable, save_model
 from .jobs import each_done, one_thread
 from .modelset import ModelSet
-from .second_order import check_content, check_embedding, fit as fit_net, restore as restore_net
+from .second_order import check_embedding, fit as fit_net, restore as restore_net
 
 # %% ../nbs/15_methods.ipynb #992a4cad
 @dataclass(frozen=True)
@@ -183,8 +183,7 @@ def save_fitted(
     **about,         # what else to note, fit for JSON
 ):
     "Write a fitted method, whole or not at all"
-    state = fitted.state_dict()
-    save_model(path, state, dict(fitted=fitted_parts(fitted), content=digest(state)) | about)
+    save_model(path, fitted.state_dict(), dict(fitted=fitted_parts(fitted)) | about)
 
 def load_fitted(
     path: str|Path,  # file written by `save_fitted` or `save_net`
@@ -196,5 +195,4 @@ def load_fitted(
     old = meta.get('second_order')
     if parts is None and isinstance(old, dict): parts = dict(method=old.get('method'), config=old)
     if parts is None: raise ValueError(printable(f"{name} holds no fitted method: its metadata has {', '.join(meta)}"))
-    check_content(path, state, meta)
     return restore_fitted(parts, state, name)

@@ -14,11 +14,11 @@ from fastcore.basics import patch
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from .files import checked, digest, load_model, printable, save_model
+from .files import checked, load_model, printable, save_model
 from .foreign import check_weights, read_query
 from .methods import embed_models, fitted_parts, load_fitted, restore_fitted
 from .modelset import ModelSet, TrainedModel, bundled, load_modelset
-from .second_order import check_content, similarity
+from .second_order import similarity
 
 # %% ../nbs/24_search.ipynb #4ac99030
 @dataclass
@@ -147,8 +147,9 @@ def save(self: ModelIndex,
     "Write the index, whole or not at all"
     own = {f'fitted.{name}': tensor for name, tensor in self.fitted.state_dict().items()}
     tensors = {'embedding': self.embedding} | own
-    about = dict(fitted=fitted_parts(self.fitted), manifest=self.manifest.to_dict('list'), digests=self.digests)
-    save_model(path, tensors, dict(index=about, content=digest(tensors)))
+    manifest = self.manifest.astype(object).where(self.manifest.notna(), None)
+    about = dict(fitted=fitted_parts(self.fitted), manifest=manifest.to_dict('list'), digests=self.digests)
+    save_model(path, tensors, dict(index=about))
 
 # %% ../nbs/24_search.ipynb #7b52ef90
 @dataclass
@@ -191,11 +192,13 @@ def load(cls: ModelIndex,
     tensors, meta = load_model(path)
     name = printable(Path(path).name)
     header, embedding = _index_parts(tensors, meta, name)
-    check_content(path, tensors, meta)
     if not embedding.isfinite().all(): raise ValueError(f"{name} holds embeddings that are not finite: build the index again")
     own = {key.removeprefix('fitted.'): tensor for key, tensor in tensors.items() if key.startswith('fitted.')}
     index = cls.__new__(cls)
-    index._set(restore_fitted(header.fitted, own, name), embedding, pd.DataFrame(header.manifest), header.digests)
+    manifest = pd.DataFrame(header.manifest)
+    accuracies = [column for column in manifest if column.endswith('_accuracy')]
+    manifest[accuracies] = manifest[accuracies].astype(float)
+    index._set(restore_fitted(header.fitted, own, name), embedding, manifest, header.digests)
     return index
 
 # %% ../nbs/24_search.ipynb #0991aa14

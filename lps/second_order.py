@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'LOSSES', 'Branch', 'triplet', 'SecondOrderNet', 'SmallSteps', 'FitRecipe', 'fit', 'check_embedding',
-           'embed', 'similarity', 'NetConfig', 'restore', 'save_net', 'check_content', 'load_net']
+           'embed', 'similarity', 'NetConfig', 'restore', 'save_net', 'load_net']
 
 # %% ../nbs/14_second_order.ipynb #85edc831
 import functools, math
@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .align import align_layer
-from .files import checked, digest, load_model, printable, save_model
+from .files import checked, load_model, printable, save_model
 from .jobs import one_thread, seeded
 from .modelset import ModelSet
 from .train import Diverged, StepSchedule, StopIfDiverged, fit_silently
@@ -433,20 +433,9 @@ def save_net(
     **about,              # what else to note, fit for JSON
 ):
     "Write a second-order network, whole or not at all"
-    state = net.state_dict()
-    save_model(path, state, dict(second_order=net.config, content=digest(state)) | about)
+    save_model(path, net.state_dict(), dict(second_order=net.config) | about)
 
 # %% ../nbs/14_second_order.ipynb #b9be0baa
-def check_content(
-    path: str|Path,  # the file, for the message
-    tensors: dict,   # what was read from it
-    meta: dict,      # its metadata
-):
-    "Raises `ValueError` where the weights are not those that the file's own digest was made of; older files have none"
-    content = meta.get('content')
-    if content is None or content == digest(tensors): return
-    raise ValueError(f"{printable(Path(path).name)} is damaged: its weights are not those that were saved")
-
 def load_net(
     path: str|Path,    # file written by `save_net`
 ) -> SecondOrderNet:   # the network, in evaluation mode
@@ -455,6 +444,5 @@ def load_net(
     name = printable(Path(path).name)
     if 'second_order' not in meta:
         raise ValueError(printable(f"{name} holds no second-order network: its metadata has {', '.join(meta)}"))
-    check_content(path, state, meta)
     try: return restore(meta['second_order'], state)
     except ValueError as e: raise ValueError(f"{name}: {e}") from None
