@@ -164,6 +164,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'lps.evaluate.task_scores': ('evaluate.html#task_scores', 'lps/evaluate.py'),
                               'lps.evaluate.top_k': ('evaluate.html#top_k', 'lps/evaluate.py')},
             'lps.experiments': { 'lps.experiments.Experiment': ('experiments.html#experiment', 'lps/experiments.py'),
+                                 'lps.experiments._PageSettings': ('experiments.html#_pagesettings', 'lps/experiments.py'),
                                  'lps.experiments._all_of': ('experiments.html#_all_of', 'lps/experiments.py'),
                                  'lps.experiments.caption': ('experiments.html#caption', 'lps/experiments.py'),
                                  'lps.experiments.claim_html': ('experiments.html#claim_html', 'lps/experiments.py'),

@@ -23,6 +23,7 @@ from .claims import (PAPER, Claim, Verdict, alignment_claims, branch_claims, fus
                         transfer_claims)
 from .curves import curve_summary, curve_text
 from .evaluate import chance_curves, summary
+from .files import checked, printable
 from .modelset import ModelSet, load_modelset
 from .plots import (alignment_table, chance_percent, percent, plot_alignment, plot_branches, plot_curves,
                        plot_fusion, plot_rank_k, plot_transfer, plot_triplet)
@@ -31,7 +32,7 @@ from .train import recipes
 from .transfer import transfer_table, transfer_text
 from .zoo import build
 
-# %% ../nbs/23_experiments.ipynb #2b28c03e
+# %% ../nbs/23_experiments.ipynb #ffde1911
 @dataclass(frozen=True)
 class Experiment:
     "What the rest of the library needs to know of an experiment"
@@ -48,7 +49,7 @@ class Experiment:
     variant: str = ''             # what tells two of its files on one model set apart, with names of settings in braces
     notebook: str|Path = ''       # where its notebook is; default: among this project's
 
-# %% ../nbs/23_experiments.ipynb #7ed3f025
+# %% ../nbs/23_experiments.ipynb #713ba290
 EXPERIMENTS = {}
 
 def register_experiment(
@@ -62,7 +63,7 @@ def register_experiment(
     EXPERIMENTS[kind] = experiment
     return experiment
 
-# %% ../nbs/23_experiments.ipynb #7dcfbf36
+# %% ../nbs/23_experiments.ipynb #6a3bee00
 def plot_table(
     record: dict, # a result file of Table 1 or 2
 ):                # axes
@@ -78,7 +79,7 @@ def runs_table(
     "Mean and standard deviation of each method, beside chance"
     return summary(runs_of(record), record['n_right'])
 
-# %% ../nbs/23_experiments.ipynb #a4596aad
+# %% ../nbs/23_experiments.ipynb #3c00f79a
 SMALL_FIT = dict(n_models=4, zoo_epochs=1, n_splits=2, n_filters=8, epochs=3, workers=1)
 
 register_experiment(Experiment(
@@ -103,7 +104,7 @@ register_experiment(Experiment(
     variant='{n_test_tasks} unseen tasks',
 ));
 
-# %% ../nbs/23_experiments.ipynb #02dc04d7
+# %% ../nbs/23_experiments.ipynb #2c008dea
 register_experiment(Experiment(
     kind='learning_curve',
     title='Learning curves',
@@ -125,7 +126,7 @@ register_experiment(Experiment(
     needs=('all layers', 'images'),
 ));
 
-# %% ../nbs/23_experiments.ipynb #7bf007c4
+# %% ../nbs/23_experiments.ipynb #608bf43a
 def fusion_words(
     record: dict, # a result file of the experiment on fusion
 ) -> str:         # Markdown
@@ -133,7 +134,7 @@ def fusion_words(
     chosen, oracle = ', '.join(record['chosen']), ', '.join(record['oracle'])
     return f"The best branches on held-out models: {chosen}; on the test models: {oracle}."
 
-# %% ../nbs/23_experiments.ipynb #ee91a662
+# %% ../nbs/23_experiments.ipynb #5f62170e
 register_experiment(Experiment(
     kind='branches',
     title='Branches',
@@ -156,7 +157,7 @@ register_experiment(Experiment(
     needs=('all layers',),
 ));
 
-# %% ../nbs/23_experiments.ipynb #f16a612e
+# %% ../nbs/23_experiments.ipynb #212ffcf1
 def _all_of(runs, measure):
     "Each method with its mean and standard deviation"
     return ', '.join(f"{m} {mean_sd(percent(runs, m, measure))}" for m in runs.index.unique('method'))
@@ -169,7 +170,7 @@ def triplet_words(
     known = _all_of(runs_of(record['classification']), 'top-1')
     return f"Rank-1 for unseen tasks: {unseen}. Top-1 for known tasks: {known}; chance {chance_percent(record):.1f}."
 
-# %% ../nbs/23_experiments.ipynb #182bbc04
+# %% ../nbs/23_experiments.ipynb #d1024db7
 register_experiment(Experiment(
     kind='fusion',
     title='Fusion of all branches',
@@ -191,7 +192,7 @@ register_experiment(Experiment(
     small=SMALL_FIT | dict(model_set='digits', n_train=2, n_query=1, bs=6, per_task=2),
 ));
 
-# %% ../nbs/23_experiments.ipynb #4303a8c2
+# %% ../nbs/23_experiments.ipynb #97308c42
 def open_models(
     model_set: str,          # a folder, 'bundled', or 'digits', which are built
     runs: str|Path='../../runs', # folder for what is built
@@ -216,7 +217,7 @@ def open_models(
         keep=keep,
     )
 
-# %% ../nbs/23_experiments.ipynb #50e3391c
+# %% ../nbs/23_experiments.ipynb #808bd15d
 def result_path(
     results: str|Path, # folder for result files, which need not exist
     kind: str,         # of a registered experiment
@@ -231,17 +232,30 @@ def result_path(
     if Path(results).is_file(): raise ValueError(f"{results} is a file: give a folder for result files")
     return path
 
-# %% ../nbs/23_experiments.ipynb #fc3a4ecd
+# %% ../nbs/23_experiments.ipynb #536398ad
 def kind_of(
     path: str|Path, # a result file
 ) -> str:           # a key of `EXPERIMENTS`; ValueError for a file of anything else
     "Which experiment a result file is of"
-    kind = Path(path).stem.split('-')[0]
+    name = printable(Path(path).name)
+    kind = name.removesuffix('.json').split('-')[0]
     if kind in EXPERIMENTS: return kind
-    raise ValueError(f"{Path(path).name}: '{kind}' is not a known experiment: name files `<experiment>-<set>.json`, "
+    raise ValueError(f"{name}: '{kind}' is not a known experiment: name files `<experiment>-<set>.json`, "
                      f"with one of {', '.join(EXPERIMENTS)}")
 
 # %% ../nbs/23_experiments.ipynb #e955f7ca
+@dataclass
+class _PageSettings:
+    "What captions and headings say of a result"
+    name: str
+    layers: list[str]
+    n_splits: int
+    seed: int
+    epochs: int
+    n_filters: int
+    momentum: float
+    folded: bool
+
 def result_files(
     folder: str|Path, # folder with result files
     kind: str='',     # those of one experiment; default: all
@@ -251,7 +265,9 @@ def result_files(
     if kind and kind not in EXPERIMENTS: kind_of(f'{kind}-')
     paths = sorted(Path(folder).glob(f'{kind}-*.json' if kind else '*.json'))
     paths.sort(key=lambda path: order.index(kind_of(path)))
-    return {path: read_record(path) for path in paths}
+    found = {path: read_record(path) for path in paths}
+    for path, record in found.items(): checked(record['settings'], _PageSettings, f'{path.name}: settings')
+    return found
 
 # %% ../nbs/23_experiments.ipynb #ee05fa47
 def caption(
@@ -262,17 +278,20 @@ def caption(
     if len(layers) > 3: text = text.replace(', '.join(layers), f'{len(layers)} layers')
     machine, marks = record['machine'], '; '.join(record_marks(record))
     text += f" {record['time'][:10]}, commit {record['commit']}, {machine['cores']} cores of {machine['cpu']}."
+    text = html.escape(printable(text), quote=False)
     return f"{text} *Marked: {marks}.*" if marks else text
 
-# %% ../nbs/23_experiments.ipynb #9cadd9a4
+# %% ../nbs/23_experiments.ipynb #9c0d39c0
 def claims_of(
     path: str|Path,  # a result file's name
     record: dict,    # what is in it
-) -> list:           # `Claim`s
+) -> list:           # `Claim`s; ValueError with the file where the record lacks what they need
     "What the paper claims, beside what a result file says of it"
     experiment = EXPERIMENTS[kind_of(path)]
     if experiment.claims is None: return []
-    return experiment.claims(record, experiment.paper)
+    try: return experiment.claims(record, experiment.paper)
+    except (KeyError, TypeError, IndexError) as e:
+        raise ValueError(printable(f"{Path(path).name}: its claims cannot be read, {type(e).__name__} {e}")) from e
 
 def claims_table(
     path: str|Path,  # a result file's name
@@ -283,7 +302,7 @@ def claims_table(
     for c in claims_of(path, record): rows.append([c.says, c.paper, c.found, str(c.verdict)])
     return pd.DataFrame(rows, columns=['the paper says', 'its numbers', 'found here', 'verdict'])
 
-# %% ../nbs/23_experiments.ipynb #e7542f1a
+# %% ../nbs/23_experiments.ipynb #87d96f3f
 def in_words(
     path: str|Path,  # a result file's name
     record: dict,    # what is in it
@@ -292,15 +311,15 @@ def in_words(
     words = EXPERIMENTS[kind_of(path)].words
     return words(record) if words else ''
 
-# %% ../nbs/23_experiments.ipynb #60ec45f4
+# %% ../nbs/23_experiments.ipynb #4aa03dfd
 def show_result(
     path: str|Path,    # a result file's name
     record: dict,      # what is in it
     tables: bool=True, # show its table of numbers too?
 ):
     "Show a result: caption, figure, table, claims, words"
-    experiment, name = EXPERIMENTS[kind_of(path)], record['settings']['name']
-    display(Markdown(f"**{name}**, `results/{Path(path).name}`: {caption(record)}"))
+    experiment, name = EXPERIMENTS[kind_of(path)], printable(record['settings']['name'])
+    display(Markdown(f"**{html.escape(name)}**, `results/{Path(path).name}`: {caption(record)}"))
     experiment.plot(record)
     plt.show()
     if tables: display(experiment.table(record))
@@ -319,7 +338,7 @@ def show_results(
     for path, record in found.items(): show_result(path, record, tables)
     if not found: display(Markdown(f"There is no result of {EXPERIMENTS[kind].title.lower()} yet."))
 
-# %% ../nbs/23_experiments.ipynb #7a1281d3
+# %% ../nbs/23_experiments.ipynb #a833cd2c
 SIGNS = {Verdict.REPRODUCES: '✓', Verdict.NOT_DECIDED: '?', Verdict.FAILS: '✗'}
 VERDICT_COLOURS = {  # ground, letters
     '✓': ('#cfe6f5', '#00395c'),
@@ -359,7 +378,7 @@ def overview(
     cells = entries.groupby([*rows, 'model set'], sort=False).entry.agg('\n'.join).unstack(fill_value='')
     return cells.loc[entries[rows].drop_duplicates().apply(tuple, axis=1)] if len(cells) else cells
 
-# %% ../nbs/23_experiments.ipynb #15da8fce
+# %% ../nbs/23_experiments.ipynb #f3aa09f7
 CELL_STYLE = 'padding:.25em .5em;border:1px solid #ccc;vertical-align:top;text-align:left'
 
 def entry_html(
@@ -370,7 +389,7 @@ def entry_html(
     for entry in text.splitlines():
         ground, letters = VERDICT_COLOURS[entry[0]]
         style = f'background:{ground};color:{letters};padding:0 .3em;white-space:nowrap'
-        spans.append(f'<span style="{style}">{html.escape(entry)}</span>')
+        spans.append(f'<span style="{style}">{html.escape(printable(entry))}</span>')
     return '<br>'.join(spans)
 
 def legend_html() -> str:
@@ -385,13 +404,13 @@ def claim_html(
     where, says, of = map(html.escape, row)
     return f'<b>{says}</b> ({where})<br><small>{of}</small>'
 
-# %% ../nbs/23_experiments.ipynb #a16fa787
+# %% ../nbs/23_experiments.ipynb #cac7149e
 def show_overview(
     folder: str|Path, # folder with result files
 ) -> HTML:            # table with its legend, wide ones scroll
     "`overview` as a table with colours"
     grid = overview(folder)
-    head = ''.join(f'<th style="{CELL_STYLE}">{html.escape(name)}</th>' for name in grid)
+    head = ''.join(f'<th style="{CELL_STYLE}">{html.escape(printable(name))}</th>' for name in grid)
     rows = [f'<tr><th style="{CELL_STYLE}">claim of the paper</th>{head}</tr>']
     for row, values in grid.iterrows():
         cells = ''.join(f'<td style="{CELL_STYLE}">{entry_html(text)}</td>' for text in values)

@@ -9,7 +9,7 @@ __all__ = ['MEASURED_BY', 'fingerprint', 'about_models', 'plain_source', 'source
 
 # %% ../nbs/18_records.ipynb #2fe8a31a
 import ast, hashlib, importlib.util, json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +21,14 @@ from .evaluate import summary
 from .files import checked, printable, provenance, read_json
 from .modelset import ModelSet, task_names
 
-# %% ../nbs/18_records.ipynb #e2eaa1ed
+# %% ../nbs/18_records.ipynb #a1fc745d
 def fingerprint(
     models: ModelSet, # any model set
 ) -> str:             # 16 hexadecimal digits
     "The same for the same files, and for no others"
     return hashlib.sha256(''.join(sorted(models.hashes)).encode()).hexdigest()[:16]
 
-# %% ../nbs/18_records.ipynb #e602bb65
+# %% ../nbs/18_records.ipynb #c0b632b7
 def _known(column):
     "The different values of a column of a manifest, as text"
     return sorted(map(str, column.dropna().unique()))
@@ -50,7 +50,7 @@ def about_models(
         val_accuracy=spread if accuracy.notna().any() else None,
     )
 
-# %% ../nbs/18_records.ipynb #b60d3f7a
+# %% ../nbs/18_records.ipynb #26f970ee
 MEASURED_BY = ('lps.order_chain', 'lps.modelset', 'lps.align', 'lps.second_order', 'lps.methods', 'lps.evaluate')
 
 def plain_source(
@@ -64,7 +64,7 @@ def plain_source(
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
-# %% ../nbs/18_records.ipynb #4055297f
+# %% ../nbs/18_records.ipynb #395e22b1
 def source_hash(
     *modules: str, # names of modules, such as `lps.align`; one that is not there raises `ValueError`
 ) -> str:          # 16 hexadecimal digits
@@ -83,7 +83,7 @@ def computed_by(
     "What a record says about the code behind it"
     return dict(sources=dict(modules=list(modules), sha256=source_hash(*modules)))
 
-# %% ../nbs/18_records.ipynb #1a6c27b6
+# %% ../nbs/18_records.ipynb #f9390461
 def runs_of(
     record: dict,     # from `result_record`, or a result file
 ) -> pd.DataFrame:    # one row a method and split, as `table1` and `table2` give it
@@ -104,7 +104,7 @@ def result_record(
     record = dict(model_set=about_models(models), settings=settings, n_right=n_right)
     return record | dict(summary=table.to_dict('index'), runs=splits) | computed_by(*sources) | provenance()
 
-# %% ../nbs/18_records.ipynb #e6825501
+# %% ../nbs/18_records.ipynb #506cb9ee
 @dataclass
 class _Models:
     "What a record must say about its models"
@@ -117,9 +117,9 @@ class _Models:
 
 @dataclass
 class _Settings:
-    "What a record must say about how it was measured"
-    name: str
-    layers: list[str]
+    "What a record says about how it was measured: anything, but these have their types"
+    name: str = ''
+    layers: list[str] = field(default_factory=list)
 
 @dataclass
 class _Machine:
@@ -127,7 +127,7 @@ class _Machine:
     cores: int
     cpu: str
 
-# %% ../nbs/18_records.ipynb #eaf77d2c
+# %% ../nbs/18_records.ipynb #75b0389d
 @dataclass
 class _Sources:
     "What a record must say about the code behind it, if anything"
@@ -149,7 +149,7 @@ class _Record:
     points: list[dict]|None = None
     rho: dict[str, dict]|None = None
 
-# %% ../nbs/18_records.ipynb #c08997d2
+# %% ../nbs/18_records.ipynb #cc52da70
 def _check_splits(runs, where):
     "All measures of all methods have one finite number a split"
     lengths = set()
@@ -170,7 +170,7 @@ def read_record(
     if known.runs is not None: _check_splits(known.runs, name)
     return record
 
-# %% ../nbs/18_records.ipynb #4592c91f
+# %% ../nbs/18_records.ipynb #94899f1b
 def _holds(settings, wanted):
     "Does a record's settings have all that is wanted, as JSON writes it?"
     wanted = json.loads(json.dumps(wanted))
@@ -199,7 +199,7 @@ def find_record(
     same_code = record.get('sources') == computed_by(*sources)['sources']
     return record if same_models and same_code and _holds(record['settings'], settings) else None
 
-# %% ../nbs/18_records.ipynb #be362ce9
+# %% ../nbs/18_records.ipynb #2db427df
 def from_uncommitted(
     record: dict, # from a result file
 ) -> bool:
@@ -216,7 +216,7 @@ def record_marks(
     elif not is_current(record): marks.append('older than its sources')
     return marks
 
-# %% ../nbs/18_records.ipynb #88ff177b
+# %% ../nbs/18_records.ipynb #cdb617dd
 def _weights_read(settings):
     kind = 'folded' if settings['folded'] else 'raw'
     return f"{kind} weights of {', '.join(settings['layers'])}"

@@ -72,7 +72,7 @@ SCRIPT = runpy.run_path(str(ROOT/"scripts/experiments.py"))
 def test_one_command_runs_the_experiments(workdir, tmp_path):
     "A parameter reaches the notebooks that have it; one with the name of an experiment, that one alone"
     small = [f"{k}={v}" for k, v in EXPERIMENTS["branches"].small.items()]
-    command = [sys.executable, workdir/"scripts/experiments.py", "--results", tmp_path/"results"]
+    command = [sys.executable, workdir/"scripts/experiments.py", "--uncommitted", "--results", tmp_path/"results"]
     command += ["--times", tmp_path/"times.json", "--only", "alignment", "branches", "table1"]
     command += ["--set", *small, "alignment.epochs=2"]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")

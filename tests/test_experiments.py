@@ -1,0 +1,239 @@
+"""An experiment and a method from outside arrive wherever such are known, with nothing in lps/ touched"""
+import json
+import os
+import runpy
+import subprocess
+import sys
+
+import nbformat
+import pytest
+import torch
+from conftest import ROOT
+from nbformat.v4 import new_code_cell, new_notebook
+
+from lps import experiments
+from lps.evaluate import table1
+from lps.experiments import (EXPERIMENTS, claims_table, kind_of, open_models, overview, register_experiment,
+                             result_files, result_path, show_overview, show_results)
+from lps.files import save_model, write_json
+from lps.methods import METHODS, Method
+from lps.modelset import load_modelset
+from lps.records import result_record
+from lps.second_order import fit
+
+SCRIPT = runpy.run_path(str(ROOT/"scripts/experiments.py"))
+HOW = dict(name="toys", n_splits=2, seed=0, layers=["conv1"], momentum=.9, folded=False)
+FEW = dict(epochs=2, milestones=(1,), n_filters=6)
+
+# an experiment from outside, whole: does LPS need more than two epochs?
+OUTSIDE = '''
+from pathlib import Path
+
+from lps.claims import Claim, mean_sd, verdict
+from lps.experiments import Experiment, plot_table, register_experiment, runs_table
+from lps.plots import chance_percent, percent
+from lps.records import runs_of
+
+def claims(record, paper):
+    top1 = percent(runs_of(record), 'lps')
+    above = verdict(top1 - chance_percent(record))
+    return [Claim('two epochs are enough', paper['said'], mean_sd(top1), above, f'{top1.mean():.0f} %', 'top-1')]
+
+hurried = register_experiment(Experiment(
+    kind='hurried',
+    title='Two epochs',
+    where='elsewhere',
+    plot=plot_table,
+    table=runs_table,
+    paper=dict(said='no number'),
+    claims=claims,
+    words=lambda record: 'It was quick.',
+    small=dict(n_splits=2),
+    notebook=Path(__file__).with_name('hurried.ipynb'),
+))
+'''
+PARAMETERS = "model_set = 'bundled'\nn_splits = 3\nresults = 'results'"
+RUN = '''
+import outside_of_lps
+from lps.evaluate import table1
+from lps.experiments import open_models, result_path
+from lps.files import write_json
+from lps.records import result_record
+
+models = open_models(model_set)[:40]
+how = dict(n_splits=n_splits, seed=0, epochs=2, n_filters=6, momentum=.9, folded=False)
+table = table1(models, n_splits, methods=('lps',), milestones=(1,), epochs=2, n_filters=6)
+record = result_record(models, table, name=model_set, layers=['conv1'], **how)
+write_json(result_path(results, 'hurried', model_set), record)
+'''
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    "Four tasks of six stems: each task's filters, noisy and shuffled"
+    folder, g = tmp_path_factory.mktemp("toys"), torch.Generator().manual_seed(0)
+    for task in range(4):
+        filters = torch.randn(6, 3, 3, 3, generator=g)
+        for run in range(6):
+            noisy = filters + .3*torch.randn(6, 3, 3, 3, generator=g)
+            state = {"conv1.weight": noisy[torch.randperm(6, generator=g)]}
+            save_model(folder/f"{task}_{run}.safetensors", state, dict(task=task, run=run))
+    return load_modelset(folder)
+
+
+@pytest.fixture
+def registries():
+    "What a test registers is forgotten after it"
+    before, methods = dict(EXPERIMENTS), dict(METHODS)
+    yield
+    for registry, kept in ((EXPERIMENTS, before), (METHODS, methods)):
+        registry.clear()
+        registry.update(kept)
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    "What is displayed, instead of displaying it"
+    things = []
+    monkeypatch.setattr(experiments, "display", lambda *objects: things.extend(objects))
+    monkeypatch.setattr(experiments.plt, "show", lambda: things.append("figure"))
+    return things
+
+
+@pytest.fixture
+def outside(tmp_path):
+    "A folder with a module that registers an experiment, and its notebook"
+    (tmp_path/"outside_of_lps.py").write_text(OUTSIDE)
+    cells = [new_code_cell(PARAMETERS, metadata=dict(tags=["parameters"])), new_code_cell(RUN)]
+    kernel = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"))
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), tmp_path/"hurried.ipynb")
+    return tmp_path
+
+
+def text_of(things) -> str:
+    "Displayed things as text"
+    texts = []
+    for thing in things:
+        if hasattr(thing, "to_html"): texts.append(thing.to_html())
+        else: texts.append(getattr(thing, "data", str(thing)))
+    return "\n".join(texts)
+
+
+def test_an_experiment_from_outside_arrives_on_the_page(toys, registries, shown, outside):
+    runpy.run_path(str(outside/"outside_of_lps.py"))
+    record = result_record(toys, table1(toys, n_splits=2, n_train=4, methods=("lps",), **FEW), **HOW, **FEW)
+    write_json(result_path(outside/"results", "hurried", "toys"), record)
+    grid = overview(outside/"results")
+    assert grid.index.tolist() == [("elsewhere", "two epochs are enough", "top-1")]
+    assert grid["toys"].iloc[0][0] in "✓?✗" and grid["toys"].iloc[0][2:].endswith("%")
+    assert "two epochs are enough" in show_overview(outside/"results").data
+    show_results("hurried", outside/"results")
+    said = text_of(shown)
+    assert "`results/hurried-toys.json`" in said and "two epochs are enough" in said
+    assert "It was quick." in said and "figure" in shown
+
+
+def test_an_experiment_from_outside_arrives_in_the_runner(outside):
+    command = [sys.executable, ROOT/"scripts/experiments.py", "--load", "outside_of_lps", "--only", "hurried"]
+    command += ["--uncommitted", "--model-set", "bundled", "--results", outside/"results"]
+    command += ["--set", "hurried.n_splits=2"]
+    path = os.pathsep.join([str(outside), os.environ.get("PYTHONPATH", str(ROOT))])
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=path))
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["hurried", "all"]
+    record = json.loads((outside/"results/hurried-bundled.json").read_text())
+    assert record["settings"]["n_splits"] == 2 and len(record["runs"]["lps"]["top-1"]) == 2
+
+
+class Middle:
+    "A fitted method from outside: the sorted mean of each filter's middle"
+    method, folded, config = "middle", False, {}
+
+    def __init__(self, weights, labels):
+        self.layers, self.tasks = list(weights), labels.unique().tolist()
+        z = self.embed(weights)
+        self.centres = torch.stack([z[labels == task].mean(0) for task in self.tasks])
+
+    def embed(self, weights):
+        middle = torch.cat([w[..., 1, 1].mean(2).sort(1).values for w in weights.values()], 1)
+        return torch.nn.functional.normalize(middle, dim=1)
+
+    def scores(self, weights): return self.embed(weights) @ self.centres.T
+
+    def state_dict(self): return dict(centres=self.centres)
+
+
+def test_a_method_from_outside_arrives_in_records_and_verdicts(toys, registries):
+    def fit_middle(weights, labels, seed, **settings): return Middle(weights, labels)
+    METHODS["middle"] = Method(
+        name="middle",
+        title="Middles of filters",
+        baseline=False,
+        reads=lambda models, **settings: ("conv1",),
+        fit=fit_middle,
+        restore=lambda config, tensors: None,
+    )
+    runs = table1(toys, n_splits=2, n_train=4, **FEW)
+    record = result_record(toys, runs, **HOW, **FEW)
+    assert list(record["runs"]) == ["fc", "frobenius", "lps", "middle"] and "Middles of filters" in record["summary"]
+    found = claims_table("table1-toys.json", record)["found here"]
+    assert "Middles of filters" not in found[0] and "Middles of filters" in found[1]
+
+
+def test_a_baseline_from_outside_is_one_to_beat(toys, registries):
+    def fit_perfect(weights, labels, seed, **settings):
+        return fit(weights, labels=labels, seed=seed, method="lps", **settings)
+    METHODS["oracle"] = Method("oracle", "LPS again", True, lambda models, **_: ("conv1",), fit_perfect, None)
+    record = result_record(toys, table1(toys, n_splits=2, n_train=4, **FEW), **HOW, **FEW)
+    assert "LPS again" in claims_table("table1-toys.json", record)["found here"][0]
+
+
+def test_a_kind_can_be_registered_once(registries):
+    taken = "'table1' is taken by Task classification"
+    with pytest.raises(ValueError, match=taken): register_experiment(EXPERIMENTS["table1"])
+
+
+def test_digits_are_built_small(tmp_path):
+    models = open_models("digits", tmp_path, n_models=1, zoo_epochs=1, workers=1)
+    assert len(models) == len(models.tasks) == 5
+    assert models.manifest.recipe.unique().tolist() == ["digits, 1 epochs"]
+
+
+def test_order_of_pages_is_that_of_the_registry():
+    kinds = [kind_of(path) for path in result_files(ROOT/"results")]
+    assert kinds == sorted(kinds, key=list(EXPERIMENTS).index)
+    assert list(EXPERIMENTS).index("branches") < list(EXPERIMENTS).index("alignment")
+
+
+def test_every_experiment_starts_with_claim_and_figure():
+    "The parameters and the set-up come after, and are folded"
+    for kind in EXPERIMENTS:
+        cells = nbformat.read(ROOT/f"nbs/experiments/{kind}.ipynb", as_version=4).cells
+        sources = [cell.source for cell in cells]
+        assert sources[1].startswith("**Claim**"), kind
+        figure = sources.index(f"#| code-fold: true\nshow_results('{kind}')")
+        assert figure < next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", [])), kind
+        for cell in cells:
+            if cell.cell_type == "code": assert cell.source.startswith("#| code-fold: true\n"), kind
+
+
+def test_what_would_fail_in_the_end_is_said_at_the_start(tmp_path):
+    results, file = tmp_path/"results", tmp_path/"file"
+    (results/"table1-bundled.json").mkdir(parents=True)
+    file.write_text("")
+    with pytest.raises(ValueError, match="table1-bundled.json is a folder"): result_path(results, "table1", "bundled")
+    with pytest.raises(ValueError, match="is a file: give a folder"): result_path(file, "table1", "bundled")
+    with pytest.raises(SystemExit, match="is a file"): SCRIPT["main"](["--results", file, "--uncommitted"])
+    with pytest.raises(SystemExit, match="is a folder"): SCRIPT["main"](["--times", tmp_path, "--uncommitted"])
+
+
+def test_an_uncommitted_tree_is_refused(monkeypatch):
+    monkeypatch.setitem(SCRIPT["check"].__globals__, "provenance", lambda: dict(commit="0123456789ab+changes"))
+    with pytest.raises(SystemExit, match="commit first, then measure, or say --uncommitted"): SCRIPT["main"]([])
+
+
+def test_a_setting_of_one_experiment_wins():
+    settings = [SCRIPT["read_setting"](text) for text in ("branches.epochs=2", "epochs=3", "folded=True")]
+    values = {kind: SCRIPT["parameters"](kind, dict(images="digits"), settings) for kind in ("branches", "transfer")}
+    assert values["branches"] == dict(epochs=2, folded=True)
+    assert values["transfer"] == dict(images="digits", epochs=3, folded=True)

@@ -1,0 +1,138 @@
+"""Result files: a stale one is not taken, a broken one is one message with file and field"""
+import copy
+import importlib
+import json
+import math
+
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lps.evaluate import table1
+from lps.experiments import claims_of, result_files
+from lps.files import write_json
+from lps.modelset import load_modelset
+from lps.records import (MEASURED_BY, computed_by, find_record, from_uncommitted, is_current, plain_source, read_record,
+                         record_marks, result_record, source_hash)
+
+RECORD = json.loads((ROOT/"results/table1-bundled.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    "A module whose source a test can change"
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path/"half_of_it.py"
+    path.write_text("def half(x): return x/2\n")
+    importlib.invalidate_caches()
+    return path
+
+
+def test_comments_and_docstrings_do_not_make_a_result_stale(module):
+    before = source_hash("half_of_it")
+    module.write_text('"A module"\n\ndef half(\n    x,  # a number\n):\n    "Half of it"\n    return x / 2\n')
+    assert source_hash("half_of_it") == before
+    module.write_text("def half(x): return x/3\n")
+    assert source_hash("half_of_it") != before
+
+
+def test_a_function_of_nothing_but_a_docstring_stays_one():
+    assert plain_source('def f():\n    "Nothing"') == "def f():\n    pass"
+
+
+def test_which_module_changed_matters_not_their_names(module):
+    assert source_hash("half_of_it", "lps.align") != source_hash("lps.align", "half_of_it")
+    with pytest.raises(ValueError, match="no_such_module is no module"): source_hash("no_such_module")
+
+
+def test_a_result_is_not_taken_after_its_sources_changed(module, tmp_path):
+    models = load_modelset("bundled")[:40]
+    few = dict(epochs=1, milestones=[1], n_filters=4)
+    sources = (*MEASURED_BY, "half_of_it")
+    record = result_record(models, table1(models, 2, 3, methods=("fc",), **few), sources=sources, **few)
+    path = tmp_path/"table1-some.json"
+    write_json(path, record)
+    assert find_record(path, models, sources, **few) == json.loads(json.dumps(record))
+    assert find_record(path, models, **few) is None  # other sources
+    module.write_text("def half(x): return x/3\n")
+    assert find_record(path, models, sources, **few) is None
+    assert not is_current(record) and record_marks(record | dict(commit="abc")) == ["older than its sources"]
+
+
+def test_a_result_without_a_hash_is_not_taken_but_shown(tmp_path):
+    models = load_modelset("bundled")
+    path = tmp_path/"table1-bundled.json"
+    old = {key: value for key, value in RECORD.items() if key != "sources"}
+    write_json(path, old)
+    assert read_record(path)["model_set"]["sha256"] == RECORD["model_set"]["sha256"]
+    assert find_record(path, models) is None
+    write_json(path, old | computed_by(*MEASURED_BY))
+    assert find_record(path, models) is not None
+    assert record_marks(old | dict(commit="abc")) == ["older than the hash of sources"]
+    assert list(result_files(tmp_path)) == [path]
+
+
+def test_a_result_from_an_uncommitted_tree_is_marked():
+    dirty = RECORD | dict(commit="abc+changes") | computed_by("lps.align")
+    assert from_uncommitted(dirty) and record_marks(dirty) == ["measured from an uncommitted tree"]
+    for commit in ("abc", None): assert not from_uncommitted(dirty | dict(commit=commit))
+
+
+def test_a_folder_in_place_of_a_result_is_said(tmp_path):
+    with pytest.raises(ValueError, match="is a folder: a result file is needed"): find_record(tmp_path, load_modelset("bundled"))
+
+
+def changed(record, field, value):
+    "The record with something else at a dotted name"
+    record = copy.deepcopy(record)
+    *way, last = field.split(".")
+    place = record
+    for key in way: place = place[key]
+    place[last] = value
+    return record
+
+
+@pytest.mark.parametrize("field, value", [
+    ("model_set", None), ("model_set", {}), ("model_set.tasks", "5"), ("model_set.data", 3), ("settings", []),
+    ("settings.layers", "conv1"), ("settings.name", 3), ("settings.n_splits", "many"), ("machine", None),
+    ("machine.cores", True), ("time", 3), ("commit", 3), ("runs", []), ("runs.lps", []), ("runs.lps.top-1", ["0.5"]),
+    ("runs.lps.top-1", []), ("runs.lps.top-1", [.1]), ("runs.lps.top-1", [math.nan]*20), ("versions", 1),
+    ("n_right", "1"), ("sources", {"modules": 3, "sha256": ""}), ("rho", 3), ("points", {}),
+])
+def test_a_broken_field_is_named(tmp_path, field, value):
+    path = tmp_path/"table1-x.json"
+    path.write_text(json.dumps(changed(RECORD, field, value)))
+    name = field.split(".")[-1]
+    with pytest.raises(ValueError) as said: result_files(tmp_path)
+    message = str(said.value)
+    assert message.startswith("table1-x.json") and "\n" not in message
+    assert name in message or "runs" in message
+
+
+@pytest.mark.parametrize("text", ["", "{}", "null", "[]", "3", '"x"', "{", "[" * 10_000, "\x00", '{"model_set": {}}'])
+def test_a_file_that_is_no_record_is_one_message(tmp_path, text):
+    path = tmp_path/"table1-x.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"^table1-x\.json"): read_record(path)
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+JSON = st.recursive(LEAVES, lambda of: st.lists(of, max_size=3) | st.dictionaries(st.text(max_size=5), of, max_size=3))
+FIELDS = sorted({*RECORD, "model_set.models", "model_set.tasks", "model_set.val_accuracy", "settings.layers",
+                 "settings.epochs", "runs.lps", "runs.lps.top-1", "machine.cpu"})
+
+
+@given(field=st.sampled_from(FIELDS), value=JSON)
+def test_any_value_in_any_field_is_read_or_refused(tmp_path_factory, field, value):
+    path = tmp_path_factory.mktemp("hostile")/"table1-x.json"
+    path.write_text(json.dumps(changed(RECORD, field, value)))
+    try: found = result_files(path.parent)
+    except ValueError as e: assert str(e).startswith("table1-x.json")
+    else: assert len(found) == 1
+
+
+def test_claims_of_a_record_without_the_methods_are_refused(tmp_path):
+    path = tmp_path/"table1-x.json"
+    record = RECORD | dict(runs={"fc": RECORD["runs"]["fc"]})
+    with pytest.raises(ValueError, match="table1-x.json: .*'lps'"): claims_of(path, record)
