@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_HEADER', 'MAX_TENSORS', 'write_atomic', 'write_new', 'write_json', 'printable', 'checked', 'read_json',
-           'versions', 'provenance', 'save_model', 'TensorEntry', 'Header', 'read_header', 'read_tensors', 'ModelFile',
-           'read_model', 'load_model', 'marker_file', 'mark_complete', 'read_marker', 'not_as_marked', 'digest',
-           'not_finite', 'not_real', 'pluralise']
+           'versions', 'provenance', 'save_model', 'TensorEntry', 'Header', 'open_file', 'read_header', 'read_tensors',
+           'ModelFile', 'read_model', 'load_model', 'marker_file', 'mark_complete', 'read_marker', 'not_as_marked',
+           'digest', 'not_finite', 'not_real', 'pluralise']
 
 # %% ../nbs/04_files.ipynb #ae34b933
 import contextlib, errno, functools, hashlib, importlib.metadata, json, math, os, platform, re, subprocess, time
@@ -269,8 +269,10 @@ def _check_sizes(header, size):
     if size > need: raise ValueError(f"not a safetensors file: {size - need} bytes follow its last tensor")
 
 # %% ../nbs/04_files.ipynb #0f5c6f59
-def _open_file(path):
-    "A file, opened to read; raises `OSError` for what is none, such as a pipe, which would block"
+def open_file(
+    path: str | Path,  # a file
+):                     # it, opened to read bytes
+    "Open a file; raises `OSError` for what is none, such as a pipe, which would block"
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(errno.ENOENT, f"no file {printable(path)}")
     if not path.is_file(): raise OSError(errno.EINVAL, f"{printable(path)} is no regular file")
@@ -287,12 +289,12 @@ def read_header(
     path: str | Path,  # a safetensors file
 ) -> Header:
     "What a safetensors file says it holds, its tensors unread; raises `ValueError` with the reason for a broken one"
-    with _open_file(path) as file: return _read_header(file)[0]
+    with open_file(path) as file: return _read_header(file)[0]
 
 # %% ../nbs/04_files.ipynb #747ef74d
 def _read_safetensors(path):
     "Tensors, metadata and bytes of a safetensors file"
-    with _open_file(path) as file:
+    with open_file(path) as file:
         header, start = _read_header(file)
         data = start + file.read()
     seal = header.meta.pop('seal', None)
