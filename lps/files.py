@@ -436,7 +436,7 @@ def not_real(
     for name, tensor in state.items():
         if tensor.is_floating_point() or not name.endswith(('weight', 'bias')): continue
         kind = str(tensor.dtype).removeprefix('torch.')
-        return f"{printable(name)} holds {kind}, expected floating-point numbers"
+        return f"weights are {kind}: {printable(name)} would have to be turned into floating-point numbers first"
 
 # %% ../nbs/04_files.ipynb #2d0603c9
 def pluralise(

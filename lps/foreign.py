@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STORAGES', 'MAX_PICKLE', 'WRAPPERS', 'FOREIGNZOO_NAMES', 'PREFIXES', 'COLUMNS', 'SUFFIXES', 'NOT_READ',
-           'read_foreign', 'rename', 'own_names', 'tidy_state', 'read_state', 'read_query', 'read_table',
-           'import_models']
+           'read_foreign', 'rename', 'own_names', 'tidy_state', 'own_state', 'check_weights', 'read_query',
+           'read_table', 'import_models']
 
 # %% ../nbs/06_foreign.ipynb #b65cf93e
 import csv, functools, math, pickle, re, struct, warnings, zipfile
@@ -330,23 +330,33 @@ def _forward_order(shapes):
     with torch.device('meta'): return list(architecture.build(config).state_dict())
 
 # %% ../nbs/06_foreign.ipynb #65672118
-def read_state(
+def own_state(
     path: str | Path,  # a file, as `read_foreign` takes it
     names=(),          # name map, as in `rename`
-) -> dict:             # tensors by our names
-    "The weights in a file under our names; raises `ValueError` where they are no finite real numbers"
-    state = tidy_state(own_names(read_foreign(path), names))
-    why = not_real(state) or not_finite(state)
+) -> dict:             # tensors by our names, in forward order
+    "The weights in a file under our names; raises `ValueError` with the reason where there are none"
+    return tidy_state(own_names(read_foreign(path), names))
+
+def check_weights(
+    state: dict,  # tensors by name
+):
+    "Raises `ValueError` for weights that are no finite floating-point numbers"
+    why = not_real(state)
     if why: raise ValueError(why)
-    return state
+    why = not_finite(state)
+    if why: raise ValueError(f"is broken: {why}")
 
 def read_query(
     path: str | Path,   # a file, as `read_foreign` takes it
     names=(),           # name map, as in `rename`
 ) -> TrainedModel:      # without metadata
-    "A model to compare with others; raises `ValueError` with the file's name"
-    try: return TrainedModel(read_state(path, names), {})
-    except ValueError as e: raise ValueError(f"{printable(Path(path).name)}: {e}") from None
+    "A model to ask about; raises `FileNotFoundError`, or `ValueError` with the file's name and the reason"
+    path = Path(path)
+    shown = printable(path.name)
+    if path.is_dir(): raise ValueError(f"{shown} is a folder: give one model file in it, or open it with load_modelset")
+    if not path.is_file(): raise FileNotFoundError(f"no model file {printable(path)}")
+    try: return TrainedModel(own_state(path, names), {})
+    except ValueError as e: raise ValueError(f"{shown}: {printable(e)}") from None
 
 # %% ../nbs/06_foreign.ipynb #396940ad
 def _whole(cell):
@@ -471,7 +481,8 @@ def _take_in(targets, names, rows, shortcut, meta):
     written, bad = {}, {}
     for i, (file, target) in enumerate(targets.items()):
         try:
-            state = read_state(file, names)
+            state = own_state(file, names)
+            check_weights(state)
             save_model(target, state, _foreign_meta(file, i, rows, state, shortcut, meta), replace=False)
             written[target.name] = file.name
         except (ValueError, OSError) as e: bad[file.name] = printable(e)
