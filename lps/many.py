@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .resnet import PadShortcut, ResNet
 from .tasks import ImageSet, channel_stats, draw_augment
-from .jobs import check_device
+from .jobs import check_device, check_seed
 from .train import (Autocast, Diverged, KeepEpochs, Recipe, StopIfDiverged, best_precision, check_stats, check_task,
                        fit_with_checkpoints, get_recipe, init_model, make_learner, recipe_fields)
 import torch
@@ -363,11 +363,12 @@ def _results(model, tasks, stats, **noted):
 
 # %% ../nbs/11_many.ipynb #b0b9b5c9
 def _check_models(tasks, seeds, keep, kept):
-    "Raises `ValueError` unless every model has its seed and every kept epoch someone to take it"
+    "Raises `ValueError` unless every model has its seed and images, and every kept epoch someone to take it"
     if len(tasks) != len(seeds):
         raise ValueError(f"{len(tasks)} tasks, but {len(seeds)} seeds: give one of each a model")
     if keep and kept is None:
         raise ValueError(f"epochs {tuple(keep)} are to be kept, but kept is None: pass a function")
+    for s in seeds: check_seed(s)
     _check_tasks([t for t, _ in tasks])
     for m, (_, valid) in enumerate(tasks): check_task(*valid, f"validation set of model {m}")
 

@@ -1,4 +1,4 @@
-"""Batch normalisation in one pass: what torch gives in float32, for every shape of the network, and torch itself wherever the fast way does not fit"""
+"""Batch normalisation in one pass: what torch gives in float32, and torch itself wherever the fast way does not fit"""
 import copy
 
 import pytest
@@ -15,12 +15,20 @@ from lps.train import Recipe, train_model
 def step(dtype, shape, shortcut, seed=0):
     "Output, running statistics and all gradients of one step; the numbers are ones that bfloat16 holds"
     g = torch.Generator().manual_seed(seed)
-    def maps(shift=0.): return (torch.randn(shape, generator=g) + shift).bfloat16().to(dtype).to(memory_format=torch.channels_last)
+    def maps(shift=0.0):
+        return (torch.randn(shape, generator=g) + shift).bfloat16().to(dtype).to(memory_format=torch.channels_last)
     x, res, grad, bn = maps(1.5).requires_grad_(), maps().requires_grad_(), maps(), nn.BatchNorm2d(shape[1])
     with torch.no_grad(): bn.weight.uniform_(.5, 1.5, generator=g); bn.bias.uniform_(-.5, .5, generator=g)
     y = bn_relu(bn, x, res if shortcut else None)
     y.backward(grad)
-    out = dict(y=y, x=x.grad, weight=bn.weight.grad, bias=bn.bias.grad, running_mean=bn.running_mean, running_var=bn.running_var)
+    out = dict(
+        y=y,
+        x=x.grad,
+        weight=bn.weight.grad,
+        bias=bn.bias.grad,
+        running_mean=bn.running_mean,
+        running_var=bn.running_var,
+    )
     return out | ({"shortcut": res.grad} if shortcut else {}), bn
 
 
@@ -29,14 +37,21 @@ def step(dtype, shape, shortcut, seed=0):
 def test_one_step_is_torchs(shape, shortcut):
     (ours, bn), (torchs, ref) = step(torch.bfloat16, shape, shortcut), step(torch.float32, shape, shortcut)
     for name, want in torchs.items():
-        torch.testing.assert_close(ours[name].float(), want, rtol=2**-7, atol=2**-7*want.abs().max().item(), msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            ours[name].float(), want, rtol=2**-7, atol=2**-7 * want.abs().max().item(), msg=lambda m: f"{name}: {m}"
+        )
     torch.testing.assert_close(bn.running_var, ref.running_var, rtol=1e-5, atol=1e-6)
     assert bn.num_batches_tracked == ref.num_batches_tracked == 1
 
 
-@pytest.mark.parametrize("change", [
-    lambda x: x.float(), lambda x: x.contiguous(), lambda x: x[:, :, :1, :1].contiguous(memory_format=torch.channels_last), lambda x: x[:, :12].contiguous(memory_format=torch.channels_last)],
-    ids=["float32", "channels first", "too few numbers", "12 channels"])
+CHANGES = {
+    "float32": lambda x: x.float(),
+    "channels first": lambda x: x.contiguous(),
+    "too few numbers": lambda x: x[:, :, :1, :1].contiguous(memory_format=torch.channels_last),
+    "12 channels": lambda x: x[:, :12].contiguous(memory_format=torch.channels_last)}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_where_it_does_not_fit_torch_does_it(change):
     x = change(torch.randn(4, 16, 4, 4).bfloat16().to(memory_format=torch.channels_last))
     bn = nn.BatchNorm2d(x.shape[1])
@@ -59,7 +74,9 @@ def test_fused_network_is_the_network_in_float32(shortcut):
 def test_training_in_bfloat16_is_repeatable_and_learns():
     images = load_images("digits")
     task = task_images(images, pair_classes(10)[0])
-    recipe = Recipe("bf16", epochs=4, lr=.1, milestones=(3,), batch_size=32, pad=1, flip=False, depth=8, precision="bfloat16")
+    recipe = Recipe(
+        "bf16", epochs=4, lr=0.1, milestones=(3,), batch_size=32, pad=1, flip=False, depth=8, precision="bfloat16"
+    )
     (a, metrics), (b, _) = [train_model(task, task, recipe, seed=3) for _ in range(2)]
     assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
     assert metrics["precision"] == "bfloat16" and metrics["train_accuracy"] > .9 and type(a) is ResNet

@@ -21,8 +21,8 @@ IMAGES = tuple(load_images('digits', s) for s in ('train', 'test'))
 
 @pytest.fixture
 def client():
-    with (distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, host='127.0.0.1', dashboard_address=None, silence_logs=50) as cluster,
-          distributed.Client(cluster) as c): yield c
+    how = dict(n_workers=2, threads_per_worker=1, processes=True, host='127.0.0.1', dashboard_address=None)
+    with distributed.LocalCluster(**how, silence_logs=50) as cluster, distributed.Client(cluster) as c: yield c
 
 
 def models(path): return {f.name: f.read_bytes() for f in path.glob('*.safetensors')}
@@ -33,9 +33,12 @@ def test_killed_worker(tmp_path, client):
     folder, pids = tmp_path/'cluster', list(client.run(os.getpid).values())
     assert len(set(pids)) == 2 and os.getpid() not in pids
     with ThreadPoolExecutor(1) as ex:
-        building = ex.submit(build, folder, IMAGES, TINY, n_models=4, executor=client.get_executor(), progress=False, every=5)
+        building = ex.submit(
+            build, folder, IMAGES, TINY, n_models=4, executor=client.get_executor(), progress=False, every=5
+        )
         end = time.time() + 120
-        while len(list(folder.glob('complete/*.json'))) < 3 and time.time() < end and not building.done(): time.sleep(.01)
+        while len(list(folder.glob('complete/*.json'))) < 3 and time.time() < end and not building.done():
+            time.sleep(0.01)
         early = models(folder)
         os.kill(pids[0], signal.SIGKILL)
         with warnings.catch_warnings():
@@ -44,7 +47,9 @@ def test_killed_worker(tmp_path, client):
     assert 3 <= len(early) < 20, "the worker was killed in the middle"
     assert pids[0] not in client.run(os.getpid).values()
     assert len(ms) == 20 and not ms.manifest.duplicated(['task', 'run']).any() and ms.manifest.seed.is_unique
-    assert len(list(folder.glob('complete/*.json'))) == 20 and not any(not_as_marked(f) for f in folder.glob('*.safetensors'))
+    assert len(list(folder.glob('complete/*.json'))) == 20 and not any(
+        not_as_marked(f) for f in folder.glob('*.safetensors')
+    )
     build(tmp_path/'straight', IMAGES, TINY, n_models=4, workers=1, progress=False)
     assert models(folder) == models(tmp_path/'straight') and early.items() <= models(folder).items()
     assert len(load_modelset(folder)) == 20
@@ -52,6 +57,7 @@ def test_killed_worker(tmp_path, client):
 
 def test_error_on_the_cluster_is_the_builds_error(tmp_path, client):
     (tmp_path/'checkpoints').write_text('in the way')
-    with pytest.raises(OSError, match='checkpoints.* could not be written'): build(tmp_path, IMAGES, TINY, n_models=1, executor=client.get_executor(), progress=False, every=5)
+    with pytest.raises(OSError, match='checkpoints.* could not be written'):
+        build(tmp_path, IMAGES, TINY, n_models=1, executor=client.get_executor(), progress=False, every=5)
     (tmp_path/'checkpoints').unlink()
     assert len(build(tmp_path, IMAGES, TINY, n_models=1, executor=client.get_executor(), progress=False)) == 5

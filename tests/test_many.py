@@ -34,7 +34,10 @@ def tasks():
     "Three tasks on digits, with as many training images, and validation images of different number"
     train, test = load_images('digits'), load_images('digits', 'test')
     pairs = pair_classes(10)[:3]
-    return [(tuple(v[:150] for v in task_images(train, p)), tuple(v[:40 + i] for v in task_images(test, p))) for i, p in enumerate(pairs)]
+    return [
+        (tuple(v[:150] for v in task_images(train, p)), tuple(v[: 40 + i] for v in task_images(test, p)))
+        for i, p in enumerate(pairs)
+    ]
 
 
 @pytest.fixture(scope='module')
@@ -58,12 +61,22 @@ def test_a_fused_step_is_the_serial_step(shortcut, M):
         xb, yb = torch.randn(n, M, 3, 16, 16), torch.randint(0, 3, (n, M))
         losses = [F.cross_entropy(net(xb[:, m]), yb[:, m]) for m, net in enumerate(nets)]
         total = loss(fused(xb), yb)
-        torch.testing.assert_close(total, sum(losses)), torch.testing.assert_close(loss.each, torch.stack(losses).detach())
+        torch.testing.assert_close(total, sum(losses)), torch.testing.assert_close(
+            loss.each, torch.stack(losses).detach()
+        )
         for l, o in zip([*losses, total], [*opts, opt]): l.backward(); o.step(); o.zero_grad()
     for m, (net, back) in enumerate(zip(nets, fused.unfuse(), strict=True)):
-        for k, v in net.state_dict().items(): torch.testing.assert_close(back.state_dict()[k], v, rtol=1e-4, atol=2e-6, msg=lambda s: f'{k} of network {m}: {s}')
+        for k, v in net.state_dict().items():
+            torch.testing.assert_close(
+                back.state_dict()[k], v, rtol=1e-4, atol=2e-6, msg=lambda s: f'{k} of network {m}: {s}'
+            )
         for p, q in zip(net.parameters(), fused.parameters(), strict=True):
-            torch.testing.assert_close(each(opt.state[q]['momentum_buffer'], M)[m], opts[m].state[p]['momentum_buffer'].view_as(each(q, M)[m]), rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(
+                each(opt.state[q]['momentum_buffer'], M)[m],
+                opts[m].state[p]['momentum_buffer'].view_as(each(q, M)[m]),
+                rtol=1e-3,
+                atol=1e-5,
+            )
 
 
 def test_taking_apart_gives_back_every_bit_and_draws_nothing():
@@ -74,13 +87,18 @@ def test_taking_apart_gives_back_every_bit_and_draws_nothing():
     back = FusedModels(nets).unfuse()
     assert torch.equal(before, torch.random.get_rng_state())
     for a, b in zip(nets, back, strict=True):
-        assert same(a, b) and list(a.state_dict()) == list(b.state_dict()) and not b.training and b.fc.weight.requires_grad
+        assert (
+            same(a, b) and list(a.state_dict()) == list(b.state_dict()) and not b.training and b.fc.weight.requires_grad
+        )
         assert all(v.is_contiguous() for v in b.state_dict().values())
     with torch.no_grad(): back[0].conv1.weight.zero_()
     assert nets[0].conv1.weight.any() and back[1].conv1.weight.any()
 
 
-@pytest.mark.parametrize('change', [dict(), dict(pad=0), dict(flip=True), dict(pad=4, flip=True), dict(pad=0, flip=True)], ids=str)
+CHANGES = [dict(), dict(pad=0), dict(flip=True), dict(pad=4, flip=True), dict(pad=0, flip=True)]
+
+
+@pytest.mark.parametrize('change', CHANGES, ids=str)
 def test_batches_are_those_of_the_models_alone(tasks, change):
     recipe = replace(TINY, **change)
     trains = [tasks[i][0] for i in (0, 1, 0)]
@@ -108,8 +126,9 @@ def test_colour_images_are_cut_out_alike():
 def in_double(monkeypatch):
     "Train in float64: rounding cannot grow to anything in so few steps, so whatever differs is an error"
     for module in (single, many): monkeypatch.setattr(module, 'init_model', lambda *a: init_model(*a).double())
-    for module, name in ((single, 'normalise'), (many, '_normalise')):
-        monkeypatch.setattr(module, name, lambda *a, f=getattr(module, name): f(*a).double())
+    def doubled(f): return lambda *a: f(*a).double()
+    monkeypatch.setattr(single, 'normalise', doubled(single.normalise))
+    monkeypatch.setattr(many, '_normalise', doubled(many._normalise))
 
 
 @pytest.mark.parametrize('M', [1, 3])
@@ -125,7 +144,10 @@ def test_a_training_is_the_serial_training(tasks, stats, in_double, M, given):
 
 def test_in_float32_and_bfloat16_models_learn_as_alone(tasks, stats):
     for precision in ('float32', 'bfloat16'):
-        recipe, before = replace(TINY, epochs=8, milestones=(6,), batch_size=32, precision=precision), torch.random.get_rng_state()
+        recipe, before = (
+            replace(TINY, epochs=8, milestones=(6,), batch_size=32, precision=precision),
+            torch.random.get_rng_state(),
+        )
         together = train_models(tasks, recipe, SEEDS, stats, 'cpu')
         alone = [train_model(*t, recipe, s, stats)[1] for t, s in zip(tasks, SEEDS)]
         assert torch.equal(before, torch.random.get_rng_state())
@@ -136,8 +158,12 @@ def test_in_float32_and_bfloat16_models_learn_as_alone(tasks, stats):
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
 def test_mean_accuracy_is_that_of_serial_runs_within_two_standard_errors(tasks, stats, precision):
     recipe, seeds = replace(TINY, precision=precision), range(8)
-    side_by_side = torch.tensor([m['val_accuracy'] for _, m in train_models([tasks[0]]*8, recipe, list(seeds), stats)], dtype=torch.double)
-    serial = torch.tensor([train_model(*tasks[0], recipe, s, stats)[1]['val_accuracy'] for s in seeds], dtype=torch.double)
+    side_by_side = torch.tensor(
+        [m['val_accuracy'] for _, m in train_models([tasks[0]] * 8, recipe, list(seeds), stats)], dtype=torch.double
+    )
+    serial = torch.tensor(
+        [train_model(*tasks[0], recipe, s, stats)[1]['val_accuracy'] for s in seeds], dtype=torch.double
+    )
     assert (side_by_side.mean() - serial.mean()).abs() <= 2*serial.std()/8**.5, (side_by_side, serial)
     assert .6 < serial.mean() < 1 and serial.std() > 0
 
@@ -153,9 +179,11 @@ class Spoil(Callback):
     def __init__(self, *models, epoch=1, where='weight'): self.models, self.at, self.where = models, epoch, where
     def spoil(self, v): each(v.data, self.model.M)[list(self.models)] = float('nan')
     def before_batch(self):
-        if self.where == 'weight' and (self.epoch, self.iter) == (self.at, 1): self.spoil(self.model.nets.layer2[0].conv1.weight)
+        if self.where == 'weight' and (self.epoch, self.iter) == (self.at, 1):
+            self.spoil(self.model.nets.layer2[0].conv1.weight)
     def after_batch(self):
-        if self.where == 'statistic' and (self.epoch, self.iter) == (self.at, 2): self.spoil(self.model.nets.bn1.running_var)
+        if self.where == 'statistic' and (self.epoch, self.iter) == (self.at, 2):
+            self.spoil(self.model.nets.bn1.running_var)
 
 
 @pytest.fixture(scope='module')
@@ -164,7 +192,9 @@ def sound(tasks, stats):
     with one_thread(): return train_models(tasks, TINY, SEEDS, stats, 'cpu')
 
 
-@pytest.mark.parametrize('where, words', [('weight', 'the loss is not finite in epoch 1, batch 1'), ('statistic', 'a weight or statistic is not finite after epoch 1')])
+@pytest.mark.parametrize('where, words', [
+    ('weight', 'the loss is not finite in epoch 1, batch 1'),
+    ('statistic', 'a weight or statistic is not finite after epoch 1')])
 def test_one_that_diverges_leaves_the_others_alone(tasks, stats, sound, where, words):
     class Log(Callback):
         def after_batch(self): assert torch.isfinite(self.loss)
@@ -172,7 +202,10 @@ def test_one_that_diverges_leaves_the_others_alone(tasks, stats, sound, where, w
     seen = []
     spoilt = train_models(tasks, TINY, SEEDS, stats, 'cpu', [Spoil(1, where=where), Log()])
     assert isinstance(spoilt[1], Diverged) and str(spoilt[1]) == words and seen == [[], [1], [1]]
-    assert all(same(spoilt[m][0], sound[m][0]) for m in (0, 2)) and spoilt[0][1]['val_accuracy'] == sound[0][1]['val_accuracy']
+    assert (
+        all(same(spoilt[m][0], sound[m][0]) for m in (0, 2))
+        and spoilt[0][1]['val_accuracy'] == sound[0][1]['val_accuracy']
+    )
 
 
 def test_when_all_diverge_training_ends(tasks, stats):
@@ -196,14 +229,21 @@ def test_resumed_is_uninterrupted(tmp_path, tasks, stats, spoilt):
     args = dict(stats=stats, device='cpu', every=1, keep=(1, 2), kept=lambda n, r: kept.append((n, r)))
     straight = train_models(tasks, TINY, SEEDS, cbs=[Spoil(*spoilt, epoch=0)], **args)
     assert [n for n, _ in kept] == [1, 2]
-    with pytest.raises(InterruptedError): train_models(tasks, TINY, SEEDS, cbs=[Spoil(*spoilt, epoch=0), CutOff()], checkpoint=file, **args)
+    with pytest.raises(InterruptedError):
+        train_models(tasks, TINY, SEEDS, cbs=[Spoil(*spoilt, epoch=0), CutOff()], checkpoint=file, **args)
     state, meta = load_model(file)
     assert meta['epoch'] == 2 and all(v.isfinite().all() for v in state.values())
     resumed = train_models(tasks, TINY, SEEDS, cbs=[Log()], checkpoint=file, **args)
     assert log == [2] and [n for n, _ in kept] == [1, 2]*2
     for m, (a, b) in enumerate(zip(straight, resumed)):
-        if m in spoilt: assert str(a) == str(b) and isinstance(b, Diverged) and isinstance(kept[0][1][m], Diverged)
-        else: assert same(a[0], b[0]) and a[1]['val_accuracy'] == b[1]['val_accuracy'] and kept[0][1][m][1]['val_accuracy'] <= 1
+        if m in spoilt:
+            assert str(a) == str(b) and isinstance(b, Diverged) and isinstance(kept[0][1][m], Diverged)
+        else:
+            assert (
+                same(a[0], b[0])
+                and a[1]['val_accuracy'] == b[1]['val_accuracy']
+                and kept[0][1][m][1]['val_accuracy'] <= 1
+            )
     log.clear()
     train_models(tasks, TINY, [1, 2, 3], cbs=[Log()], checkpoint=file, stats=stats, device='cpu')
     assert log == [0, 1, 2], "a checkpoint of other models was taken up"
@@ -212,15 +252,22 @@ def test_resumed_is_uninterrupted(tmp_path, tasks, stats, spoilt):
 def test_a_kept_network_is_what_it_is_alone(tasks, stats, in_double):
     kept, alone = {}, {}
     train_models(tasks, TINY, SEEDS, stats, 'cpu', keep=(2,), kept=lambda n, r: kept.update({n: r}))
-    train_model(*tasks[1], TINY, SEEDS[1], stats, [KeepEpochs((2,), lambda n, net: alone.update({n: copy.deepcopy(net)}))])
-    for k, v in alone[2].state_dict().items(): torch.testing.assert_close(kept[2][1][0].state_dict()[k], v, rtol=1e-8, atol=1e-9)
+    train_model(
+        *tasks[1], TINY, SEEDS[1], stats, [KeepEpochs((2,), lambda n, net: alone.update({n: copy.deepcopy(net)}))]
+    )
+    for k, v in alone[2].state_dict().items():
+        torch.testing.assert_close(kept[2][1][0].state_dict()[k], v, rtol=1e-8, atol=1e-9)
 
 
 class Waits(TorchDispatchMode):
     "Counts how often a number is fetched from a tensor, for which a GPU would have to be waited for"
     n = 0
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.n += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
+        self.n += func in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.equal.default,
+        )
         return func(*args, **(kwargs or {}))
 
 
@@ -234,19 +281,38 @@ def test_no_batch_waits_for_the_device(tasks, stats):
 def test_what_cannot_be_trained_together_is_said(tasks, stats):
     gens = [torch.Generator()]*2
     (x, y), valid = tasks[0]
-    for bad, words in [([(x, y), (x[:20], y[:20])], 'model 1 has 20 training images, model 0 has 150'), ([(x, y), (x[:, :, :7], y)], r'model 1 are \(1, 7, 8\), of model 0 \(1, 8, 8\)'),
-                       ([(x, y[:20])], '150 images and 20 labels'), ([(x, y)], '1 models, but 2 generators'), ([], '0 models')]:
+    for bad, words in [
+            ([(x, y), (x[:20], y[:20])], 'model 1 has 20 training images, model 0 has 150'),
+            ([(x, y), (x[:, :, :7], y)], r'model 1 are \(1, 7, 8\), of model 0 \(1, 8, 8\)'),
+            ([(x, y[:20])], '150 images and 20 labels'),
+            ([(x[:0], y[:0])], 'model 0 has no images'),
+            ([(x, y)], '1 models, but 2 generators'),
+            ([], '0 models')]:
         with pytest.raises(ValueError, match=words): MultiLoader(bad, TINY, stats, gens)
-    for nets, words in [([], '0 networks'), ([ResNet(8, 4), ResNet(14, 4)], "network 1 is .*14.*network 0 is .*8"), ([ResNet(8, 4), ResNet(8, 4, shortcut='pad_end')], 'pad_end')]:
+    for nets, words in [
+            ([], '0 networks'),
+            ([ResNet(8, 4), ResNet(14, 4)], "network 1 is .*14.*network 0 is .*8"),
+            ([ResNet(8, 4), ResNet(8, 4, shortcut='pad_end')], 'pad_end')]:
         with pytest.raises(ValueError, match=words): FusedModels(nets)
+    constant = (torch.zeros_like(x), y), valid
+    for how, words in [
+            (dict(tasks=[constant]), 'channel 0 .* is 0 in every pixel'),
+            (dict(device='meta'), "unknown device 'meta'"),
+            (dict(seeds=[2**70]), 'give a whole number'),
+            (dict(until=4), "recipe 'tiny' has 3"),
+            (dict(every=0), 'every 0 epochs: at least 1')]:
+        with pytest.raises(ValueError, match=words):
+            train_models(**dict(tasks=tasks[:1], recipe=TINY, seeds=[1], device='cpu') | how)
     with pytest.raises(ValueError, match='3 tasks, but 2 seeds'): train_models(tasks, TINY, [1, 2], stats, 'cpu')
     with pytest.raises(ValueError, match='pass a function'): train_models(tasks, TINY, SEEDS, stats, 'cpu', keep=(1,))
-    with pytest.raises(ValueError, match='20 training images'): train_models([tasks[0], ((x[:20], y[:20]), valid)], TINY, [1, 2], device='cpu')
+    with pytest.raises(ValueError, match='20 training images'):
+        train_models([tasks[0], ((x[:20], y[:20]), valid)], TINY, [1, 2], device='cpu')
 
 
 def test_on_a_machine_with_a_gpu_a_single_training_stays_on_the_cpu(tasks, stats, monkeypatch):
     "fastai moves a model to the GPU unless its batches say where they are"
-    for module in ('fastai.callback.core', 'fastai.learner'): monkeypatch.setattr(f'{module}.default_device', lambda *a: torch.device('meta'))
+    for module in ('fastai.callback.core', 'fastai.learner'):
+        monkeypatch.setattr(f'{module}.default_device', lambda *a: torch.device('meta'))
     net, _ = train_model(*tasks[0], replace(TINY, epochs=1), 0, stats)
     (other, _), = train_models(tasks[:1], replace(TINY, epochs=1), [0], stats, 'cpu')
     assert net.conv1.weight.device.type == other.conv1.weight.device.type == 'cpu'
@@ -256,9 +322,13 @@ def test_on_a_machine_with_a_gpu_a_single_training_stays_on_the_cpu(tasks, stats
 @pytest.mark.parametrize('precision', ['float32', 'auto'])
 def test_on_a_gpu_models_are_what_they_are_on_a_cpu(tasks, stats, precision):
     recipe = replace(TINY, epochs=1, precision=precision)
-    cpu, gpu = train_models(tasks, replace(recipe, precision='float32'), SEEDS, stats, 'cpu'), train_models(tasks, recipe, SEEDS, stats, 'cuda')
+    cpu, gpu = train_models(tasks, replace(recipe, precision='float32'), SEEDS, stats, 'cpu'), train_models(
+        tasks, recipe, SEEDS, stats, 'cuda'
+    )
     for (a, _), (b, m) in zip(cpu, gpu):
-        assert m['precision'] == (precision if precision != 'auto' else 'bfloat16') and b.conv1.weight.device.type == 'cpu'
+        assert (
+            m['precision'] == (precision if precision != 'auto' else 'bfloat16') and b.conv1.weight.device.type == 'cpu'
+        )
         if precision == 'float32': torch.testing.assert_close(a.conv1.weight, b.conv1.weight, rtol=1e-3, atol=1e-4)
         else: assert F.cosine_similarity(a.conv1.weight.flatten(), b.conv1.weight.flatten(), 0) > .95
     spoilt = train_models(tasks, recipe, SEEDS, stats, 'cuda', [Spoil(1, epoch=0)])
@@ -273,30 +343,55 @@ def zoo_gpu(monkeypatch):
 
 
 def test_every_network_of_the_gpu_benchmark_has_the_serial_gradients(zoo_gpu):
-    nets, xb, yb = [init_model(s, TINY).double() for s in SEEDS], torch.randn(5, 3, 3, 16, 16).double(), torch.randint(0, 2, (5, 3))
+    nets, xb, yb = (
+        [init_model(s, TINY).double() for s in SEEDS],
+        torch.randn(5, 3, 3, 16, 16).double(),
+        torch.randint(0, 2, (5, 3)),
+    )
     models = [cls(nets) for cls in (FusedModels, zoo_gpu.ChannelsFirst, zoo_gpu.Patches)]
     for m, net in enumerate(nets): F.cross_entropy(net(xb[:, m]), yb[:, m]).backward()
     for model in models:
         SummedLoss(model)(model(xb), yb).backward()
         for m, (net, back) in enumerate(zip(nets, model.unfuse())):
-            for p, q in zip(net.parameters(), model.parameters(), strict=True): torch.testing.assert_close(each(q.grad, 3)[m].view_as(p), p.grad)
+            for p, q in zip(net.parameters(), model.parameters(), strict=True):
+                torch.testing.assert_close(each(q.grad, 3)[m].view_as(p), p.grad)
             for k, v in net.state_dict().items(): torch.testing.assert_close(back.state_dict()[k], v)
 
 
 def test_gpu_benchmark_runs_at_a_small_size(zoo_gpu, tmp_path, capsys):
-    zoo_gpu.main(f'--device cpu --models 2 --images 12 --batch-size 8 --depth 8 --width 4 --repeats 1 --epochs 1 --workers 0 --out {tmp_path/"r.json"}'.split())
+    zoo_gpu.main(
+        '--device cpu --models 2 --images 12 --batch-size 8 --depth 8 --width 4 --repeats 1 --epochs 1 --workers 0'
+        f' --out {tmp_path/"r.json"}'.split()
+    )
     r = json.loads((tmp_path/'r.json').read_text())
-    assert set(r['checks']) == set(zoo_gpu.CANDIDATES) - zoo_gpu.ON_CUDA and not [v for v in r['checks'].values() if 'failed' in v]
-    for name, c in r['checks'].items(): assert c['isolated'] and c['step_difference'] < (.3 if 'bfloat16' in name else .05), (name, c)
+    assert set(r['checks']) == set(zoo_gpu.CANDIDATES) - zoo_gpu.ON_CUDA and not [
+        v for v in r['checks'].values() if 'failed' in v
+    ]
+    for name, c in r['checks'].items():
+        assert c['isolated'] and c['step_difference'] < (0.3 if 'bfloat16' in name else 0.05), (name, c)
     table = r['models']['2']
-    assert set(table) == {'fastai', 'lean', *r['checks']} and all(v['images_per_second']['median'] > 0 and v['over_fastai']['min'] > 0 for v in table.values())
+    assert set(table) == {'fastai', 'lean', *r['checks']} and all(
+        v['images_per_second']['median'] > 0 and v['over_fastai']['min'] > 0 for v in table.values()
+    )
     minutes = zoo_gpu.MODELSET500/table['fused_tf32']['images_per_second']['median']/60
-    assert table['fused_tf32']['minutes']['median'] == pytest.approx(minutes, rel=.01) and 'minutes for ModelSet500' in capsys.readouterr().out
+    assert (
+        table['fused_tf32']['minutes']['median'] == pytest.approx(minutes, rel=0.01)
+        and 'minutes for ModelSet500' in capsys.readouterr().out
+    )
 
 
 def test_gpu_benchmark_goes_on_when_a_candidate_fails(zoo_gpu):
     def full(*_): raise torch.cuda.OutOfMemoryError('CUDA out of memory.')
-    turns = [zoo_gpu.turn(dict(fastai=lambda *_: 100., lean=lambda *_: 200., fused=lambda *_: 900., patches=full), 8, zoo_gpu.Setup(torch.device('cpu'))) for _ in range(2)]
+    turns = [
+        zoo_gpu.turn(
+            dict(fastai=lambda *_: 100.0, lean=lambda *_: 200.0, fused=lambda *_: 900.0, patches=full),
+            8,
+            zoo_gpu.Setup(torch.device('cpu')),
+        )
+        for _ in range(2)
+    ]
     out = zoo_gpu.rows(turns)
-    assert out['patches'] == dict(failed='CUDA out of memory.') and out['fused']['over_fastai'] == dict(median=9, min=9, max=9)
+    assert out['patches'] == dict(failed='CUDA out of memory.') and out['fused']['over_fastai'] == dict(
+        median=9, min=9, max=9
+    )
     zoo_gpu.show(dict(patches=dict(failed='no such kernel')), {8: out})
