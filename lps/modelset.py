@@ -27,6 +27,7 @@ from lps.files import (
     marker_file,
     not_as_marked,
     not_finite,
+    not_real,
     pluralise,
     printable,
     read_model,
@@ -158,7 +159,7 @@ def _read_checked(path, built):
     why = not_as_marked(path, file.sha256) if marked else None
     if why: raise ValueError(f"{path.name} {why}")
     if 'task' not in file.meta: raise ValueError("no task in its metadata")
-    why = not_finite(file.state)
+    why = not_real(file.state) or not_finite(file.state)
     if why: raise ValueError(why)
     return _Found(_manifest_row(path.name, file.meta), _needed_shapes(file.state), file.sha256, digest(file.state))
 
@@ -264,17 +265,16 @@ def load_modelset(
         raise FileNotFoundError(f"no model set at {printable(path)}: it is not a folder, and there is no such file")
     found, bad = _read_folder(path)
     usual = _usual_shapes(found.values())
-    for name, model in found.items():
-        why = _mismatch(model.shapes, usual)
-        if why: bad[name] = why
+    odd = {name: _mismatch(model.shapes, usual) for name, model in found.items()}
+    bad |= {name: why for name, why in odd.items() if why}
     fit = {name: model for name, model in found.items() if name not in bad}
     if not fit:
-        raise ValueError(
-            f"no model in {printable(path)}: {rejection_summary(bad) if bad else 'no *.safetensors file in it'}"
-        )
+        why = rejection_summary(bad) if bad else 'no *.safetensors file in it'
+        raise ValueError(f"no model in {printable(path)}: {why}")
     if bad: warnings.warn(f"left out {rejection_summary(bad)}", stacklevel=2)
     return _folder_set(path, fit, bad, usual)
 
+# %% ../nbs/05_modelset.ipynb #dbb9acb2
 def _folder_set(path, fit, bad, shapes):
     "The model set of the fit models of a folder"
     manifest = pd.DataFrame([model.row for model in fit.values()]).sort_values(['task', 'run', 'file'])
@@ -285,11 +285,20 @@ def _folder_set(path, fit, bad, shapes):
 # %% ../nbs/05_modelset.ipynb #9ccec78d
 def _read_folder(path):
     "The models in a folder that can be read, and why the others cannot"
-    found, bad, built = {}, {}, (path/'build.json').exists()
+    found, built = {}, (path/'build.json').exists()
+    bad = {file.name: _not_read(file) for file in path.iterdir() if _not_read(file)}
     for file in sorted(path.glob('[!.]*.safetensors')):
         try: found[file.name] = _read_checked(file, built)
         except (ValueError, OSError) as e: bad[file.name] = _reason(e, file)
     return found, bad
+
+def _not_read(file):
+    "Why a file that looks like a model is not read, or None"
+    kind = file.suffix.lower()
+    if kind in ('.pt', '.pth', '.ckpt', '.bin'): return f"{kind} files are not read here: take it in with import_models"
+    if kind != '.safetensors': return None
+    if file.name.startswith('.'): return "a hidden file"
+    return None if file.suffix == kind else "its name does not end in .safetensors, in small letters"
 
 def _usual_shapes(models):
     "The shapes that most models have; of equally many, those that come first"
@@ -424,14 +433,13 @@ def pack(
     """
     if len(models) == 0: raise ValueError("a model set of 0 models cannot be packed: give one model at least")
     for layer in layers: _known_layer(models.shapes, layer)
+    if not layers: raise ValueError(f"no layer to pack: give one at least, of {', '.join(models.layers)}")
+    path = Path(path)
+    if path.resolve() in {(models.path/file).resolve() for file in models.manifest.file}:
+        raise ValueError(f"{printable(path)} is a model of this set: choose another file")
     norms = norms_of(models.shapes)
     kept = {*layers, *(norms[layer] for layer in layers if layer in norms)}
-    lacks = [layer for layer in models.layers if layer not in kept]
-    metas = [_packed_meta(models[i], sha, lacks, classes or {}) | dict(file=file)
-             for i, (file, sha) in enumerate(zip(models.manifest.file, models.hashes))]
-    common = {k: v for k, v in metas[0].items() if all(k in m and m[k] == v for m in metas)}
-    own = [{k: v for k, v in meta.items() if k not in common} for meta in metas]
-    packed = dict(common=common, models=own, stem=models.stem)
+    packed = _packed_models(models, kept, classes or {})
     tensors = models.weights([name for name in models.shapes if name.rpartition('.')[0] in kept])
     save_model(path, tensors, dict(packed=packed, about=about))
     return load_modelset(path)
@@ -440,10 +448,20 @@ def pack(
 def _packed_meta(model, sha256, lacks, classes):
     "A model's metadata in a packed set"
     meta = {key: value for key, value in model.meta.items() if key != 'layers'}
-    ids = meta.get('class_ids', meta.get('classes'))
-    if classes and ids:
-        meta |= dict(class_ids=ids, classes=[classes.get(c, old) for c, old in zip(ids, meta['classes'])])
-    return meta | dict(sha256=sha256, digest=model.digest, lacks=[*lacks, *meta.get('lacks', [])])
+    names = meta.get('classes') or []
+    ids = meta.get('class_ids') or names
+    if classes and ids: meta |= dict(class_ids=ids, classes=[classes.get(c, old) for c, old in zip(ids, names)])
+    return meta | dict(sha256=sha256, digest=model.digest, lacks=[*lacks, *(meta.get('lacks') or [])])
+
+def _packed_models(models, kept, classes):
+    "What a packed set says of its models: once what all have in common, then what is each one's own"
+    lacks, metas = [layer for layer in models.layers if layer not in kept], []
+    for model, file, sha256 in zip(models, models.manifest.file, models.hashes):
+        metas.append(_packed_meta(model, sha256, lacks, classes) | dict(file=file))
+    common = dict(metas[0])
+    for meta in metas: common = {key: value for key, value in common.items() if key in meta and meta[key] == value}
+    own = [{key: value for key, value in meta.items() if key not in common} for meta in metas]
+    return dict(common=common, models=own, stem=models.stem)
 
 # %% ../nbs/05_modelset.ipynb #8ef45634
 class PackedSource:
@@ -495,16 +513,19 @@ class _PackedModel:
     sha256: str
     digest: str
 
+# %% ../nbs/05_modelset.ipynb #eaf56468
 def _load_packed(path):
     "The model set in a packed file; raises `ValueError` with the reason for any other file"
     file = read_model(path)
     if 'packed' not in file.meta: raise ValueError(f"{printable(path.name)} is no packed model set: {_what_else(file)}")
-    try: metas, rows = _packed_models(file)
+    try:
+        header, metas = _pack_header(file)
+        rows = [_manifest_row(meta['file'], meta) for meta in metas]
+        _check_packed(file.state, metas)
     except ValueError as e: raise ValueError(f"{printable(path.name)} is a broken packed model set: {e}") from None
     shapes = {name: tuple(v.shape[1:]) for name, v in file.state.items()}
     about = file.meta.get('about')
-    stem = file.meta['packed'].get('stem')
-    source = PackedSource(file.state, metas, about if isinstance(about, dict) else {}, stem)
+    source = PackedSource(file.state, metas, about if isinstance(about, dict) else {}, header.stem)
     return ModelSet(path, pd.DataFrame(rows), rejected_table({}), shapes, source)
 
 def _what_else(file: ModelFile):
@@ -513,20 +534,23 @@ def _what_else(file: ModelFile):
     return printable(f"its metadata has {', '.join(file.meta)}")
 
 # %% ../nbs/05_modelset.ipynb #ce5b29a1
-def _packed_models(file):
-    "Metadata and manifest rows of a packed set's models; raises `ValueError` with the reason for a broken one"
+def _pack_header(file):
+    "What a packed set says of itself and of each model; raises `ValueError` with the reason for a broken one"
     header = checked(file.meta['packed'], _PackHeader, 'packed')
     metas = [header.common | own for own in header.models]
     if not metas: raise ValueError("it does not say which models it holds")
     for meta in metas: checked(meta, _PackedModel, 'model')
     names = {meta['file'] for meta in metas}
     if len(names) < len(metas): raise ValueError("two of its models have one name")
-    for name, v in file.state.items():
+    return header, metas
+
+def _check_packed(state, metas):
+    "Raises `ValueError` where stacked tensors are not those of so many models"
+    for name, v in state.items():
         if v.ndim < 2 or len(v) != len(metas):
             raise ValueError(f"{printable(name)} has shape {tuple(v.shape)} for {pluralise(len(metas), 'model')}")
-    why = not_finite(file.state)
+    why = not_real(state) or not_finite(state)
     if why: raise ValueError(why)
-    return metas, [_manifest_row(meta['file'], meta) for meta in metas]
 
 # %% ../nbs/05_modelset.ipynb #eb001496
 def bundled(
