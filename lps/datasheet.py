@@ -68,7 +68,7 @@ def _limits(training, n_tasks, n_planned, lacks):
 # %% ../nbs/07_datasheet.ipynb #e6b7ea5e
 @dataclass
 class _SheetMeta:
-    "What a datasheet reads of a model's metadata, beside `ModelMeta`"
+    "What a datasheet reads of a model's metadata, beside its task and accuracies"
     precision: str | None = None
     build_seed: int | None = None
     seconds: float | None = None
