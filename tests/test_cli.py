@@ -78,7 +78,7 @@ def test_help_of_the_command_lists_the_steps(tmp_path):
 
 
 def test_help_does_not_wait_for_torch(tmp_path):
-    code = "import sys; from lps.cli import main; main(['fit', '--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from lps.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=env(), capture_output=True).returncode == 0
 
 
@@ -106,7 +106,13 @@ MISTAKES = {
     'fit zoo --epochs ten': "Invalid value for '--epochs'",
     'fit zoo --epochs 0': "Invalid value for '--epochs'",
     'fit zoo --seed -1': "Invalid value for '--seed'",
-    'fit zoo --method magic': "'magic' is unknown: take one of lps, frobenius, fc",
+    'fit zoo --seed 1180591620717411303424': "Invalid value for '--seed'",
+    'zoo build new --device mps': "unknown device 'mps'",
+    'zoo build new --device meta': "unknown device 'meta'",
+    f'fit zoo --out {MODEL}': 'is there already and is not a method that lps fit wrote',
+    'fit zoo --out hello.json': 'is there already and is not a method that lps fit wrote',
+    'evaluate zoo --train 4 --out five.json': 'is there already and is not a file of results',
+    'fit zoo --method magic': "'magic' is unknown: take one of fc, frobenius, lps",
     'fit zoo --layers conv9': "no layer 'conv9' in these models: known are conv1, layer1.0.conv1",
     'fit nowhere': 'no model set at nowhere',
     'fit empty': 'no *.safetensors file in it',
@@ -128,7 +134,7 @@ MISTAKES = {
     'query nowhere zoo ' + MODEL: 'no model file nowhere',
     'query hello.json zoo ' + MODEL: 'hello.json is not a safetensors file',
     'query half.safetensors zoo ' + MODEL: 'half.safetensors is truncated',
-    f'query {MODEL} zoo {MODEL}': 'holds no second-order network',
+    f'query {MODEL} zoo {MODEL}': 'holds no fitted method',
     'query zoo-net.safetensors nowhere ' + MODEL: 'no model set at nowhere',
     'query zoo-net.safetensors empty ' + MODEL: 'no *.safetensors file in it',
     'query zoo-net.safetensors zoo nowhere.pt': 'no model file nowhere.pt',
@@ -137,7 +143,7 @@ MISTAKES = {
     'query zoo-net.safetensors zoo hello.json': 'hello.json: not a PyTorch file',
     'query zoo-net.safetensors zoo foreign/evil.pt': 'refused and not executed',
     'query zoo-net.safetensors zoo nan.pt': 'nan.pt is broken: conv1.weight holds NaN',
-    'query zoo-net.safetensors zoo zoo-net.safetensors': 'no layer conv1 in this model',
+    'query zoo-net.safetensors zoo zoo-net.safetensors': "no layer 'conv1' in these models",
     'query zoo-net.safetensors zoo wide/task00_run0.safetensors': 'compare models of one architecture',
     'query wide-net.safetensors zoo ' + MODEL: 'compare models of one architecture',
     f'query zoo-net.safetensors zoo {MODEL} -k 0': "Invalid value for '-k'",
@@ -274,3 +280,57 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
     assert p.returncode == 130 and err == 'lps: stopped; models that were finished are kept\n'
     ms = load_modelset(tmp_path/'zoo')
     assert 1 <= len(ms) < 200 and not len(ms.rejected)
+
+
+def test_a_fitted_method_may_be_fitted_again(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in ('0', '1'): assert main(['fit', str(world/'zoo'), '--epochs', '1', '--seed', seed]) == 0
+    assert load_model(tmp_path/'lps-net.safetensors')[1]['fitted']['config']['recipe']['seed'] == 1
+
+
+@pytest.mark.parametrize('words', [['fit', ''], ['zoo', 'build', ''], ['query', 'zoo-net.safetensors', 'zoo', ''],
+                                   ['zoo', 'import', 'foreign', ''], ['fit', 'zoo', '--out', '']])
+def test_an_empty_path_is_refused(words, world, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    before = everything(world)
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith('lps: ') and everything(world) == before
+
+
+def test_a_terminal_that_knows_ascii_only(world, tmp_path):
+    done = subprocess.run([LPS, 'query', world/'zoo-net.safetensors', world/'zoo', world/MODEL], cwd=tmp_path,
+                          env=env() | dict(PYTHONIOENCODING='ascii'), capture_output=True, text=True)
+    assert done.returncode == 0 and 'Closest models' in done.stdout, done.stderr
+    assert done.stdout.isascii()
+
+
+def test_escape_sequences_do_not_reach_the_terminal(world, tmp_path, monkeypatch, capsys):
+    torch.save({'\x1b]0;owned\x07.weight': torch.zeros(2, 2)}, tmp_path/'\x1b[31mred.pt')
+    monkeypatch.chdir(world)
+    assert main(['query', 'zoo-net.safetensors', 'zoo', str(tmp_path/'\x1b[31mred.pt')]) == 2
+    err = capsys.readouterr().err
+    assert err.count('\n') == 1 and err.rstrip('\n').isprintable() and r'\x1b[31mred.pt' in err
+
+
+def test_a_bug_shows_where_it_is(monkeypatch):
+    def broken(*args, **kwargs): raise KeyError('a bug')
+    monkeypatch.setattr('lps.modelset.load_modelset', broken)
+    with pytest.raises(KeyError): main(['fit', 'bundled'])
+
+
+@pytest.mark.parametrize('error', [MemoryError(), OSError(28, 'No space left on device', 'x'), ValueError('why'), RuntimeError('why')])
+def test_what_a_bad_machine_does_is_one_line(error, monkeypatch, capsys):
+    def fails(*args, **kwargs): raise error
+    monkeypatch.setattr('lps.modelset.load_modelset', fails)
+    assert main(['fit', 'bundled', '--out', 'nowhere.safetensors']) == 2
+    assert capsys.readouterr().err.count('\n') == 1
+
+
+def test_help_knows_what_is_registered(capsys, monkeypatch):
+    from lps import methods, tasks
+    monkeypatch.setitem(methods.METHODS, 'mine', replace(methods.METHODS['lps'], name='mine'))
+    monkeypatch.setitem(tasks.DATASETS, 'holidays', tasks.DataSet('holidays', None, 'mine'))
+    assert main(['fit', '--help']) == 0
+    assert 'lps, mine; baselines: fc, frobenius' in ' '.join(re.sub('[│╭╮╰╯─]', ' ', capsys.readouterr().out).split())
+    assert main(['zoo', 'build', '--help']) == 0
+    assert 'holidays' in capsys.readouterr().out
