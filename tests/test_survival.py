@@ -90,6 +90,7 @@ def child(n_ops, n_models):
     if n_ops: lps.files.os = DyingOs(n_ops)
     zoo.build({folder!r}, IMAGES, QUICK, n_models=n_models, **HOW)
 
+zoo.build({folder!r} + ' before', IMAGES, QUICK, n_models=1, **HOW)  # what is loaded at first use is loaded now
 print('ready', flush=True)
 for line in sys.stdin:
     seconds, n_ops, n_models = line.split()
@@ -131,7 +132,7 @@ def test_fifty_kills(tmp_path):
         assert p.stdout.readline() == 'ready\n'
         kept, seen = {}, {}
         for i in range(50):
-            when = dict(seconds=rng.uniform(.02, .3)) if i % 2 else dict(n_ops=rng.randint(1, 60))
+            when = dict(seconds=rng.uniform(.02, .6)) if i % 2 else dict(n_ops=rng.randint(1, 60))
             assert run(**when) == 9, "the build ended before it was killed"
             now, seen_now = finished(folder), epochs_begun(log)
             assert {k: now.get(k) for k in kept} == kept, "a finished model was lost or changed"
