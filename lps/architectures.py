@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .order_chain import resnet_spec
 from .resnet import ResNet, bn_of, branch_layers as resnet_branches, resnet_config, resnet_from_state
@@ -46,8 +46,9 @@ def _recognise_resnet(shapes, shortcut='pad_end', **hints):
 
 def _resnet_norms(config):
     "The batch normalisation after each convolution, those of shortcuts too"
-    with torch.device('meta'): modules = dict(ResNet(**config).named_modules())
-    return {name: bn_of(name) for name, module in modules.items() if isinstance(module, nn.Conv2d)}
+    convs = resnet_branches(config['depth'])
+    if config['shortcut'] == 'conv': convs += ['layer2.0.downsample.0', 'layer3.0.downsample.0']
+    return {conv: bn_of(conv) for conv in convs}
 
 register_architecture(Architecture(
     name='resnet',
@@ -88,10 +89,14 @@ def convolutions(
 def stem_of(
     shapes: dict,  # shape of each tensor by name, in forward order
 ) -> str|None:     # name of a layer; None where there is no convolution
-    "The layer that reads the image"
+    "The layer that reads the image; where nobody registered the network, the first that could read one"
     known = recognise(shapes)
     if known: return known[0].stem(known[1])
-    return next(iter(convolutions(shapes)), None)
+    layers = convolutions(shapes)
+    for channels in (3, 1):
+        for layer in layers:
+            if shapes[f'{layer}.weight'][1] == channels: return layer
+    return layers[0] if layers else None
 
 # %% ../nbs/02_architectures.ipynb #c4633770
 def branch_layers(
@@ -110,17 +115,38 @@ def norms_of(
     norms = known[0].norms(known[1]) if known else {layer: bn_of(layer) for layer in convolutions(shapes)}
     return {layer: norm for layer, norm in norms.items() if f'{norm}.running_var' in shapes and norm != layer}
 
+# %% ../nbs/02_architectures.ipynb #821f0a64
+def _not_weights(name, tensor):
+    "Why a tensor is none that a network could have, or None"
+    if not isinstance(tensor, Tensor): return f"is of type {type(tensor).__name__}: pass tensors by name"
+    if tensor.layout != torch.strided: return f"is {tensor.layout}: pass tensor.to_dense()"
+    if tensor.is_meta: return "is on meta and has no values: load the weights first"
+    if tensor.is_quantized: return "is quantised: pass tensor.dequantize()"
+    if not tensor.is_floating_point() and not name.endswith('num_batches_tracked'):
+        return f"is {tensor.dtype}: weights are floating-point numbers"
+    if tensor.numel()*tensor.element_size() > tensor.untyped_storage().nbytes():
+        return f"claims {tensor.numel()} values and holds fewer: pass tensor.contiguous() if that is meant"
+
+def _check_state(state):
+    "Raises `ValueError` for anything but tensors by name that hold what they claim"
+    if not isinstance(state, dict): raise ValueError(f"a {type(state).__name__} is no state dict: pass tensors by name")
+    for name, tensor in state.items():
+        if not isinstance(name, str): raise ValueError(f"{name!r} is no name of a tensor: names are text")
+        reason = _not_weights(name, tensor)
+        if reason: raise ValueError(f"{name!r} {reason}")
+
 # %% ../nbs/02_architectures.ipynb #fb418b6d
 def net_from_state(
     state: dict,  # tensors by name; any floating type
     **hints,      # what shapes cannot tell, such as shortcut='pad_both'
 ) -> nn.Module:   # the network in float32 and evaluation mode
     "Rebuild the network that a state dict belongs to; raises `ValueError` for a network that no entry knows"
+    _check_state(state)
     known = recognise(shapes_of(state), **hints)
     if known is None:
-        kinds, first = ', '.join(ARCHITECTURES), ', '.join(list(state)[:3])
+        kinds, first = ', '.join(ARCHITECTURES), list(state)[:3]
         raise ValueError(
-            f"no known architecture has the tensors {first}, …: known are {kinds}; register_architecture adds one"
+            f"no known architecture has tensors such as {first}: known are {kinds}; register_architecture adds one"
         )
     architecture, config = known
     return architecture.rebuild(state, config)

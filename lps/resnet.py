@@ -8,6 +8,7 @@ __all__ = ['SHORTCUTS', 'MAX_DEPTH', 'PadShortcut', 'check_depth', 'ResNet', 'br
 
 # %% ../nbs/00_resnet.ipynb #0c92a359
 import re
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +114,15 @@ def _resnet_config(shapes, shortcut):
     )
 
 # %% ../nbs/00_resnet.ipynb #ad26d5b2
+@lru_cache(maxsize=64)
+def _tensor_shapes(depth, width, n_classes, in_channels, shortcut):
+    "Shape of each tensor of such a network; from the third block of a stage on, all are like its second"
+    with torch.device('meta'): model = ResNet(min(depth, 14), width, n_classes, in_channels, shortcut)
+    for stage in (model.layer1, model.layer2, model.layer3):
+        for _ in range(2, (depth - 2)//6): stage.append(stage[1])
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+# %% ../nbs/00_resnet.ipynb #55463a20
 MAX_DEPTH = 1202  # layers of the deepest ResNet of He et al. 2016, §4.2
 
 def resnet_config(
@@ -125,11 +135,12 @@ def resnet_config(
         raise ValueError(f"not the state of a CIFAR ResNet: lacks {e}") from None
     if config['depth'] > MAX_DEPTH:
         raise ValueError(f"not the state of a CIFAR ResNet: {config['depth']} layers, {MAX_DEPTH} are the most")
-    try:
-        with torch.device('meta'): blank = ResNet(**config).state_dict()
+    empty = [name for name in ('width', 'n_classes', 'in_channels') if config[name] < 1]
+    if empty: raise ValueError(f"not the state of a CIFAR ResNet: {empty[0]} is {config[empty[0]]}, at least 1 is needed")
+    try: expected = _tensor_shapes(**config)
     except (ValueError, RuntimeError, TypeError) as e:
         raise ValueError(f"not the state of a CIFAR ResNet: {e}") from None
-    _check_tensors({name: tuple(t.shape) for name, t in blank.items()}, shapes)
+    _check_tensors(expected, shapes)
     return config
 
 # %% ../nbs/00_resnet.ipynb #2342f66a
