@@ -21,10 +21,14 @@ def zoo(tmp_path_factory):
 
 
 def test_splits_are_nested(zoo):
-    small, more_models, more_tasks = (curve_splits(zoo.labels, k, n, 1, n_splits=5) for k, n in ((3, 1), (3, 3), (5, 1)))
+    small, more_models, more_tasks = (
+        curve_splits(zoo.labels, k, n, 1, n_splits=5) for k, n in ((3, 1), (3, 3), (5, 1))
+    )
     for (a, b), (c, d), (e, f) in zip(small, more_models, more_tasks):
         assert set(a) < set(c) and set(b) == set(d) and set(a) < set(e) and set(b) < set(f) and not set(c) & set(d)
-        assert len(set(zoo.labels[a].tolist())) == 3 and sorted(zoo.labels[b].tolist()) == sorted(set(zoo.labels[a].tolist()))
+        assert len(set(zoo.labels[a].tolist())) == 3 and sorted(zoo.labels[b].tolist()) == sorted(
+            set(zoo.labels[a].tolist())
+        )
     assert len({tuple(b) for _, b in small}) > 1
 
 
@@ -39,7 +43,9 @@ def test_top1_is_that_of_classify_on_a_set_of_these_tasks(zoo):
     (train, test), = curve_splits(zoo.labels, 3, 3, 1, n_splits=1)
     some = np.sort(np.concatenate([train, test]))
     inside = tuple(np.searchsorted(some, i) for i in (train, test))
-    assert top1(zoo, [(train, test)], **HOW) == pytest.approx(classify(zoo[some], [inside], **HOW)["top-1"].tolist(), abs=1e-4)
+    assert top1(zoo, [(train, test)], **HOW) == pytest.approx(
+        classify(zoo[some], [inside], **HOW)["top-1"].tolist(), abs=1e-4
+    )
 
 
 def test_stopped_early_compares_the_same_models(zoo, tmp_path):
@@ -53,13 +59,60 @@ def test_stopped_early_compares_the_same_models(zoo, tmp_path):
 def test_curves_record_and_words(zoo):
     points = learning_curves(zoo, [3, 5], [1, 3], 1, n_splits=2, **HOW)
     assert [(p["curve"], p["x"], p["n_tasks"], p["n_train"]) for p in points] == [
-        ("tasks", 3, 3, 3), ("tasks", 5, 5, 3), ("models", 1, 5, 1), ("models", 3, 5, 3), ("epochs", 1, 5, 3), ("epochs", 2, 5, 3)]
+        ("tasks", 3, 3, 3),
+        ("tasks", 5, 5, 3),
+        ("models", 1, 5, 1),
+        ("models", 3, 5, 3),
+        ("epochs", 1, 5, 3),
+        ("epochs", 2, 5, 3),
+    ]
     assert points[1]["top1"] == points[3]["top1"] == points[5]["top1"]
     record = curve_record(zoo, points, name="toy", n_splits=2)
     assert str(zoo.path) not in str(record) and len(plot_curves(record).axes) == 6
     for p, high in zip(points, (.5, .9, .3, .9, .2, .9)): p["top1"] = [high - .01, high + .01]
     t = curve_table(record)
-    assert t.times.tolist() == pytest.approx([1.5, 4.5, 1.5, 4.5, 1, 4.5]) and "from 2 epochs of training on" in curve_text(record)
+    assert t.times.tolist() == pytest.approx(
+        [1.5, 4.5, 1.5, 4.5, 1, 4.5]
+    ) and "from 2 epochs of training on" in curve_text(record)
     points[5]["top1"] = [.1, .3]
     assert "at none of the epochs" in curve_text(record)
     assert "epoch" not in curve_text(curve_record(zoo, points[:4], name="toy"))
+
+
+def test_a_readable_epoch_exceeds_chance_by_a_standard_deviation():
+    """By two standard errors this record would be above chance: 28 % - 6.7 % > 20 %; by one standard deviation, 10.5
+    %, it is not
+    """
+    shares = [.18]*5 + [.38]*5
+    point = dict(curve="epochs", x=4, n_tasks=5, top1=shares, val_accuracy=None)
+    record = dict(settings=dict(name="toy"), points=[point])
+    assert np.mean(shares) - 2*np.std(shares, ddof=1)/10**.5 > 1/5 > np.mean(shares) - np.std(shares, ddof=1)
+    assert "at none of the epochs" in curve_text(record)
+    point["top1"] = [.23]*5 + [.33]*5
+    assert "from 4 epochs of training on" in curve_text(record)
+
+
+GOOD = dict(curve="tasks", x=2, n_tasks=2, top1=[.5, .6], val_accuracy=None)
+
+
+@pytest.mark.parametrize("change, field", [
+    (dict(curve="width"), "curve"), (dict(curve=None), "curve"), (dict(top1=[]), "top1"), (dict(top1="many"), "top1"),
+    (dict(top1=[float("nan")]), "top1"),
+    (dict(n_tasks=0), "n_tasks"), (dict(n_tasks="5"), "n_tasks"), (dict(x=None), "x"),
+])
+def test_a_broken_point_is_named(change, field):
+    record = dict(settings=dict(name="toy"), points=[GOOD, GOOD | change])
+    for f in (curve_table, curve_text, plot_curves):
+        with pytest.raises(ValueError, match=rf"'points\.1\.{field}"): f(record)
+
+
+@pytest.mark.parametrize("record, field", [
+    ({}, "settings"), (dict(settings={}), "points"), (dict(settings={}, points=[]), "points"),
+])
+def test_a_record_without_its_parts_is_named(record, field):
+    with pytest.raises(ValueError, match=f"'{field}'"): curve_table(record)
+
+
+def test_names_reach_the_text_escaped():
+    text = curve_text(dict(settings=dict(name="<img src=x>\x1b[2J"), points=[GOOD, GOOD | dict(x=3)]))
+    assert "<img" not in text and "\x1b" not in text and "&lt;img" in text
