@@ -26,7 +26,7 @@ PAPER = {
     'branches': dict(chance=2.0, found={'first': 79.8}, weak=(2, 13), none=(14, 19)),
 }
 
-# %% ../nbs/22_claims.ipynb #aa6583d4
+# %% ../nbs/22_claims.ipynb #9128bf13
 class Verdict(str, Enum):
     "What a result says about a claim"
     REPRODUCES = 'reproduces'
@@ -58,7 +58,7 @@ def verdict(
     if mean > spread(difference): return Verdict.REPRODUCES
     return Verdict.NOT_DECIDED
 
-# %% ../nbs/22_claims.ipynb #0a01b326
+# %% ../nbs/22_claims.ipynb #2397dc91
 def at_chance(
     values: np.ndarray, # percentages, one a split
     chance: float,      # percentage
@@ -70,7 +70,7 @@ def at_chance(
     if abs(np.mean(values) - chance) <= sd: return Verdict.REPRODUCES
     return Verdict.FAILS
 
-# %% ../nbs/22_claims.ipynb #db75cfe3
+# %% ../nbs/22_claims.ipynb #65057068
 def share_of_way(
     percent: np.ndarray, # percentages
     chance: float,       # theirs
@@ -92,7 +92,7 @@ def reaches(
     if way.mean() > sd: return Verdict.REPRODUCES
     return Verdict.NOT_DECIDED
 
-# %% ../nbs/22_claims.ipynb #2459d54a
+# %% ../nbs/22_claims.ipynb #fae5f715
 def stays_below(
     values: np.ndarray,  # percentages, one a split
     chance: float,       # theirs
@@ -107,7 +107,7 @@ def stays_below(
     if way.mean() - sd <= share_of_way(paper, paper_chance): return Verdict.REPRODUCES
     return Verdict.FAILS
 
-# %% ../nbs/22_claims.ipynb #5e4816ce
+# %% ../nbs/22_claims.ipynb #87779e94
 @dataclass(frozen=True)
 class Claim:
     "One claim of the paper beside what a result says about it"
@@ -145,7 +145,7 @@ def listed(
     "Each method's title with its mean and standard deviation"
     return ', '.join(f"{method_title(m)} {mean_sd(v)}" for m, v in values.items())
 
-# %% ../nbs/22_claims.ipynb #23b6592b
+# %% ../nbs/22_claims.ipynb #7f3245d8
 @dataclass(frozen=True)
 class TableValues:
     "Percentages of Table 1 or 2: the baselines, LPS, and every other method"
@@ -171,7 +171,7 @@ def table_values(
     others = {m: v for m, v in values.items() if m != 'lps' and m not in baselines}
     return TableValues(baselines, values['lps'], others, chance)
 
-# %% ../nbs/22_claims.ipynb #ad88139e
+# %% ../nbs/22_claims.ipynb #e2be8084
 def _weak_without(v, paper):
     "The baselines' claim"
     said = paper['found']
@@ -182,7 +182,7 @@ def _weak_without(v, paper):
         found=f"{listed(v.baselines)}; chance {v.chance:.1f}",
         verdict=stays_below(mean, v.chance, (said['fc'] + said['frobenius'])/2, paper['chance']),
         number=f'{mean.mean():.1f} %',
-        of=f"mean {paper['measure']} of the baselines",
+        of='mean of the baselines',
     )
 
 def _better_with(v, paper):
@@ -195,10 +195,10 @@ def _better_with(v, paper):
         found=f"LPS {mean_sd(v.lps)}, best baseline {mean_sd(v.strongest)}{others}, chance {v.chance:.1f}",
         verdict=verdict(v.lps - v.strongest),
         number=signed(v.lps - v.strongest),
-        of=f"{paper['measure']} of LPS minus that of the best baseline, points",
+        of='LPS − best baseline, points',
     )
 
-# %% ../nbs/22_claims.ipynb #156249b0
+# %% ../nbs/22_claims.ipynb #950ce8e3
 def _height(v, paper):
     "The claim of LPS's height"
     said, measure = paper['found']['lps'], paper['measure']
@@ -208,7 +208,7 @@ def _height(v, paper):
         found=f'LPS {mean_sd(v.lps)}; chance {v.chance:.1f}',
         verdict=reaches(v.lps, v.chance, said, paper['chance']),
         number=f'{v.lps.mean():.1f} %',
-        of=f'{measure} of LPS',
+        of='LPS',
     )
 
 def table_claims(
@@ -219,7 +219,7 @@ def table_claims(
     values = table_values(record, paper['measure'])
     return [_weak_without(values, paper), _better_with(values, paper), _height(values, paper)]
 
-# %% ../nbs/22_claims.ipynb #5aac2b0a
+# %% ../nbs/22_claims.ipynb #4ac569c5
 def _first_is_best(v, chance, paper):
     "v: top-1 of each branch, in percent, `(branches, splits)`"
     best = 1 + v[1:].mean(1).argmax()
@@ -229,7 +229,7 @@ def _first_is_best(v, chance, paper):
         found=f"first {mean_sd(v[0])}; best of the others, branch {best + 1}, {mean_sd(v[best])}; chance {chance:.1f}",
         verdict=verdict(v[0] - v[best]),
         number=signed(v[0] - v[best]),
-        of='top-1 of the first branch minus that of the next best, points',
+        of='first − next best, points',
     )
 
 def _weak_branches(v, chance, paper):
@@ -241,10 +241,10 @@ def _weak_branches(v, chance, paper):
         found=f'mean {mean_sd(weak)}; chance {chance:.1f}',
         verdict=verdict(weak - chance),
         number=signed(weak - chance),
-        of='mean top-1 minus chance, points',
+        of='mean − chance, points',
     )
 
-# %% ../nbs/22_claims.ipynb #9566b211
+# %% ../nbs/22_claims.ipynb #5ac31cbb
 def _branches_at_chance(v, chance, paper, learned):
     "learned: what the file says of the models that each branch learned from, as shares; None: nothing"
     first, last = paper['none']
@@ -256,7 +256,7 @@ def _branches_at_chance(v, chance, paper, learned):
         found=f'mean {mean_sd(none)}{known}; chance {chance:.1f}',
         verdict=at_chance(none, chance),
         number=signed(none - chance),
-        of='mean top-1 minus chance, points',
+        of='mean − chance, points',
     )
 
 def branch_claims(
@@ -271,7 +271,7 @@ def branch_claims(
     at_the_end = _branches_at_chance(v, chance, paper, learned)
     return [_first_is_best(v, chance, paper), _weak_branches(v, chance, paper), at_the_end]
 
-# %% ../nbs/22_claims.ipynb #fc9efe7d
+# %% ../nbs/22_claims.ipynb #22103733
 def alignment_claims(
     record: dict, # a result file of the experiment on alignment
     paper: dict,  # not used: the paper gives no number
@@ -289,11 +289,11 @@ def alignment_claims(
             found=f"mean over branches: both {both}, {without} {mean_sd(v[without])}, neither {neither}; {at}",
             verdict=verdict(v['both'] - v[without]),
             number=signed(v['both'] - v[without]),
-            of='mean top-1 with it minus without it, points',
+            of='with − without, points',
         ))
     return found
 
-# %% ../nbs/22_claims.ipynb #2ccfeb94
+# %% ../nbs/22_claims.ipynb #15e7d825
 def fusion_claims(
     record: dict, # a result file of the experiment on fusion
     paper: dict,  # not used: the paper gives no number
@@ -309,10 +309,10 @@ def fusion_claims(
         found=f"{fused} {mean_sd(v[fused])}, {alone} {mean_sd(v[alone])}; chance {chance_percent(record):.1f}",
         verdict=verdict(gain).opposite,
         number=signed(gain),
-        of='top-1 of the best fusion minus that of the best branch, points',
+        of='best fusion − best branch, points',
     )]
 
-# %% ../nbs/22_claims.ipynb #883d66d0
+# %% ../nbs/22_claims.ipynb #d0fed197
 def transfer_claims(
     record: dict, # a result file of the experiment on transfer
     paper: dict,  # not used: the paper gives no number
@@ -328,5 +328,5 @@ def transfer_claims(
         found=interval.replace('-', '−'),
         verdict=verdicts.get(finding(rho), Verdict.NOT_DECIDED),
         number=f"{rho['rho']:.2f}".replace('-', '−'),
-        of="Spearman's ρ over pairs of tasks",
+        of="Spearman's ρ",
     )]

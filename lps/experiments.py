@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'SMALL_FIT', 'SIGNS', 'VERDICT_COLOURS', 'CELL_STYLE', 'Experiment', 'register_experiment',
            'plot_table', 'runs_table', 'fusion_words', 'triplet_words', 'open_models', 'result_path', 'kind_of',
-           'result_files', 'caption', 'claims_of', 'claims_table', 'in_words', 'show_result', 'show_results',
-           'grid_row', 'grid_entry', 'overview', 'entry_html', 'legend_html', 'claim_html', 'show_overview',
-           'same_networks']
+           'result_files', 'caption', 'claims_of', 'claims_table', 'in_words', 'entry_html', 'verdict_html',
+           'legend_html', 'show_result', 'show_results', 'grid_row', 'grid_entry', 'overview', 'claim_html',
+           'show_overview', 'same_networks']
 
 # %% ../nbs/23_experiments.ipynb #d6bcf658
 import html, re
@@ -25,14 +25,14 @@ from .curves import curve_summary, curve_text
 from .evaluate import chance_curves, summary
 from .files import checked, printable
 from .modelset import ModelSet, load_modelset
-from .plots import (alignment_table, chance_percent, percent, plot_alignment, plot_branches, plot_curves,
-                       plot_fusion, plot_rank_k, plot_transfer, plot_triplet)
+from .plots import (chance_percent, percent, plot_alignment, plot_branches, plot_curves, plot_fusion, plot_rank_k,
+                       plot_transfer, plot_triplet)
 from .records import read_record, record_marks, record_text, runs_of
 from .train import recipes
 from .transfer import transfer_table, transfer_text
 from .zoo import build
 
-# %% ../nbs/23_experiments.ipynb #ffde1911
+# %% ../nbs/23_experiments.ipynb #d894c81f
 @dataclass(frozen=True)
 class Experiment:
     "What the rest of the library needs to know of an experiment"
@@ -40,7 +40,7 @@ class Experiment:
     title: str                    # as a heading
     where: str                    # in the paper
     plot: Callable                # record → axes or figure
-    table: Callable               # record → DataFrame for people
+    table: Callable|None = None   # record → DataFrame for people, where the figure does not say it all
     paper: dict = field(default_factory=dict) # the paper's numbers
     claims: Callable|None = None  # (record, paper) → `Claim`s; None: the paper claims nothing that can be compared
     words: Callable|None = None   # record → Markdown: what it says beside the claims
@@ -49,7 +49,7 @@ class Experiment:
     variant: str = ''             # what tells two of its files on one model set apart, with names of settings in braces
     notebook: str|Path = ''       # where its notebook is; default: among this project's
 
-# %% ../nbs/23_experiments.ipynb #713ba290
+# %% ../nbs/23_experiments.ipynb #9b840b71
 EXPERIMENTS = {}
 
 def register_experiment(
@@ -63,7 +63,7 @@ def register_experiment(
     EXPERIMENTS[kind] = experiment
     return experiment
 
-# %% ../nbs/23_experiments.ipynb #6a3bee00
+# %% ../nbs/23_experiments.ipynb #672621a2
 def plot_table(
     record: dict, # a result file of Table 1 or 2
 ):                # axes
@@ -79,7 +79,7 @@ def runs_table(
     "Mean and standard deviation of each method, beside chance"
     return summary(runs_of(record), record['n_right'])
 
-# %% ../nbs/23_experiments.ipynb #3c00f79a
+# %% ../nbs/23_experiments.ipynb #391fec4c
 SMALL_FIT = dict(n_models=4, zoo_epochs=1, n_splits=2, n_filters=8, epochs=3, workers=1)
 
 register_experiment(Experiment(
@@ -101,10 +101,10 @@ register_experiment(Experiment(
     paper=PAPER['table2'],
     claims=table_claims,
     small=SMALL_FIT | dict(model_set='digits', n_query=1),
-    variant='{n_test_tasks} unseen tasks',
+    variant='{n_test_tasks} unseen',
 ));
 
-# %% ../nbs/23_experiments.ipynb #2c008dea
+# %% ../nbs/23_experiments.ipynb #f42ede76
 register_experiment(Experiment(
     kind='learning_curve',
     title='Learning curves',
@@ -126,7 +126,7 @@ register_experiment(Experiment(
     needs=('all layers', 'images'),
 ));
 
-# %% ../nbs/23_experiments.ipynb #608bf43a
+# %% ../nbs/23_experiments.ipynb #564964c2
 def fusion_words(
     record: dict, # a result file of the experiment on fusion
 ) -> str:         # Markdown
@@ -134,13 +134,12 @@ def fusion_words(
     chosen, oracle = ', '.join(record['chosen']), ', '.join(record['oracle'])
     return f"The best branches on held-out models: {chosen}; on the test models: {oracle}."
 
-# %% ../nbs/23_experiments.ipynb #5f62170e
+# %% ../nbs/23_experiments.ipynb #228ac254
 register_experiment(Experiment(
     kind='branches',
     title='Branches',
     where='Fig. (b), §5.4',
     plot=plot_branches,
-    table=runs_table,
     paper=PAPER['branches'],
     claims=branch_claims,
     small=SMALL_FIT | dict(n_train=2),
@@ -151,13 +150,12 @@ register_experiment(Experiment(
     title='Alignment of filters and channels',
     where='Fig. (c), §5.5',
     plot=plot_alignment,
-    table=alignment_table,
     claims=alignment_claims,
     small=SMALL_FIT | dict(n_train=2),
     needs=('all layers',),
 ));
 
-# %% ../nbs/23_experiments.ipynb #212ffcf1
+# %% ../nbs/23_experiments.ipynb #617cfa66
 def _all_of(runs, measure):
     "Each method with its mean and standard deviation"
     return ', '.join(f"{m} {mean_sd(percent(runs, m, measure))}" for m in runs.index.unique('method'))
@@ -170,7 +168,7 @@ def triplet_words(
     known = _all_of(runs_of(record['classification']), 'top-1')
     return f"Rank-1 for unseen tasks: {unseen}. Top-1 for known tasks: {known}; chance {chance_percent(record):.1f}."
 
-# %% ../nbs/23_experiments.ipynb #d1024db7
+# %% ../nbs/23_experiments.ipynb #e0d75853
 register_experiment(Experiment(
     kind='fusion',
     title='Fusion of all branches',
@@ -192,7 +190,7 @@ register_experiment(Experiment(
     small=SMALL_FIT | dict(model_set='digits', n_train=2, n_query=1, bs=6, per_task=2),
 ));
 
-# %% ../nbs/23_experiments.ipynb #97308c42
+# %% ../nbs/23_experiments.ipynb #35abbfe6
 def open_models(
     model_set: str,          # a folder, 'bundled', or 'digits', which are built
     runs: str|Path='../../runs', # folder for what is built
@@ -217,7 +215,7 @@ def open_models(
         keep=keep,
     )
 
-# %% ../nbs/23_experiments.ipynb #808bd15d
+# %% ../nbs/23_experiments.ipynb #96dd40f6
 def result_path(
     results: str|Path, # folder for result files, which need not exist
     kind: str,         # of a registered experiment
@@ -232,7 +230,7 @@ def result_path(
     if Path(results).is_file(): raise ValueError(f"{results} is a file: give a folder for result files")
     return path
 
-# %% ../nbs/23_experiments.ipynb #536398ad
+# %% ../nbs/23_experiments.ipynb #081d06c9
 def kind_of(
     path: str|Path, # a result file
 ) -> str:           # a key of `EXPERIMENTS`; ValueError for a file of anything else
@@ -281,7 +279,7 @@ def caption(
     text = html.escape(printable(text), quote=False)
     return f"{text} *Marked: {marks}.*" if marks else text
 
-# %% ../nbs/23_experiments.ipynb #9c0d39c0
+# %% ../nbs/23_experiments.ipynb #410fb6cd
 def claims_of(
     path: str|Path,  # a result file's name
     record: dict,    # what is in it
@@ -302,7 +300,7 @@ def claims_table(
     for c in claims_of(path, record): rows.append([c.says, c.paper, c.found, str(c.verdict)])
     return pd.DataFrame(rows, columns=['the paper says', 'its numbers', 'found here', 'verdict'])
 
-# %% ../nbs/23_experiments.ipynb #87d96f3f
+# %% ../nbs/23_experiments.ipynb #516eb59a
 def in_words(
     path: str|Path,  # a result file's name
     record: dict,    # what is in it
@@ -311,7 +309,37 @@ def in_words(
     words = EXPERIMENTS[kind_of(path)].words
     return words(record) if words else ''
 
-# %% ../nbs/23_experiments.ipynb #4aa03dfd
+# %% ../nbs/23_experiments.ipynb #6f840202
+SIGNS = {Verdict.REPRODUCES: '✓', Verdict.NOT_DECIDED: '?', Verdict.FAILS: '✗'}
+VERDICT_COLOURS = {  # ground, letters
+    '✓': ('#cfe6f5', '#00395c'),
+    '?': ('#eaeaea', '#333333'),
+    '✗': ('#fad9c3', '#662700'),
+}
+
+def entry_html(
+    text: str, # entries of one cell, from `overview`, one a line
+) -> str:
+    "Entries in their verdict's colour"
+    spans = []
+    for entry in text.splitlines():
+        ground, letters = VERDICT_COLOURS[entry[0]]
+        style = f'background:{ground};color:{letters};padding:0 .3em'
+        spans.append(f'<span style="{style}">{html.escape(printable(entry))}</span>')
+    return '<br>'.join(spans)
+
+def verdict_html(
+    verdict: str, # a value of `Verdict`
+) -> str:
+    "A verdict with its sign, in its colour"
+    return entry_html(f'{SIGNS[Verdict(verdict)]} {verdict}')
+
+def legend_html() -> str:
+    "Each verdict in its colour"
+    entries = [f"{entry_html(sign)} {verdict}" for verdict, sign in SIGNS.items()]
+    return f"<p>{' &nbsp; '.join(entries)} &nbsp; empty: not measured, or no claim</p>"
+
+# %% ../nbs/23_experiments.ipynb #2e6c5787
 def show_result(
     path: str|Path,    # a result file's name
     record: dict,      # what is in it
@@ -319,12 +347,13 @@ def show_result(
 ):
     "Show a result: caption, figure, table, claims, words"
     experiment, name = EXPERIMENTS[kind_of(path)], printable(record['settings']['name'])
-    display(Markdown(f"**{html.escape(name)}**, `results/{Path(path).name}`: {caption(record)}"))
+    display(Markdown(f"#### {html.escape(name)}"))
+    display(Markdown(f"`results/{printable(Path(path).name)}`: {caption(record)}"))
     experiment.plot(record)
     plt.show()
-    if tables: display(experiment.table(record))
+    if tables and experiment.table: display(experiment.table(record))
     claims = claims_table(path, record)
-    if len(claims): display(claims.style.hide())
+    if len(claims): display(claims.style.hide().format({'verdict': verdict_html}))
     words = in_words(path, record)
     if words: display(Markdown(words))
 
@@ -338,14 +367,7 @@ def show_results(
     for path, record in found.items(): show_result(path, record, tables)
     if not found: display(Markdown(f"There is no result of {EXPERIMENTS[kind].title.lower()} yet."))
 
-# %% ../nbs/23_experiments.ipynb #a833cd2c
-SIGNS = {Verdict.REPRODUCES: '✓', Verdict.NOT_DECIDED: '?', Verdict.FAILS: '✗'}
-VERDICT_COLOURS = {  # ground, letters
-    '✓': ('#cfe6f5', '#00395c'),
-    '?': ('#eaeaea', '#333333'),
-    '✗': ('#fad9c3', '#662700'),
-}
-
+# %% ../nbs/23_experiments.ipynb #b7509507
 def grid_row(
     experiment: Experiment,
     claim: Claim,
@@ -378,33 +400,16 @@ def overview(
     cells = entries.groupby([*rows, 'model set'], sort=False).entry.agg('\n'.join).unstack(fill_value='')
     return cells.loc[entries[rows].drop_duplicates().apply(tuple, axis=1)] if len(cells) else cells
 
-# %% ../nbs/23_experiments.ipynb #f3aa09f7
-CELL_STYLE = 'padding:.25em .5em;border:1px solid #ccc;vertical-align:top;text-align:left'
-
-def entry_html(
-    text: str, # entries of one cell, from `overview`, one a line
-) -> str:
-    "Entries in their verdict's colour"
-    spans = []
-    for entry in text.splitlines():
-        ground, letters = VERDICT_COLOURS[entry[0]]
-        style = f'background:{ground};color:{letters};padding:0 .3em;white-space:nowrap'
-        spans.append(f'<span style="{style}">{html.escape(printable(entry))}</span>')
-    return '<br>'.join(spans)
-
-def legend_html() -> str:
-    "Each verdict in its colour"
-    entries = [f"{entry_html(sign)} {verdict}" for verdict, sign in SIGNS.items()]
-    return f"<p>{' &nbsp; '.join(entries)} &nbsp; empty: not measured, or no claim</p>"
+# %% ../nbs/23_experiments.ipynb #4cddeea4
+CELL_STYLE = 'padding:.1em .4em;border:1px solid #ccc;text-align:left;line-height:1.25'
 
 def claim_html(
     row: tuple, # from `grid_row`
 ) -> str:
     "A claim with its place in the paper, and what its number is in small letters"
     where, says, of = map(html.escape, row)
-    return f'<b>{says}</b> ({where})<br><small>{of}</small>'
+    return f'<small>{where}:</small> {says} <small>({of})</small>'
 
-# %% ../nbs/23_experiments.ipynb #cac7149e
 def show_overview(
     folder: str|Path, # folder with result files
 ) -> HTML:            # table with its legend, wide ones scroll
@@ -414,8 +419,8 @@ def show_overview(
     rows = [f'<tr><th style="{CELL_STYLE}">claim of the paper</th>{head}</tr>']
     for row, values in grid.iterrows():
         cells = ''.join(f'<td style="{CELL_STYLE}">{entry_html(text)}</td>' for text in values)
-        rows.append(f'<tr><td style="{CELL_STYLE};min-width:11em">{claim_html(row)}</td>{cells}</tr>')
-    table = f"<table style='border-collapse:collapse;font-size:.9em'>{''.join(rows)}</table>"
+        rows.append(f'<tr><td style="{CELL_STYLE};min-width:13em">{claim_html(row)}</td>{cells}</tr>')
+    table = f"<table style='border-collapse:collapse;font-size:.85em'>{''.join(rows)}</table>"
     return HTML(f'{legend_html()}<div style="overflow-x:auto">{table}</div>')
 
 # %% ../nbs/23_experiments.ipynb #58c352e4
