@@ -2,7 +2,8 @@
 
     python benchmarks/align.py
 
-A 64×64×3×3 layer of 8 models, P = 100, Q = 64, float32, one thread. Each repeat is a process of its own, the two in turn; its time is that of the
+A 64×64×3×3 layer of 8 models, P = 100, Q = 64, float32, one thread. Each repeat is a process of its own, the two in
+turn; its time is that of the
 second of two passes, its memory what the process's peak has grown by. Writes benchmarks/results/align.json.
 """
 import json
@@ -41,7 +42,9 @@ def measure(name):
         start = time.perf_counter()
         f(weight, second_order).square().sum().backward()
         seconds = time.perf_counter() - start
-    return dict(seconds=seconds, mb=peak_mb() - before, grads=[weight.grad.norm().item(), second_order.grad.norm().item()])
+    return dict(
+        seconds=seconds, mb=peak_mb() - before, grads=[weight.grad.norm().item(), second_order.grad.norm().item()]
+    )
 
 
 def main():
@@ -55,11 +58,18 @@ def main():
     ratios = {k: [a[k]/b[k] for a, b in zip(*runs.values())] for k in ("seconds", "mb")}
     rows = {n: {k: round(statistics.median(r[k] for r in rs), 3) for k in ("seconds", "mb")} for n, rs in runs.items()}
     result = dict(
-        command="python benchmarks/align.py", what=f"forward + backward, weight {SHAPE}, second order ({P}, {Q}, 3, 3), float32, 1 thread",
-        repeats=REPEATS, median=rows,
-        times_faster={f: round(g(ratios["seconds"]), 2) for f, g in (("min", min), ("median", statistics.median), ("max", max))},
-        times_less_memory={f: round(g(ratios["mb"]), 1) for f, g in (("min", min), ("median", statistics.median), ("max", max))},
-        **provenance())
+        command="python benchmarks/align.py",
+        what=f"forward + backward, weight {SHAPE}, second order ({P}, {Q}, 3, 3), float32, 1 thread",
+        repeats=REPEATS,
+        median=rows,
+        times_faster={
+            f: round(g(ratios["seconds"]), 2) for f, g in (("min", min), ("median", statistics.median), ("max", max))
+        },
+        times_less_memory={
+            f: round(g(ratios["mb"]), 1) for f, g in (("min", min), ("median", statistics.median), ("max", max))
+        },
+        **provenance(),
+    )
     write_json(Path(__file__).parent/"results/align.json", result)
     print(json.dumps({k: result[k] for k in ("median", "times_faster", "times_less_memory")}, indent=2))
 

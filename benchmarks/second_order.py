@@ -1,10 +1,14 @@
-"""Fitting branch 1 on 400 models of 50 tasks, 100 epochs at minibatch 1: our fit against the plain Learner loop, in one run
+"""Fitting branch 1 on 400 models of 50 tasks, 100 epochs at minibatch 1: our fit against the plain Learner loop, in
+one run
 
     python benchmarks/second_order.py
 
-Random stems of the paper's shape (16×3×3×3) stand in for the models: the work does not depend on their values. One thread. The whole fit is timed
-once a repeat; the plain loop, one Learner batch a model, is timed over 5 of the 100 epochs and scaled, the two in turn. Both give the same
-weights to the bit, which is checked over 5 epochs. Then one branch of each size that a ResNet20 has, 80 models: a step of ours and of the plain loop, in turn, and
+Random stems of the paper's shape (16×3×3×3) stand in for the models: the work does not depend on their values. One
+thread. The whole fit is timed
+once a repeat; the plain loop, one Learner batch a model, is timed over 5 of the 100 epochs and scaled, the two in
+turn. Both give the same
+weights to the bit, which is checked over 5 epochs. Then one branch of each size that a ResNet20 has, 80 models: a
+step of ours and of the plain loop, in turn, and
 what all 19 branches would take for 300 epochs. Writes benchmarks/results/second_order.json.
 """
 import json
@@ -20,25 +24,42 @@ from lps.modelset import load_modelset
 from lps.second_order import fit
 
 TASKS, MODELS, EPOCHS, PLAIN_EPOCHS, REPEATS = 50, 8, 100, 5, 3
-SIZES = {(16, 3): 1, (16, 16): 6, (32, 16): 1, (32, 32): 5, (64, 32): 1, (64, 64): 5}  # filters and channels: branches of this size in a ResNet20
+SIZES = {
+    (16, 3): 1,
+    (16, 16): 6,
+    (32, 16): 1,
+    (32, 32): 5,
+    (64, 32): 1,
+    (64, 64): 5,
+}  # filters and channels: branches of this size in a ResNet20
 
 
 def random_models(folder):
     for t in range(TASKS):
         for r in range(MODELS):
-            save_model(f"{folder}/task{t:02d}_run{r}.safetensors", {"conv1.weight": 0.3*torch.randn(16, 3, 3, 3)}, dict(task=t, run=r))
+            save_model(
+                f"{folder}/task{t:02d}_run{r}.safetensors",
+                {"conv1.weight": 0.3 * torch.randn(16, 3, 3, 3)},
+                dict(task=t, run=r),
+            )
     return load_modelset(folder)
 
 
 def deep_models(folder, tasks=10, models=8):
     for t in range(tasks):
         for r in range(models):
-            save_model(f"{folder}/task{t:02d}_run{r}.safetensors", {f"layer_{n}_{c}.weight": (2/(9*n))**.5*torch.randn(n, c, 3, 3) for n, c in SIZES}, dict(task=t, run=r))
+            save_model(
+                f"{folder}/task{t:02d}_run{r}.safetensors",
+                {f"layer_{n}_{c}.weight": (2 / (9 * n)) ** 0.5 * torch.randn(n, c, 3, 3) for n, c in SIZES},
+                dict(task=t, run=r),
+            )
     return load_modelset(folder)
 
 
 def branch_steps(epochs=2):
-    "Milliseconds of a step for each size of branch, ours and plain, the smallest of the repeats, and core-minutes for all branches"
+    """Milliseconds of a step for each size of branch, ours and plain, the smallest of the repeats, and core-minutes
+    for all branches
+    """
     with tempfile.TemporaryDirectory() as folder:
         models, rows, total = deep_models(folder), {}, {"ours": 0, "plain": 0}
         for (n, c), branches in SIZES.items():
@@ -46,12 +67,19 @@ def branch_steps(epochs=2):
             models.stack(layer)
             for _ in range(REPEATS):
                 for who in times:
-                    t, nets[who] = seconds(models, layers=(layer,), epochs=epochs, plain=who == "plain", stem="layer_16_3")
+                    t, nets[who] = seconds(
+                        models, layers=(layer,), epochs=epochs, plain=who == "plain", stem="layer_16_3"
+                    )
                     times[who].append(t/(epochs*len(models)))
-            assert all(torch.equal(p, q) for p, q in zip(nets["ours"].parameters(), nets["plain"].parameters())), "the two disagree"
+            assert all(
+                torch.equal(p, q) for p, q in zip(nets["ours"].parameters(), nets["plain"].parameters())
+            ), "the two disagree"
             rows[f"{n}x{c}"] = {who: round(1000*min(t), 3) for who, t in times.items()}
             for who, t in times.items(): total[who] += branches*min(t)*len(models)*300/60
-    return dict(milliseconds_a_step=rows, core_minutes_for_19_branches_of_80_models_300_epochs={who: round(t, 1) for who, t in total.items()})
+    return dict(
+        milliseconds_a_step=rows,
+        core_minutes_for_19_branches_of_80_models_300_epochs={who: round(t, 1) for who, t in total.items()},
+    )
 
 
 def seconds(models, **kwargs):
@@ -74,12 +102,25 @@ def main():
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters())), "the two disagree"
     ratios = [p/o for p, o in zip(plain, ours)]
     result = dict(
-        command="python benchmarks/second_order.py", what=f"{TASKS*MODELS} models, {EPOCHS} epochs, minibatch 1, P = 100, 1 thread: {TASKS*MODELS*EPOCHS} steps",
-        repeats=REPEATS, fit_seconds=dict(min=round(min(ours), 1), median=round(statistics.median(ours), 1), max=round(max(ours), 1)),
-        plain_seconds_scaled=dict(min=round(min(plain), 1), median=round(statistics.median(plain), 1), max=round(max(plain), 1)),
-        times_faster=dict(min=round(min(ratios), 2), median=round(statistics.median(ratios), 2), max=round(max(ratios), 2)), branches=branch_steps(), **provenance())
+        command="python benchmarks/second_order.py",
+        what=f"{TASKS*MODELS} models, {EPOCHS} epochs, minibatch 1, P = 100, 1 thread: {TASKS*MODELS*EPOCHS} steps",
+        repeats=REPEATS,
+        fit_seconds=dict(min=round(min(ours), 1), median=round(statistics.median(ours), 1), max=round(max(ours), 1)),
+        plain_seconds_scaled=dict(
+            min=round(min(plain), 1), median=round(statistics.median(plain), 1), max=round(max(plain), 1)
+        ),
+        times_faster=dict(
+            min=round(min(ratios), 2), median=round(statistics.median(ratios), 2), max=round(max(ratios), 2)
+        ),
+        branches=branch_steps(),
+        **provenance(),
+    )
     write_json(Path(__file__).parent/"results/second_order.json", result)
-    print(json.dumps({k: result[k] for k in ("fit_seconds", "plain_seconds_scaled", "times_faster", "branches")}, indent=2))
+    print(
+        json.dumps(
+            {k: result[k] for k in ("fit_seconds", "plain_seconds_scaled", "times_faster", "branches")}, indent=2
+        )
+    )
 
 
 if __name__ == "__main__":

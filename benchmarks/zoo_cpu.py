@@ -41,8 +41,15 @@ from lps.jobs import start_worker
 
 STATS = (.48, .45, .40), (.28, .27, .28)
 FLOPS = 3*2*40.8e6
-KINDS = dict(convolution=('aten::mkldnn_convolution', 'aten::convolution_backward'),
-             norm_and_relu=('_BatchNormReLU', '_BatchNormReLUBackward', 'aten::native_batch_norm', 'aten::native_batch_norm_backward'))
+KINDS = dict(
+    convolution=('aten::mkldnn_convolution', 'aten::convolution_backward'),
+    norm_and_relu=(
+        '_BatchNormReLU',
+        '_BatchNormReLUBackward',
+        'aten::native_batch_norm',
+        'aten::native_batch_norm_backward',
+    ),
+)
 
 
 class Clock(Callback):
@@ -87,18 +94,30 @@ def fit(dls, **kwargs):
 
 
 def fastai_loop(root, batches, num_workers):
-    return fit(ImageDataLoaders.from_folder(root, bs=128, num_workers=num_workers, item_tfms=[CropPad(40), RandomCrop(32), FlipItem()],
-                                            batch_tfms=Normalize.from_stats(*STATS)))
+    return fit(
+        ImageDataLoaders.from_folder(
+            root,
+            bs=128,
+            num_workers=num_workers,
+            item_tfms=[CropPad(40), RandomCrop(32), FlipItem()],
+            batch_tfms=Normalize.from_stats(*STATS),
+        )
+    )
 
 
 def lean_loop(root, batches, num_workers):
-    return fit(DataLoaders(DataLoader(PerItem(*data(batches)), bs=128, shuffle=True, num_workers=num_workers), []), loss_func=nn.CrossEntropyLoss())
+    return fit(
+        DataLoaders(DataLoader(PerItem(*data(batches)), bs=128, shuffle=True, num_workers=num_workers), []),
+        loss_func=nn.CrossEntropyLoss(),
+    )
 
 
 def zoo_loop(root, batches, num_workers, precision=None):
     r = replace(recipes['paper'], precision=precision or best_precision())
     model = init_model(0, r).to(memory_format=torch.channels_last)
-    make_learner(model, BatchLoader(*data(batches), r, STATS, torch.Generator().manual_seed(0)), r, [clock := Clock()]).fit(1)
+    make_learner(
+        model, BatchLoader(*data(batches), r, STATS, torch.Generator().manual_seed(0)), r, [clock := Clock()]
+    ).fit(1)
     return clock.rates
 
 
@@ -108,7 +127,10 @@ def peak(*_):
     for _ in range(5):
         start = time.perf_counter(), time.process_time()
         a @ a
-        best = [max(v, 2*2048**3/(now - s)) for v, now, s in zip(best, (time.perf_counter(), time.process_time()), start)]
+        best = [
+            max(v, 2 * 2048**3 / (now - s))
+            for v, now, s in zip(best, (time.perf_counter(), time.process_time()), start)
+        ]
     return best
 
 
@@ -121,12 +143,23 @@ def step_shares(*_):
     return {k: round(v, 3) for k, v in (shares | dict(other=1 - sum(shares.values()))).items()}
 
 
-SIDES = dict(fastai=fastai_loop, lean=lean_loop, zoo=zoo_loop, zoo_float32=partial(zoo_loop, precision='float32'), peak=peak, step_shares=step_shares)
+SIDES = dict(
+    fastai=fastai_loop,
+    lean=lean_loop,
+    zoo=zoo_loop,
+    zoo_float32=partial(zoo_loop, precision='float32'),
+    peak=peak,
+    step_shares=step_shares,
+)
 
 
 def serve(pipe, side, threads):
-    "A process for one side: runs once at each word from the other end. A zoo process starts as `build` starts its workers"
-    multiprocessing.set_start_method(None, force=True)  # loading workers start as they do by default, not as this process did
+    """A process for one side: runs once at each word from the other end. A zoo process starts as `build` starts its
+    workers
+    """
+    multiprocessing.set_start_method(
+        None, force=True
+    )  # loading workers start as they do by default, not as this process did
     if side in ('fastai', 'lean'): torch.set_num_threads(threads)
     else: start_worker()
     while job := pipe.recv(): pipe.send(SIDES[side](*job))
@@ -152,7 +185,8 @@ def ask(pipes, job):
     return [sum(v) for v in zip(*(p.recv() for p in pipes))]
 
 
-def spread(values, digits=2): return {k: round(f(values), digits) for k, f in dict(median=statistics.median, min=min, max=max).items()}
+def spread(values, digits=2):
+    return {k: round(f(values), digits) for k, f in dict(median=statistics.median, min=min, max=max).items()}
 
 
 def compare(repeats, sides):
@@ -190,9 +224,20 @@ def main():
                 zoo_gflops=spread([v*FLOPS/1e9 for v in cpu['zoo']], 0),
                 zoo_share=spread([v*FLOPS/b for v, b in zip(cpu['zoo'], cpu['peak'])]), step_shares=shares)
     tables = dict(one_process=table(wall), one_process_cpu_time=table(cpu), machine=machine)
-    write_json(a.out, dict(what="training images per second, ResNet20, batch 128, random 32x32x3 images", precision=best_precision(), repeats=a.repeats,
-                           batches=a.batches, fastai_threads_on_machine=torch.get_num_threads(), **tables, core=core,
-                           load_at_start=round(load, 2), provenance=provenance()))
+    write_json(
+        a.out,
+        dict(
+            what="training images per second, ResNet20, batch 128, random 32x32x3 images",
+            precision=best_precision(),
+            repeats=a.repeats,
+            batches=a.batches,
+            fastai_threads_on_machine=torch.get_num_threads(),
+            **tables,
+            core=core,
+            load_at_start=round(load, 2),
+            provenance=provenance()
+        ),
+    )
     for name, rows in tables.items():
         for k, v in (rows or {}).items(): print(f"{name:20} {k:20} {v['median']:8} ({v['min']} to {v['max']})")
     print(core)

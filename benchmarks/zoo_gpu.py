@@ -61,13 +61,21 @@ class Setup:
 
     def task(self, t=0):
         g = torch.Generator().manual_seed(t)
-        return torch.randint(0, 256, (self.images, 3, 32, 32), dtype=torch.uint8, generator=g), torch.randint(0, 2, (self.images,), generator=g)
+        return torch.randint(0, 256, (self.images, 3, 32, 32), dtype=torch.uint8, generator=g), torch.randint(
+            0, 2, (self.images,), generator=g
+        )
 
     def nets(self, M): return [init_model(m, self.recipe) for m in range(M)]
 
     def loader(self, M):
         tasks = [self.task(t) for t in range(-(-M//10))]
-        return MultiLoader([tasks[m//10] for m in range(M)], self.recipe, STATS, [torch.Generator().manual_seed(m) for m in range(M)], self.device)
+        return MultiLoader(
+            [tasks[m // 10] for m in range(M)],
+            self.recipe,
+            STATS,
+            [torch.Generator().manual_seed(m) for m in range(M)],
+            self.device,
+        )
 
     def write_files(self):
         "The images of one task as PNG files, one folder a class; the validation set is two of them"
@@ -99,12 +107,23 @@ def plain_fit(dls, setup, **kwargs):
 
 
 def fastai_loop(setup, M):
-    return plain_fit(ImageDataLoaders.from_folder(setup.root, bs=setup.recipe.batch_size, num_workers=setup.workers, device=setup.device,
-        item_tfms=[CropPad(40), RandomCrop(32), FlipItem()], batch_tfms=Normalize.from_stats(*STATS, cuda=setup.device.type == 'cuda')), setup)
+    return plain_fit(
+        ImageDataLoaders.from_folder(
+            setup.root,
+            bs=setup.recipe.batch_size,
+            num_workers=setup.workers,
+            device=setup.device,
+            item_tfms=[CropPad(40), RandomCrop(32), FlipItem()],
+            batch_tfms=Normalize.from_stats(*STATS, cuda=setup.device.type == 'cuda'),
+        ),
+        setup,
+    )
 
 
 def lean_loop(setup, M):
-    dl = DataLoader(PerItem(*setup.task()), bs=setup.recipe.batch_size, shuffle=True, num_workers=setup.workers, device=setup.device)
+    dl = DataLoader(
+        PerItem(*setup.task()), bs=setup.recipe.batch_size, shuffle=True, num_workers=setup.workers, device=setup.device
+    )
     return plain_fit(DataLoaders(dl, []), setup, loss_func=nn.CrossEntropyLoss())
 
 
@@ -120,7 +139,9 @@ class PatchConv(nn.Conv2d):
         M, (k, _), (s, _) = self.groups, self.kernel_size, self.stride
         x = F.pad(x, (self.padding[0],)*4)
         h, w = ((v - k)//s + 1 for v in x.shape[2:])
-        patches = torch.stack([x[..., i:i + s*(h - 1) + 1:s, j:j + s*(w - 1) + 1:s] for i in range(k) for j in range(k)], 1)
+        patches = torch.stack(
+            [x[..., i : i + s * (h - 1) + 1 : s, j : j + s * (w - 1) + 1 : s] for i in range(k) for j in range(k)], 1
+        )
         return (each(self.weight, M).flatten(2) @ patches.view(M, -1, x.shape[1]*h*w)).view(-1, x.shape[1], h, w)
 
 
@@ -137,14 +158,18 @@ class Patches(FusedModels):
     def __init__(self, nets):
         super().__init__(nets)
         self.to(memory_format=torch.contiguous_format)
-        for m in self.nets.modules(): m.__class__ = {nn.Conv2d: PatchConv, nn.BatchNorm2d: PatchNorm, ManyLinear: PatchLinear}.get(type(m), type(m))
+        for m in self.nets.modules():
+            m.__class__ = {nn.Conv2d: PatchConv, nn.BatchNorm2d: PatchNorm, ManyLinear: PatchLinear}.get(
+                type(m), type(m)
+            )
     def forward(self, x): return self.nets(x.flatten(1, 2).transpose(0, 1).contiguous())
 
 
 def together(nets, dl, setup, epochs=1, clock=None, model=FusedModels, precision='float32', tf32=False):
     "Train the networks as one, by one `Learner`"
     net = model(nets).to(setup.device)
-    with cuda_math(tf32): many_learner(net, dl, replace(setup.recipe, precision=precision), [clock] if clock else []).fit(epochs)
+    with cuda_math(tf32):
+        many_learner(net, dl, replace(setup.recipe, precision=precision), [clock] if clock else []).fit(epochs)
     return net.unfuse()
 
 
@@ -152,7 +177,11 @@ class Graphed:
     "One network whose training step, for each size of batch, is a CUDA graph"
     def __init__(self, net, batches, recipe, precision):
         self.net = net.cuda().to(memory_format=torch.channels_last).train()
-        self.opt, self.precision, self.graphs = torch.optim.SGD(net.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay), precision, {}
+        self.opt, self.precision, self.graphs = (
+            torch.optim.SGD(net.parameters(), lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay),
+            precision,
+            {},
+        )
         before = copy.deepcopy(net.state_dict())
         for x, y in batches: self.capture(x.clone(memory_format=torch.channels_last), y.clone())
         net.load_state_dict(before)
@@ -160,7 +189,8 @@ class Graphed:
 
     def step(self, x, y):
         self.opt.zero_grad()
-        with torch.autocast('cuda', torch.bfloat16, enabled=self.precision == 'bfloat16', cache_enabled=False): pred = self.net(x)
+        with torch.autocast('cuda', torch.bfloat16, enabled=self.precision == 'bfloat16', cache_enabled=False):
+            pred = self.net(x)
         F.cross_entropy(pred.float(), y).backward()
         self.opt.step()
 
@@ -184,7 +214,10 @@ def graphs(nets, dl, setup, epochs=1, clock=None, precision='float32', tf32=Fals
     "Train the networks apart, each by its own graphs, several at the same time on streams"
     with cuda_math(tf32):
         sizes = {len(yb): (xb, yb) for xb, yb in dl}
-        models, streams = [Graphed(net, [(xb[:, m], yb[:, m]) for xb, yb in sizes.values()], setup.recipe, precision) for m, net in enumerate(nets)], [torch.cuda.Stream() for _ in range(n_streams)]
+        models, streams = [
+            Graphed(net, [(xb[:, m], yb[:, m]) for xb, yb in sizes.values()], setup.recipe, precision)
+            for m, net in enumerate(nets)
+        ], [torch.cuda.Stream() for _ in range(n_streams)]
         for _ in range(epochs):
             if clock: clock.before_train()
             for xb, yb in dl:
@@ -198,10 +231,16 @@ def graphs(nets, dl, setup, epochs=1, clock=None, precision='float32', tf32=Fals
 
 
 CANDIDATES = dict(
-    fused_float32=together, fused_tf32=partial(together, tf32=True), fused_tf32_nchw=partial(together, model=ChannelsFirst, tf32=True),
-    fused_bfloat16=partial(together, precision='bfloat16'), fused_bfloat16_nchw=partial(together, model=ChannelsFirst, precision='bfloat16'),
-    patches_tf32=partial(together, model=Patches, tf32=True), patches_bfloat16=partial(together, model=Patches, precision='bfloat16'),
-    graphs_tf32=partial(graphs, tf32=True), graphs_bfloat16=partial(graphs, precision='bfloat16'))
+    fused_float32=together,
+    fused_tf32=partial(together, tf32=True),
+    fused_tf32_nchw=partial(together, model=ChannelsFirst, tf32=True),
+    fused_bfloat16=partial(together, precision='bfloat16'),
+    fused_bfloat16_nchw=partial(together, model=ChannelsFirst, precision='bfloat16'),
+    patches_tf32=partial(together, model=Patches, tf32=True),
+    patches_bfloat16=partial(together, model=Patches, precision='bfloat16'),
+    graphs_tf32=partial(graphs, tf32=True),
+    graphs_bfloat16=partial(graphs, precision='bfloat16'),
+)
 ON_CUDA = {'graphs_tf32', 'graphs_bfloat16'}
 
 
@@ -224,14 +263,19 @@ def first_steps(setup, M=4):
     alone = [copy.deepcopy(net).to(setup.device, memory_format=torch.channels_last) for net in setup.nets(M)]
     with cuda_math():
         for m, net in enumerate(alone):
-            make_learner(net, OneBatch((xb[:, m], yb[:, m]), setup.device), replace(setup.recipe, precision='float32')).remove_cb(StopIfDiverged).fit(1)
+            make_learner(
+                net, OneBatch((xb[:, m], yb[:, m]), setup.device), replace(setup.recipe, precision='float32')
+            ).remove_cb(StopIfDiverged).fit(1)
     return OneBatch((xb, yb), setup.device), setup.nets(M), [net.cpu() for net in alone]
 
 
 def check(fit, batch, before, alone, setup):
     "How far the first step is from that of the networks alone, and whether NaN in one model stays there"
     after = fit(copy.deepcopy(before), batch, setup)
-    difference = max(((weights(a) - weights(b)).norm()/(weights(b) - weights(c)).norm()).item() for a, b, c in zip(after, alone, before))
+    difference = max(
+        ((weights(a) - weights(b)).norm() / (weights(b) - weights(c)).norm()).item()
+        for a, b, c in zip(after, alone, before)
+    )
     (spoilt := copy.deepcopy(before))[1].layer1[0].conv1.weight.data[:] = float('nan')
     rest = fit(spoilt, batch, setup)
     same = [torch.allclose(weights(a), weights(b), rtol=1e-2, atol=1e-2) for a, b in zip(rest, after)]
@@ -259,8 +303,14 @@ def rows(turns):
     for name in turns[0]:
         rates = [t[name] for t in turns]
         if failed := [r for r in rates if isinstance(r, dict)]: out[name] = failed[0]; continue
-        ratios = {f'over_{p}': spread([t[name]/t[p] for t in turns]) for p in ('fastai', 'lean') if not any(isinstance(t[p], dict) for t in turns)}
-        out[name] = dict(images_per_second=spread(rates, 0), minutes=spread([MODELSET500/r/60 for r in rates], 1), **ratios)
+        ratios = {
+            f'over_{p}': spread([t[name] / t[p] for t in turns])
+            for p in ('fastai', 'lean')
+            if not any(isinstance(t[p], dict) for t in turns)
+        }
+        out[name] = dict(
+            images_per_second=spread(rates, 0), minutes=spread([MODELSET500 / r / 60 for r in rates], 1), **ratios
+        )
     return out
 
 
@@ -276,13 +326,23 @@ def measure(setup, models, repeats):
 
 
 def show(checks, table):
-    for k, v in checks.items(): print(f"{k:20}" + (v.get('failed') or f"step differs by {v['step_difference']:<8} {'isolated' if v['isolated'] else 'NaN SPREADS to other models'}"))
+    for k, v in checks.items():
+        print(
+            f"{k:20}"
+            + (
+                v.get('failed')
+                or f"step differs by {v['step_difference']:<8} {'isolated' if v['isolated'] else 'NaN SPREADS to other models'}"
+            )
+        )
     for M, sides in table.items():
         print(f"\n{M} models{'images/s':>24}{'over fastai':>14}{'(range)':>18}{'minutes for ModelSet500':>26}")
         for k, v in sides.items():
             if 'failed' in v: print(f"{k:20}{v['failed']}"); continue
             r = v.get('over_fastai', dict.fromkeys(('median', 'min', 'max'), float('nan')))
-            print(f"{k:20}{v['images_per_second']['median']:>12.0f}{r['median']:>14.2f}{r['min']:>10.2f} to {r['max']:<8.2f}{v['minutes']['median']:>20.1f}")
+            print(
+                f"{k:20}{v['images_per_second']['median']:>12.0f}{r['median']:>14.2f}{r['min']:>10.2f} to"
+                f" {r['max']:<8.2f}{v['minutes']['median']:>20.1f}"
+            )
 
 
 def main(argv=None):
@@ -296,16 +356,39 @@ def main(argv=None):
     p.add_argument('--depth', type=int, default=20, help="layers of the ResNet")
     p.add_argument('--width', type=int, default=16, help="channels of its first stage")
     p.add_argument('--workers', type=int, default=8, help="loading processes of the plain loops")
-    p.add_argument('--out', type=Path, help="results file; default: results/zoo_gpu.json beside this script, none on a CPU")
+    p.add_argument(
+        '--out', type=Path, help="results file; default: results/zoo_gpu.json beside this script, none on a CPU"
+    )
     a = p.parse_args(argv)
     device = torch.device(a.device)
-    if device.type == 'cuda' and not torch.cuda.is_available(): p.error("torch sees no GPU here: --device cpu shows that the script works, at a small size")
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        p.error("torch sees no GPU here: --device cpu shows that the script works, at a small size")
     recipe = replace(recipes['paper'], batch_size=a.batch_size, depth=a.depth, width=a.width)
     checks, table = measure(Setup(device, recipe, a.images, a.epochs, a.workers), a.models, a.repeats)
-    gpu = dict(name=torch.cuda.get_device_name(), cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version()) if device.type == 'cuda' else None
+    gpu = (
+        dict(name=torch.cuda.get_device_name(), cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+        if device.type == 'cuda'
+        else None
+    )
     out = a.out or (Path(__file__).parent/'results'/'zoo_gpu.json' if gpu else None)
-    what = f"training images per second, ResNet{a.depth} of width {a.width}, batch {a.batch_size}, {a.images} random 32x32x3 images a task"
-    if out: write_json(out, dict(what=what, gpu=gpu, repeats=a.repeats, epochs=a.epochs, workers=a.workers, checks=checks, models=table, provenance=provenance()))
+    what = (
+        f"training images per second, ResNet{a.depth} of width {a.width}, batch {a.batch_size}, {a.images} random"
+        " 32x32x3 images a task"
+    )
+    if out:
+        write_json(
+            out,
+            dict(
+                what=what,
+                gpu=gpu,
+                repeats=a.repeats,
+                epochs=a.epochs,
+                workers=a.workers,
+                checks=checks,
+                models=table,
+                provenance=provenance(),
+            ),
+        )
     show(checks, table)
 
 

@@ -89,10 +89,14 @@ def demo_figures(
 
 # %% ../nbs/26_demo.ipynb #943f47bf
 CAPTIONS = {
-    'table1': "Table 1: which task does a new model solve? {n} models of each task to learn from, two to be classified (paper, §5.1). "
-              "Percent, mean ± standard deviation over {splits} random splits.",
-    'table2': "Table 2: find the models of a task never seen. Rank-k: a model of the query's task is among the first k of the gallery "
-              "(paper, §5.2).",
+    'table1': (
+        "Table 1: which task does a new model solve? {n} models of each task to learn from, two to be classified"
+        " (paper, §5.1). Percent, mean ± standard deviation over {splits} random splits."
+    ),
+    'table2': (
+        "Table 2: find the models of a task never seen. Rank-k: a model of the query's task is among the first k of the"
+        " gallery (paper, §5.2)."
+    ),
 }
 
 def _demo_tables(name, runs, n_right, splits, ks):
@@ -106,7 +110,10 @@ def _demo_tables(name, runs, n_right, splits, ks):
 def _demo_record(models, runs, n_right, settings):
     "What the result file says"
     about = dict(seed=settings.seed, n_splits=settings.splits, layers=[models.stem], **settings.fit)
-    return dict(table1=result_record(models, runs[0], n_train=n_right, **about), table2=result_record(models, runs[1], n_right, **about))
+    return dict(
+        table1=result_record(models, runs[0], n_train=n_right, **about),
+        table2=result_record(models, runs[1], n_right, **about),
+    )
 
 # %% ../nbs/26_demo.ipynb #211b72b9
 def demo_part(
@@ -128,7 +135,10 @@ def demo_part(
         about=about,
         tables=_demo_tables(name, runs, n_right, settings.splits, ks),
         asked=f"Query: {first.file}, task {first.class_0} / {first.class_1}, not seen by the network",
-        answers=[(index.query(unseen[0], 5), nearest), (index.tasks(unseen[0]), "Tasks by the mean similarity of their models.")],
+        answers=[
+            (index.query(unseen[0], 5), nearest),
+            (index.tasks(unseen[0]), "Tasks by the mean similarity of their models."),
+        ],
         figures=demo_figures(name, unseen, embed_models(index.fitted, unseen), runs[1], n_right),
         record=_demo_record(models, runs, n_right, settings),
     )
@@ -150,7 +160,10 @@ def about_bundled(
     sheet = models.about['datasheet']
     data, recipe, accuracy = ', '.join(sheet['data']), sheet['recipes'][0]['name'], sheet['val_accuracy']['mean']
     what = f"{len(models)} ResNet20s that come with lps, {len(models.tasks)} tasks of two classes of photographs each"
-    return f"{what} ({data}, recipe {recipe}), mean validation accuracy {accuracy:.3f}. LPS reads nothing but the filters of their first layer."
+    return (
+        f"{what} ({data}, recipe {recipe}), mean validation accuracy {accuracy:.3f}. LPS reads nothing but the filters"
+        " of their first layer."
+    )
 
 # %% ../nbs/26_demo.ipynb #7a762a31
 def digits(
@@ -163,8 +176,14 @@ def digits(
     models = build(folder, 'digits', recipe, n_models=settings.n_models, seed=settings.seed, executor=executor)
     nth = models.manifest.groupby('task').cumcount().to_numpy()
     fitted, unseen = fit_method(models[nth % 2 == 0], seed=settings.seed, **settings.fit), models[nth % 2 == 1]
-    what = f"{len(models)} ResNet20s, trained here: scikit-learn's handwritten digits, {len(models.tasks)} tasks of two digits each"
-    about = [f"{what}, mean validation accuracy {models.manifest.val_accuracy.mean():.3f}.", "Test sets this small make large deviations."]
+    what = (
+        f"{len(models)} ResNet20s, trained here: scikit-learn's handwritten digits, {len(models.tasks)} tasks of two"
+        " digits each"
+    )
+    about = [
+        f"{what}, mean validation accuracy {models.manifest.val_accuracy.mean():.3f}.",
+        "Test sets this small make large deviations.",
+    ]
     return demo_part('Digits', about, models, ModelIndex(fitted, unseen), unseen, settings, executor, ks=(1, 2, 3))
 
 # %% ../nbs/26_demo.ipynb #12dfdf67

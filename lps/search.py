@@ -46,7 +46,11 @@ def _ask(fitted, query, names):
         return _Queries(embed_models(fitted, model, [name]), [name], [model.digest])
     except ValueError as e:
         joint = ' ' if str(e).startswith('is ') else ': '
-        hint = "; a name map renames its tensors, names= in Python, --names on the command line" if 'no layer' in str(e) else ''
+        hint = (
+            "; a name map renames its tensors, names= in Python, --names on the command line"
+            if 'no layer' in str(e)
+            else ''
+        )
         raise ValueError(f"{name}{joint}{e}{hint}") from None
 
 # %% ../nbs/24_search.ipynb #8a6ec6aa
@@ -69,7 +73,10 @@ class ModelIndex:
 
     def __repr__(self):
         layers = ', '.join(self.fitted.layers)
-        return printable(f"ModelIndex: {len(self)} models of {self.manifest.task.nunique()} tasks, compared by {layers} ({self.fitted.method})")
+        return printable(
+            f"ModelIndex: {len(self)} models of {self.manifest.task.nunique()} tasks, compared by {layers}"
+            f" ({self.fitted.method})"
+        )
 
 # %% ../nbs/24_search.ipynb #92b6b0a9
 def _class_names(row):
@@ -95,7 +102,7 @@ def _answers(tables, names, query):
 # %% ../nbs/24_search.ipynb #21cb7db9
 @patch
 def query(self: ModelIndex,
-    model,                 # a ModelSet, a TrainedModel, or a file; its layers must have the shapes that the method reads
+    model, # a ModelSet, a TrainedModel, or a file; its layers must have the shapes that the method reads
     k: int=10,             # how many models to find; all of the gallery if it has fewer
     with_self: bool=False, # also find the query itself, if the gallery holds it
     names=(),              # name map for a file with foreign names, as in `import_models`
@@ -131,7 +138,7 @@ def tasks(self: ModelIndex,
     model,                 # a ModelSet, a TrainedModel, or a file
     with_self: bool=False, # count the query itself, if the gallery holds it
     names=(),              # name map for a file with foreign names
-) -> pd.DataFrame:         # by rank: task, classes, mean similarity, that and the file of the nearest model, models, val_accuracy
+) -> pd.DataFrame:         # by rank: task, classes, mean similarity, that of the nearest model and its file, models, …
     "Tasks of the gallery by the mean similarity of their models, most similar first"
     asked, tables = _ask(self.fitted, model, names), []
     for near, own in zip(similarity(asked.embedding, self.embedding).numpy(), asked.digests):
@@ -179,7 +186,8 @@ def _index_parts(tensors, meta, name):
     if not len(embedding) == n == len(header.digests):
         raise ValueError(f"{name} has {len(embedding)} embeddings for {n} models: build the index again")
     for column, values in header.manifest.items():
-        if len(values) != n: raise ValueError(printable(f"{name}: column {column!r} has {len(values)} entries for {n} models"))
+        if len(values) != n:
+            raise ValueError(printable(f"{name}: column {column!r} has {len(values)} entries for {n} models"))
     if n == 0: raise ValueError(f"{name} holds 0 models: build the index again")
     return header, embedding
 
@@ -192,7 +200,8 @@ def load(cls: ModelIndex,
     tensors, meta = load_model(path)
     name = printable(Path(path).name)
     header, embedding = _index_parts(tensors, meta, name)
-    if not embedding.isfinite().all(): raise ValueError(f"{name} holds embeddings that are not finite: build the index again")
+    if not embedding.isfinite().all():
+        raise ValueError(f"{name} holds embeddings that are not finite: build the index again")
     own = {key.removeprefix('fitted.'): tensor for key, tensor in tensors.items() if key.startswith('fitted.')}
     index = cls.__new__(cls)
     manifest = pd.DataFrame(header.manifest)

@@ -21,7 +21,8 @@ FILES = "modelset.safetensors", "net.safetensors", "DATASHEET.md", "datasheet.js
 def class_names(path: Path | None) -> dict[str, str]:
     "The first of the names of each class, by its id: a table with columns wnid and name"
     if path is None: return {}
-    with open(path, encoding="utf-8", newline="") as f: names = {r["wnid"]: r["name"].split(",")[0] for r in csv.DictReader(f, delimiter="\t")}
+    with open(path, encoding="utf-8", newline="") as f:
+        names = {r["wnid"]: r["name"].split(",")[0] for r in csv.DictReader(f, delimiter="\t")}
     if len(set(names.values())) < len(names): sys.exit(f"{path}: two classes have the same first name")
     return names
 
@@ -42,14 +43,20 @@ def unfit(folder: Path) -> str | None:
     if sum(sizes.values()) > LIMIT: return f"{sum(sizes.values())} bytes, {LIMIT} are allowed: {sizes}"
     for n in FILES[:2]:
         for k, v in load_model(folder/n)[0].items():
-            if not v.is_floating_point() or v.ndim > 2 and max(v.shape[-2:]) > 7: return f"{n}: {k} is {v.dtype} {tuple(v.shape)}, which may be an image"
+            if not v.is_floating_point() or v.ndim > 2 and max(v.shape[-2:]) > 7:
+                return f"{n}: {k} is {v.dtype} {tuple(v.shape)}, which may be an image"
 
 
 def bundle(build: Path, classes: Path | None, name: str, out: Path) -> str:
     "Write the four files, all or none; returns what they are in a line"
     models, names = load_modelset(build), class_names(classes)
     if not (build/"build.json").exists(): sys.exit(f"{build} is not the folder of a build: it has no build.json")
-    if least := sorted({c for t in datasheet(models, classes=names)["tasks"] for c in t["classes"]} - set(names.values())) if names else []: sys.exit(f"{classes} does not name {least[:5]}")
+    if least := (
+        sorted({c for t in datasheet(models, classes=names)["tasks"] for c in t["classes"]} - set(names.values()))
+        if names
+        else []
+    ):
+        sys.exit(f"{classes} does not name {least[:5]}")
     with tempfile.TemporaryDirectory() as tmp:
         packed = pack(models, f"{tmp}/{FILES[0]}", classes=names, datasheet=datasheet(models, name, names))
         add_net(Path(tmp)/FILES[1], packed, name)
@@ -63,7 +70,9 @@ def bundle(build: Path, classes: Path | None, name: str, out: Path) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("build", type=Path, help="folder of a build, with build.json and complete/")
-    parser.add_argument("--classes", type=Path, help="tab-separated table with columns wnid and name: readable names for the classes")
+    parser.add_argument(
+        "--classes", type=Path, help="tab-separated table with columns wnid and name: readable names for the classes"
+    )
     parser.add_argument("--name", default="modelset500-tinyimagenet32", help="what the set is called")
     parser.add_argument("--out", type=Path, default=DATA, help="folder to write to")
     args = parser.parse_args()

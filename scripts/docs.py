@@ -17,18 +17,27 @@ LONG = 30  # lines of source that are folded away even where no signature stands
 
 def plain_names(signature: str) -> str:
     "A signature without the notebook's own module, under a heading whose underscores are no emphasis"
-    return re.sub(r"^#+ .*$", lambda m: m[0].replace("_", r"\_"), signature.replace("__main__.", ""), count=1, flags=re.M)
+    return re.sub(
+        r"^#+ .*$", lambda m: m[0].replace("_", r"\_"), signature.replace("__main__.", ""), count=1, flags=re.M
+    )
 
 
 def with_source():
-    "nbdev's processors, keeping the source of what is exported: in a fold under its signature, open where it has none and is short"
+    """nbdev's processors, keeping the source of what is exported: in a fold under its signature, open where it has
+    none and is short
+    """
     import ast
     from nbdev.process import Processor
     from nbdev.processors import FilterDefaults, _def_names
 
     class KeepSource(Processor):
         def cell(self, cell):
-            if cell.cell_type != "code" or "hide" in cell.directives_ or not {"export", "exporti"} & cell.directives_.keys(): return
+            if (
+                cell.cell_type != "code"
+                or "hide" in cell.directives_
+                or not {"export", "exporti"} & cell.directives_.keys()
+            ):
+                return
             if all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in cell.parsed_() or []): return
             for name in ("export", "exporti"): cell.directives_.pop(name, None)
             cell.directives_["exports"] = ""
@@ -36,7 +45,11 @@ def with_source():
     def finish(cell):
         "Close the folds that stand under a signature or are long, and write the signature's names plainly"
         closed = cell.cell_type == "code" and (_def_names(cell, ()) or cell.source.count("\n") > LONG)
-        cell.source = re.sub(r"^#\| code-fold: show\n#\| code-summary: .*", f'#| code-fold: {"true" if closed else "show"}\n#| code-summary: "Source"', cell.source)
+        cell.source = re.sub(
+            r"^#\| code-fold: show\n#\| code-summary: .*",
+            f'#| code-fold: {"true" if closed else "show"}\n#| code-summary: "Source"',
+            cell.source,
+        )
         for out in cell.get("outputs", []):
             data = out.get("data", {})
             if "text/markdown" in data: data["text/markdown"] = plain_names(as_text(data["text/markdown"]))
@@ -95,7 +108,8 @@ def outputs_md(cell: dict) -> list[str]:
         data = out.get("data", {"text/plain": out.get("text", "")})
         if "image/png" in data: continue
         if "text/markdown" in data: parts.append(as_text(data["text/markdown"]).strip())
-        elif as_text(data.get("text/plain", "")).strip(): parts.append(f"```text\n{as_text(data['text/plain']).rstrip()}\n```")
+        text = as_text(data.get("text/plain", "")).rstrip()
+        if text.strip() and "text/markdown" not in data: parts.append(f"```text\n{text}\n```")
     return parts
 
 
@@ -113,7 +127,11 @@ def readme_text(notebook: Path = ROOT/"nbs/index.ipynb") -> str:
     "The README that the front page's notebook makes; its links are those of the notebook, seen from the top folder"
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     text = "\n\n".join(part for cell in cells for part in cell_md(cell) if part)
-    text = re.sub(r"\]\((?![a-z]+:|#|/)([^)#]+)", lambda m: f"]({os.path.relpath((notebook.parent/m[1]).resolve(), notebook.resolve().parent.parent)}", text)
+    text = re.sub(
+        r"\]\((?![a-z]+:|#|/)([^)#]+)",
+        lambda m: f"]({os.path.relpath((notebook.parent/m[1]).resolve(), notebook.resolve().parent.parent)}",
+        text,
+    )
     return f"<!-- Made from nbs/index.ipynb by `make readme`: change it there -->\n\n{text}\n"
 
 

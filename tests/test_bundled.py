@@ -1,4 +1,5 @@
-"""Packed model sets equal the folders they were made from; the one in the package is small, complete, offline, and in the wheel"""
+"""Packed model sets equal the folders they were made from; the one in the package is small, complete, offline, and
+in the wheel"""
 import json, re, runpy, socket, subprocess, sys, zipfile
 from importlib.metadata import PackageNotFoundError, version
 
@@ -31,13 +32,28 @@ def folder(tmp_path_factory):
         net = ResNet(depth=8, width=4)
         for m in net.modules():
             if isinstance(m, torch.nn.BatchNorm2d): m.running_var.uniform_(.5, 2), m.weight.data.uniform_(.5, 2)
-        meta = dict(task=i//4, run=i % 4, classes=[f'n{i//4}0', f'n{i//4}1'], seed=i, build_seed=3, data='digits', val_accuracy=.8 + i/100, train_accuracy=.9,
-                    recipe=dict(name='short', epochs=40, depth=8, width=4), shortcut='conv', precision='float32', mean=[.5], std=[.25])
+        meta = dict(
+            task=i // 4,
+            run=i % 4,
+            classes=[f'n{i//4}0', f'n{i//4}1'],
+            seed=i,
+            build_seed=3,
+            data='digits',
+            val_accuracy=0.8 + i / 100,
+            train_accuracy=0.9,
+            recipe=dict(name='short', epochs=40, depth=8, width=4),
+            shortcut='conv',
+            precision='float32',
+            mean=[0.5],
+            std=[0.25],
+        )
         save_model(path/f'task{i//4:02d}_run{i % 4}.safetensors', net.state_dict(), meta)
         mark_complete(path/f'task{i//4:02d}_run{i % 4}.safetensors', seconds=3600)
     (path/'build.json').write_text(json.dumps(dict(pairs=[[0, 1]]*5)))
     (path/'set_aside').mkdir()
-    (path/'set_aside/task03_run3.json').write_text(json.dumps(dict(task=3, run=3, seed=15, reason='diverged: the loss is nan in epoch 2')))
+    (path / 'set_aside/task03_run3.json').write_text(
+        json.dumps(dict(task=3, run=3, seed=15, reason='diverged: the loss is nan in epoch 2'))
+    )
     return path
 
 
@@ -53,7 +69,10 @@ def packed(whole): return pack(whole, whole.path.parent/'packed.safetensors', da
 def ours(): return load_modelset('bundled')
 
 
-@pytest.mark.parametrize('how', [dict(layer='conv1'), dict(layer='conv1', folded=True), dict(layer='bn1.running_mean'), dict(layer='bn1.bias')])
+@pytest.mark.parametrize(
+    'how',
+    [dict(layer='conv1'), dict(layer='conv1', folded=True), dict(layer='bn1.running_mean'), dict(layer='bn1.bias')],
+)
 def test_stack_is_that_of_the_folder(whole, packed, how):
     assert torch.equal(packed.stack(**how), whole.stack(**how)) and packed.stack(**how).dtype == torch.float32
     assert torch.equal(packed[[9, 0, 4]].stack(**how), whole[[9, 0, 4]].stack(**how))
@@ -61,7 +80,12 @@ def test_stack_is_that_of_the_folder(whole, packed, how):
 
 def test_manifest_labels_and_models_are_those_of_the_folder(whole, packed):
     pd.testing.assert_frame_equal(packed.manifest, whole.manifest)
-    assert torch.equal(packed.labels, whole.labels) and packed.tasks == whole.tasks and packed.layers == ['conv1'] and packed.hashes == whole.hashes
+    assert (
+        torch.equal(packed.labels, whole.labels)
+        and packed.tasks == whole.tasks
+        and packed.layers == ['conv1']
+        and packed.hashes == whole.hashes
+    )
     for a, b in zip(packed, whole, strict=True):
         assert all(torch.equal(v, b.state[k]) for k, v in a.state.items()) and a.digest == b.digest == digest(b.state)
         assert {k: v for k, v in b.meta.items() if k != 'layers'}.items() <= a.meta.items()
@@ -80,12 +104,19 @@ def test_search_takes_packed_and_whole_for_the_same_models(whole, packed, folder
     for q, with_self in ((q, w) for q in queries for w in (False, True)):
         found = [ModelIndex(net, g).query(q, 3, with_self) for g in (whole, packed)]
         pd.testing.assert_frame_equal(*found)
-    assert 'task00_run2.safetensors' not in set(ModelIndex(net, packed).query(folder/'task00_run2.safetensors', 14).file)
+    assert 'task00_run2.safetensors' not in set(
+        ModelIndex(net, packed).query(folder / 'task00_run2.safetensors', 14).file
+    )
 
 
 def test_only_the_network_cannot_be_had(packed, whole):
-    with pytest.raises(ValueError, match=r'task00_run0.safetensors: only conv1.weight, bn1.weight.* 9 layers are not .*lps zoo build'): packed[0].net
-    assert pack(whole, packed.path.with_name('all.safetensors'), whole.layers)[0].net(torch.zeros(1, 3, 8, 8)).shape == (1, 2)
+    with pytest.raises(
+        ValueError, match=r'task00_run0.safetensors: only conv1.weight, bn1.weight.* 9 layers are not .*lps zoo build'
+    ):
+        packed[0].net
+    assert pack(whole, packed.path.with_name('all.safetensors'), whole.layers)[0].net(
+        torch.zeros(1, 3, 8, 8)
+    ).shape == (1, 2)
 
 
 def test_models_of_a_packed_set_are_copies(packed):
@@ -95,9 +126,16 @@ def test_models_of_a_packed_set_are_copies(packed):
 
 def test_packing_a_packed_set_changes_nothing(packed, tmp_path):
     again = pack(packed[2:9], tmp_path/'again.safetensors', classes=dict(n00='cat'))
-    assert torch.equal(again.stack('conv1', True), packed[2:9].stack('conv1', True)) and again.hashes == packed[2:9].hashes
-    assert again[0].meta['classes'] == ['cat', 'n01'] and again[0].meta['class_ids'] == ['n00', 'n01'] and again[0].digest == packed[2].digest
-    with pytest.raises(ValueError, match="no layer 'fc' in these models: known are conv1"): pack(packed, tmp_path/'x.safetensors', ['fc'])
+    assert (
+        torch.equal(again.stack('conv1', True), packed[2:9].stack('conv1', True)) and again.hashes == packed[2:9].hashes
+    )
+    assert (
+        again[0].meta['classes'] == ['cat', 'n01']
+        and again[0].meta['class_ids'] == ['n00', 'n01']
+        and again[0].digest == packed[2].digest
+    )
+    with pytest.raises(ValueError, match="no layer 'fc' in these models: known are conv1"):
+        pack(packed, tmp_path / 'x.safetensors', ['fc'])
 
 
 def rewritten(packed, path, tensors=lambda t: t, meta=lambda m: m):
@@ -152,12 +190,25 @@ def test_truncated_packed_file_gives_one_error(packed, tmp_path, cut):
 def test_datasheet_of_a_build(folder, packed):
     sheet = write_datasheet(folder)
     assert sheet == json.loads((folder/'datasheet.json').read_text()) and len(load_modelset(folder)) == 15
-    assert sheet['planned_tasks'] == 5 and sheet['training_hours'] == 15 and [a['reason'] for a in sheet['set_aside']] == ['diverged: the loss is nan in epoch 2']
-    assert sheet['recipes'][0]['epochs'] == 40 and sheet['source'] == [source_of('digits')] and [t['models'] for t in sheet['tasks']] == [4, 4, 4, 3]
+    assert (
+        sheet['planned_tasks'] == 5
+        and sheet['training_hours'] == 15
+        and [a['reason'] for a in sheet['set_aside']] == ['diverged: the loss is nan in epoch 2']
+    )
+    assert (
+        sheet['recipes'][0]['epochs'] == 40
+        and sheet['source'] == [source_of('digits')]
+        and [t['models'] for t in sheet['tasks']] == [4, 4, 4, 3]
+    )
     text = (folder/'DATASHEET.md').read_text()
     assert all(m['sha256'] in text for m in sheet['members']) and 'task 3 run 3: diverged' in text and 'digits' in text
     of_packed = datasheet(packed)
-    assert {k for k in sheet if sheet[k] != of_packed[k]} <= {'name', 'not_for', 'written', 'planned_tasks'} and 'Anything that needs whole networks' in of_packed['not_for'][-1]
+    assert {k for k in sheet if sheet[k] != of_packed[k]} <= {
+        'name',
+        'not_for',
+        'written',
+        'planned_tasks',
+    } and 'Anything that needs whole networks' in of_packed['not_for'][-1]
     with pytest.raises(ValueError, match='say in which folder'): write_datasheet(packed)
 
 
@@ -176,20 +227,36 @@ def test_bundled_set_loads_without_a_network(monkeypatch):
 
 def test_bundled_set_is_small_and_holds_no_image(ours):
     data = bundled().parent
-    assert sorted(p.name for p in data.iterdir()) == FILES and sum(p.stat().st_size for p in data.iterdir()) <= 4_000_000
+    assert (
+        sorted(p.name for p in data.iterdir()) == FILES and sum(p.stat().st_size for p in data.iterdir()) <= 4_000_000
+    )
     shapes = {k: tuple(v.shape[1:]) for k, v in load_model(bundled())[0].items()}
-    assert shapes == {'conv1.weight': (16, 3, 3, 3), **{f'bn1.{k}': (16,) for k in ('weight', 'bias', 'running_mean', 'running_var')}}
-    assert all(v.dtype == torch.float32 and v.ndim < 5 and (v.ndim < 3 or v.shape[-1] == 3) for v in load_model(bundled('net.safetensors'))[0].values())
+    assert shapes == {
+        'conv1.weight': (16, 3, 3, 3),
+        **{f'bn1.{k}': (16,) for k in ('weight', 'bias', 'running_mean', 'running_var')},
+    }
+    assert all(
+        v.dtype == torch.float32 and v.ndim < 5 and (v.ndim < 3 or v.shape[-1] == 3)
+        for v in load_model(bundled('net.safetensors'))[0].values()
+    )
 
 
 def test_bundled_datasheet_is_complete(ours):
     sheet = json.loads(bundled('datasheet.json').read_text())
     assert [k for k, v in sheet.items() if v in (None, [], {}, '') and k not in ('set_aside', 'rejected')] == []
-    assert sheet['models'] == len(ours) and [m['file'] for m in sheet['members']] == ours.manifest.file.tolist() and [m['sha256'] for m in sheet['members']] == ours.hashes
+    assert (
+        sheet['models'] == len(ours)
+        and [m['file'] for m in sheet['members']] == ours.manifest.file.tolist()
+        and [m['sha256'] for m in sheet['members']] == ours.hashes
+    )
     assert all(re.fullmatch('[0-9a-f]{64}', h) for h in ours.hashes) and len(set(ours.hashes)) == len(ours)
     assert [t['task'] for t in sheet['tasks']] == ours.tasks == list(range(len(ours.tasks)))
     names, ids = ([c for t in sheet['tasks'] for c in t[k]] for k in ('classes', 'class_ids'))
-    assert all(re.fullmatch(r'n\d{8}', i) for i in ids) and not any(re.fullmatch(r'n\d{8}', n) for n in names) and len(set(names)) == len(names) == 2*len(ours.tasks)
+    assert (
+        all(re.fullmatch(r'n\d{8}', i) for i in ids)
+        and not any(re.fullmatch(r'n\d{8}', n) for n in names)
+        and len(set(names)) == len(names) == 2 * len(ours.tasks)
+    )
     assert set(names) == set(ours.manifest.class_0) | set(ours.manifest.class_1)
     words = ['CIFAR-100', 'ImageNet', 'research', 'no image', 'Reconstructing', 'other architectures', 'two classes']
     assert [w for w in words if w not in bundled('DATASHEET.md').read_text()] == []
@@ -200,7 +267,11 @@ def test_bundled_net_saw_its_training_split_only_and_knows_the_others(ours):
     n_train = int(re.search(r'n_train=(\d+)', about['split'])[1])
     train, test = classification_splits(ours.labels, n_train, n_splits=1, seed=0)[0]
     assert about['files'] == sorted(ours.manifest.file[train]) and about['held_out'] == sorted(ours.manifest.file[test])
-    assert not set(about['files']) & set(about['held_out']) and len(about['files']) + len(about['held_out']) == len(ours) and net.tasks == ours.tasks
+    assert (
+        not set(about['files']) & set(about['held_out'])
+        and len(about['files']) + len(about['held_out']) == len(ours)
+        and net.tasks == ours.tasks
+    )
     curve = rank_k(score_models(net, ours[test]), ours.labels[test], torch.tensor(net.tasks))
     assert curve[0] > 1.5/len(net.tasks)
 
@@ -208,11 +279,16 @@ def test_bundled_net_saw_its_training_split_only_and_knows_the_others(ours):
 def test_bundling_is_one_command(folder, tmp_path, capsys):
     script = runpy.run_path(str(ROOT/'scripts/bundle.py'))
     assert '15 models of 4 tasks' in script['bundle'](folder, None, 'toys', tmp_path/'out')
-    assert sorted(p.name for p in (tmp_path/'out').iterdir()) == FILES and load_modelset(tmp_path/'out/modelset.safetensors').about['datasheet']['name'] == 'toys'
+    assert (
+        sorted(p.name for p in (tmp_path / 'out').iterdir()) == FILES
+        and load_modelset(tmp_path / 'out/modelset.safetensors').about['datasheet']['name'] == 'toys'
+    )
     script['bundle'].__globals__['LIMIT'] = 10_000
-    with pytest.raises(SystemExit, match='nothing was bundled: .* bytes, 10000 are allowed'): script['bundle'](folder, None, 'toys', tmp_path/'new')
+    with pytest.raises(SystemExit, match='nothing was bundled: .* bytes, 10000 are allowed'):
+        script['bundle'](folder, None, 'toys', tmp_path / 'new')
     (tmp_path/'classes.tsv').write_text('wnid\tname\nn00\tcat, house cat\n')
-    with pytest.raises(SystemExit, match='does not name'): script['bundle'](folder, tmp_path/'classes.tsv', 'toys', tmp_path/'new')
+    with pytest.raises(SystemExit, match='does not name'):
+        script['bundle'](folder, tmp_path / 'classes.tsv', 'toys', tmp_path / 'new')
     assert not (tmp_path/'new').exists()
 
 
@@ -223,7 +299,9 @@ def test_commands_take_the_bundled_set(tmp_path, monkeypatch, capsys, ours):
     assert main(['query', 'bundled', 'bundled', 'mine.safetensors', '-k', '2']) == 0
     assert main(['zoo', 'datasheet', 'bundled']) == 0
     out, err = capsys.readouterr()
-    assert not err and 'Closest models' in out and ours.manifest.class_0[0] in out and '## It must not be used for' in out
+    assert (
+        not err and 'Closest models' in out and ours.manifest.class_0[0] in out and '## It must not be used for' in out
+    )
     assert [p.name for p in sorted(tmp_path.iterdir())] == ['mine.safetensors', 'net.safetensors']
 
 
@@ -233,11 +311,25 @@ def has_setuptools():
 
 
 def test_wheel_holds_the_bundled_set(tmp_path):
-    command = [sys.executable, '-m', 'pip', 'wheel', '.', '--no-deps', '--quiet', '-w', str(tmp_path/'out'), *(['--no-build-isolation'] if has_setuptools() else [])]
+    command = [
+        sys.executable,
+        '-m',
+        'pip',
+        'wheel',
+        '.',
+        '--no-deps',
+        '--quiet',
+        '-w',
+        str(tmp_path / 'out'),
+        *(['--no-build-isolation'] if has_setuptools() else []),
+    ]
     run = subprocess.run(command, cwd=copy_of_repo(tmp_path/'lps'), capture_output=True, text=True)
-    if run.returncode and not has_setuptools() and 'No matching distribution' in run.stderr: pytest.skip("setuptools>=77 is not here and cannot be downloaded")
+    if run.returncode and not has_setuptools() and 'No matching distribution' in run.stderr:
+        pytest.skip("setuptools>=77 is not here and cannot be downloaded")
     assert run.returncode == 0, run.stderr
     with zipfile.ZipFile(next((tmp_path/'out').glob('lps-*.whl'))) as wheel:
         sizes = {o.filename: o.file_size for o in wheel.infolist()}
-    assert {n: sizes.get(f'lps/data/{n}') for n in FILES} == {n: bundled(n).stat().st_size for n in FILES} and 'lps/cli.py' in sizes
+    assert {n: sizes.get(f'lps/data/{n}') for n in FILES} == {
+        n: bundled(n).stat().st_size for n in FILES
+    } and 'lps/cli.py' in sizes
     assert not [n for n in sizes if n.endswith(('.png', '.jpg', '.pt', '.npz'))]

@@ -43,7 +43,9 @@ class Evil:
 
 @pytest.fixture(scope='session')
 def world(tmp_path_factory):
-    "Model sets of two architectures, a fitted net of each, a folder of foreign models, and everything that can be wrong"
+    """Model sets of two architectures, a fitted net of each, a folder of foreign models, and everything that can be
+    wrong
+    """
     w = tmp_path_factory.mktemp('world')
     args = dict(workers=1, progress=False)
     build(w/'zoo', 'digits', TINY, n_models=6, **args)
@@ -51,7 +53,8 @@ def world(tmp_path_factory):
     cwd = os.getcwd()
     try:
         os.chdir(w)
-        for name in ('zoo', 'wide'): assert main(['fit', name, '--out', f'{name}-net.safetensors', '--epochs', '3']) == 0
+        for name in ('zoo', 'wide'):
+            assert main(['fit', name, '--out', f'{name}-net.safetensors', '--epochs', '3']) == 0
     finally: os.chdir(cwd)
     (w/'foreign').mkdir()
     for i in range(3): torch.save(load_model(w/f'zoo/task0{i}_run0.safetensors')[0], w/f'foreign/m{i}.pt')
@@ -65,8 +68,12 @@ def spoil(w):
     state, _ = load_model(w/MODEL)
     torch.save(state | {'conv1.weight': state['conv1.weight']*float('nan')}, w/'nan.pt')
     (w/'half.safetensors').write_bytes((w/MODEL).read_bytes()[:3000])
-    for n, text in dict(hello='hello', bad='{x', five='5', single='["a"]', regex='[["(", "x"]]', group=r'[["a", "\\3"]]').items(): (w/f'{n}.json').write_text(text)
-    for d in ('empty', 'bare/train', 'bare/val', 'hollow/train/a', 'hollow/train/b', 'hollow/val/a', 'hollow/val/b'): (w/d).mkdir(parents=True)
+    for n, text in dict(
+        hello='hello', bad='{x', five='5', single='["a"]', regex='[["(", "x"]]', group=r'[["a", "\\3"]]'
+    ).items():
+        (w / f'{n}.json').write_text(text)
+    for d in ('empty', 'bare/train', 'bare/val', 'hollow/train/a', 'hollow/train/b', 'hollow/val/a', 'hollow/val/b'):
+        (w / d).mkdir(parents=True)
 
 
 def everything(folder): return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob('*')}
@@ -184,7 +191,11 @@ def test_a_mistake_gives_one_line_and_changes_nothing(words, world, monkeypatch,
     monkeypatch.chdir(world)
     before = everything(world)
     code, (out, err) = main(words.split()), capsys.readouterr()
-    assert code == 2 and not out and err.count('\n') == 1 and err.startswith('lps: ') and MISTAKES[words] in err, (code, out, err)
+    assert code == 2 and not out and err.count('\n') == 1 and err.startswith('lps: ') and MISTAKES[words] in err, (
+        code,
+        out,
+        err,
+    )
     assert everything(world) == before
 
 
@@ -196,13 +207,33 @@ def test_exit_code_of_the_process(words, world):
 
 def test_one_step_after_another(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(['fit', str(world/'zoo'), '--epochs', '3', '--layers', 'conv1, layer1.0.conv1', '--out', 'runs/net.safetensors']) == 0
-    assert 'runs/net.safetensors: lps on conv1, layer1.0.conv1 of 30 models, 5 tasks' in ' '.join(capsys.readouterr().out.split())
+    assert (
+        main(
+            [
+                'fit',
+                str(world / 'zoo'),
+                '--epochs',
+                '3',
+                '--layers',
+                'conv1, layer1.0.conv1',
+                '--out',
+                'runs/net.safetensors',
+            ]
+        )
+        == 0
+    )
+    assert 'runs/net.safetensors: lps on conv1, layer1.0.conv1 of 30 models, 5 tasks' in ' '.join(
+        capsys.readouterr().out.split()
+    )
     out = ok('evaluate', world/'zoo', '--splits', 2, '--epochs', 3, '--train', 4, '--out', 'results.json', cwd=tmp_path)
     assert [out.count(t) for t in ('Table 1', 'Table 2', 'random, without', 'nan')] == [1, 1, 2, 0] and '±' in out
     record = json.loads((tmp_path/'results.json').read_text())
     for t in ('table1', 'table2'): assert {len(r) for m in record[t]['runs'].values() for r in m.values()} == {2}
-    assert record['table1']['settings']['n_train'] == 4 and record['table1']['versions']['torch'] and record['table2']['machine']['cores']
+    assert (
+        record['table1']['settings']['n_train'] == 4
+        and record['table1']['versions']['torch']
+        and record['table2']['machine']['cores']
+    )
     out = ok('query', 'runs/net.safetensors', world/'zoo', world/MODEL, '-k', 3, cwd=tmp_path)
     assert 'Closest models' in out and 'Closest tasks' in out and Path(MODEL).name not in out
 
@@ -222,24 +253,51 @@ def test_brackets_in_a_path_are_shown(world, monkeypatch, capsys, tmp_path):
 
 
 def test_import_names_what_it_refuses_and_takes_the_rest(world, tmp_path):
-    (tmp_path/'models.tsv').write_text('file\ttask\n' + ''.join(f'{n}.pt\t{i}\n' for i, n in enumerate(['m0', 'm1', 'm2', 'evil'])))
+    (tmp_path / 'models.tsv').write_text(
+        'file\ttask\n' + ''.join(f'{n}.pt\t{i}\n' for i, n in enumerate(['m0', 'm1', 'm2', 'evil']))
+    )
     out = ok('zoo', 'import', world/'foreign', 'theirs', '--table', 'models.tsv', '--data', 'digits', cwd=tmp_path)
-    assert 'theirs: 3 models of 3 tasks' in out and 'left out 1 file: evil.pt (refused and not executed: it asks for posix.system' in out
-    assert len(load_modelset(tmp_path/'theirs')) == 3 and not list(tmp_path.rglob('OWNED')) and not list(world.rglob('OWNED'))
+    assert (
+        'theirs: 3 models of 3 tasks' in out
+        and 'left out 1 file: evil.pt (refused and not executed: it asks for posix.system' in out
+    )
+    assert (
+        len(load_modelset(tmp_path / 'theirs')) == 3
+        and not list(tmp_path.rglob('OWNED'))
+        and not list(world.rglob('OWNED'))
+    )
 
 
 def test_demo_from_start_to_end_and_again(tmp_path, monkeypatch):
     args = 'demo', '--models', 6, '--splits', 2, '--epochs', 3
     out = ok(*args, cwd=tmp_path, timeout=300)
     assert out.index('Photographs, Table 1') < out.index('Digits, Table 1')
-    assert [w for w in ('Photographs, Table 2', 'Digits, Table 2', 'over 2 splits', 'Query: task', 'Closest models', 'runs/demo/report.html') if w not in out] == []
+    assert [
+        w
+        for w in (
+            'Photographs, Table 2',
+            'Digits, Table 2',
+            'over 2 splits',
+            'Query: task',
+            'Closest models',
+            'runs/demo/report.html',
+        )
+        if w not in out
+    ] == []
     demo, models = tmp_path/'runs/demo', sorted((tmp_path/'runs/demo/digits').glob('*.safetensors'))
     html = (demo/'report.html').read_text()
     assert len(models) == 30 and html.count('<table') >= 8 and html.count('data:image/') >= 6
     assert not re.search(r'(src|href)=(?!["\']?(data:|#))', html) and str(tmp_path) not in html
-    assert sorted(f.name for f in demo.glob('*.png') if f.read_bytes()[:4] == b'\x89PNG') == [f'{s}-{f}.png' for s in ('digits', 'photographs') for f in ('embedding', 'rank_k', 'similarity')]
+    assert sorted(f.name for f in demo.glob('*.png') if f.read_bytes()[:4] == b'\x89PNG') == [
+        f'{s}-{f}.png' for s in ('digits', 'photographs') for f in ('embedding', 'rank_k', 'similarity')
+    ]
     record = json.loads((demo/'results.json').read_text())
-    assert all(record[s][t][k] for s in ('bundled', 'digits') for t in ('table1', 'table2') for k in ('versions', 'machine', 'time', 'runs', 'settings'))
+    assert all(
+        record[s][t][k]
+        for s in ('bundled', 'digits')
+        for t in ('table1', 'table2')
+        for k in ('versions', 'machine', 'time', 'runs', 'settings')
+    )
     before = {f: f.stat().st_mtime_ns for f in models}
     monkeypatch.chdir(tmp_path)
     assert main([str(a) for a in args]) == 0
@@ -250,7 +308,11 @@ def test_demo_from_start_to_end_and_again(tmp_path, monkeypatch):
 
 def test_demo_without_training(tmp_path):
     out = ok('demo', '--no-live', '--splits', 2, '--epochs', 1, cwd=tmp_path)
-    assert 'Photographs, Table 2' in out and 'Digits' not in out and list(json.loads((tmp_path/'runs/demo/results.json').read_text())) == ['bundled']
+    assert (
+        'Photographs, Table 2' in out
+        and 'Digits' not in out
+        and list(json.loads((tmp_path / 'runs/demo/results.json').read_text())) == ['bundled']
+    )
     assert not list(tmp_path.rglob('*.safetensors'))
 
 
@@ -265,8 +327,16 @@ def running(group):
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason="looks for left-over processes in /proc")
 def test_ctrl_c_keeps_what_is_finished(tmp_path):
-    p = subprocess.Popen([LPS, 'zoo', 'build', 'zoo', '--models', '40'], cwd=tmp_path, env=env(), start_new_session=True, preexec_fn=heed_ctrl_c,
-                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen(
+        [LPS, 'zoo', 'build', 'zoo', '--models', '40'],
+        cwd=tmp_path,
+        env=env(),
+        start_new_session=True,
+        preexec_fn=heed_ctrl_c,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         end = time.time() + 90
         while not list(tmp_path.glob('zoo/[!.]*.safetensors')):
@@ -318,7 +388,9 @@ def test_a_bug_shows_where_it_is(monkeypatch):
     with pytest.raises(KeyError): main(['fit', 'bundled'])
 
 
-@pytest.mark.parametrize('error', [MemoryError(), OSError(28, 'No space left on device', 'x'), ValueError('why'), RuntimeError('why')])
+@pytest.mark.parametrize(
+    'error', [MemoryError(), OSError(28, 'No space left on device', 'x'), ValueError('why'), RuntimeError('why')]
+)
 def test_what_a_bad_machine_does_is_one_line(error, monkeypatch, capsys):
     def fails(*args, **kwargs): raise error
     monkeypatch.setattr('lps.modelset.load_modelset', fails)

@@ -1,4 +1,5 @@
-"""Evaluation: fits side by side give the tables of fits one by one, read-outs, putting branches together, finding a result again"""
+"""Evaluation: fits side by side give the tables of fits one by one, read-outs, putting branches together, finding a
+result again"""
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -24,7 +25,10 @@ def models(tmp_path_factory):
     for task in range(4):
         stem = torch.randn(8, 3, 3, 3, generator=g)
         for run in range(4):
-            state = {"conv1.weight": (stem + torch.randn(8, 3, 3, 3, generator=g))[torch.randperm(8, generator=g)], "layer1.0.conv1.weight": torch.randn(8, 8, 3, 3, generator=g)}
+            state = {
+                "conv1.weight": (stem + torch.randn(8, 3, 3, 3, generator=g))[torch.randperm(8, generator=g)],
+                "layer1.0.conv1.weight": torch.randn(8, 8, 3, 3, generator=g),
+            }
             save_model(folder/f"task{task}_run{run}.safetensors", state, dict(task=task, run=run))
     return load_modelset(folder)
 
@@ -34,26 +38,41 @@ def test_tables_are_those_of_fits_one_by_one(models):
     by_hand = [rank_k(score_models(net, models[test]), models.labels[test], torch.tensor(net.tasks))
                for i, (train, test) in enumerate(splits) for net in [fit(models[train], method="lps", seed=i, **FEW)]]
     one_by_one = [table1(models, 2, 3, **FEW), table2(models, 2, 2, 1, **FEW)]
-    with ThreadPoolExecutor(2) as ex: at_once = [table1(models, 2, 3, executor=ex, **FEW), table2(models, 2, 2, 1, executor=ex, **FEW)]
+    with ThreadPoolExecutor(2) as ex:
+        at_once = [table1(models, 2, 3, executor=ex, **FEW), table2(models, 2, 2, 1, executor=ex, **FEW)]
     assert np.array_equal(one_by_one[0].loc["lps"], by_hand)
     assert all(a.equals(b) for a, b in zip(one_by_one, at_once))
 
 
 def test_settings_may_differ_in_anything(models):
     splits = classification_splits(models.labels, 3, 2)
-    runs = classify(models, splits, settings={"stem": {}, "inner, folded": dict(layers=("layer1.0.conv1",), folded=True)}, **FEW)
+    runs = classify(
+        models, splits, settings={"stem": {}, "inner, folded": dict(layers=("layer1.0.conv1",), folded=True)}, **FEW
+    )
     assert runs.loc["stem"].equals(classify(models, splits, **FEW)) and len(runs) == 4
 
 
 def test_every_read_out_names_every_task(models):
     splits = classification_splits(models.labels, 3, 1)
     for read_out in READ_OUTS: assert classify(models, splits, read_out=read_out, **FEW).iloc[0, -1] == 1
-    with pytest.raises(ValueError, match="'vote' is unknown.*logits, nearest, centroid"): classify(models, splits, read_out="vote", **FEW)
+    with pytest.raises(ValueError, match="'vote' is unknown.*logits, nearest, centroid"):
+        classify(models, splits, read_out="vote", **FEW)
 
 
 def test_a_triplet_network_is_read_by_its_neighbours(models):
     splits = classification_splits(models.labels, 3, 2)
-    runs = classify(models, splits, read_out="centroid", loss="triplet", bs=6, per_task=3, epochs=40, milestones=(30,), lr=1e-2, n_filters=40)
+    runs = classify(
+        models,
+        splits,
+        read_out="centroid",
+        loss="triplet",
+        bs=6,
+        per_task=3,
+        epochs=40,
+        milestones=(30,),
+        lr=1e-2,
+        n_filters=40,
+    )
     assert runs["top-1"].mean() > .5
 
 
@@ -91,4 +110,8 @@ def test_a_result_is_found_by_models_and_settings(models, tmp_path):
     assert find_record(path, models) is None
     write_json(path, record := result_record(models, t, **FEW))
     assert find_record(path, models, **FEW) == json.loads(json.dumps(record))
-    assert find_record(path, models, **FEW | dict(epochs=3)) is None and find_record(path, models[:-1], **FEW) is None and find_record(path, models, lr=1) is None
+    assert (
+        find_record(path, models, **FEW | dict(epochs=3)) is None
+        and find_record(path, models[:-1], **FEW) is None
+        and find_record(path, models, lr=1) is None
+    )

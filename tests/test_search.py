@@ -21,8 +21,13 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for i in range(12):
         torch.manual_seed(i)
-        state = {k: v.half() if v.ndim > 1 else v for k, v in ResNet(depth=8, width=4, shortcut="pad_end").state_dict().items()}
-        meta = dict(task=i//3, run=i % 3, shortcut="pad_end") | (dict(classes=["a", "b"], val_accuracy=.9) if i < 6 else {})
+        state = {
+            k: v.half() if v.ndim > 1 else v
+            for k, v in ResNet(depth=8, width=4, shortcut="pad_end").state_dict().items()
+        }
+        meta = dict(task=i // 3, run=i % 3, shortcut="pad_end") | (
+            dict(classes=["a", "b"], val_accuracy=0.9) if i < 6 else {}
+        )
         save_model(folder/f"m{i:02d}.safetensors", state, meta)
     return load_modelset(folder)
 
@@ -30,7 +35,15 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module", params=["lps", "lps-folded", "fc"])
 def index(models, request):
     method, _, folded = request.param.partition("-")
-    net = fit(models[models.manifest.task < 3], layers=("conv1", "layer2.0.conv1"), method=method, folded=bool(folded), epochs=2, milestones=(1,), n_filters=8)
+    net = fit(
+        models[models.manifest.task < 3],
+        layers=("conv1", "layer2.0.conv1"),
+        method=method,
+        folded=bool(folded),
+        epochs=2,
+        milestones=(1,),
+        n_filters=8,
+    )
     return ModelIndex(net, models)
 
 
@@ -52,7 +65,8 @@ def test_a_copy_is_known_by_its_weights(models, index, tmp_path):
     save_model(tmp_path/"renamed.safetensors", dict(reversed(state.items())), dict(task=9))
     torch.save(state, tmp_path/"a.pt")
     save_file({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, tmp_path/"plain.safetensors")
-    for query in (models[4], *(tmp_path/n for n in ("renamed.safetensors", "a.pt", "plain.safetensors")), str(tmp_path/"a.pt")):
+    files = [tmp_path/name for name in ("renamed.safetensors", "a.pt", "plain.safetensors")]
+    for query in (models[4], *files, str(files[1])):
         assert index.query(query, 1, with_self=True).file[1] == "m04.safetensors"
         rest = index.query(query, 100)
         assert len(rest) == 11 and "m04.safetensors" not in rest.file.tolist()
@@ -109,7 +123,8 @@ def test_files_that_are_no_index(models, index, tmp_path):
 
 def test_queries_that_cannot_be_answered(models, index, tmp_path):
     state = models[0].state
-    for bad, match in ((TrainedModel(ResNet(depth=8, width=6).state_dict(), {}), r"\(6, 3, 3, 3\), its branch was built for \(4, 3, 3, 3\)"),
+    wide = r"\(6, 3, 3, 3\), its branch was built for \(4, 3, 3, 3\)"
+    for bad, match in ((TrainedModel(ResNet(depth=8, width=6).state_dict(), {}), wide),
                        (TrainedModel(state | {"fc.bias": torch.tensor([0, torch.inf])}, {}), "fc.bias holds inf"),
                        (TrainedModel({"fc.weight": torch.zeros(2, 4)}, {}), "no layer 'conv1' in these models: known are fc")):
         for ask in (index.query, index.tasks):

@@ -1,4 +1,5 @@
-"""The second-order network: order does not matter to any of the 19 branches, the fast loop is the plain loop, n = 1 equals the plain case"""
+"""The second-order network: order does not matter to any of the 19 branches, the fast loop is the plain loop, n = 1
+equals the plain case"""
 import pickle
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
@@ -25,9 +26,18 @@ def models(tmp_path_factory):
     for task in range(2):
         for run in range(3):
             torch.manual_seed(10*task + run)
-            state = {k: v + torch.rand_like(v)*.5 if "bn" in k and v.is_floating_point() else v for k, v in ResNet(width=4).state_dict().items()}
+            state = {
+                k: v + torch.rand_like(v) * 0.5 if "bn" in k and v.is_floating_point() else v
+                for k, v in ResNet(width=4).state_dict().items()
+            }
             save(folder, f"task{task}_run{run}", state, task, run)
-            save(folder, f"task{task}_run{run + 3}_permuted", permute(state, spec, random_perms(spec, run)), task, run + 3)
+            save(
+                folder,
+                f"task{task}_run{run + 3}_permuted",
+                permute(state, spec, random_perms(spec, run)),
+                task,
+                run + 3,
+            )
     return load_modelset(folder)
 
 
@@ -37,10 +47,14 @@ def test_a_permuted_model_has_the_same_embedding_on_every_branch(models, folded)
     net = fit(original, branch_layers(), epochs=1, n_filters=5, folded=folded)
     assert len(net.branches) == 19
     torch.testing.assert_close(embed(net, original), embed(net, permuted), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(similarity(embed(net, original), embed(net, permuted)).diagonal(), torch.ones(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        similarity(embed(net, original), embed(net, permuted)).diagonal(), torch.ones(6), atol=1e-5, rtol=0
+    )
 
 
-@pytest.mark.parametrize("switches", [dict(method="fc"), dict(method="frobenius"), dict(align_filters=False), dict(align_channels=False)])
+@pytest.mark.parametrize(
+    "switches", [dict(method="fc"), dict(method="frobenius"), dict(align_filters=False), dict(align_channels=False)]
+)
 def test_without_alignment_order_matters(models, switches):
     original, permuted = models[models.manifest.run < 3], models[models.manifest.run >= 3]
     net = fit(original, ("layer1.0.conv2",), epochs=1, n_filters=5, **switches)
@@ -48,29 +62,65 @@ def test_without_alignment_order_matters(models, switches):
 
 
 @pytest.mark.parametrize("method", VARIANTS)
-@pytest.mark.parametrize("layers, bs", [(("conv1",), 1), (("conv1", "layer2.0.conv1"), 1), (("conv1",), 4), (("layer3.0.conv1",), 1), (("layer3.2.conv2",), 1), (branch_layers(), 1)])
+@pytest.mark.parametrize(
+    "layers, bs",
+    [
+        (("conv1",), 1),
+        (("conv1", "layer2.0.conv1"), 1),
+        (("conv1",), 4),
+        (("layer3.0.conv1",), 1),
+        (("layer3.2.conv2",), 1),
+        (branch_layers(), 1),
+    ],
+)
 def test_fast_loop_is_the_plain_loop_to_the_bit(models, method, layers, bs):
-    a, b = [fit(models, layers, method, epochs=3, milestones=(1, 2), n_filters=6, bs=bs, plain=plain) for plain in (False, True)]
+    a, b = [
+        fit(models, layers, method, epochs=3, milestones=(1, 2), n_filters=6, bs=bs, plain=plain)
+        for plain in (False, True)
+    ]
     assert same(a, b)
 
 
-@pytest.mark.parametrize("switches", [dict(align_filters=False), dict(align_channels=False), dict(alpha=[.9, .1]), dict(momentum=0), dict(loss="triplet", bs=6, per_task=3), dict(folded=True)])
+@pytest.mark.parametrize(
+    "switches",
+    [
+        dict(align_filters=False),
+        dict(align_channels=False),
+        dict(alpha=[0.9, 0.1]),
+        dict(momentum=0),
+        dict(loss="triplet", bs=6, per_task=3),
+        dict(folded=True),
+    ],
+)
 def test_fast_loop_is_the_plain_loop_with_every_switch(models, switches):
-    a, b = [fit(models, ("layer1.0.conv1", "layer3.1.conv1"), **dict(epochs=3, milestones=(1, 2), n_filters=6, plain=plain) | switches) for plain in (False, True)]
+    a, b = [
+        fit(
+            models,
+            ("layer1.0.conv1", "layer3.1.conv1"),
+            **dict(epochs=3, milestones=(1, 2), n_filters=6, plain=plain) | switches
+        )
+        for plain in (False, True)
+    ]
     assert same(a, b)
 
 
 def test_branches_of_one_network_learn_as_if_alone(models):
     "They share no weight: α of eq. (9) is a factor of a branch's learning rate, to the bit for powers of two"
     few = dict(epochs=3, milestones=(1,), n_filters=6)
-    both, alone = fit(models, ("layer2.1.conv1", "layer3.1.conv1"), lr=2e-3, alpha=[.5, .5], **few), fit(models, ("layer2.1.conv1",), lr=1e-3, **few)
+    both, alone = fit(models, ("layer2.1.conv1", "layer3.1.conv1"), lr=2e-3, alpha=[0.5, 0.5], **few), fit(
+        models, ("layer2.1.conv1",), lr=1e-3, **few
+    )
     assert same(both.branches[0], alone.branches[0])
 
 
 @pytest.mark.parametrize("pool", [None, ThreadPoolExecutor, ProcessPoolExecutor])
 def test_fits_at_once_have_the_weights_of_fits_one_by_one(models, pool):
     train, few, threads = [0, 1, 2, 6, 7, 8], dict(epochs=2, milestones=(1,), n_filters=6), torch.get_num_threads()
-    jobs = [dict(layers=("layer3.1.conv1",), **few), dict(method="fc", seed=3, **few), dict(layers=("conv1", "layer1.0.conv1"), folded=True, **few)]
+    jobs = [
+        dict(layers=("layer3.1.conv1",), **few),
+        dict(method="fc", seed=3, **few),
+        dict(layers=("conv1", "layer1.0.conv1"), folded=True, **few),
+    ]
     one_by_one = [fit(models[train], **job) for job in jobs]
     jobs = [dict(job, train=train) for job in jobs]
     if pool is ThreadPoolExecutor:
@@ -89,11 +139,14 @@ def test_a_job_carries_only_the_layers_it_reads(models):
 def test_a_fit_that_fails_at_once_with_others_says_why(models):
     jobs = [dict(train=range(12), epochs=2, n_filters=4), dict(train=range(12), lr=1e8, epochs=9, n_filters=4)]
     with pytest.raises(Diverged, match="the loss is"): fit_many(models, jobs, workers=2)
-    with pytest.raises(ValueError, match="no layer 'conv9'"): fit_many(models, [dict(train=range(12), layers=("conv9",))])
+    with pytest.raises(ValueError, match="no layer 'conv9'"):
+        fit_many(models, [dict(train=range(12), layers=("conv9",))])
 
 
 def test_a_branch_of_weight_zero_changes_nothing(models):
-    one, two = fit(models, ("conv1",), epochs=2, n_filters=6), fit(models, ("conv1", "layer1.0.conv1"), epochs=2, n_filters=6, alpha=[1, 0])
+    one, two = fit(models, ("conv1",), epochs=2, n_filters=6), fit(
+        models, ("conv1", "layer1.0.conv1"), epochs=2, n_filters=6, alpha=[1, 0]
+    )
     torch.testing.assert_close(one.branches[0].fc.weight, two.branches[0].fc.weight)
     sims = [similarity(embed(net, models)) for net in (one, two)]
     torch.testing.assert_close(*sims, atol=1e-5, rtol=1e-4)

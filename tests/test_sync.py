@@ -14,6 +14,7 @@ import yaml
 from conftest import ROOT, copy_of_repo
 from packaging.requirements import Requirement
 from packaging.version import Version
+from PIL import Image
 
 BIN = Path(sys.executable).parent
 SETTINGS = configparser.ConfigParser()
@@ -107,3 +108,15 @@ def test_sidebar_names_every_page():
     notebooks = {p.relative_to(ROOT/"nbs").as_posix() for p in NOTEBOOKS}
     modules = {f"api/{p.stem}.qmd" for p in ROOT.glob("lps/*.py") if not p.stem.startswith("_")}
     assert named == notebooks | modules
+
+
+def test_front_picture_shows_the_result_file():
+    script = runpy.run_path(str(ROOT/"scripts/picture.py"))
+    with Image.open(script["PICTURE"]) as picture: shown = picture.info["Fingerprint"]
+    assert shown == script["fingerprint"](), "nbs/images/similarity.png is older than its result file: run scripts/picture.py"
+    assert "images/similarity.png" in (ROOT/"README.md").read_text(encoding="utf-8")
+
+
+def test_ruff_reads_everything():
+    done = subprocess.run([BIN/"ruff", "check", "--output-format", "concise"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
