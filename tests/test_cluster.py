@@ -15,7 +15,7 @@ from lps.train import recipes
 from lps.zoo import build
 
 distributed = pytest.importorskip('distributed', reason="needs the extra lps[cluster]")
-TINY = replace(recipes['digits'], name='tiny', epochs=20, milestones=(12,), depth=8, width=2, batch_size=128)
+TINY = replace(recipes['digits'], name='tiny', epochs=20, milestones=(12,), depth=8, width=2, batch_size=512)
 IMAGES = tuple(load_images('digits', s) for s in ('train', 'test'))
 
 

@@ -320,10 +320,12 @@ def run(folder, seed, barrier, answers):
         barrier.wait(30)
         return lock(file)
     zoo.FileLock = meet
-    try: zoo.build(folder, images, QUICK, n_tasks=1, n_models=2, seed=seed, workers=1, progress=False)
+    try: zoo.build(folder, images, QUICK, seed=seed, **how)
     except ValueError as e: answers.put((seed, str(e)))
     else: answers.put((seed, 'built'))
 
+how = dict(n_tasks=1, n_models=2, workers=1, progress=False)
+zoo.build({before!r}, images, QUICK, **how)  # what is loaded at first use is loaded now
 for line in sys.stdin:
     folder, *seeds = line.split()
     barrier, answers = fork.Barrier(2), fork.Queue()
@@ -338,7 +340,7 @@ QUICK = replace(TINY, epochs=1, milestones=(), width=2, batch_size=512)
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason="needs fork")
 def test_twenty_pairs_of_builds_started_together(tmp_path):
     "Of two builds with different seeds one goes on and the other is told; two that are equal share the work"
-    code = PAIRS.format(tests=str(ROOT/'tests'))
+    code = PAIRS.format(tests=str(ROOT/'tests'), before=str(tmp_path/'before'))
     pairs = {tmp_path/f'pair{i:02d}': (i, i + i % 2) for i in range(20)}
     lines = ''.join(f'{folder} {a} {b}\n' for folder, (a, b) in pairs.items())
     p = subprocess.run([sys.executable, '-c', code], input=lines, capture_output=True, text=True, timeout=300)
