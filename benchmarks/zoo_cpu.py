@@ -4,16 +4,24 @@
     python benchmarks/zoo_cpu.py [--repeats 5] [--batches 6]
 
 All train the same ResNet20 in batches of 128 random 32x32x3 images, with random crop, mirroring and SGD.
-  fastai       what one writes first: PNG files, `ImageDataLoaders`, item transforms CropPad, RandomCrop, FlipItem, then Normalize by batch,
+  fastai       what one writes first: PNG files, `ImageDataLoaders`, item transforms CropPad, RandomCrop, FlipItem,
+               then Normalize by batch,
                a `Learner` with its default callbacks (only the progress bar is off), float32
-  lean         images in memory, a torchvision-style dataset that transforms one PIL image at a time, fastai's `DataLoader` and `Learner`, float32
-  zoo          the loop of `train_model` in the precision that it takes here; zoo_float32 tells precision from the rest
+  lean         images in memory, a torchvision-style dataset that transforms one PIL image at a time, fastai's
+               `DataLoader` and `Learner`, float32
+  zoo          the loop of `train_model` in the precision that it takes here; zoo_float32 tells precision from the
+               rest
 Two comparisons, the sides in turn, ratios within each turn:
-  one_process  one torch thread each, no worker processes for loading; also by CPU time, which other load on the machine disturbs less
-  machine      two zoo processes of one thread each, against one fastai loop with torch's default threads and two loading workers;
-               left out (null) when other work has the machine, a load above 1 at the start: it slows a loop of several threads out of proportion
-`core` says how much of a core the zoo uses: its arithmetic, counted as 3 x 2 x 40.8 million operations an image (the backward pass as
-twice the forward pass, convolutions only), over that of a matrix product of 2048 x 2048 in the same precision; and where a step's time goes.
+  one_process  one torch thread each, no worker processes for loading; also by CPU time, which other load on the
+  machine disturbs less
+  machine      two zoo processes of one thread each, against one fastai loop with torch's default threads and two
+               loading workers;
+               left out (null) when other work has the machine, a load above 1 at the start: it slows a loop of
+               several threads out of proportion
+`core` says how much of a core the zoo uses: its arithmetic, counted as 3 x 2 x 40.8 million operations an image (the
+backward pass as
+twice the forward pass, convolutions only), over that of a matrix product of 2048 x 2048 in the same precision; and
+where a step's time goes.
 Writes benchmarks/results/zoo_cpu.json.
 """
 import argparse, contextlib, multiprocessing, os, statistics, tempfile, time

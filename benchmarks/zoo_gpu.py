@@ -1,12 +1,17 @@
 #!/usr/bin/env python3
-"""Images per second of training many ResNet20s at the same time on one GPU, against plain fastai loops on the same GPU.
+"""Images per second of training many ResNet20s at the same time on one GPU, against plain fastai loops on the same
+GPU.
 
     python benchmarks/zoo_gpu.py [--models 8 32 100] [--repeats 5] [--epochs 3]
 
-All train ResNet20s on 1000 random 32x32x3 images a task, in batches of 128, with random crop, mirroring and SGD; ten models share a task.
-  fastai               what one writes first: PNG files, `ImageDataLoaders` with loading workers, item transforms CropPad, RandomCrop, FlipItem,
-                       then Normalize by batch, a `Learner` with its default callbacks (only the progress bar is off), float32, one model
-  lean                 images in memory, a torchvision-style dataset that transforms one PIL image at a time, fastai's `DataLoader`, one model
+All train ResNet20s on 1000 random 32x32x3 images a task, in batches of 128, with random crop, mirroring and SGD; ten
+models share a task.
+  fastai               what one writes first: PNG files, `ImageDataLoaders` with loading workers, item transforms
+                       CropPad, RandomCrop, FlipItem,
+                       then Normalize by batch, a `Learner` with its default callbacks (only the progress bar is
+                       off), float32, one model
+  lean                 images in memory, a torchvision-style dataset that transforms one PIL image at a time,
+                       fastai's `DataLoader`, one model
   fused_float32        `lps.many`: one network with grouped convolutions, channels last, TF32 off
   fused_tf32           the same with TF32
   fused_tf32_nchw      the same with TF32, channels first
@@ -14,13 +19,19 @@ All train ResNet20s on 1000 random 32x32x3 images a task, in batches of 128, wit
   fused_bfloat16_nchw  the same with bfloat16 autocast, channels first
   patches_tf32         each convolution as one batched matrix product over models, on unfolded patches; TF32
   patches_bfloat16     the same with bfloat16 autocast
-  graphs_tf32          independent networks, each with its step captured in a CUDA graph, replayed on eight streams; TF32
+  graphs_tf32          independent networks, each with its step captured in a CUDA graph, replayed on eight streams;
+                       TF32
   graphs_bfloat16      the same with bfloat16 autocast
-The sides run in turn, ratios are taken within each turn. An epoch is timed from before its first batch (loading workers start, random numbers
-are drawn) to the end of its last on the GPU; validation is not timed, nor is the first epoch, in which kernels are chosen and captured.
-`minutes` is what 500 models x 160 epochs x 1000 images take at that rate. `step_difference` is how far the first step of each candidate is from
-the step of the networks one by one in float32, relative to its length, for the worst of four models (one pixel that rounding takes over the edge of
-a ReLU can make that a percent); `isolated` says whether NaN in one model left the other three alone. Writes benchmarks/results/zoo_gpu.json. With --device cpu it only shows that it works: no graphs, no file.
+The sides run in turn, ratios are taken within each turn. An epoch is timed from before its first batch (loading
+workers start, random numbers
+are drawn) to the end of its last on the GPU; validation is not timed, nor is the first epoch, in which kernels are
+chosen and captured.
+`minutes` is what 500 models x 160 epochs x 1000 images take at that rate. `step_difference` is how far the first
+step of each candidate is from
+the step of the networks one by one in float32, relative to its length, for the worst of four models (one pixel that
+rounding takes over the edge of
+a ReLU can make that a percent); `isolated` says whether NaN in one model left the other three alone. Writes
+benchmarks/results/zoo_gpu.json. With --device cpu it only shows that it works: no graphs, no file.
 """
 import argparse, copy, gc, tempfile, time
 from dataclasses import dataclass, replace
@@ -331,7 +342,7 @@ def show(checks, table):
             f"{k:20}"
             + (
                 v.get('failed')
-                or f"step differs by {v['step_difference']:<8} {'isolated' if v['isolated'] else 'NaN SPREADS to other models'}"
+                or f"step differs by {v['step_difference']:<8} {'isolated' if v['isolated'] else 'NaN SPREADS'}"
             )
         )
     for M, sides in table.items():

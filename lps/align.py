@@ -165,7 +165,7 @@ def _stem_scores(W, V):
 
 # %% ../nbs/13_align.ipynb #3933644c
 def align_layer(
-    weight: Tensor,               # filters of a layer of any number of models, `(..., N, C, k, k)`; `(..., N, C)` if linear
+    weight: Tensor,               # filters of a layer of any number of models, `(..., N, C, k, k)`; or `(..., N, C)`
     second_order: Tensor,         # second-order filters, `(P, Q, k, k)`; `(P, Q)` for a linear layer
     align_filters: bool=True,     # sort each second-order filter's scores, eq. (8); off for the ablation of §5.5
     align_channels: bool=True,    # match channels by the best score, eq. (6); off at the stem, eq. (7), where Q = C

@@ -71,7 +71,9 @@ def test_more_channels_than_a_byte_counts():
 
 
 def test_products_of_a_large_layer_are_never_stored():
-    weight, second_order = torch.randn(2, 64, 64, 3, 3, requires_grad=True), torch.randn(20, 64, 3, 3, requires_grad=True)
+    weight, second_order = torch.randn(2, 64, 64, 3, 3, requires_grad=True), torch.randn(
+        20, 64, 3, 3, requires_grad=True
+    )
     with Largest(): align_layer(weight, second_order).sum().backward()  # compiles the kernels and imports what the mode needs
     tracemalloc.start()
     try:
@@ -103,7 +105,9 @@ def test_shuffled_filters_and_channels_give_the_same_scores():
 
 def test_many_models_at_once_are_each_model_alone():
     weight, second_order = layer()
-    torch.testing.assert_close(align_layer(weight, second_order), torch.stack([align_layer(w, second_order) for w in weight]))
+    torch.testing.assert_close(
+        align_layer(weight, second_order), torch.stack([align_layer(w, second_order) for w in weight])
+    )
     torch.testing.assert_close(align_layer(weight[None], second_order)[0], align_layer(weight, second_order))
     assert align_layer(weight[:0], second_order).shape == (0, 8, 10)
 
@@ -111,7 +115,10 @@ def test_many_models_at_once_are_each_model_alone():
 def test_copies_of_a_channel_share_its_gradient():
     weight, second_order = layer()
     with torch.no_grad(): weight[:, :, 1] = weight[:, :, 0]
-    grads = [torch.autograd.grad(f(weight, second_order).square().sum(), (weight, second_order)) for f in (align_layer, written_out)]
+    grads = [
+        torch.autograd.grad(f(weight, second_order).square().sum(), (weight, second_order))
+        for f in (align_layer, written_out)
+    ]
     (got_w, got_v), (want_w, want_v) = grads
     torch.testing.assert_close(got_w[:, :, :2].sum(2), want_w[:, :, :2].sum(2))
     torch.testing.assert_close(got_v, want_v)

@@ -22,7 +22,8 @@ def tiny(seed=0, **kw):
 
 
 def filled(path, n=6):
-    for i in range(n): save_model(path/f'm{i}.safetensors', tiny(i), dict(task=i//2, run=i%2, classes=['a', 'b'], seed=i))
+    for i in range(n):
+        save_model(path / f'm{i}.safetensors', tiny(i), dict(task=i // 2, run=i % 2, classes=['a', 'b'], seed=i))
     return path
 
 
@@ -62,7 +63,8 @@ def test_truncated_anywhere(tmp_path, cut, words):
 @pytest.mark.parametrize('data', [b'PK\x03\x04' + b'x'*500, b'<html>not found</html>', bytes(1000), (100).to_bytes(8, 'little') + b'{' + b'x'*200])
 def test_other_formats_are_no_model(tmp_path, data):
     (filled(tmp_path)/'odd.safetensors').write_bytes(data)
-    with pytest.warns(UserWarning): assert 'not a safetensors file' in reasons(load_modelset(tmp_path))['odd.safetensors']
+    with pytest.warns(UserWarning):
+        assert 'not a safetensors file' in reasons(load_modelset(tmp_path))['odd.safetensors']
 
 
 def test_plain_safetensors_file_is_told_from_a_model(tmp_path):
@@ -120,7 +122,11 @@ class Trap:
 def test_hostile_pickle_is_refused_not_run(tmp_path, legacy):
     (src := tmp_path/'src').mkdir()
     torch.save(tiny(), src/'good.pt')
-    torch.save(tiny() | {'conv1.weight': Trap(tmp_path/'executed')}, src/'trap.pth', _use_new_zipfile_serialization=not legacy)
+    torch.save(
+        tiny() | {'conv1.weight': Trap(tmp_path / 'executed')},
+        src / 'trap.pth',
+        _use_new_zipfile_serialization=not legacy,
+    )
     with pytest.warns(UserWarning, match='trap.pth'): ms = import_models(src, tmp_path/'dst')
     assert not (tmp_path/'executed').exists() and len(ms) == 1
     assert 'refused and not executed: it asks for posix.mkdir' in reasons(ms)['trap.pth']
@@ -129,20 +135,35 @@ def test_hostile_pickle_is_refused_not_run(tmp_path, legacy):
 def test_import_names_each_bad_file(tmp_path):
     (src := tmp_path/'src').mkdir()
     for i in range(3): torch.save({'state_dict': tiny(i)}, src/f'm{i}.pt')
-    torch.save(nan(), src/'nan.pt'); torch.save([1, 2], src/'list.pt'); torch.save(tiny(width=8), src/'wide.pt'); torch.save(tiny(), src/'unlisted.pt')
+    torch.save(nan(), src / 'nan.pt')
+    torch.save([1, 2], src / 'list.pt')
+    torch.save(tiny(width=8), src / 'wide.pt')
+    torch.save(tiny(), src / 'unlisted.pt')
     (src/'cut.pt').write_bytes((src/'m0.pt').read_bytes()[:3000])
     (src/'text.pt').write_text('hello')
-    rows = [dict(file=f'{n}.pt', task=0, run=i) for i, n in enumerate(['m0', 'm1', 'm2', 'nan', 'list', 'wide', 'cut', 'text', 'gone'])]
-    with pytest.warns(UserWarning, match='left out 7 files'): ms = import_models(src, tmp_path/'dst', table=pd.DataFrame(rows))
+    rows = [
+        dict(file=f'{n}.pt', task=0, run=i)
+        for i, n in enumerate(['m0', 'm1', 'm2', 'nan', 'list', 'wide', 'cut', 'text', 'gone'])
+    ]
+    with pytest.warns(UserWarning, match='left out 7 files'):
+        ms = import_models(src, tmp_path / 'dst', table=pd.DataFrame(rows))
     r = reasons(ms)
     assert len(ms) == 3 and len(r) == 7
     assert 'holds NaN' in r['nan.pt'] and 'no state dict' in r['list.pt'] and r['unlisted.pt'] == 'not in the table'
-    assert 'truncated' in r['cut.pt'] and 'not a PyTorch file' in r['text.pt'] and 'no such file' in r['gone.pt'] and 'has shape' in r['wide.pt'] and not (tmp_path/'dst'/'wide.safetensors').exists()
+    assert (
+        'truncated' in r['cut.pt']
+        and 'not a PyTorch file' in r['text.pt']
+        and 'no such file' in r['gone.pt']
+        and 'has shape' in r['wide.pt']
+        and not (tmp_path / 'dst' / 'wide.safetensors').exists()
+    )
 
 
 def test_import_without_batch_counters_keeps_buffers(tmp_path):
     (src := tmp_path/'src').mkdir()
-    state = {k: v for k, v in tiny(shortcut='pad_both').items() if 'num_batches' not in k} | {'bn1.running_mean': torch.arange(4.)}
+    state = {k: v for k, v in tiny(shortcut='pad_both').items() if 'num_batches' not in k} | {
+        'bn1.running_mean': torch.arange(4.0)
+    }
     safetensors.torch.save_file(state, src/'a.safetensors')
     ms = import_models(src, tmp_path/'dst', shortcut='pad_both')
     assert ms[0].net.shortcut == 'pad_both' and ms.labels.tolist() == [-1]
@@ -154,7 +175,8 @@ def test_import_refuses_what_cannot_end_well(tmp_path):
     with pytest.raises(ValueError, match='no model could be taken in'): import_models(src, tmp_path/'dst')
     with pytest.raises(ValueError, match='choose another folder'): import_models(src, src)
     with pytest.raises(FileNotFoundError, match='not a folder'): import_models(tmp_path/'x', tmp_path/'dst')
-    with pytest.raises(ValueError, match='no column task'): import_models(src, tmp_path/'dst', table=pd.DataFrame(dict(file=['a'])))
+    with pytest.raises(ValueError, match='no column task'):
+        import_models(src, tmp_path / 'dst', table=pd.DataFrame(dict(file=['a'])))
 
 
 @pytest.fixture(scope='module')
@@ -177,7 +199,10 @@ def sheets(split, classes):
     "Images and labels of classes that are stored as one sheet of tiles each"
     import numpy as np
     from PIL import Image
-    def read(c): return torch.from_numpy(np.array(Image.open(SHARED/"tinyimagenet32"/split/f"{c}.jpg").convert("RGB"))).permute(2, 0, 1)
+    def read(c):
+        return torch.from_numpy(
+            np.array(Image.open(SHARED / "tinyimagenet32" / split / f"{c}.jpg").convert("RGB"))
+        ).permute(2, 0, 1)
     x = [read(c).unfold(1, 32, 32).unfold(2, 32, 32)
          .permute(1, 2, 0, 3, 4).reshape(-1, 3, 32, 32) for c in classes]
     return torch.cat(x), torch.arange(len(x)).repeat_interleave(len(x[0]))

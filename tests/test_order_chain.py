@@ -7,7 +7,9 @@ import torch
 from lps.order_chain import PermutationSpec, fold_bn, folded_resnet, inverse, permute, random_perms, resnet_spec
 from lps.resnet import SHORTCUTS, ResNet, bn_of, resnet_from_state
 
-CASES = [(d, w, s, seed) for d, w, s, seed in product((8, 20), (4, 16), SHORTCUTS, (0, 1)) if (d, w) != (20, 16) or seed == 0]
+CASES = [
+    (d, w, s, seed) for d, w, s, seed in product((8, 20), (4, 16), SHORTCUTS, (0, 1)) if (d, w) != (20, 16) or seed == 0
+]
 IDS = [f'depth{d}-width{w}-{s}-seed{seed}' for d, w, s, seed in CASES]
 
 
@@ -39,7 +41,9 @@ def test_logits(case):
     model, spec, perms, x, logits = case
     state = model.state_dict()
     new = permute(state, spec, perms)
-    assert list(new) == list(state) and all(new[k].dtype == v.dtype and new[k].shape == v.shape for k, v in state.items())
+    assert list(new) == list(state) and all(
+        new[k].dtype == v.dtype and new[k].shape == v.shape for k, v in state.items()
+    )
     same(resnet_from_state(new, model.shortcut)(x), logits)
 
 
@@ -47,7 +51,9 @@ def test_logits(case):
 def test_logits_folded(case):
     model, spec, perms, x, logits = case
     folded, net = fold_bn(model.state_dict()), folded_resnet(model)
-    assert list(net.state_dict()) == list(folded) and all(torch.equal(net.state_dict()[k], v) for k, v in folded.items())
+    assert list(net.state_dict()) == list(folded) and all(
+        torch.equal(net.state_dict()[k], v) for k, v in folded.items()
+    )
     same(net(x), logits)
     net.load_state_dict(permute(folded, spec, perms))
     same(net(x), logits)
@@ -74,7 +80,9 @@ def test_each_group_alone_and_each_axis_needed(shortcut):
         same(torch.func.functional_call(model, permute(state, spec, perms), (x,)), logits)
         for name, axis in axes:
             if name not in state: continue
-            less = spec.axes_to_perm | {name: tuple(None if i == axis else g for i, g in enumerate(spec.axes_to_perm[name]))}
+            less = spec.axes_to_perm | {
+                name: tuple(None if i == axis else g for i, g in enumerate(spec.axes_to_perm[name]))
+            }
             out = torch.func.functional_call(model, permute(state, PermutationSpec(spec.sizes, less), perms), (x,))
             assert (out - logits).abs().max() > 1e-3 * logits.abs().max(), (group, name, axis)
 
@@ -128,8 +136,11 @@ def test_fold_formula_with_eps():
     again = fold_bn(folded)
     assert list(again) == list(folded) and all(torch.equal(again[k], x) for k, x in folded.items())
     state['layer1.0.conv1.bias'] = torch.ones(4)
-    torch.testing.assert_close(fold_bn(state)['layer1.0.conv1.bias'] - fold_bn({k: x for k, x in state.items() if k != 'layer1.0.conv1.bias'})['layer1.0.conv1.bias'],
-        state['layer1.0.bn1.weight'] / (state['layer1.0.bn1.running_var'] + 1e-5).sqrt())
+    torch.testing.assert_close(
+        fold_bn(state)['layer1.0.conv1.bias']
+        - fold_bn({k: x for k, x in state.items() if k != 'layer1.0.conv1.bias'})['layer1.0.conv1.bias'],
+        state['layer1.0.bn1.weight'] / (state['layer1.0.bn1.running_var'] + 1e-5).sqrt(),
+    )
 
 
 def test_errors_name_both_values():
@@ -141,6 +152,9 @@ def test_errors_name_both_values():
            r"perms names \['stream9'\]": perms | {'stream9': torch.arange(4)}}
     for match, p in bad.items():
         with pytest.raises(ValueError, match=match): permute(state, spec, p)
-    with pytest.raises(ValueError, match="'stem.weight' is not among"): permute({'stem.weight': torch.zeros(4)}, spec, perms)
-    with pytest.raises(ValueError, match=r"axis 0 of 'conv1.weight' \(16, 3, 3, 3\).*4 channels"): permute(ResNet(8, 16).state_dict(), spec, perms)
-    with pytest.raises(ValueError, match="follows 'stream1'"): PermutationSpec({'stream1': 4}, {'conv1.weight': ('stream1', None)})
+    with pytest.raises(ValueError, match="'stem.weight' is not among"):
+        permute({'stem.weight': torch.zeros(4)}, spec, perms)
+    with pytest.raises(ValueError, match=r"axis 0 of 'conv1.weight' \(16, 3, 3, 3\).*4 channels"):
+        permute(ResNet(8, 16).state_dict(), spec, perms)
+    with pytest.raises(ValueError, match="follows 'stream1'"):
+        PermutationSpec({'stream1': 4}, {'conv1.weight': ('stream1', None)})

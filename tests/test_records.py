@@ -80,7 +80,8 @@ def test_a_result_from_an_uncommitted_tree_is_marked():
 
 
 def test_a_folder_in_place_of_a_result_is_said(tmp_path):
-    with pytest.raises(ValueError, match="is a folder: a result file is needed"): find_record(tmp_path, load_modelset("bundled"))
+    with pytest.raises(ValueError, match="is a folder: a result file is needed"):
+        find_record(tmp_path, load_modelset("bundled"))
 
 
 def changed(record, field, value):

@@ -126,7 +126,7 @@ def test_queries_that_cannot_be_answered(models, index, tmp_path):
     wide = r"\(6, 3, 3, 3\), its branch was built for \(4, 3, 3, 3\)"
     for bad, match in ((TrainedModel(ResNet(depth=8, width=6).state_dict(), {}), wide),
                        (TrainedModel(state | {"fc.bias": torch.tensor([0, torch.inf])}, {}), "fc.bias holds inf"),
-                       (TrainedModel({"fc.weight": torch.zeros(2, 4)}, {}), "no layer 'conv1' in these models: known are fc")):
+                       (TrainedModel({"fc.weight": torch.zeros(2, 4)}, {}), "no layer 'conv1'.*known are fc")):
         for ask in (index.query, index.tasks):
             with pytest.raises(ValueError, match=match): ask(bad)
     with pytest.raises(ValueError, match="k is 0"): index.query(models[0], 0)

@@ -113,7 +113,7 @@ def test_sidebar_names_every_page():
 def test_front_picture_shows_the_result_file():
     script = runpy.run_path(str(ROOT/"scripts/picture.py"))
     with Image.open(script["PICTURE"]) as picture: shown = picture.info["Fingerprint"]
-    assert shown == script["fingerprint"](), "nbs/images/similarity.png is older than its result file: run scripts/picture.py"
+    assert shown == script["fingerprint"](), "the front page's picture is older than its result: run scripts/picture.py"
     assert "images/similarity.png" in (ROOT/"README.md").read_text(encoding="utf-8")
 
 
