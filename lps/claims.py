@@ -26,7 +26,7 @@ PAPER = {
     'branches': dict(chance=2.0, found={'first': 79.8}, weak=(2, 13), none=(14, 19)),
 }
 
-# %% ../nbs/22_claims.ipynb #9128bf13
+# %% ../nbs/22_claims.ipynb #5f9b1af7
 class Verdict(str, Enum):
     "What a result says about a claim"
     REPRODUCES = 'reproduces'
@@ -58,7 +58,7 @@ def verdict(
     if mean > spread(difference): return Verdict.REPRODUCES
     return Verdict.NOT_DECIDED
 
-# %% ../nbs/22_claims.ipynb #2397dc91
+# %% ../nbs/22_claims.ipynb #4d0a61a0
 def at_chance(
     values: np.ndarray, # percentages, one a split
     chance: float,      # percentage
@@ -70,7 +70,7 @@ def at_chance(
     if abs(np.mean(values) - chance) <= sd: return Verdict.REPRODUCES
     return Verdict.FAILS
 
-# %% ../nbs/22_claims.ipynb #65057068
+# %% ../nbs/22_claims.ipynb #0519b914
 def share_of_way(
     percent: np.ndarray, # percentages
     chance: float,       # theirs
@@ -92,7 +92,7 @@ def reaches(
     if way.mean() > sd: return Verdict.REPRODUCES
     return Verdict.NOT_DECIDED
 
-# %% ../nbs/22_claims.ipynb #fae5f715
+# %% ../nbs/22_claims.ipynb #ae8d49f5
 def stays_below(
     values: np.ndarray,  # percentages, one a split
     chance: float,       # theirs
@@ -107,7 +107,7 @@ def stays_below(
     if way.mean() - sd <= share_of_way(paper, paper_chance): return Verdict.REPRODUCES
     return Verdict.FAILS
 
-# %% ../nbs/22_claims.ipynb #87779e94
+# %% ../nbs/22_claims.ipynb #dc2de9a3
 @dataclass(frozen=True)
 class Claim:
     "One claim of the paper beside what a result says about it"
@@ -145,7 +145,7 @@ def listed(
     "Each method's title with its mean and standard deviation"
     return ', '.join(f"{method_title(m)} {mean_sd(v)}" for m, v in values.items())
 
-# %% ../nbs/22_claims.ipynb #7f3245d8
+# %% ../nbs/22_claims.ipynb #6315b19e
 @dataclass(frozen=True)
 class TableValues:
     "Percentages of Table 1 or 2: the baselines, LPS, and every other method"
@@ -171,7 +171,7 @@ def table_values(
     others = {m: v for m, v in values.items() if m != 'lps' and m not in baselines}
     return TableValues(baselines, values['lps'], others, chance)
 
-# %% ../nbs/22_claims.ipynb #e2be8084
+# %% ../nbs/22_claims.ipynb #d7e6f8f5
 def _weak_without(v, paper):
     "The baselines' claim"
     said = paper['found']
@@ -198,7 +198,7 @@ def _better_with(v, paper):
         of='LPS − best baseline, points',
     )
 
-# %% ../nbs/22_claims.ipynb #950ce8e3
+# %% ../nbs/22_claims.ipynb #1f96c4b0
 def _height(v, paper):
     "The claim of LPS's height"
     said, measure = paper['found']['lps'], paper['measure']
@@ -219,7 +219,7 @@ def table_claims(
     values = table_values(record, paper['measure'])
     return [_weak_without(values, paper), _better_with(values, paper), _height(values, paper)]
 
-# %% ../nbs/22_claims.ipynb #4ac569c5
+# %% ../nbs/22_claims.ipynb #effacfbe
 def _first_is_best(v, chance, paper):
     "v: top-1 of each branch, in percent, `(branches, splits)`"
     best = 1 + v[1:].mean(1).argmax()
@@ -244,7 +244,7 @@ def _weak_branches(v, chance, paper):
         of='mean − chance, points',
     )
 
-# %% ../nbs/22_claims.ipynb #5ac31cbb
+# %% ../nbs/22_claims.ipynb #7cc37f26
 def _branches_at_chance(v, chance, paper, learned):
     "learned: what the file says of the models that each branch learned from, as shares; None: nothing"
     first, last = paper['none']
@@ -271,29 +271,30 @@ def branch_claims(
     at_the_end = _branches_at_chance(v, chance, paper, learned)
     return [_first_is_best(v, chance, paper), _weak_branches(v, chance, paper), at_the_end]
 
-# %% ../nbs/22_claims.ipynb #22103733
+# %% ../nbs/22_claims.ipynb #e552ca2c
+def _half_matters(v, what, without, chance):
+    "v: variant → mean top-1 over branches, in percent, one a split"
+    means = f"both {mean_sd(v['both'])}, {without} {mean_sd(v[without])}, neither {mean_sd(v['neither'])}"
+    return Claim(
+        says=f'aligning {what} matters',
+        paper='a figure without numbers',
+        found=f'mean over branches: {means}; chance {chance:.1f}',
+        verdict=verdict(v['both'] - v[without]),
+        number=signed(v['both'] - v[without]),
+        of='with − without, points',
+    )
+
 def alignment_claims(
     record: dict, # a result file of the experiment on alignment
     paper: dict,  # not used: the paper gives no number
 ) -> list:        # two `Claim`s
     "What each half of the alignment is worth"
-    runs, layers, chance = runs_of(record), record['settings']['layers'], chance_percent(record)
-    v = {}
+    runs, layers, chance, v = runs_of(record), record['settings']['layers'], chance_percent(record), {}
     for variant in VARIANTS: v[variant] = np.mean([percent(runs, f'{variant}/{l}') for l in layers], 0)
-    both, neither, at = mean_sd(v['both']), mean_sd(v['neither']), f'chance {chance:.1f}'
-    found = []
-    for what, without in (('filters', 'channels only'), ('channels', 'filters only')):
-        found.append(Claim(
-            says=f'aligning {what} matters',
-            paper='a figure without numbers',
-            found=f"mean over branches: both {both}, {without} {mean_sd(v[without])}, neither {neither}; {at}",
-            verdict=verdict(v['both'] - v[without]),
-            number=signed(v['both'] - v[without]),
-            of='with − without, points',
-        ))
-    return found
+    filters = _half_matters(v, 'filters', 'channels only', chance)
+    return [filters, _half_matters(v, 'channels', 'filters only', chance)]
 
-# %% ../nbs/22_claims.ipynb #15e7d825
+# %% ../nbs/22_claims.ipynb #a098b5c6
 def fusion_claims(
     record: dict, # a result file of the experiment on fusion
     paper: dict,  # not used: the paper gives no number
@@ -312,7 +313,7 @@ def fusion_claims(
         of='best fusion − best branch, points',
     )]
 
-# %% ../nbs/22_claims.ipynb #d0fed197
+# %% ../nbs/22_claims.ipynb #418e7334
 def transfer_claims(
     record: dict, # a result file of the experiment on transfer
     paper: dict,  # not used: the paper gives no number

@@ -21,14 +21,14 @@ from .evaluate import summary
 from .files import checked, pluralise, printable, provenance, read_json
 from .modelset import ModelSet, task_names
 
-# %% ../nbs/18_records.ipynb #73f1f33a
+# %% ../nbs/18_records.ipynb #6ad2e3b3
 def fingerprint(
     models: ModelSet, # any model set
 ) -> str:             # 16 hexadecimal digits
     "The same for the same files, and for no others"
     return hashlib.sha256(''.join(sorted(models.hashes)).encode()).hexdigest()[:16]
 
-# %% ../nbs/18_records.ipynb #ea5c7d65
+# %% ../nbs/18_records.ipynb #683c5e4b
 def _known(column):
     "The different values of a column of a manifest, as text"
     return sorted(map(str, column.dropna().unique()))
@@ -50,7 +50,7 @@ def about_models(
         val_accuracy=spread if accuracy.notna().any() else None,
     )
 
-# %% ../nbs/18_records.ipynb #818dfac4
+# %% ../nbs/18_records.ipynb #55e88758
 MEASURED_BY = ('lps.order_chain', 'lps.modelset', 'lps.align', 'lps.second_order', 'lps.methods', 'lps.evaluate')
 
 def plain_source(
@@ -64,7 +64,7 @@ def plain_source(
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
-# %% ../nbs/18_records.ipynb #9063d2d0
+# %% ../nbs/18_records.ipynb #256ca0f6
 def source_hash(
     *modules: str, # names of modules, such as `lps.align`; one that is not there raises `ValueError`
 ) -> str:          # 16 hexadecimal digits
@@ -83,7 +83,7 @@ def computed_by(
     "What a record says about the code behind it"
     return dict(sources=dict(modules=list(modules), sha256=source_hash(*modules)))
 
-# %% ../nbs/18_records.ipynb #d385565c
+# %% ../nbs/18_records.ipynb #8c7262ed
 def runs_of(
     record: dict,     # from `result_record`, or a result file
 ) -> pd.DataFrame:    # one row a method and split, as `table1` and `table2` give it
@@ -104,7 +104,7 @@ def result_record(
     record = dict(model_set=about_models(models), settings=settings, n_right=n_right)
     return record | dict(summary=table.to_dict('index'), runs=splits) | computed_by(*sources) | provenance()
 
-# %% ../nbs/18_records.ipynb #2372a184
+# %% ../nbs/18_records.ipynb #f3348fe3
 @dataclass
 class _Models:
     "What a record must say about its models"
@@ -127,7 +127,7 @@ class _Machine:
     cores: int
     cpu: str
 
-# %% ../nbs/18_records.ipynb #a57037c2
+# %% ../nbs/18_records.ipynb #34ccfb07
 @dataclass
 class _Sources:
     "What a record must say about the code behind it, if anything"
@@ -149,7 +149,7 @@ class _Record:
     points: list[dict]|None = None
     rho: dict[str, dict]|None = None
 
-# %% ../nbs/18_records.ipynb #9f877614
+# %% ../nbs/18_records.ipynb #4ca68586
 def _check_splits(runs, where):
     "All measures of all methods have one finite number a split"
     lengths = set()
@@ -170,7 +170,7 @@ def read_record(
     if known.runs is not None: _check_splits(known.runs, name)
     return record
 
-# %% ../nbs/18_records.ipynb #688de56e
+# %% ../nbs/18_records.ipynb #4b2d877f
 def _holds(settings, wanted):
     "Does a record's settings have all that is wanted, as JSON writes it?"
     wanted = json.loads(json.dumps(wanted))
@@ -199,7 +199,7 @@ def find_record(
     same_code = record.get('sources') == computed_by(*sources)['sources']
     return record if same_models and same_code and _holds(record['settings'], settings) else None
 
-# %% ../nbs/18_records.ipynb #0f486689
+# %% ../nbs/18_records.ipynb #6e3a8fa4
 def from_uncommitted(
     record: dict, # from a result file
 ) -> bool:
@@ -216,22 +216,26 @@ def record_marks(
     elif not is_current(record): marks.append('older than its sources')
     return marks
 
-# %% ../nbs/18_records.ipynb #cc3f191e
-def _weights_read(settings):
-    kind = 'folded' if settings['folded'] else 'raw'
-    return f"{kind} weights of {', '.join(settings['layers'])}"
+# %% ../nbs/18_records.ipynb #6e99bc02
+def _models_text(m):
+    "The models of a record"
+    accuracy = f", mean validation accuracy {m['val_accuracy']['mean']:.3f}" if m['val_accuracy'] else ''
+    data, recipe = ', '.join(m['data']) or 'unknown', ', '.join(m['recipe']) or 'unknown'
+    return f"{m['models']} models of {m['tasks']} tasks; data {data}, recipe {recipe}{accuracy}"
+
+def _fit_text(s):
+    "The fit of a record"
+    weights = 'folded' if s['folded'] else 'raw'
+    filters = f"{s['n_filters']} second-order filters, momentum {s['momentum']}"
+    return f"{s['epochs']} epochs, {filters}, {weights} weights of {', '.join(s['layers'])}"
 
 def record_text(
     record: dict, # from `result_record`
 ) -> str:         # one line
     "What a result was measured on, for a caption"
-    m, s = record['model_set'], record['settings']
-    accuracy = f", mean validation accuracy {m['val_accuracy']['mean']:.3f}" if m['val_accuracy'] else ''
-    data, recipe = ', '.join(m['data']) or 'unknown', ', '.join(m['recipe']) or 'unknown'
-    on = f"{m['models']} models of {m['tasks']} tasks; data {data}, recipe {recipe}{accuracy}."
+    s = record['settings']
     splits = f"{pluralise(s['n_splits'], 'random split')}, seed {s['seed']}"
-    fit = f"{s['epochs']} epochs, {s['n_filters']} second-order filters, momentum {s['momentum']}"
-    return f"{on} {splits}; {fit}, {_weights_read(s)}."
+    return f"{_models_text(record['model_set'])}. {splits}; {_fit_text(s)}."
 
 # %% ../nbs/18_records.ipynb #6531be49
 def unseen_record(

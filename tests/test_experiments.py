@@ -8,6 +8,7 @@ import sys
 import nbformat
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -237,3 +238,11 @@ def test_a_setting_of_one_experiment_wins():
     values = {kind: SCRIPT["parameters"](kind, dict(images="digits"), settings) for kind in ("branches", "transfer")}
     assert values["branches"] == dict(epochs=2, folded=True)
     assert values["transfer"] == dict(images="digits", epochs=3, folded=True)
+
+
+def test_sidebar_and_notebooks_are_those_of_the_registry():
+    config = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))
+    sections = [s for s in config["website"]["sidebar"]["contents"] if isinstance(s, dict) and "section" in s]
+    listed = next(s["contents"] for s in sections if s["section"] == "Experiments")
+    assert sorted(listed) == [f"experiments/{kind}.ipynb" for kind in sorted(EXPERIMENTS)]
+    assert sorted(path.stem for path in ROOT.glob("nbs/experiments/*.ipynb")) == sorted(EXPERIMENTS)
