@@ -135,8 +135,8 @@ def resnet_config(
         raise ValueError(f"not the state of a CIFAR ResNet: lacks {e}") from None
     if config['depth'] > MAX_DEPTH:
         raise ValueError(f"not the state of a CIFAR ResNet: {config['depth']} layers, {MAX_DEPTH} are the most")
-    empty = [name for name in ('width', 'n_classes', 'in_channels') if config[name] < 1]
-    if empty: raise ValueError(f"not the state of a CIFAR ResNet: {empty[0]} is {config[empty[0]]}, at least 1 is needed")
+    for name in ('width', 'n_classes', 'in_channels'):
+        if config[name] < 1: raise ValueError(f"not the state of a CIFAR ResNet: {name} is {config[name]}, not ≥ 1")
     try: expected = _tensor_shapes(**config)
     except (ValueError, RuntimeError, TypeError) as e:
         raise ValueError(f"not the state of a CIFAR ResNet: {e}") from None

@@ -39,6 +39,8 @@ class ImageSet:
         if self.images.ndim != 4: raise ValueError(f"images have shape {tuple(self.images.shape)}, not (n, C, H, W)")
         if len(self.images) != len(self.labels):
             raise ValueError(f"{len(self.images)} images but {len(self.labels)} labels")
+        outside = [label for label in self.labels.unique().tolist() if label not in range(len(self.classes))]
+        if outside: raise ValueError(f"label {outside[0]} names none of the {len(self.classes)} classes: add its name")
 
     def __len__(self): return len(self.images)
 
@@ -83,29 +85,35 @@ def _cifar100(split, root=None, download=True, **kwargs):
 # %% ../nbs/03_tasks.ipynb #a490b027
 _suffixes = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.ppm', '.pgm', '.tif', '.tiff', '.gif'}
 
+def _scale(mode, low, high):
+    "The factor that brings values to 0 to 255; None where their range is unknown"
+    if not low >= 0: return None
+    if mode == 'F' and high <= 1: return 255
+    if mode == 'F': return 1 if high <= 255 else None
+    if mode == 'I' and 0 < high <= 255: return None
+    return 255/65535 if high <= 65535 else None
+
 def _scaled_to_bytes(im):
     "An image of 16 or 32 bits, or of floats, as 8-bit grey; raises `ValueError` where its range is unknown"
     values = np.asarray(im, dtype=np.float64)
     low, high = values.min(), values.max()
-    if im.mode == 'F': scale = 255 if 0 <= low and high <= 1 else 1 if 0 <= low and high <= 255 else None
-    else: scale = 255/65535 if 0 <= low and high <= 65535 else None
-    if scale is None or not np.isfinite([low, high]).all():
-        raise ValueError(f"values from {low:g} to {high:g}: neither 0 to 1, nor 0 to 255, nor 16 bits")
+    scale = _scale(im.mode, low, high)
+    if scale is None:
+        raise ValueError(f"{im.mode} values from {low:g} to {high:g}: known are 16 bits, and floats to 1 or to 255")
     return Image.fromarray((values*scale).round().astype(np.uint8))
 
+# %% ../nbs/03_tasks.ipynb #44a1c62b
 def _to_rgb(im):
     "An image as 8-bit RGB, and what was done to it; None: nothing"
-    animated = getattr(im, 'n_frames', 1) > 1
-    done = 'animated: first frame' if animated else None
+    done = ['first frame of an animation'] if getattr(im, 'n_frames', 1) > 1 else []
     if im.mode in ('F', 'I') or im.mode.startswith('I;16'):
-        return _scaled_to_bytes(im).convert('RGB'), 'scaled to 8 bits by their range'
-    if 'A' in im.mode or 'transparency' in im.info:
-        return (
-            Image.alpha_composite(Image.new('RGBA', im.size, 'black'), im.convert('RGBA')).convert('RGB'),
-            'transparency laid on black',
-        )
-    if im.mode == 'CMYK': done = 'CMYK to RGB'
-    return im.convert('RGB'), done
+        done.append('scaled to 8 bits by their range')
+        im = _scaled_to_bytes(im)
+    elif im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info:
+        done.append('transparency laid on black')
+        im = Image.alpha_composite(Image.new('RGBA', im.size, 'black'), im.convert('RGBA'))
+    elif im.mode not in ('RGB', 'L', '1'): done.append(f"{'palette' if im.mode == 'P' else im.mode} to RGB")
+    return im.convert('RGB'), ', '.join(done) or None
 
 # %% ../nbs/03_tasks.ipynb #3eb590b9
 def _central_square(im, size):
@@ -117,6 +125,7 @@ def _central_square(im, size):
 
 def _read_image(path, size=None):
     "One image as uint8 `(H, W, 3)` and what was done to it, or the reason why not as a string"
+    if not path.is_file(): return 'not a file'
     try:
         with Image.open(path) as im: im, done = _to_rgb(im)
         if size and im.size != (size, size): im = _central_square(im, size)
@@ -133,7 +142,7 @@ def _split_folder(root, split):
         if (root/name).is_dir(): return root/name
     wanted = ' or '.join(f'{name}/' for name in names)
     raise FileNotFoundError(
-        f"{root} has no {wanted} folder: an image folder needs train/CLASS/… and val/CLASS/… (or test/CLASS/…)"
+        f"{_plain(root)} has no {wanted} folder: an image folder needs train/CLASS/… and val/CLASS/… (or test/CLASS/…)"
     )
 
 def _class_folders(folder):
@@ -146,14 +155,23 @@ def _image_files(root, split):
     odd = sorted(set(_class_folders(here)) ^ set(classes))
     if odd:
         raise ValueError(
-            f"{here} and {root/'train'} do not hold the same classes: {_plain(', '.join(odd[:5]))} is only in one of"
-            " them"
+            f"{_plain(here)} and {_plain(root/'train')} do not hold the same classes: {_plain(', '.join(odd[:5]))} is"
+            " only in one of them"
         )
     files = []
     for number, name in enumerate(classes):
         files += [(f, number) for f in sorted((here/name).rglob('*')) if f.suffix.lower() in _suffixes]
-    if not files: raise FileNotFoundError(f"no images under {here}")
+    if not files: raise FileNotFoundError(f"no images under {_plain(here)}")
     return classes, files
+
+# %% ../nbs/03_tasks.ipynb #e2546a78
+def _other_files(root, split):
+    "Files in the class folders whose names are none of an image's, with the reason; hidden ones do not count"
+    here, other = _split_folder(root, split), {}
+    for f in sorted(here.rglob('*')):
+        if f.suffix.lower() in _suffixes or f.name.startswith('.') or f.parent == here or not f.is_file(): continue
+        other[str(f)] = f"suffix '{f.suffix}' is not that of an image"
+    return other
 
 def _plain(text):
     "Text without control characters: names of files may hold any"
@@ -192,13 +210,14 @@ def _check_sizes(good):
 # %% ../nbs/03_tasks.ipynb #f488f9ec
 def _folder(root, split, size=None):
     "All readable images of an `ImageFolder` tree; the others are named in one warning"
-    classes, files = _image_files(root, split)
+    (classes, files), other = _image_files(root, split), _other_files(root, split)
     with ThreadPoolExecutor(max_workers=4) as ex: read = list(ex.map(lambda file: _read_image(file[0], size), files))
     bad = {str(file): im for (file, _), im in zip(files, read) if isinstance(im, str)}
     good = [(file, number, im) for (file, number), im in zip(files, read) if not isinstance(im, str)]
-    if not good: raise ValueError(f"none of the {len(files)} images under {root} can be read")
+    if not good: raise ValueError(f"none of the {len(files)} images under {_plain(root)} can be read")
     converted = dict(Counter(done for _, _, (_, done) in good if done))
-    _warn(bad, len(files), converted)
+    bad |= other
+    _warn(bad, len(files) + len(other), converted)
     _check_classes(split, classes, {number for _, number, _ in good})
     _check_sizes(good)
     images = torch.from_numpy(np.stack([im for _, _, (im, _) in good])).permute(0, 3, 1, 2).contiguous()
@@ -268,6 +287,14 @@ register_dataset(
     )
 )
 
+# %% ../nbs/03_tasks.ipynb #0073ac7a
+def _load_known(name, split, size, **kwargs):
+    "A split of a registered data set; raises `ValueError` where it has no images of the size asked for"
+    images = DATASETS[name].load(split, size=size, **kwargs)
+    height, width = images.images.shape[2:]
+    if size is None or (height, width) == (size, size): return images
+    raise ValueError(f"size is {size}, the images of '{name}' are {width}×{height}: leave size out, or give a folder")
+
 # %% ../nbs/03_tasks.ipynb #f02d0d42
 def load_images(
     name: str | Path = 'digits', # a data set by name, such as 'cifar100', or a folder with train/ and val/ (or test/)
@@ -282,8 +309,10 @@ def load_images(
     """
     if split not in ('train', 'test'): raise ValueError(f"split is '{split}', known are 'train' and 'test'")
     if not str(name).strip(): raise ValueError("the name of the images is empty: give a data set's name or a folder")
-    if str(name) in DATASETS: return DATASETS[str(name)].load(split, root=root, size=size, download=download)
-    folder = Path(name).expanduser()
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ValueError(f"size is {size!r}: give a side of 1 or more pixels, or None")
+    if str(name) in DATASETS: return _load_known(str(name), split, root=root, size=size, download=download)
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir(): return _folder(folder, split, size)
     known = ', '.join(f"'{dataset}'" for dataset in DATASETS)
     raise ValueError(
@@ -291,6 +320,7 @@ def load_images(
         f" {_plain(folder)})"
     )
 
+# %% ../nbs/03_tasks.ipynb #4c166e81
 def check_splits(
     train: ImageSet,  # images to learn from
     test: ImageSet,   # images to validate with

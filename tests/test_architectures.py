@@ -1,4 +1,4 @@
-"""A kind of network that lps does not know, defined out here, is recognised, folded, shuffled and compared; no shape that a file claims is built"""
+"""A kind of network defined out here is recognised, folded, shuffled and compared; made-up shapes are never built"""
 import time
 
 import pytest
