@@ -8,7 +8,7 @@ __all__ = ['COLOURS', 'SHAPES', 'VARIANTS', 'plot_similarity', 'map_2d', 'plot_e
            'plot_triplet', 'plot_curves', 'plot_transfer']
 
 # %% ../nbs/21_plots.ipynb #ed39fb8e
-from pathlib import Path
+from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -22,44 +22,77 @@ from torch import Tensor
 
 from .curves import CURVES, curve_table
 from .evaluate import chance_curves, summary
-from .methods import method_title
+from .files import checked, printable
+from .methods import METHODS, method_title
 from .records import runs_of
 from .second_order import similarity
-from .transfer import PREDICTORS, with_interval
+from .transfer import PREDICTORS, check_transfer, with_interval
 
 # %% ../nbs/21_plots.ipynb #89d06451
 def _plain(text, n=None):
-    "Text as matplotlib shows it literally: no formulas, one line, at most n characters"
-    text = ' '.join(str(text).split())
-    return (text[:n - 1] + '…' if n and len(text) > n else text).replace('$', r'\$')
+    "Text as matplotlib shows it literally: no formulas, no control characters, one line, at most n characters"
+    text = printable(' '.join(str(text).split()))
+    if n and len(text) > n: text = text[:n - 1] + '…'
+    return text.replace('$', r'\$')
 
-def _texts(tasks, names, n=24):
+def _task_texts(tasks, names, n=24):
     "What to write for each of the ascending tasks; names is a dict by task, a list in this order, or None"
     if names is None: return [str(t) for t in tasks]
     if not isinstance(names, dict):
-        if len(names) != len(tasks): raise ValueError(f"{len(names)} names for {len(tasks)} tasks: give one for each task in ascending order, or a dict task → name")
+        if len(names) != len(tasks):
+            cure = 'give one for each task in ascending order, or a dict task → name'
+            raise ValueError(f"{len(names)} names for {len(tasks)} tasks: {cure}")
         names = dict(zip(tasks, names))
     return [_plain(names.get(t, t), n) for t in tasks]
 
 # %% ../nbs/21_plots.ipynb #59fa770a
-def _by_task(labels):
+def _order_by_task(labels):
     "Order of the models by task, the ascending tasks, and where each one starts and the last one ends"
     labels = np.asarray(labels)
     order = np.argsort(labels, kind='stable')
     tasks, starts = np.unique(labels[order], return_index=True)
     return order, tasks.tolist(), np.append(starts, len(labels))
 
-def _axes(ax, w, h):
-    "The axes given, or those of a new figure of w × h inches"
-    return ax if ax is not None else plt.subplots(figsize=(w, h), layout='constrained')[1]
+def _axes_or_new(ax, width, height):
+    "The axes given, or those of a new figure, in inches"
+    return ax if ax is not None else plt.subplots(figsize=(width, height), layout='constrained')[1]
 
-def _room(ax, n):
-    "Size of letters, in points, for n labels along the shorter side; and that every how manieth of them has room for 5 points"
+def _label_size(ax, n):
+    "Size in points of n labels along the shorter side, and the step at which labels have room for 5 points"
     box = ax.get_position()
-    each = 72*min(ax.figure.get_figwidth()*box.width, ax.figure.get_figheight()*box.height)/n*.85
+    width, height = ax.figure.get_size_inches()
+    each = 72*min(width*box.width, height*box.height)/n*.85
     return float(np.clip(each, 5, 9)), int(np.ceil(5/each)) if each < 5 else 1
 
+def _name_blocks(ax, texts, edges):
+    "Write each task's name at the middle of its models, on both axes"
+    size, step = _label_size(ax, len(texts))
+    middle, texts = ((edges[:-1] + edges[1:] - 1)/2)[::step], texts[::step]
+    upright = max(map(len, texts)) > 3 or len(texts) > 25
+    ax.set_xticks(middle, texts, fontsize=size, rotation=90 if upright else 0)
+    ax.set_yticks(middle, texts, fontsize=size)
+    ax.tick_params(length=2)
+
 # %% ../nbs/21_plots.ipynb #d98ffff3
+def _checked_similarity(sim, n):
+    "Similarity as an array; raises `ValueError` unless it is finite and of all pairs of n models"
+    sim = np.asarray(sim)
+    if sim.shape != (n, n):
+        raise ValueError(f"sim is {sim.shape}, labels are {n}: give the similarity of all pairs, ({n}, {n})")
+    bad = np.flatnonzero(~np.isfinite(np.diagonal(sim))) if n else []
+    if not np.isfinite(sim).all():
+        raise ValueError(f"sim has NaN or inf, models {bad[:5]} not even finite to themselves: leave these models out")
+    return sim
+
+def _draw_similarity(ax, sim, edges):
+    "The heatmap, with white lines between tasks"
+    low = np.floor(10*sim.min() + 1e-4)/10
+    image = ax.imshow(sim, cmap='viridis', vmin=low, vmax=1, interpolation='nearest')
+    width = float(np.clip(8/(len(edges) - 1), .25, 1))
+    for draw in (ax.hlines, ax.vlines): draw(edges[1:-1] - .5, -.5, len(sim) - .5, colors='white', lw=width)
+    ax.figure.colorbar(image, ax=ax, shrink=.7, label='similarity (cosine)')
+
+# %% ../nbs/21_plots.ipynb #609dbd04
 def plot_similarity(
     sim: Tensor,              # similarity of all pairs, `(M, M)`, in [-1, 1]
     labels: Tensor,           # task of each model, `(M,)`
@@ -67,68 +100,84 @@ def plot_similarity(
     title: str='',            # say which data set it is
     ax: Axes=None,            # where to draw; default: a new figure
 ) -> Axes:                    # the axes; `.figure` is the figure
-    "Heatmap of the models' similarity, ordered by task"
-    sim = np.asarray(sim)
-    if sim.shape != (len(labels),)*2: raise ValueError(f"sim is {sim.shape}, labels are {len(labels)}: give the similarity of all pairs, ({len(labels)}, {len(labels)})")
-    order, tasks, edges = _by_task(labels)
-    texts = _texts(tasks, names)
+    "Heatmap of the models' similarity, ordered by task; raises `ValueError` for other shapes and for NaN"
+    if not len(labels): raise ValueError("no models: there is nothing to draw")
+    sim = _checked_similarity(sim, len(labels))
+    order, tasks, edges = _order_by_task(labels)
+    texts = _task_texts(tasks, names)
     side = float(np.clip(4 + .09*len(tasks) + .07*max(map(len, texts)), 4.6, 9))
-    ax = _axes(ax, side + .8, side)
-    image = ax.imshow(sim[np.ix_(order, order)], cmap='viridis', vmin=np.floor(10*sim.min() + 1e-4)/10, vmax=1, interpolation='nearest')
-    for draw in (ax.hlines, ax.vlines): draw(edges[1:-1] - .5, -.5, len(sim) - .5, colors='white', lw=float(np.clip(8/len(tasks), .25, 1)))
+    ax = _axes_or_new(ax, side + .8, side)
     _name_blocks(ax, texts, edges)
+    _draw_similarity(ax, sim[np.ix_(order, order)], edges)
     ax.set_title(_plain(title), fontsize=11)
-    ax.figure.colorbar(image, ax=ax, shrink=.7, label='similarity (cosine)')
     return ax
 
-# %% ../nbs/21_plots.ipynb #609dbd04
-def _name_blocks(ax, texts, edges):
-    "Write each task's name at the middle of its models, on both axes"
-    size, step = _room(ax, len(texts))
-    middle, texts = ((edges[:-1] + edges[1:] - 1)/2)[::step], texts[::step]
-    upright = max(map(len, texts)) > 3 or len(texts) > 25
-    ax.set_xticks(middle, texts, fontsize=size, rotation=90 if upright else 0)
-    ax.set_yticks(middle, texts, fontsize=size)
-    ax.tick_params(length=2)
-
 # %% ../nbs/21_plots.ipynb #1b5393da
+def _unit_rows(embedding):
+    "Rows of length 1, float64; raises `ValueError` for NaN or inf"
+    x = np.asarray(embedding, dtype=np.float64)
+    broken = (~np.isfinite(x)).any(1).sum()
+    if broken: raise ValueError(f"embedding has NaN or inf in {broken} of {len(x)} rows: leave these models out")
+    return x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+def _principal_components(x):
+    "First two principal components, `(M, 2)`"
+    u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    xy = (u*s)[:, :2]
+    return np.pad(xy, ((0, 0), (0, 2 - xy.shape[1])))
+
 def map_2d(
     embedding: Tensor, # `(M, E)`
     seed: int=0,       # of t-SNE; the same seed gives the same map
 ):                     # array `(M, 2)`, and how it was made, as text
-    "A plane map of embeddings: t-SNE of cosine distances, for few or equal models principal components"
-    x = np.asarray(embedding, dtype=np.float64)
-    if not np.isfinite(x).all(): raise ValueError(f"embedding has NaN or inf in {(~np.isfinite(x)).any(1).sum()} of {len(x)} rows: leave these models out")
-    x = x/np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    if len(x) < 12 or np.ptp(x, axis=0).max() < 1e-6:
-        u, s, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
-        xy = (u*s)[:, :2]
-        return np.pad(xy, ((0, 0), (0, 2 - xy.shape[1]))), 'first two principal components'
+    "A plane map of embeddings: t-SNE of cosine distances; principal components for models that are few or all equal"
+    x = _unit_rows(embedding)
+    if len(x) < 12 or np.ptp(x, axis=0).max() < 1e-6: return _principal_components(x), 'first two principal components'
     perplexity = min(30, (len(x) - 1)//3)
     tsne = TSNE(metric='cosine', init='pca', perplexity=perplexity, random_state=seed)
-    with threadpool_limits(1): return tsne.fit_transform(x.astype(np.float32)), f't-SNE, cosine distance, perplexity {perplexity}'
+    with threadpool_limits(1): xy = tsne.fit_transform(x.astype(np.float32))
+    return xy, f't-SNE, cosine distance, perplexity {perplexity}'
 
 # %% ../nbs/21_plots.ipynb #f424a6af
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#000000', '#8C6D1F') # Okabe and Ito's, without the yellow that is too light for lines
+# Okabe and Ito's colours, without the yellow that is too light for lines
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#000000', '#8C6D1F')
 SHAPES = 'osD^vPX*'
 
-def _points(tasks):
+def _spread_shades(n):
+    "n shades of which neighbours in number are far apart in colour"
+    shades = plt.get_cmap('turbo')(np.linspace(.03, .97, n))*[.8, .8, .8, 1]
+    step = int(n*.38) or 1
+    while np.gcd(step, n) != 1: step += 1
+    return [shades[i*step % n] for i in range(n)]
+
+def _task_marks(tasks):
     "Marker, colour and size for each task"
     if len(tasks) <= len(COLOURS): return [(m, c, 34) for m, c in zip(SHAPES, COLOURS)][:len(tasks)]
-    shades = plt.get_cmap('turbo')(np.linspace(.03, .97, len(tasks)))*[.8, .8, .8, 1]
-    step = next(s for s in range(int(len(tasks)*.38) or 1, 2*len(tasks)) if np.gcd(s, len(tasks)) == 1)
-    return [(f'${t}$', shades[i*step % len(tasks)], (22 if len(tasks) > 20 else 34)*len(str(t))) for i, t in enumerate(tasks)]
+    size = 22 if len(tasks) > 20 else 34
+    return [(f'${t}$', shade, size*len(str(t))) for t, shade in zip(tasks, _spread_shades(len(tasks)))]
 
 # %% ../nbs/21_plots.ipynb #dff3b329
-def _legend(ax, size, below=.05):
-    "Legend under the axes, in as many columns as their width has room for"
+def _legend_columns(ax, texts, size):
+    "How many columns of legend the axes have room for, with rows as even as can be"
+    room = 90*ax.figure.get_figwidth()*ax.get_position().width
+    longest = max(map(len, texts), default=1)
+    n_rows = -(-len(texts)//int(np.clip(room/(size*(.64*longest + 3.5)), 1, len(texts) or 1)))
+    return -(-len(texts)//max(n_rows, 1))
+
+def _legend_below(ax, size, below=.05):
+    "Legend under the axes"
     handles, texts = ax.get_legend_handles_labels()
-    width = 90*ax.figure.get_figwidth()*ax.get_position().width
-    n_cols = int(np.clip(width/(size*(.64*max(map(len, texts), default=1) + 3.5)), 1, len(texts) or 1))
-    ax.legend(handles, texts, loc='upper center', bbox_to_anchor=(.5, -below), fontsize=size, ncols=-(-len(texts)//-(-len(texts)//n_cols)),
-              frameon=False, handletextpad=.5, columnspacing=1.5)
+    look = dict(frameon=False, handletextpad=.5, columnspacing=1.5, fontsize=size)
+    n_cols = _legend_columns(ax, texts, size)
+    ax.legend(handles, texts, loc='upper center', bbox_to_anchor=(.5, -below), ncols=n_cols, **look)
 
 # %% ../nbs/21_plots.ipynb #4c7ad22e
+def _scatter_tasks(ax, xy, labels, texts):
+    "The models of each task with their mark"
+    tasks = np.unique(labels).tolist()
+    for task, text, (marker, colour, size) in zip(tasks, texts, _task_marks(tasks)):
+        ax.scatter(*xy[labels == task].T, marker=marker, color=colour, s=size, lw=.3, label=text)
+
 def plot_embedding(
     embedding: Tensor,        # `(M, E)`
     labels: Tensor,           # task of each model, `(M,)`
@@ -137,190 +186,348 @@ def plot_embedding(
     seed: int=0,              # of t-SNE
     ax: Axes=None,            # where to draw; default: a new figure
 ) -> Axes:                    # the axes; `.figure` is the figure
-    "Map of the models in the plane, one colour and shape a task"
-    if len(embedding) != len(labels): raise ValueError(f"{len(embedding)} embeddings, {len(labels)} labels: give one label for each model")
-    (xy, how), labels = map_2d(embedding, seed), np.asarray(labels)
-    tasks = np.unique(labels).tolist()
-    many, texts = len(tasks) > len(COLOURS), _texts(tasks, names) if names is not None else [f'task {t}' for t in tasks]
-    ax = _axes(ax, 6.6, 6.6 + .01*len(tasks)*(names is not None) if many else 4.8)
-    for t, text, (marker, colour, size) in zip(tasks, texts, _points(tasks)): ax.scatter(*xy[labels == t].T, marker=marker, color=colour, s=size, lw=.3, label=text)
-    if not many or names is not None and len(tasks) <= 60: _legend(ax, 7 if many else 9)
+    "Map of the models in the plane, one colour and shape a task; raises `ValueError` for NaN"
+    labels, named = np.asarray(labels), names is not None
+    if len(embedding) != len(labels) or not len(labels):
+        raise ValueError(f"{len(embedding)} embeddings, {len(labels)} labels: give one label for each model")
+    (xy, how), tasks = map_2d(embedding, seed), np.unique(labels).tolist()
+    many = len(tasks) > len(COLOURS)
+    ax = _axes_or_new(ax, 6.6, 6.6 + .01*len(tasks)*named if many else 4.8)
+    _scatter_tasks(ax, xy, labels, _task_texts(tasks, names if named else [f'task {t}' for t in tasks]))
+    if not many or named and len(tasks) <= 60: _legend_below(ax, 7 if many else 9)
     ax.set(xticks=[], yticks=[])
     ax.set_xlabel(how, fontsize=8)
     ax.set_title(_plain(title), fontsize=11)
     return ax
 
 # %% ../nbs/21_plots.ipynb #dec5f6bf
-def _mean_sd(curves):
-    "Name → (mean, sd or None) over k = 1 … K, LPS first, from arrays or from the runs that `table1` and `table2` give"
-    if isinstance(curves, pd.DataFrame):
-        k = [c for c in curves if str(c).startswith(('rank-', 'top-'))]
-        if not k or 'method' not in curves.index.names: raise ValueError(f"curves has columns {', '.join(map(str, curves))}: give the runs from table1 or table2, or arrays by name")
-        curves = {method_title(m): g[k].to_numpy() for m, g in sorted(curves.groupby(level='method', sort=False), key=lambda mg: mg[0] != 'lps')}
-    curves = {m: np.asarray(c, dtype=float) for m, c in curves.items()}
-    if bad := [f'{m} {c.shape}' for m, c in curves.items() if c.ndim not in (1, 2)]: raise ValueError(f"curve {bad[0]}: give (K,), or (splits, K) for a band")
-    return {m: (c, None) if c.ndim == 1 else (c.mean(0), c.std(0, ddof=1) if len(c) > 1 else None) for m, c in curves.items()}
+def _drawing_order(method):
+    "Methods under test first, then baselines, then what is not registered, each in the order of the registry"
+    if method not in METHODS: return 2, 0
+    return int(METHODS[method].baseline), list(METHODS).index(method)
+
+def _curves_of(runs):
+    "Title of each method → its share of right answers, `(splits, K)`"
+    k = [c for c in runs if str(c).startswith(('rank-', 'top-'))]
+    if not k or 'method' not in runs.index.names:
+        found = ', '.join(map(str, runs))
+        raise ValueError(f"curves has columns {found}: give the runs from table1 or table2, or arrays by name")
+    by_method = {m: of_method[k].to_numpy() for m, of_method in runs.groupby(level='method', sort=False)}
+    return {method_title(m): by_method[m] for m in sorted(by_method, key=_drawing_order)}
+
+def _mean_and_sd(name, shares):
+    "Mean over splits and, where there are several, the standard deviation"
+    shares = np.asarray(shares, dtype=float)
+    if shares.ndim not in (1, 2) or not shares.size:
+        raise ValueError(f"curve {printable(name)} is {shares.shape}: give (K,), or (splits, K) for a band")
+    if shares.ndim == 1: return shares, None
+    return shares.mean(0), shares.std(0, ddof=1) if len(shares) > 1 else None
 
 # %% ../nbs/21_plots.ipynb #600e83ba
+def _draw_curve(ax, name, mean, sd, i):
+    "A curve in percent, with a band of one standard deviation"
+    k, colour = np.arange(1, len(mean) + 1), COLOURS[i % len(COLOURS)]
+    look = dict(color=colour, marker=SHAPES[i % len(SHAPES)], ms=4, lw=2.2 if i == 0 else 1.5)
+    ax.plot(k, 100*mean, label=_plain(name, 60), **look)
+    if sd is None: return
+    low, high = np.maximum(100*(mean - sd), 0), np.minimum(100*(mean + sd), 100)
+    ax.fill_between(k, low, high, color=colour, alpha=.15, lw=0)
+
+def _draw_chance(ax, chance, k_max):
+    "Grey lines for kinds of chance"
+    for (name, share), style in zip(chance.items(), ('--', ':', '-.')):
+        share = 100*np.asarray(share)[:k_max]
+        ax.plot(np.arange(1, len(share) + 1), share, color='0.45', ls=style, lw=1.3, label=_plain(name, 60))
+
+def _rank_ticks(k_max):
+    "Ranks to write under the axis"
+    step = 1 if k_max <= 12 else 5*-(-k_max//40)
+    return sorted({1, *range(step, k_max + 1, step)})
+
+# %% ../nbs/21_plots.ipynb #91ca4d31
 def plot_rank_k(
-    curves: dict|pd.DataFrame, # name → share of queries for k = 1 … K, `(K,)` or `(splits, K)`; or the runs from `table1` or `table2`
+    curves: dict|pd.DataFrame, # name → share right for k = 1 … K, `(K,)` or `(splits, K)`; or runs of a table
     chance: dict=None,         # name → share, `(K,)`, from `chance_curves`
     title: str='',             # say which data set it is
     k_max: int=20,             # last k to draw
     ax: Axes=None,             # where to draw; default: a new figure
 ) -> Axes:                     # the axes; `.figure` is the figure
     "Rank-k (CMC) curves in percent: mean over splits with a band of one sd, and chance in grey"
-    ax, curves = _axes(ax, 6.4, 4.6), _mean_sd(curves)
-    k = np.arange(1, min(k_max, max(len(mean) for mean, _ in curves.values())) + 1)
-    for i, (name, (mean, sd)) in enumerate(curves.items()):
-        colour, mean, sd = COLOURS[i % len(COLOURS)], 100*mean[:len(k)], None if sd is None else 100*sd[:len(k)]
-        ax.plot(k[:len(mean)], mean, color=colour, marker=SHAPES[i % len(SHAPES)], ms=4, lw=2.2 if i == 0 else 1.5, label=_plain(name))
-        if sd is not None: ax.fill_between(k[:len(mean)], np.maximum(mean - sd, 0), np.minimum(mean + sd, 100), color=colour, alpha=.15, lw=0)
-    for (name, share), style in zip((chance or {}).items(), ('--', ':', '-.')): ax.plot(k[:len(share)], 100*np.asarray(share)[:len(k)], color='0.45', ls=style, lw=1.3, label=_plain(name))
-    step = 1 if k[-1] <= 12 else 5*-(-k[-1]//40)
-    ax.set(xlabel='k', ylabel='right among the first k, %', xlim=(.5, k[-1] + .5), ylim=(0, 101), xticks=sorted({1, *range(step, k[-1] + 1, step)}))
+    if isinstance(curves, pd.DataFrame): curves = _curves_of(curves)
+    if not len(curves) or k_max < 1:
+        raise ValueError(f"{len(curves)} curves up to k = {k_max}: there is nothing to draw")
+    spread = {name: _mean_and_sd(name, shares) for name, shares in curves.items()}
+    k_max = min(k_max, max(len(mean) for mean, _ in spread.values()))
+    ax = _axes_or_new(ax, 6.4, 4.6)
+    for i, (name, (mean, sd)) in enumerate(spread.items()):
+        _draw_curve(ax, name, mean[:k_max], None if sd is None else sd[:k_max], i)
+    _draw_chance(ax, chance or {}, k_max)
+    ax.set(
+        xlabel='k',
+        ylabel='right among the first k, %',
+        xlim=(0.5, k_max + 0.5),
+        ylim=(0, 101),
+        xticks=_rank_ticks(k_max),
+    )
     ax.grid(alpha=.25)
-    _legend(ax, 9, .13)
+    _legend_below(ax, 9, .13)
     ax.set_title(_plain(title), fontsize=11)
     return ax
 
 # %% ../nbs/21_plots.ipynb #3c140239
+@dataclass
+class _DrawnSettings:
+    "What figures read of a record's settings"
+    name: str
+    n_splits: int|None=None
+    layers: list[str]|None=None
+
+@dataclass
+class _DrawnModels:
+    "What figures read of the models that were evaluated"
+    tasks: int
+
+@dataclass
+class _DrawnUnseen:
+    "Embeddings of models that the method has not seen"
+    tasks: list[int]
+    names: dict[str, str]
+    embedding: list[list[float]]
+
+@dataclass
+class _DrawnRecord:
+    "What figures read of a record"
+    settings: _DrawnSettings
+    model_set: _DrawnModels
+    runs: dict[str, dict[str, list[float]]]
+    n_right: int|None=None
+    unseen: _DrawnUnseen|None=None
+    alpha: list[list[float]]|None=None
+    learned: dict[str, list[float]]|None=None
+    classification: dict|None=None
+
+# %% ../nbs/21_plots.ipynb #c74b6959
+def _checked_record(record, *needed):
+    "Raise `ValueError` with the field unless a record has what its figure needs; `needed` as 'settings.layers'"
+    where = 'the record to draw'
+    known = checked(record, _DrawnRecord, where)
+    if not known.runs: raise ValueError(f"{where}: field 'runs' is empty, expected one method at least")
+    if known.model_set.tasks < 1: raise ValueError(f"{where}: field 'model_set.tasks' is {known.model_set.tasks}")
+    for field in needed:
+        part = known
+        for name in field.split('.'): part = getattr(part, name, None)
+        if not part: raise ValueError(f"{where}: field {field!r} is missing or empty, this figure needs it")
+
 def record_figures(
     record: dict, # from `result_record`, with `unseen_record` merged in
 ) -> list:        # axes of the curve over k, the heatmap and the map
-    "Draw a result file"
-    name, u, runs = record['settings']['name'], record['unseen'], runs_of(record)
+    "Draw a result file; raises `ValueError` with the field for a record that lacks something"
+    _checked_record(record, 'settings.n_splits', 'n_right', 'unseen.tasks', 'unseen.embedding')
+    name, unseen, runs = record['settings']['name'], record['unseen'], runs_of(record)
     n_all = len([c for c in runs if c != 'mAP'])
-    z, names = torch.tensor(u['embedding']), {int(t): n for t, n in u['names'].items()}
-    return [plot_rank_k(runs, chance_curves(record['n_right'], n_all), f'{name}: {record["settings"]["n_splits"]} splits'),
-            plot_similarity(similarity(z), u['tasks'], names, f'{name}: similarity of unseen models'),
-            plot_embedding(z, u['tasks'], names, f'{name}: map of unseen models')]
+    if len({len(row) for row in unseen['embedding']}) > 1:
+        raise ValueError("the record to draw: field 'unseen.embedding' has rows of different lengths")
+    z, names = torch.tensor(unseen['embedding']), {int(t): text for t, text in unseen['names'].items()}
+    return [
+        plot_rank_k(runs, chance_curves(record['n_right'], n_all), f"{name}: {record['settings']['n_splits']} splits"),
+        plot_similarity(similarity(z), unseen['tasks'], names, f'{name}: similarity of unseen models'),
+        plot_embedding(z, unseen['tasks'], names, f'{name}: map of unseen models'),
+    ]
 
 # %% ../nbs/21_plots.ipynb #4b8d5042
-def chance_percent(record): return 100/record['model_set']['tasks']
+def chance_percent(
+    record: dict, # a result file
+) -> float:       # percent
+    "How often a guess among the tasks is right"
+    return 100/record['model_set']['tasks']
 
-def percent(runs, method, measure='top-1'): return 100*runs.loc[method, measure].to_numpy()
+def percent(
+    runs: pd.DataFrame,     # from `runs_of`
+    method: str,            # a row's name
+    measure: str='top-1',   # a column's name
+) -> np.ndarray:            # `(splits,)`
+    "A measure of a method in percent; raises `ValueError` for one that is not in the runs"
+    try: return 100*runs.loc[method, measure].to_numpy()
+    except KeyError: pass
+    raise ValueError(printable(f"the record to draw: field 'runs.{method}.{measure}' is missing"))
 
 def _error_points(ax, x, values, i, label):
     "Mean and standard deviation over splits"
     mean, sd = np.mean(values, 1), np.std(values, 1, ddof=1) if np.shape(values)[1] > 1 else None
     ax.errorbar(x, mean, sd, color=COLOURS[i], marker=SHAPES[i], ms=5, capsize=3, lw=1.3, label=label)
 
-def _finish(ax, record, ylabel):
+def _finish_branches(ax, record, ylabel):
+    "Chance, title and legend of a figure over branches"
+    n_splits = len(next(iter(record['runs'].values()))['top-1'])
     ax.axhline(chance_percent(record), color='0.45', ls='--', lw=1.3, label='chance')
     ax.set(ylabel=ylabel, ylim=(0, None))
-    ax.set_title(f"{record['settings']['name']}: {len(next(iter(record['runs'].values()))['top-1'])} splits", fontsize=11)
+    ax.set_title(_plain(f"{record['settings']['name']}: {n_splits} splits"), fontsize=11)
     ax.grid(alpha=.25)
     ax.legend(fontsize=9, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     return ax
 
-def _wide_axes(w=7.4, h=3.8): return plt.subplots(figsize=(w, h), layout='constrained')[1]
-
+# %% ../nbs/21_plots.ipynb #aa736575
 def plot_branches(
     record: dict, # a result file of the experiment on branches
 ) -> Axes:
     "Top-1, 5 and 10 of each branch alone, and, where the file has it, top-1 of the models that it learned from"
-    runs, layers, ax = runs_of(record), record['settings']['layers'], _wide_axes()
+    _checked_record(record, 'settings.layers')
+    runs, layers, ax = runs_of(record), record['settings']['layers'], _axes_or_new(None, 7.4, 3.8)
     x = np.arange(1, len(layers) + 1)
-    for i, k in enumerate(k for k in (1, 5, 10) if k < record['model_set']['tasks']): _error_points(ax, x, [percent(runs, l, f'top-{k}') for l in layers], i, f'top-{k}')
-    if 'learned' in record: ax.plot(x, [100*np.mean(record['learned'][l]) for l in layers], color=COLOURS[0], ls=':', label='top-1 of the models\nlearned from')
+    for i, k in enumerate(k for k in (1, 5, 10) if k < record['model_set']['tasks']):
+        _error_points(ax, x, [percent(runs, l, f'top-{k}') for l in layers], i, f'top-{k}')
+    if 'learned' in record:
+        learned = [100*np.mean(record['learned'][l]) for l in layers]
+        ax.plot(x, learned, color=COLOURS[0], ls=':', label='top-1 of the models\nlearned from')
     ax.set(xlabel='branch', xticks=x)
-    return _finish(ax, record, 'right among the first k, %')
+    return _finish_branches(ax, record, 'right among the first k, %')
 
 # %% ../nbs/21_plots.ipynb #004496d7
-VARIANTS = {'both': {}, 'filters only': dict(align_channels=False), 'channels only': dict(align_filters=False), 'neither': dict(align_filters=False, align_channels=False)}
+VARIANTS = {
+    'both': {},
+    'filters only': dict(align_channels=False),
+    'channels only': dict(align_filters=False),
+    'neither': dict(align_filters=False, align_channels=False),
+}
 
 def plot_alignment(
     record: dict, # a result file of the experiment on alignment
 ) -> Axes:
     "Top-1 of each branch with parts of the alignment switched off"
-    runs, layers, ax = runs_of(record), record['settings']['layers'], _wide_axes()
+    _checked_record(record, 'settings.layers')
+    runs, layers, ax = runs_of(record), record['settings']['layers'], _axes_or_new(None, 7.4, 3.8)
     x = np.arange(2, len(layers) + 2)
-    for i, v in enumerate(VARIANTS): _error_points(ax, x + .12*(i - 1.5), [percent(runs, f'{v}/{l}') for l in layers], i, v)
+    for i, variant in enumerate(VARIANTS):
+        _error_points(ax, x + .12*(i - 1.5), [percent(runs, f'{variant}/{l}') for l in layers], i, variant)
     ax.set(xlabel='branch', xticks=x)
-    return _finish(ax, record, 'top-1, %')
+    return _finish_branches(ax, record, 'top-1, %')
 
 # %% ../nbs/21_plots.ipynb #e496c94c
 def alignment_table(
     record: dict,    # a result file of the experiment on alignment
 ) -> pd.DataFrame:   # text, one row a layer, one column a variant
     "Top-1 in percent, mean ± sd over splits"
-    top1 = summary(runs_of(record), ks=(1,))['top-1']
-    return pd.DataFrame({v: {l: top1[f'{v}/{l}'] for l in record['settings']['layers']} for v in VARIANTS}).rename_axis('layer')
+    _checked_record(record, 'settings.layers')
+    top1, layers, columns = summary(runs_of(record), ks=(1,))['top-1'], record['settings']['layers'], {}
+    for variant in VARIANTS:
+        missing = [l for l in layers if f'{variant}/{l}' not in top1]
+        if missing: raise ValueError(printable(f"the record to draw: field 'runs.{variant}/{missing[0]}' is missing"))
+        columns[variant] = {l: top1[f'{variant}/{l}'] for l in layers}
+    return pd.DataFrame(columns).rename_axis('layer')
 
 # %% ../nbs/21_plots.ipynb #412699fe
-def _bars(ax, values, chance, title):
+def _draw_bars(ax, values, chance, title):
     "Mean and standard deviation over splits for each name, and chance"
-    names, sd = list(values), [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values.values()]
-    ax.barh(names, [np.mean(v) for v in values.values()], xerr=sd if any(sd) else None, color=['0.75' if n.startswith('oracle') else COLOURS[0] for n in names], error_kw=dict(capsize=3, lw=1))
+    means, names, y = (
+        [np.mean(v) for v in values.values()],
+        [_plain(name, 60) for name in values],
+        np.arange(len(values)),
+    )
+    sd = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values.values()]
+    colours = ['0.75' if name.startswith('oracle') else COLOURS[0] for name in names]
+    ax.barh(y, means, xerr=sd if any(sd) else None, color=colours, error_kw=dict(capsize=3, lw=1))
     ax.axvline(chance, color='0.45', ls='--', lw=1.3)
     ax.invert_yaxis()
+    ax.set_yticks(y, names)
     ax.tick_params(axis='y', labelsize=9)
     ax.set(xlim=(0, None), xlabel='%')
     ax.set_title(title, fontsize=10)
 
+def _title_splits(fig, record):
+    "Name and number of splits over a figure"
+    fig.suptitle(_plain(f"{record['settings']['name']}: {record['settings']['n_splits']} splits"), fontsize=11)
+
+# %% ../nbs/21_plots.ipynb #9e65863b
 def plot_fusion(
     record: dict, # a result file of the experiment on fusion
 ) -> Figure:
     "Top-1 of each way to put branches together, and the weight that each branch was given"
-    runs = runs_of(record)
+    _checked_record(record, 'settings.layers', 'settings.n_splits', 'alpha')
+    runs, n = runs_of(record), len(record['settings']['layers'])
+    if {len(weights) for weights in record['alpha']} != {n}:
+        raise ValueError(f"the record to draw: field 'alpha' does not hold {n} weights a split, one a layer")
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout='constrained', width_ratios=(3, 2))
-    _bars(left, {m: percent(runs, m) for m in record['runs']}, chance_percent(record), 'top-1')
-    _error_points(right, range(1, len(record['settings']['layers']) + 1), np.array(record['alpha']).T, 2, 'α')
-    right.set(xlabel='branch', ylim=(0, None), xticks=range(1, len(record['settings']['layers']) + 1, 2))
+    _draw_bars(left, {m: percent(runs, m) for m in record['runs']}, chance_percent(record), 'top-1')
+    _error_points(right, range(1, n + 1), np.array(record['alpha']).T, 2, 'α')
+    right.set(xlabel='branch', ylim=(0, None), xticks=range(1, n + 1, 2))
     right.set_title('α learned on held-out models', fontsize=10)
-    fig.suptitle(f"{record['settings']['name']}: {record['settings']['n_splits']} splits", fontsize=11)
+    _title_splits(fig, record)
     return fig
 
+# %% ../nbs/21_plots.ipynb #dfe3c4d7
 def plot_triplet(
     record: dict, # a result file of the experiment on triplet loss
 ) -> Figure:
     "Retrieval and classification with either loss"
-    fig, axs = plt.subplots(1, 2, figsize=(9.6, 3.6), layout='constrained')
+    _checked_record(record, 'settings.n_splits', 'n_right', 'classification')
+    if not record['classification'].get('runs'):
+        raise ValueError("the record to draw: field 'classification.runs' is missing or empty, this figure needs it")
     runs, classes = runs_of(record), runs_of(record['classification'])
+    by_loss = {m: percent(runs, m, 'rank-1') for m in record['runs']}
+    known = {m: percent(classes, m) for m in record['classification']['runs']}
     n_all = runs.columns.str.startswith('rank').sum()
-    _bars(axs[0], {m: percent(runs, m, 'rank-1') for m in record['runs']}, 100*record['n_right']/n_all, 'rank-1, unseen tasks')
-    _bars(axs[1], {m: percent(classes, m) for m in record['classification']['runs']}, chance_percent(record), 'top-1, known tasks')
-    axs[1].tick_params(axis='y', labelsize=7)
-    fig.suptitle(f"{record['settings']['name']}: {record['settings']['n_splits']} splits", fontsize=11)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout='constrained')
+    _draw_bars(left, by_loss, 100*record['n_right']/n_all, 'rank-1, unseen tasks')
+    _draw_bars(right, known, chance_percent(record), 'top-1, known tasks')
+    right.tick_params(axis='y', labelsize=7)
+    _title_splits(fig, record)
     return fig
 
 # %% ../nbs/21_plots.ipynb #dd1fd682
+def _draw_top1(ax, points, curve):
+    "Top-1 and chance in percent; over epochs also the accuracy of the networks"
+    look = dict(color=COLOURS[0], marker='o', ms=4, capsize=3)
+    ax.errorbar(points.x, 100*points['mean'], 100*points.sd, label='LPS, mean ± sd over splits', **look)
+    ax.plot(points.x, 100*points.chance, color='0.45', ls='--', label='chance')
+    if curve == 'epochs' and points.val_accuracy.notna().all():
+        own = dict(color=COLOURS[2], ls=':', marker='s', ms=3, label='accuracy of the networks\non their own task')
+        ax.plot(points.x, 100*points.val_accuracy.astype(float), **own)
+
+def _draw_times_chance(ax, points, curve):
+    "Top-1 as a multiple of chance"
+    ax.errorbar(points.x, points.times, points.sd/points.chance, color=COLOURS[0], marker='o', ms=4, capsize=3)
+    ax.axhline(1, color='0.45', ls='--')
+    ax.set(xlabel=CURVES[curve], xticks=points.x)
+
+# %% ../nbs/21_plots.ipynb #d9592081
 def plot_curves(
     record: dict,  # from `curve_record`, or a result file
 ) -> Figure:
     "Each curve: top-1 with one standard deviation and chance, under it how many times chance that is"
     t = curve_table(record)
     curves = [c for c in CURVES if (t.curve == c).any()]
-    fig, axs = plt.subplots(2, len(curves), figsize=(3.4*len(curves), 5.2), sharex='col', sharey='row', squeeze=False, layout='constrained')
-    for (top, low), c in zip(axs.T, curves):
-        g = t[t.curve == c]
-        top.errorbar(g.x, 100*g['mean'], 100*g.sd, color='#0072B2', marker='o', ms=4, capsize=3, label='LPS, mean ± sd over splits')
-        top.plot(g.x, 100*g.chance, color='0.45', ls='--', label='chance')
-        if c == 'epochs' and g.val_accuracy.notna().all(): top.plot(g.x, 100*g.val_accuracy, color='#009E73', ls=':', marker='s', ms=3, label="accuracy of the networks\non their own task")
-        low.errorbar(g.x, g.times, g.sd/g.chance, color='#0072B2', marker='o', ms=4, capsize=3)
-        low.axhline(1, color='0.45', ls='--')
-        low.set(xlabel=CURVES[c], xticks=g.x)
+    grid = dict(figsize=(3.4*len(curves), 5.2), sharex='col', sharey='row', squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(2, len(curves), **grid)
+    for (top, low), curve in zip(axs.T, curves):
+        _draw_top1(top, t[t.curve == curve], curve)
+        _draw_times_chance(low, t[t.curve == curve], curve)
         for ax in (top, low): ax.grid(alpha=.25)
-    axs[0, 0].set(ylabel='top-1, %', ylim=(0, None)), axs[1, 0].set(ylabel='times chance', ylim=(0, None))
+    axs[0, 0].set(ylabel='top-1, %', ylim=(0, None))
+    axs[1, 0].set(ylabel='times chance', ylim=(0, None))
     axs[0, -1].legend(fontsize=8, frameon=False)
-    fig.suptitle(record['settings']['name'], fontsize=11)
+    fig.suptitle(_plain(record['settings'].get('name', '')), fontsize=11)
     return fig
 
 # %% ../nbs/21_plots.ipynb #fb8e4c28
+def _draw_predictor(ax, record, name, other):
+    "Transfer against one predictor"
+    colour = COLOURS[1] if name in METHODS else COLOURS[0]
+    x, y = np.array(record['predictors'][name], float)[other], np.array(record['ari'], float)[other]
+    ax.scatter(x, y, s=14, alpha=.6, lw=0, color=colour)
+    ax.set_title(f"{_plain(PREDICTORS.get(name, name))}\nρ {with_interval(record['rho'][name], '')}", fontsize=9)
+    ax.grid(alpha=.25)
+    ax.locator_params(axis='x', nbins=5)
+
 def plot_transfer(
     record: dict,  # from `transfer_record`, or a result file
 ) -> Figure:
     "Transfer against each predictor, one point an ordered pair of tasks"
-    ari, other = np.array(record['ari']), ~np.eye(len(record['ari']), dtype=bool)
-    n, cols = len(record['predictors']), 3
-    fig, axs = plt.subplots(-(-n//cols), cols, figsize=(9.6, 3.1*-(-n//cols)), sharey=True, squeeze=False, layout='constrained')
-    for ax, (k, p) in zip(axs.flat, record['predictors'].items()):
-        ax.scatter(np.array(p)[other], ari[other], s=14, alpha=.6, lw=0, color='#D55E00' if k == 'lps' else '#0072B2')
-        ax.set_title(f"{PREDICTORS.get(k, k)}\nρ {with_interval(record['rho'][k], '')}", fontsize=9)
-        ax.grid(alpha=.25)
-        ax.locator_params(axis='x', nbins=5)
+    check_transfer(record)
+    n, other = len(record['predictors']), ~np.eye(len(record['ari']), dtype=bool)
+    n_rows = -(-n//3)
+    fig, axs = plt.subplots(n_rows, 3, figsize=(9.6, 3.1*n_rows), sharey=True, squeeze=False, layout='constrained')
+    for ax, name in zip(axs.flat, record['predictors']): _draw_predictor(ax, record, name, other)
     for ax in axs.flat[n:]: ax.axis('off')
     for ax in axs[:, 0]: ax.set_ylabel('transfer (ARI)')
-    fig.suptitle(record['settings']['name'], fontsize=11)
+    fig.suptitle(_plain(record['settings']['name']), fontsize=11)
     return fig

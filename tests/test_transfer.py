@@ -1,4 +1,4 @@
-"""Transfer between tasks: CKA, LogME and ARI on known cases, no task seen by what compares it, one process or two, intervals that cover what they should"""
+"""Transfer between tasks: known cases, no task seen by what compares it, one process or two, intervals that cover"""
 from dataclasses import replace
 from itertools import combinations
 
@@ -11,14 +11,33 @@ from scipy.stats import multivariate_normal, spearmanr
 
 import lps.transfer
 from lps.records import fingerprint
-from lps.files import save_model
-from lps.modelset import TrainedModel, load_modelset
+from lps.modelset import TrainedModel
 from lps.resnet import ResNet
 from lps.tasks import ImageSet, channel_stats, load_images
 from lps.train import recipes
 from lps.plots import plot_transfer
 from lps.records import about_models
-from lps.transfer import CIFAR100_SUPERCLASSES, by_task, cluster_ari, features, finding, halves_agreement, linear_cka, log_me, rank_agreement, shared_superclass, task_similarity, task_targets, transfer, transfer_record, transfer_table, transfer_text, unseen_folds, unseen_similarity, weight_similarity
+from lps.transfer import (
+    CIFAR100_SUPERCLASSES,
+    by_task,
+    cluster_ari,
+    features,
+    finding,
+    halves_agreement,
+    linear_cka,
+    log_me,
+    rank_agreement,
+    shared_superclass,
+    task_similarity,
+    task_targets,
+    transfer,
+    transfer_record,
+    transfer_table,
+    transfer_text,
+    unseen_folds,
+    unseen_similarity,
+    weight_similarity,
+)
 from lps.zoo import build
 
 
@@ -87,13 +106,18 @@ def test_features_are_normalised_as_the_model_was_trained(zoo):
     torch.testing.assert_close(features(model, x, bs=2), features(model, x))
     assert not torch.allclose(features(other, x, own), features(other, x, ([0.], [1.])))
     assert features(model, x).dtype == torch.float32
-    for found, there in zip(channel_stats(load_images("digits")), own): torch.testing.assert_close(found, torch.tensor(there))
+    for found, there in zip(channel_stats(load_images("digits")), own):
+        torch.testing.assert_close(found, torch.tensor(there))
 
 
 def test_float16_weights_give_float32_features():
     torch.manual_seed(0)
     half = {k: v.half() if v.ndim == 4 else v for k, v in ResNet(8, 4).state_dict().items()}
-    z = features(TrainedModel(half, dict(shortcut="conv")), torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8), ([.5]*3, [.3]*3))
+    z = features(
+        TrainedModel(half, dict(shortcut="conv")),
+        torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8),
+        ([0.5] * 3, [0.3] * 3),
+    )
     assert z.dtype == torch.float32 and z.shape == (3, 16)
 
 
@@ -101,7 +125,8 @@ def test_targets_by_other_names(zoo):
     held_out = load_images("digits", "test")
     letters = ImageSet(held_out.images, held_out.labels, list("abcdefghij"), "letters")
     renamed = task_targets(zoo, letters, dict(zip("0123456789", "abcdefghij")))
-    for t, (x, y) in task_targets(zoo, held_out).items(): assert torch.equal(renamed[t][0], x) and torch.equal(renamed[t][1], y)
+    for t, (x, y) in task_targets(zoo, held_out).items():
+        assert torch.equal(renamed[t][0], x) and torch.equal(renamed[t][1], y)
     with pytest.raises(ValueError, match="names="): task_targets(zoo, letters)
 
 
@@ -129,13 +154,17 @@ def test_too_few_tasks_left_to_learn_from(n, groups):
 
 
 def test_no_network_compares_what_it_has_seen(zoo, monkeypatch):
-    seen, compared, embed = [], [], lps.transfer.embed
+    seen, compared, embed = [], [], lps.transfer.embed_models
     def spy(net, models): seen.append(set(net.tasks)); compared.append(set(models.tasks)); return embed(net, models)
-    monkeypatch.setattr(lps.transfer, "embed", spy)
+    monkeypatch.setattr(lps.transfer, "embed_models", spy)
     table = unseen_similarity(zoo, epochs=1, n_filters=4, n_splits=2)
     assert len(seen) == 20 and not any(s & c for s, c in zip(seen, compared))
     assert all(s | c == set(zoo.tasks) for s, c in zip(seen, compared))
-    assert list(table.index) == list(table.columns) == zoo.tasks and table.notna().all(axis=None) and np.allclose(table, table.T)
+    assert (
+        list(table.index) == list(table.columns) == zoo.tasks
+        and table.notna().all(axis=None)
+        and np.allclose(table, table.T)
+    )
     pd.testing.assert_frame_equal(table, unseen_similarity(zoo, epochs=1, n_filters=4, n_splits=2))
 
 
@@ -148,20 +177,29 @@ def test_similarity_of_tasks_is_the_mean_over_pairs_of_models():
 
 def test_weights_of_all_convolutions_and_nothing_else(zoo):
     state = zoo[0].state
-    assert [l for l in zoo.layers if zoo.shapes[f"{l}.weight"][2:]] == [k.removesuffix(".weight") for k, v in state.items() if v.ndim == 4]
+    assert [l for l in zoo.layers if zoo.shapes[f"{l}.weight"][2:]] == [
+        k.removesuffix(".weight") for k, v in state.items() if v.ndim == 4
+    ]
     assert not np.allclose(weight_similarity(zoo), weight_similarity(zoo, ("conv1",)))
 
 
 def test_rho_is_scipys_and_its_interval_covers_the_truth():
     rng = np.random.default_rng(0)
     ari = frame(rng.normal(size=(15, 15)))
-    p = {"same": 3*ari + 1, "reverse": -ari, "noisy": ari + rng.normal(size=(15, 15)), "nothing": frame(np.ones((15, 15)))}
+    p = {
+        "same": 3 * ari + 1,
+        "reverse": -ari,
+        "noisy": ari + rng.normal(size=(15, 15)),
+        "nothing": frame(np.ones((15, 15))),
+    }
     table, off = rank_agreement(ari, p, n_boot=100), ~np.eye(15, dtype=bool)
     assert table.rho["noisy"] == pytest.approx(spearmanr(ari.values[off], p["noisy"].values[off]).statistic)
     within = [spearmanr(ari.values[off[:, t], t], p["noisy"].values[off[:, t], t]).statistic for t in range(15)]
     assert table.rho_within["noisy"] == pytest.approx(np.mean(within))
     values = ["rho", "low", "high", "rho_within", "low_within", "high_within"]
-    assert table.loc["same", values].tolist() == pytest.approx([1]*6) and table.loc["reverse", values].tolist() == pytest.approx([-1]*6)
+    assert table.loc["same", values].tolist() == pytest.approx([1] * 6) and table.loc[
+        "reverse", values
+    ].tolist() == pytest.approx([-1] * 6)
     assert table.p["same"] == table.p["reverse"] == pytest.approx(1/101)
     assert table.low["noisy"] < table.rho["noisy"] < table.high["noisy"] and table.loc["nothing"].isna().all()
     pd.testing.assert_frame_equal(table, rank_agreement(ari, p, n_boot=100))
@@ -188,16 +226,23 @@ def test_a_bootstrap_over_tasks_is_wider_than_one_over_pairs():
 
 def test_p_is_even_where_nothing_is_to_be_found():
     rng = np.random.default_rng(0)
-    ps = [rank_agreement(frame(a[:, None] + rng.normal(size=(8, 8))), {"p": b + rng.normal(size=(8, 8))}, n_boot=30, seed=i).p.item() for i, (a, b) in enumerate(rng.normal(size=(30, 2, 8)))]
+    ps = [
+        rank_agreement(
+            frame(a[:, None] + rng.normal(size=(8, 8))), {"p": b + rng.normal(size=(8, 8))}, n_boot=30, seed=i
+        ).p.item()
+        for i, (a, b) in enumerate(rng.normal(size=(30, 2, 8)))
+    ]
     assert .3 < np.mean(ps) < .7 and np.mean(np.array(ps) < .1) < .25
 
 
 def test_superclasses():
     assert len(CIFAR100_SUPERCLASSES) == 100 and set(pd.Series(CIFAR100_SUPERCLASSES).value_counts()) == {5}
-    class Set: manifest = pd.DataFrame(dict(task=[0, 1, 2], class_0=["apple", "pear", "bee"], class_1=["rose", "orange", "poppy"]))
+    classes = dict(task=[0, 1, 2], class_0=["apple", "pear", "bee"], class_1=["rose", "orange", "poppy"])
+    class Set: manifest = pd.DataFrame(classes)
     table = shared_superclass(Set, CIFAR100_SUPERCLASSES)
     assert table.loc[0].tolist() == [1, .5, 1/3] and np.allclose(table, table.T)
-    with pytest.raises(ValueError, match="'bee'"): shared_superclass(Set, {k: v for k, v in CIFAR100_SUPERCLASSES.items() if k != "bee"})
+    with pytest.raises(ValueError, match="'bee'"):
+        shared_superclass(Set, {k: v for k, v in CIFAR100_SUPERCLASSES.items() if k != "bee"})
 
 
 def test_record_table_figure_and_words_agree(zoo, tmp_path):
@@ -211,5 +256,34 @@ def test_record_table_figure_and_words_agree(zoo, tmp_path):
     assert "**predict** transfer" in text and "above chance: LPS" in text and "below chance: raw stem" in text
     assert transfer_table(record).iloc[0, 0] == "1.00 [1.00, 1.00]"
     assert len([ax for ax in plot_transfer(record).axes if ax.collections]) == 3
-    assert "do **not** predict" in transfer_text(transfer_record(zoo, ari, dict(lps=-by_task(ari)), n_boot=50, name="toy"))
+    assert "do **not** predict" in transfer_text(
+        transfer_record(zoo, ari, dict(lps=-by_task(ari)), n_boot=50, name="toy")
+    )
     assert halves_agreement(ari, n_boot=10).shape == (1, 8)
+
+
+TRANSFERRED = dict(settings=dict(name="toy"), ari=[[.1, .2], [.3, .4]], predictors=dict(lps=[[1., 2.], [3., None]]),
+                   rho={k: dict(rho=.5, low=.1, high=.9, p=.01) for k in ("lps", "other half of the source models")})
+
+
+@pytest.mark.parametrize("change, field", [
+    (dict(settings={}), "settings.name"), (dict(ari=None), "ari"), (dict(ari=[[1.]]*2), "ari"), (dict(ari=[]), "ari"),
+    (dict(rho={}), "rho.lps.rho"),
+    (dict(rho=dict(lps=dict(rho="high"))), "rho.lps.rho"), (dict(predictors=[1]), "predictors"),
+    (dict(predictors=dict(lps=[[1.]])), "predictors.lps"),
+])
+def test_a_broken_record_names_its_field(change, field):
+    transfer_text(TRANSFERRED), transfer_table(TRANSFERRED), plot_transfer(TRANSFERRED)
+    for f in (transfer_text, transfer_table, plot_transfer):
+        with pytest.raises(ValueError, match=f"'{field}"): f(TRANSFERRED | change)
+
+
+def test_names_are_shown_escaped():
+    evil = "<b>\x1b[2J$x$"
+    record = TRANSFERRED | dict(settings=dict(name=evil), predictors={evil: [[1., 2.], [3., 4.]]},
+                                rho=TRANSFERRED["rho"] | {evil: dict(rho=.5, low=.1, high=.9)})
+    text = transfer_text(record)
+    assert "<b>" not in text and "\x1b" not in text and "\x1b" not in transfer_table(record).to_string()
+    fig = plot_transfer(record)
+    fig.canvas.draw()
+    assert "\x1b" not in fig.get_suptitle() + fig.axes[0].get_title()
