@@ -124,7 +124,7 @@ def zoo_build(
     workers: Annotated[int, typer.Option(min=1, help="Processes that train models")]=2,
     device: Annotated[str, typer.Option(help="cpu, or cuda: the GPU, a hundred models at a time (experimental)")]='cpu',
     keep: Annotated[str, typer.Option(help="Epochs after which each network is kept as well, such as 10,40,80")]='',
-    until: Annotated[Optional[int], typer.Option(min=1, help="Stop after so many epochs; the same without it goes on")]=None,
+    until: Annotated[Optional[int], typer.Option(min=1, help="Stop after so many epochs; without it, go on")]=None,
     size: Annotated[Optional[int], typer.Option(min=1, help="Side in pixels to bring a folder's images to")]=None,
 ):
     "Train a model set: several networks for each pair of classes."
@@ -271,7 +271,7 @@ def evaluate(
     modelset: Models,
     splits: Annotated[int, typer.Option(min=2, help="Random splits")]=10,
     train: Annotated[int, typer.Option(min=1, help="Models of each task to learn from, in Table 1")]=8,
-    test_tasks: Annotated[Optional[int], typer.Option(min=2, help="Tasks held out in Table 2; a fifth if not given")]=None,
+    test_tasks: Annotated[Optional[int], typer.Option(min=2, help="Tasks held out in Table 2; default: a fifth")]=None,
     layers: Layers='',
     epochs: Epochs=100,
     folded: Folded=False,

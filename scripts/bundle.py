@@ -1,5 +1,7 @@
 """Make the model set that comes with the package from the folder of a build:
-python scripts/bundle.py BUILD --classes classes.tsv [--name modelset500-tinyimagenet32]"""
+python scripts/bundle.py BUILD --classes classes.tsv [--name modelset500-tinyimagenet32]
+
+With --kept 80 it adds the networks that a build kept after 80 epochs, as many as there are, in a file of their own."""
 import argparse
 import csv
 import shutil
@@ -47,16 +49,34 @@ def unfit(folder: Path) -> str | None:
                 return f"{n}: {k} is {v.dtype} {tuple(v.shape)}, which may be an image"
 
 
+def check_names(models: ModelSet, names: dict, table: Path | None):
+    "Each class has a readable name, if any has one"
+    shown = set()
+    for task in datasheet(models, classes=names)["tasks"]: shown |= set(task["classes"])
+    missing = sorted(shown - set(names.values()))
+    if names and missing: sys.exit(f"{table} does not name {missing[:5]}")
+
+
+def bundle_kept(build: Path, epoch: int, classes: Path | None, name: str, out: Path) -> str:
+    "Add the first layers of the networks that a build kept after some epochs; returns what they are in a line"
+    models, names = load_modelset(build/f"epochs/{epoch:03d}"), class_names(classes)
+    check_names(models, names, classes)
+    file = out/f"kept-{epoch:03d}.safetensors"
+    sheet = datasheet(models, f"{name}, after {epoch} epochs", names)
+    with tempfile.TemporaryDirectory() as tmp:
+        pack(models, f"{tmp}/{file.name}", classes=names, datasheet=sheet)
+        others = sum(f.stat().st_size for f in out.iterdir() if f != file)
+        size = Path(f"{tmp}/{file.name}").stat().st_size
+        if others + size > LIMIT: sys.exit(f"nothing was bundled: {others + size} bytes, {LIMIT} are allowed")
+        shutil.copyfile(f"{tmp}/{file.name}", file)
+    return f"{load_modelset(file)}: {file.stat().st_size/1e6:.2f} MB"
+
+
 def bundle(build: Path, classes: Path | None, name: str, out: Path) -> str:
     "Write the four files, all or none; returns what they are in a line"
     models, names = load_modelset(build), class_names(classes)
     if not (build/"build.json").exists(): sys.exit(f"{build} is not the folder of a build: it has no build.json")
-    if least := (
-        sorted({c for t in datasheet(models, classes=names)["tasks"] for c in t["classes"]} - set(names.values()))
-        if names
-        else []
-    ):
-        sys.exit(f"{classes} does not name {least[:5]}")
+    check_names(models, names, classes)
     with tempfile.TemporaryDirectory() as tmp:
         packed = pack(models, f"{tmp}/{FILES[0]}", classes=names, datasheet=datasheet(models, name, names))
         add_net(Path(tmp)/FILES[1], packed, name)
@@ -75,5 +95,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--name", default="modelset500-tinyimagenet32", help="what the set is called")
     parser.add_argument("--out", type=Path, default=DATA, help="folder to write to")
+    parser.add_argument("--kept", type=int, metavar="EPOCH", help="add the networks kept after so many epochs instead")
     args = parser.parse_args()
-    print(bundle(args.build, args.classes, args.name, args.out))
+    if args.kept: print(bundle_kept(args.build, args.kept, args.classes, args.name, args.out))
+    else: print(bundle(args.build, args.classes, args.name, args.out))

@@ -74,7 +74,8 @@ def test_products_of_a_large_layer_are_never_stored():
     weight, second_order = torch.randn(2, 64, 64, 3, 3, requires_grad=True), torch.randn(
         20, 64, 3, 3, requires_grad=True
     )
-    with Largest(): align_layer(weight, second_order).sum().backward()  # compiles the kernels and imports what the mode needs
+    with Largest():  # compiles the kernels and imports what the mode needs
+        align_layer(weight, second_order).sum().backward()
     tracemalloc.start()
     try:
         with Largest() as largest: align_layer(weight, second_order).sum().backward()

@@ -21,6 +21,7 @@ from lps.tasks import source_of
 
 QUICK = dict(n_filters=8, epochs=2, milestones=(1,))
 FILES = ['DATASHEET.md', 'datasheet.json', 'modelset.safetensors', 'net.safetensors']
+KEPT = 'kept-080.safetensors'
 
 
 @pytest.fixture(scope='module')
@@ -227,9 +228,8 @@ def test_bundled_set_loads_without_a_network(monkeypatch):
 
 def test_bundled_set_is_small_and_holds_no_image(ours):
     data = bundled().parent
-    assert (
-        sorted(p.name for p in data.iterdir()) == FILES and sum(p.stat().st_size for p in data.iterdir()) <= 4_000_000
-    )
+    assert sorted(p.name for p in data.iterdir()) == sorted([*FILES, KEPT])
+    assert sum(p.stat().st_size for p in data.iterdir()) <= 4_000_000
     shapes = {k: tuple(v.shape[1:]) for k, v in load_model(bundled())[0].items()}
     assert shapes == {
         'conv1.weight': (16, 3, 3, 3),
@@ -333,3 +333,23 @@ def test_wheel_holds_the_bundled_set(tmp_path):
         n: bundled(n).stat().st_size for n in FILES
     } and 'lps/cli.py' in sizes
     assert not [n for n in sizes if n.endswith(('.png', '.jpg', '.pt', '.npz'))]
+
+
+def test_networks_of_the_paper_s_recipe_say_how_far_they_are():
+    kept = load_modelset(bundled(KEPT))
+    assert set(kept.manifest.recipe) == {'paper, after 80 of 160 epochs'}
+    assert 'after 80 of 160 epochs' in ' '.join(kept.about['datasheet']['not_for'])
+    assert kept.layers == ['conv1'] and kept.stack('conv1').isfinite().all() and len(kept.tasks) >= 48
+
+
+def test_kept_networks_are_added_by_one_command(folder, tmp_path):
+    script = runpy.run_path(str(ROOT/'scripts/bundle.py'))
+    kept = folder/'epochs/003'
+    for i in range(4):
+        torch.manual_seed(i)
+        about = dict(task=i//2, run=i % 2, epoch=3, recipe=dict(name='tiny', epochs=6))
+        save_model(kept/f'task0{i//2}_run{i % 2}.safetensors', ResNet(8, 4, in_channels=1).state_dict(), about)
+    script['bundle_kept'](folder, 3, None, 'toys', tmp_path)
+    packed = load_modelset(tmp_path/'kept-003.safetensors')
+    assert len(packed) == 4 and set(packed.manifest.recipe) == {'tiny, after 3 of 6 epochs'}
+    assert packed.about['datasheet']['name'] == 'toys, after 3 epochs'

@@ -51,8 +51,13 @@ def test_unfit_model_is_named_and_the_rest_is_read(tmp_path, state, meta, words)
     assert words in reasons(ms)['a_bad.safetensors']
 
 
-@pytest.mark.parametrize('cut, words', [(0, 'not a safetensors file (0 bytes)'), (5, 'not a safetensors file (5 bytes)'),
-                                        (500, 'truncated: 500 bytes, the header alone has'), (20_000, 'truncated: 20000 bytes of'), (-1, 'truncated:')])
+@pytest.mark.parametrize('cut, words', [
+    (0, 'not a safetensors file (0 bytes)'),
+    (5, 'not a safetensors file (5 bytes)'),
+    (500, 'truncated: 500 bytes, the header alone has'),
+    (20_000, 'truncated: 20000 bytes of'),
+    (-1, 'truncated:'),
+])
 def test_truncated_anywhere(tmp_path, cut, words):
     f = filled(tmp_path)/'m3.safetensors'
     f.write_bytes(f.read_bytes()[:cut])
@@ -60,7 +65,12 @@ def test_truncated_anywhere(tmp_path, cut, words):
     assert len(ms) == 5 and words in reasons(ms)['m3.safetensors']
 
 
-@pytest.mark.parametrize('data', [b'PK\x03\x04' + b'x'*500, b'<html>not found</html>', bytes(1000), (100).to_bytes(8, 'little') + b'{' + b'x'*200])
+@pytest.mark.parametrize('data', [
+    b'PK\x03\x04' + b'x'*500,
+    b'<html>not found</html>',
+    bytes(1000),
+    (100).to_bytes(8, 'little') + b'{' + b'x'*200,
+])
 def test_other_formats_are_no_model(tmp_path, data):
     (filled(tmp_path)/'odd.safetensors').write_bytes(data)
     with pytest.warns(UserWarning):
@@ -93,7 +103,10 @@ def test_unfinished_writes_are_no_models(tmp_path):
         assert len(load_modelset(tmp_path)) == 6
 
 
-@pytest.mark.parametrize('write', [lambda p: save_model(p, tiny(1), dict(task=0, bad={1, 2})), lambda p: write_json(p, {'bad': {1, 2}})])
+@pytest.mark.parametrize('write', [
+    lambda p: save_model(p, tiny(1), dict(task=0, bad={1, 2})),
+    lambda p: write_json(p, {'bad': {1, 2}}),
+])
 def test_failed_write_leaves_the_old_file(tmp_path, write):
     (p := tmp_path/'m0.safetensors').write_bytes(b'old')
     with pytest.raises(TypeError): write(p)

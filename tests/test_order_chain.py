@@ -1,4 +1,4 @@
-"""Any shuffle of all groups leaves the logits equal, before and after folding BN: several seeds, depths, widths, all shortcuts."""
+"""Any shuffle of all groups leaves the logits equal, before and after folding BN, for all kinds of networks"""
 from itertools import product
 
 import pytest
