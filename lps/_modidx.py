@@ -695,6 +695,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'lps.tasks._no_cifar100': ('tasks.html#_no_cifar100', 'lps/tasks.py'),
                            'lps.tasks._other_files': ('tasks.html#_other_files', 'lps/tasks.py'),
                            'lps.tasks._plain': ('tasks.html#_plain', 'lps/tasks.py'),
+                           'lps.tasks._read_all': ('tasks.html#_read_all', 'lps/tasks.py'),
                            'lps.tasks._read_image': ('tasks.html#_read_image', 'lps/tasks.py'),
                            'lps.tasks._scale': ('tasks.html#_scale', 'lps/tasks.py'),
                            'lps.tasks._scaled_to_bytes': ('tasks.html#_scaled_to_bytes', 'lps/tasks.py'),

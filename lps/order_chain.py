@@ -198,6 +198,7 @@ def _folds(state):
         )
     return convs
 
+# %% ../nbs/01_order_chain.ipynb #68dcaaa7
 def fold_bn(
     state: dict,      # tensors by parameter name, as `ResNet.state_dict()` names them
     eps: float=1e-5,  # the BN's ε

@@ -198,8 +198,8 @@ def _check_classes(split, classes, labels):
 
 def _check_sizes(good):
     "Raises `ValueError` unless all images have one size"
-    first, _, (im0, _) = good[0]
-    for file, _, (im, _) in good:
+    first, _, im0, _ = good[0]
+    for file, _, im, _ in good:
         if im.shape == im0.shape: continue
         sizes = (
             f"{_plain(file)} is {im.shape[1]}×{im.shape[0]} pixels, {_plain(first.name)} is"
@@ -208,21 +208,27 @@ def _check_sizes(good):
         raise ValueError(f"{sizes}: bring all to one size with size= (--size on the command line)")
 
 # %% ../nbs/03_tasks.ipynb #f488f9ec
+def _read_all(files, size):
+    "Of `(file, class number)`, those that can be read with their pixels and what was done to them; why not, by file"
+    with ThreadPoolExecutor(max_workers=4) as ex: read = list(ex.map(lambda file: _read_image(file[0], size), files))
+    good, bad = [], {}
+    for (file, number), found in zip(files, read):
+        if isinstance(found, str): bad[str(file)] = found
+        else: good.append((file, number, *found))
+    return good, bad
+
 def _folder(root, split, size=None):
     "All readable images of an `ImageFolder` tree; the others are named in one warning"
     (classes, files), other = _image_files(root, split), _other_files(root, split)
-    with ThreadPoolExecutor(max_workers=4) as ex: read = list(ex.map(lambda file: _read_image(file[0], size), files))
-    bad = {str(file): im for (file, _), im in zip(files, read) if isinstance(im, str)}
-    good = [(file, number, im) for (file, number), im in zip(files, read) if not isinstance(im, str)]
+    good, bad = _read_all(files, size)
     if not good: raise ValueError(f"none of the {len(files)} images under {_plain(root)} can be read")
-    converted = dict(Counter(done for _, _, (_, done) in good if done))
-    bad |= other
-    _warn(bad, len(files) + len(other), converted)
-    _check_classes(split, classes, {number for _, number, _ in good})
+    converted = dict(Counter(done for _, _, _, done in good if done))
+    _warn(bad | other, len(files) + len(other), converted)
+    _check_classes(split, classes, {number for _, number, _, _ in good})
     _check_sizes(good)
-    images = torch.from_numpy(np.stack([im for _, _, (im, _) in good])).permute(0, 3, 1, 2).contiguous()
-    labels = torch.tensor([number for _, number, _ in good])
-    return ImageSet(images, labels, classes, root.resolve().name, bad, converted)
+    images = torch.from_numpy(np.stack([im for _, _, im, _ in good])).permute(0, 3, 1, 2).contiguous()
+    labels = torch.tensor([number for _, number, _, _ in good])
+    return ImageSet(images, labels, classes, root.resolve().name, bad | other, converted)
 
 # %% ../nbs/03_tasks.ipynb #8a13f068
 @dataclass(frozen=True)
@@ -267,6 +273,8 @@ register_dataset(
         " Digits* (E. Alpaydin, C. Kaynak; UCI Machine Learning Repository, CC BY 4.0)",
     )
 )
+
+# %% ../nbs/03_tasks.ipynb #c723328d
 register_dataset(
     DataSet(
         'cifar100',
