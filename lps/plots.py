@@ -294,6 +294,7 @@ class _DrawnUnseen:
     names: dict[str, str]
     embedding: list[list[float]]
 
+# %% ../nbs/21_plots.ipynb #6b62ff42
 @dataclass
 class _DrawnRecord:
     "What figures read of a record"
@@ -318,6 +319,7 @@ def _checked_record(record, *needed):
         for name in field.split('.'): part = getattr(part, name, None)
         if not part: raise ValueError(f"{where}: field {field!r} is missing or empty, this figure needs it")
 
+# %% ../nbs/21_plots.ipynb #6199a7db
 def record_figures(
     record: dict, # from `result_record`, with `unseen_record` merged in
 ) -> list:        # axes of the curve over k, the heatmap and the map
@@ -341,6 +343,7 @@ def chance_percent(
     "How often a guess among the tasks is right"
     return 100/record['model_set']['tasks']
 
+# %% ../nbs/21_plots.ipynb #bcef7ebe
 def percent(
     runs: pd.DataFrame,     # from `runs_of`
     method: str,            # a row's name
@@ -351,6 +354,7 @@ def percent(
     except KeyError: pass
     raise ValueError(printable(f"the record to draw: field 'runs.{method}.{measure}' is missing"))
 
+# %% ../nbs/21_plots.ipynb #79abe834
 def _error_points(ax, x, values, i, label):
     "Mean and standard deviation over splits"
     mean, sd = np.mean(values, 1), np.std(values, 1, ddof=1) if np.shape(values)[1] > 1 else None

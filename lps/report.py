@@ -193,8 +193,9 @@ def _close_figures(items):
 
 def _page(title, sections):
     "The report as HTML, from headings and blocks"
-    blocks = [block for _, of_section in sections for block in of_section]
-    css = CSS + _number_columns(max([block.get('columns', 0) for block in blocks], default=0))
+    widest = 0
+    for _, blocks in sections: widest = max([widest, *(block.get('columns', 0) for block in blocks)])
+    css = CSS + _number_columns(widest)
     template = jinja2.Environment(autoescape=True).from_string(TEMPLATE)
     return template.render(title=printable(title), sections=sections, css=css, footer=_footer())
 

@@ -339,6 +339,7 @@ def _number_lists(frame):
     "Rows of a table as lists of numbers, fit for JSON"
     return [list(map(_four_digits, row)) for row in frame.to_numpy(dtype=float)]
 
+# %% ../nbs/19_transfer.ipynb #96e58c99
 def transfer_record(
     models: ModelSet,      # what was evaluated
     scores: pd.DataFrame,  # ARI, one row a source model, from `transfer`
@@ -379,6 +380,7 @@ class _TransferRecord:
 
 def _is_square(table, n): return len(table) == n and all(len(row) == n for row in table)
 
+# %% ../nbs/19_transfer.ipynb #74dca35b
 def check_transfer(
     record: dict, # from `transfer_record`, or a result file
 ):
