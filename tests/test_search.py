@@ -3,6 +3,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lps.files import load_model, save_model
@@ -12,6 +14,13 @@ from lps.resnet import ResNet
 from lps.files import digest
 from lps.search import ModelIndex
 from lps.second_order import fit, load_net, save_net
+
+ROW = [("manifest", column) for column in ("file", "task", "class_0", "class_1", "val_accuracy")]
+CONFIG = ("layers", "tasks", "method", "kernels", "n_filters", "folded", "stem", "recipe", "magic")
+FIELDS = [("fitted",), ("manifest",), ("digests",), ("fitted", "method"), ("fitted", "config"), *ROW]
+FIELDS += [("fitted", "config", name) for name in CONFIG]
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+JSON = st.recursive(PLAIN, lambda x: st.lists(x, max_size=12) | st.dictionaries(st.text(max_size=5), x, max_size=3))
 
 SPEC = resnet_spec(depth=8, width=4, shortcut="pad_end")
 
@@ -45,6 +54,14 @@ def index(models, request):
         n_filters=8,
     )
     return ModelIndex(net, models)
+
+
+@pytest.fixture(scope="module")
+def written(models, tmp_path_factory):
+    "An index as a file"
+    path = tmp_path_factory.mktemp("index")/"index.safetensors"
+    ModelIndex(fit(models, layers=("conv1",), epochs=2, milestones=(1,), n_filters=8), models).save(path)
+    return path
 
 
 def test_every_model_finds_its_permuted_copy(models, index):
@@ -134,3 +151,36 @@ def test_queries_that_cannot_be_answered(models, index, tmp_path):
     with pytest.raises(ValueError, match="text.pt"): index.query(tmp_path/"text.pt")
     with pytest.raises(ValueError, match="0 models"): ModelIndex(index.fitted, models[[]])
     assert digest(state) != digest(models[1].state)
+
+
+@given(place=st.integers(0, 10**9), bit=st.integers(0, 7))
+def test_a_flipped_bit_in_an_index_is_refused(written, place, bit):
+    spoiled = bytearray(written.read_bytes())
+    spoiled[place % len(spoiled)] ^= 1 << bit
+    path = written.with_name("flipped.safetensors")
+    path.write_bytes(spoiled)
+    with pytest.raises((ValueError, OSError), match="flipped.safetensors"): ModelIndex.load(path)
+
+
+@given(field=st.sampled_from(FIELDS), value=JSON)
+def test_wrong_values_in_an_index_are_refused_or_harmless(written, models, field, value):
+    tensors, meta = load_model(written)
+    *outer, last = field
+    inner = meta["index"]
+    for name in outer: inner = inner[name]
+    inner[last] = value
+    path = written.with_name("wrong.safetensors")
+    save_model(path, tensors, {"index": meta["index"]})
+    try:
+        index = ModelIndex.load(path)
+        index.query(models[0], 2), index.tasks(models[0]), repr(index)
+    except (ValueError, OSError): pass
+
+
+def test_a_query_that_overflows_is_refused(models, index):
+    huge = {name: weight.float()*1e30 if weight.is_floating_point() else weight
+            for name, weight in models[0].state.items()}
+    for ask in (index.query, index.tasks):
+        with pytest.raises(ValueError, match="no finite embedding"): ask(TrainedModel(huge, {}))
+    with pytest.raises(ValueError, match="0 models"): index.query(models[[]])
+    with pytest.raises(ValueError, match="0 models"): index.tasks(models[[]])
