@@ -130,23 +130,22 @@ def _check(weight, second_order):
         shapes = f"weight {tuple(weight.shape)} and second_order {tuple(second_order.shape)}"
         raise ValueError(f"{shapes}: give (..., N, C, k, k) and (P, Q, k, k)")
     _check_sizes(weight, second_order)
-    if weight.dtype != second_order.dtype:
-        raise TypeError(
-            f"weight is {weight.dtype}, second_order {second_order.dtype}: cast with weight.to({second_order.dtype})"
-        )
-    if weight.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"weight and second_order are {weight.dtype}: cast both to float32 or float64")
+    _check_dtypes(weight.dtype, second_order.dtype)
+
+def _check_dtypes(own, theirs):
+    "Raises `TypeError` unless both are float32, or both float64"
+    if own != theirs: raise TypeError(f"weight is {own}, second_order {theirs}: cast with weight.to({theirs})")
+    if own not in (torch.float32, torch.float64):
+        raise TypeError(f"weight and second_order are {own}: cast both to float32 or float64")
 
 # %% ../nbs/13_align.ipynb #031464b9
 def _check_sizes(weight, second_order):
     "Raises `ValueError` where there is nothing to compare, or maps of two sizes"
     own = dict(zip(('filters', 'channels', 'rows', 'columns'), weight.shape[-second_order.ndim:]))
     theirs = dict(zip(('second-order filters', 'second-order channels'), second_order.shape))
+    shapes = f"weight {tuple(weight.shape)} and second_order {tuple(second_order.shape)}"
     for what, n in (own | theirs).items():
-        if n == 0:
-            raise ValueError(
-                f"0 {what}: weight {tuple(weight.shape)} and second_order {tuple(second_order.shape)} need one at least"
-            )
+        if n == 0: raise ValueError(f"0 {what}: {shapes} need one at least")
     k, kv = weight.shape[-2:], second_order.shape[-2:]
     if second_order.ndim == 4 and k != kv:
         sizes = f"maps of weight are {k[0]}×{k[1]}, of second_order {kv[0]}×{kv[1]}"

@@ -266,6 +266,23 @@ def _check_splits(models, train, test_tasks):
         )
     retrieval_splits(models.labels, test_tasks, n_splits=1)
 
+def _classify(models, splits, train, how):
+    "Table 1, printed, as a record"
+    from lps.evaluate import summary, table1
+    from lps.records import result_record
+    runs = table1(models, splits, train, progress=console.is_terminal, **how)
+    _show(summary(runs), f"Table 1, task classification, {len(models.tasks)} tasks, % over {splits} splits")
+    return result_record(models, runs, n_train=train, n_splits=splits, **how)
+
+def _retrieve(models, splits, test_tasks, how):
+    "Table 2, printed, as a record"
+    from lps.demo import n_right_answers
+    from lps.evaluate import summary, table2
+    from lps.records import result_record
+    runs, n_right = table2(models, splits, test_tasks, progress=console.is_terminal, **how), n_right_answers(models)
+    _show(summary(runs, n_right), f"Table 2, task retrieval, % over {splits} splits")
+    return result_record(models, runs, n_right, n_test_tasks=test_tasks, n_splits=splits, **how)
+
 @app.command(cls=FromRegistries, epilog="Example: lps evaluate runs/digits --splits 20 --out runs/digits-results.json")
 def evaluate(
     modelset: Models,
@@ -279,23 +296,15 @@ def evaluate(
     out: Annotated[Optional[Path], typer.Option(parser=_place, help="JSON file for the results")]=None,
 ):
     "Tables 1 and 2 of the paper for a model set: every method, and chance."
-    from lps.demo import n_right_answers
-    from lps.evaluate import summary, table1, table2
     from lps.files import write_json
-    from lps.records import result_record
     _replaceable(out, _is_tables, 'a file of results that lps evaluate wrote')
-    models, how = _open(modelset), _fit_settings(layers, epochs, folded)
+    models, how = _open(modelset), dict(seed=seed, **_fit_settings(layers, epochs, folded))
     _check_splits(models, train, test_tasks)
-    shown = dict(seed=seed, progress=console.is_terminal, **how)
-    n_right, noted = n_right_answers(models), dict(seed=seed, n_splits=splits, **how)
-    runs1 = table1(models, splits, train, **shown)
-    _show(summary(runs1), f"Table 1, task classification, {len(models.tasks)} tasks, % over {splits} splits")
-    runs2 = table2(models, splits, test_tasks, **shown)
-    _show(summary(runs2, n_right), f"Table 2, task retrieval, % over {splits} splits")
-    if out:
-        record1 = result_record(models, runs1, n_train=train, **noted)
-        record2 = result_record(models, runs2, n_right, n_test_tasks=test_tasks, **noted)
-        write_json(out, dict(table1=record1, table2=record2))
+    records = dict(
+        table1=_classify(models, splits, train, how),
+        table2=_retrieve(models, splits, test_tasks, how),
+    )
+    if out: write_json(out, records)
 
 # %% ../nbs/27_cli.ipynb #787bbfb2
 def _show_answers(near, tasks, k):
@@ -325,6 +334,32 @@ def query(
     _show_answers(index.query(model, k, names=known), index.tasks(model, names=known), k)
 
 # %% ../nbs/27_cli.ipynb #113615cf
+def _demo_photographs(out, settings, executor):
+    "The demo on the networks that come with lps, printed"
+    from lps.demo import photographs
+    with console.status("fitting LPS and its baselines on the networks that come with lps"):
+        part = photographs(settings, executor)
+    _tell_part(part, out)
+    return part
+
+def _demo_digits(out, settings, executor):
+    "The demo on networks trained here, printed"
+    from lps.demo import digits
+    what = f"{settings.n_models} networks for each of 5 tasks (two digits each)"
+    console.print(f"\nTraining {what}; what is finished is kept in {out/'digits'}")
+    part = digits(out/'digits', settings, executor)
+    _tell_part(part, out)
+    return part
+
+def _write_demo(out, parts):
+    "The result file and the report of the demo; gives the report's path"
+    from lps.demo import report_section
+    from lps.files import write_json
+    from lps.report import html_report
+    write_json(out/'results.json', {name: part.record for name, part in parts.items()})
+    sections = [report_section(part, HEADINGS[name]) for name, part in parts.items()]
+    return html_report(out/'report.html', REPORT_TITLE, sections)
+
 REPORT_TITLE = 'Learnable Parameter Similarity: demo'
 HEADINGS = {'bundled': 'Networks that saw photographs', 'digits': 'Networks trained live, on digits'}
 
@@ -353,29 +388,16 @@ def demo(
     live: Annotated[bool, typer.Option(help="Also train networks here, on digits")]=True,
 ):
     "Tables 1 and 2 and a query, on the bundled models and on some trained here; writes a report."
-    from lps.demo import DemoSettings, digits, photographs, report_section
-    from lps.files import write_json
+    from lps.demo import DemoSettings
     from lps.jobs import worker_pool
-    from lps.report import html_report
     start, settings = time.perf_counter(), DemoSettings(splits=splits, seed=seed, epochs=epochs, n_models=models)
     _replaceable(out/'report.html', _is_report, 'a report that lps demo wrote')
     out.mkdir(parents=True, exist_ok=True)
-    parts = {}
     with worker_pool(workers) as executor:
-        with console.status("fitting LPS and its baselines on the networks that come with lps"):
-            parts['bundled'] = photographs(settings, executor)
-        _tell_part(parts['bundled'], out)
+        parts = {'bundled': _demo_photographs(out, settings, executor)}
         console.print(f"{time.perf_counter() - start:.0f} s so far")
-        if live:
-            console.print(
-                f"\nTraining {models} networks for each of 5 tasks (two digits each); what is finished is kept in"
-                f" {out/'digits'}"
-            )
-            parts['digits'] = digits(out/'digits', settings, executor)
-            _tell_part(parts['digits'], out)
-    write_json(out/'results.json', {name: part.record for name, part in parts.items()})
-    sections = [report_section(part, HEADINGS[name]) for name, part in parts.items()]
-    report = html_report(out/'report.html', REPORT_TITLE, sections)
+        if live: parts['digits'] = _demo_digits(out, settings, executor)
+    report = _write_demo(out, parts)
     console.print(f"{report}: the report, with every table and figure ({time.perf_counter() - start:.0f} s in all)")
 
 # %% ../nbs/27_cli.ipynb #0a79ed9b
@@ -392,6 +414,12 @@ def _show_warning(message, *args, **kwargs):
     "A warning as one line"
     print(f"lps: warning: {_one_line(message)}", file=sys.stderr)
 
+def _prepare_terminal():
+    "Warnings in one line, and no error where a terminal knows ASCII only"
+    warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
+
 EXPECTED = (
     OSError,
     ValueError,
@@ -404,9 +432,7 @@ def main(
     args: list|None=None,  # words of the command line; None: those of the process
 ) -> int:                  # exit code
     "The `lps` command"
-    warnings.showwarning = _show_warning
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')  # a terminal may know ASCII only
+    _prepare_terminal()
     try:
         code = app(args, prog_name='lps', standalone_mode=False) or 0
         if code != 130: return code

@@ -116,6 +116,15 @@ def _demo_record(models, runs, n_right, settings):
     )
 
 # %% ../nbs/26_demo.ipynb #211b72b9
+def _asked(row):
+    "The query in words"
+    return f"Query: {row.file}, task {row.class_0} / {row.class_1}, not seen by the network"
+
+def _demo_answers(index, model):
+    "Nearest models and nearest tasks with their captions"
+    nearest = "One query: the models closest to one that the network has not seen."
+    return [(index.query(model, 5), nearest), (index.tasks(model), "Tasks by the mean similarity of their models.")]
+
 def demo_part(
     name: str,               # of the part
     about: list,             # sentences about the models
@@ -128,17 +137,12 @@ def demo_part(
 ) -> DemoPart:
     "Tables, figures and a query on one model set"
     runs, n_right = measure_tables(models, settings, executor), n_right_answers(models)
-    first = unseen.manifest.iloc[0]
-    nearest = "One query: the models closest to one that the network has not seen."
     return DemoPart(
         name=name,
         about=about,
         tables=_demo_tables(name, runs, n_right, settings.splits, ks),
-        asked=f"Query: {first.file}, task {first.class_0} / {first.class_1}, not seen by the network",
-        answers=[
-            (index.query(unseen[0], 5), nearest),
-            (index.tasks(unseen[0]), "Tasks by the mean similarity of their models."),
-        ],
+        asked=_asked(unseen.manifest.iloc[0]),
+        answers=_demo_answers(index, unseen[0]),
         figures=demo_figures(name, unseen, embed_models(index.fitted, unseen), runs[1], n_right),
         record=_demo_record(models, runs, n_right, settings),
     )

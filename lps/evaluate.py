@@ -65,11 +65,15 @@ def retrieval_splits(
                 f"{len(by_task)} tasks, {n_test} of them held out: at least two must be left to learn from"
             )
         order = rng.permutation(list(by_task))
-        train = np.concatenate([by_task[task] for task in order[n_test:]])
-        query = np.concatenate([by_task[task][:n_query] for task in order[:n_test]])
-        gallery = np.concatenate([by_task[task][n_query:] for task in order[:n_test]])
-        splits.append((train, query, gallery))
+        splits.append(_retrieval_split(by_task, order[n_test:], order[:n_test], n_query))
     return splits
+
+def _retrieval_split(by_task, known, held_out, n_query):
+    "Numbers of the models to learn from, of the queries and of the gallery"
+    train = np.concatenate([by_task[task] for task in known])
+    query = np.concatenate([by_task[task][:n_query] for task in held_out])
+    gallery = np.concatenate([by_task[task][n_query:] for task in held_out])
+    return train, query, gallery
 
 # %% ../nbs/17_evaluate.ipynb #49e26ad6
 def rank_k(
@@ -155,12 +159,10 @@ def task_scores(
     if read_out not in READ_OUTS:
         raise ValueError(f"read-out {read_out!r} is unknown: take one of {', '.join(READ_OUTS)}")
     if read_out == 'logits': return score_models(fitted, weights)
-    z, labels = embed_models(fitted, known[0]), known[1]
-    of_task = [labels == task for task in fitted.tasks]
-    if read_out == 'centroid':
-        centroids = torch.stack([z[places].mean(0) for places in of_task])
-        return similarity(embed_models(fitted, weights), centroids)
-    s = similarity(embed_models(fitted, weights), z)
+    z, known_z = embed_models(fitted, weights), embed_models(fitted, known[0])
+    of_task = [known[1] == task for task in fitted.tasks]
+    if read_out == 'centroid': return similarity(z, torch.stack([known_z[places].mean(0) for places in of_task]))
+    s = similarity(z, known_z)
     return torch.stack([s[:, places].amax(1) for places in of_task], 1)
 
 # %% ../nbs/17_evaluate.ipynb #eddee984
@@ -195,6 +197,13 @@ def classify(
     return runs if settings else runs.droplevel('method')
 
 # %% ../nbs/17_evaluate.ipynb #0b08b4b6
+def _retrieval_row(models, fitted, query, gallery):
+    "Rank-k for every k, and mAP, of one split"
+    places = query, gallery
+    embedded = [embed_models(fitted, some_weights(models, fitted.layers, fitted.folded, which)) for which in places]
+    ranking = similarity(*embedded), models.labels[query], models.labels[gallery]
+    return [*rank_k(*ranking), mean_average_precision(*ranking)]
+
 def retrieve(
     models: ModelSet,             # all models
     splits: list,                 # from `retrieval_splits`
@@ -205,13 +214,7 @@ def retrieve(
     **kwargs,                     # for all: method, layers, epochs, n_filters, …
 ) -> pd.DataFrame:                # one row a split, columns rank-1 … rank-G for G models in the gallery, and mAP
     "Fit on each split's training tasks, rank its gallery for each query by the cosine of embeddings, §5.2"
-    def row(fitted, split):
-        _, query, gallery = split
-        embedded = [
-            embed_models(fitted, some_weights(models, fitted.layers, fitted.folded, i)) for i in (query, gallery)
-        ]
-        ranking = similarity(*embedded), models.labels[query], models.labels[gallery]
-        return [*rank_k(*ranking), mean_average_precision(*ranking)]
+    def row(fitted, split): return _retrieval_row(models, fitted, *split[1:])
     asked = {name: kwargs | how for name, how in (settings or {'': {}}).items()}
     rows = per_split(models, splits, asked, row, workers, executor, 'retrieval'*progress)
     runs = _frame(rows, lambda n: [f'rank-{k + 1}' for k in range(n - 1)] + ['mAP'], 'method')
@@ -267,6 +270,13 @@ def _chance_rows(measure, ks, n_right, n_all, with_map):
     return rows
 
 # %% ../nbs/17_evaluate.ipynb #9765f9ac
+def _method_rows(runs):
+    "Each method's row as text"
+    rows, stats = {}, (100*runs).groupby(level='method', sort=False).agg(['mean', 'std'])
+    for method, row in stats.iterrows():
+        rows[method_title(method)] = {c: _percent_text(row[c, 'mean'], row[c, 'std']) for c in runs}
+    return rows
+
 def summary(
     runs: pd.DataFrame,       # from `table1` or `table2`
     n_right: int=1, # right answers in each list: 1 for classification, models of a task in the gallery for retrieval
@@ -278,7 +288,5 @@ def summary(
     ks = [k for k in ks if k < n_all or measure == 'rank' and k == n_all]
     columns = [f'{measure}-{k}' for k in ks] + [c for c in runs if c == 'mAP']
     rows = _chance_rows(measure, ks, n_right, n_all, 'mAP' in columns)
-    stats = (100*runs[columns]).groupby(level='method', sort=False).agg(['mean', 'std'])
-    for method, row in stats.iterrows():
-        rows[method_title(method)] = {c: _percent_text(row[c, 'mean'], row[c, 'std']) for c in columns}
+    rows |= _method_rows(runs[columns])
     return pd.DataFrame.from_dict(rows, orient='index', columns=columns).fillna('').rename_axis('method')

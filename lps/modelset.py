@@ -110,6 +110,10 @@ def _recipe_text(meta):
     return f"{recipe}, after {meta.epoch} of {epochs} epochs" if epochs else f"{recipe}, after {meta.epoch} epochs"
 
 # %% ../nbs/05_modelset.ipynb #4092365f
+def _or_nan(number):
+    "A number, or NaN where there is none"
+    return np.nan if number is None else number
+
 def _manifest_row(file, meta):
     "A model's row in the manifest"
     known = checked(meta, _ModelMeta, file)
@@ -122,8 +126,8 @@ def _manifest_row(file, meta):
         run=known.run,
         class_0=first,
         class_1=second,
-        val_accuracy=np.nan if known.val_accuracy is None else known.val_accuracy,
-        train_accuracy=np.nan if known.train_accuracy is None else known.train_accuracy,
+        val_accuracy=_or_nan(known.val_accuracy),
+        train_accuracy=_or_nan(known.train_accuracy),
         seed=known.seed,
         recipe=_recipe_text(known),
         data=known.data,
@@ -253,6 +257,14 @@ def about(self: ModelSet) -> dict: # empty for a folder
     return self.source.about
 
 # %% ../nbs/05_modelset.ipynb #639b8703
+def _fit_models(path):
+    "The models of a folder that fit together, why the others do not, and the shapes that they have"
+    found, bad = _read_folder(path)
+    usual = _usual_shapes(found.values())
+    odd = {name: _mismatch(model.shapes, usual) for name, model in found.items()}
+    bad |= {name: why for name, why in odd.items() if why}
+    return {name: model for name, model in found.items() if name not in bad}, bad, usual
+
 def load_modelset(
     path: str | Path, # folder with `*.safetensors` files; a file written by `pack`; or 'bundled', which comes with lps
 ) -> ModelSet:        # the fit models, in the order task, run, file; the others stand in `.rejected`
@@ -263,11 +275,7 @@ def load_modelset(
     if path.is_file(): return _load_packed(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no model set at {printable(path)}: it is not a folder, and there is no such file")
-    found, bad = _read_folder(path)
-    usual = _usual_shapes(found.values())
-    odd = {name: _mismatch(model.shapes, usual) for name, model in found.items()}
-    bad |= {name: why for name, why in odd.items() if why}
-    fit = {name: model for name, model in found.items() if name not in bad}
+    fit, bad, usual = _fit_models(path)
     if not fit:
         why = rejection_summary(bad) if bad else 'no *.safetensors file in it'
         raise ValueError(f"no model in {printable(path)}: {why}")
@@ -420,6 +428,14 @@ def task_names(
     return names
 
 # %% ../nbs/05_modelset.ipynb #6d2e7e8c
+def _check_packable(models, layers, path):
+    "Raises `ValueError` for what cannot be packed, or not there"
+    if len(models) == 0: raise ValueError("a model set of 0 models cannot be packed: give one model at least")
+    if not layers: raise ValueError(f"no layer to pack: give one at least, of {', '.join(models.layers)}")
+    for layer in layers: _known_layer(models.shapes, layer)
+    if path.resolve() in {(models.path/file).resolve() for file in models.manifest.file}:
+        raise ValueError(f"{printable(path)} is a model of this set: choose another file")
+
 def pack(
     models: ModelSet,         # the models, all of a set or some
     path: str | Path,         # file to write, `….safetensors`
@@ -431,12 +447,8 @@ def pack(
 
     Raises `ValueError` for an empty set or a layer that it does not have
     """
-    if len(models) == 0: raise ValueError("a model set of 0 models cannot be packed: give one model at least")
-    for layer in layers: _known_layer(models.shapes, layer)
-    if not layers: raise ValueError(f"no layer to pack: give one at least, of {', '.join(models.layers)}")
     path = Path(path)
-    if path.resolve() in {(models.path/file).resolve() for file in models.manifest.file}:
-        raise ValueError(f"{printable(path)} is a model of this set: choose another file")
+    _check_packable(models, layers, path)
     norms = norms_of(models.shapes)
     kept = {*layers, *(norms[layer] for layer in layers if layer in norms)}
     packed = _packed_models(models, kept, classes or {})
@@ -523,10 +535,14 @@ def _load_packed(path):
         rows = [_manifest_row(meta['file'], meta) for meta in metas]
         _check_packed(file.state, metas)
     except ValueError as e: raise ValueError(f"{printable(path.name)} is a broken packed model set: {e}") from None
+    return _packed_set(path, file, header, metas, pd.DataFrame(rows))
+
+def _packed_set(path, file, header, metas, manifest):
+    "The model set of what a packed file holds"
     shapes = {name: tuple(v.shape[1:]) for name, v in file.state.items()}
     about = file.meta.get('about')
     source = PackedSource(file.state, metas, about if isinstance(about, dict) else {}, header.stem)
-    return ModelSet(path, pd.DataFrame(rows), rejected_table({}), shapes, source)
+    return ModelSet(path, manifest, rejected_table({}), shapes, source)
 
 def _what_else(file: ModelFile):
     "What a file is that holds no packed set"

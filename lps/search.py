@@ -21,6 +21,11 @@ from .modelset import ModelSet, TrainedModel, bundled, load_modelset
 from .second_order import similarity
 
 # %% ../nbs/24_search.ipynb #4ac99030
+def _about_query(name, why):
+    "What is wrong with a model that asks, and the cure where there is one"
+    if 'no layer' in why: why += "; a name map renames its tensors, names= in Python, --names on the command line"
+    return f"{name} {why}" if why.startswith('is ') else f"{name}: {why}"
+
 @dataclass
 class _Queries:
     "Models that ask: their embeddings, what each is called, and their digests"
@@ -45,13 +50,7 @@ def _ask(fitted, query, names):
         check_weights(model.state)
         return _Queries(embed_models(fitted, model, [name]), [name], [model.digest])
     except ValueError as e:
-        joint = ' ' if str(e).startswith('is ') else ': '
-        hint = (
-            "; a name map renames its tensors, names= in Python, --names on the command line"
-            if 'no layer' in str(e)
-            else ''
-        )
-        raise ValueError(f"{name}{joint}{e}{hint}") from None
+        raise ValueError(_about_query(name, str(e))) from None
 
 # %% ../nbs/24_search.ipynb #8a6ec6aa
 class ModelIndex:
@@ -110,7 +109,7 @@ def query(self: ModelIndex,
     "The nearest models of the gallery, most similar first; raises `ValueError` for a model that cannot be compared"
     if k < 1: raise ValueError(f"k is {k}: ask for 1 model at least")
     asked = _ask(self.fitted, model, names)
-    copies = 0 if with_self else max(self.digests.count(d) for d in set(asked.digests))
+    copies = 0 if with_self else max(map(self.digests.count, asked.digests))
     distances, places = self.neighbours.kneighbors(asked.embedding.numpy(), min(k + copies, len(self)))
     tables = []
     for distance, place, own in zip(distances, places, asked.digests):
@@ -181,15 +180,20 @@ def _index_parts(tensors, meta, name):
     header = checked(meta['index'], _IndexHeader, name)
     columns = checked(header.manifest, _Columns, f'{name}, manifest')
     embedding, n = tensors.get('embedding'), len(columns.file)
-    if embedding is None or embedding.ndim != 2 or not embedding.is_floating_point():
-        raise ValueError(f"{name} has no embeddings: build the index again")
-    if not len(embedding) == n == len(header.digests):
-        raise ValueError(f"{name} has {len(embedding)} embeddings for {n} models: build the index again")
+    _check_rows(embedding, n, len(header.digests), name)
     for column, values in header.manifest.items():
-        if len(values) != n:
-            raise ValueError(printable(f"{name}: column {column!r} has {len(values)} entries for {n} models"))
-    if n == 0: raise ValueError(f"{name} holds 0 models: build the index again")
+        if len(values) == n: continue
+        raise ValueError(printable(f"{name}: column {column!r} has {len(values)} entries for {n} models"))
     return header, embedding
+
+def _check_rows(embedding, n, n_digests, name):
+    "Raises `ValueError` unless there is a finite embedding and a digest for each of n models"
+    why = None
+    if embedding is None or embedding.ndim != 2 or not embedding.is_floating_point(): why = "has no embeddings"
+    elif not len(embedding) == n == n_digests: why = f"has {len(embedding)} embeddings for {n} models"
+    elif n == 0: why = "holds 0 models"
+    elif not embedding.isfinite().all(): why = "holds embeddings that are not finite"
+    if why: raise ValueError(f"{name} {why}: build the index again")
 
 # %% ../nbs/24_search.ipynb #de0e79aa
 @patch(cls_method=True)
@@ -200,8 +204,6 @@ def load(cls: ModelIndex,
     tensors, meta = load_model(path)
     name = printable(Path(path).name)
     header, embedding = _index_parts(tensors, meta, name)
-    if not embedding.isfinite().all():
-        raise ValueError(f"{name} holds embeddings that are not finite: build the index again")
     own = {key.removeprefix('fitted.'): tensor for key, tensor in tensors.items() if key.startswith('fitted.')}
     index = cls.__new__(cls)
     manifest = pd.DataFrame(header.manifest)

@@ -281,15 +281,24 @@ def _check_models(weights, labels):
     if not weights: raise ValueError("0 layers to learn from: give one layer at least")
     if labels is None: raise ValueError("no labels: give the task of each model")
     for layer, weight in weights.items():
-        if len(weight) != len(labels):
-            raise ValueError(
-                f"layer {printable(layer)} is of {len(weight)} models, labels are {len(labels)}: give one label a model"
-            )
+        if len(weight) == len(labels): continue
+        counted = f"layer {printable(layer)} is of {len(weight)} models, labels are {len(labels)}"
+        raise ValueError(f"{counted}: give one label a model")
     tasks = sorted(set(labels.tolist()))
     if len(tasks) < 2: raise ValueError(f"the models solve {len(tasks)} task: give models of two tasks at least")
     return tasks
 
 # %% ../nbs/14_second_order.ipynb #761a8db2
+def _fit_recipe(kwargs):
+    "The recipe among the settings of a fit, and the other settings"
+    names = FitRecipe.__dataclass_fields__
+    recipe = FitRecipe(**{name: value for name, value in kwargs.items() if name in names})
+    others = {name: value for name, value in kwargs.items() if name not in names}
+    if others.get('loss') == 'triplet' and min(recipe.bs, recipe.per_task) < 2:
+        held = f"minibatches of {recipe.bs} models with {recipe.per_task} of a task hold no triplet"
+        raise ValueError(f"{held}: take for example bs=16, per_task=4")
+    return recipe, others
+
 def fit(
     models: ModelSet|dict, # trained models of two tasks at least; or their weights by layer, `(M, N, C, k, k)` each
     layers: tuple|None=None,     # layers of a model set that get a branch; None: the stem
@@ -304,16 +313,13 @@ def fit(
 
     Raises `ValueError` for fewer than two tasks, `Diverged` if the loss leaves the finite numbers (take a smaller lr)
     """
-    recipe = FitRecipe(**{name: kwargs.pop(name) for name in list(kwargs) if name in FitRecipe.__dataclass_fields__})
-    if kwargs.get('loss') == 'triplet' and min(recipe.bs, recipe.per_task) < 2:
-        held = f"minibatches of {recipe.bs} models with {recipe.per_task} of a task hold no triplet"
-        raise ValueError(f"{held}: take for example bs=16, per_task=4")
+    recipe, kwargs = _fit_recipe(kwargs)
     weights, labels, stem = _read_set(models, layers, labels, stem, folded)
     tasks, shapes = _check_models(weights, labels), {layer: tuple(w.shape[1:]) for layer, w in weights.items()}
+    targets = torch.tensor([tasks.index(t) for t in labels.tolist()])
     with one_thread():
         with seeded(recipe.seed):
             net = SecondOrderNet(shapes, tasks, method, stem=stem, folded=folded, **kwargs)
-        targets = torch.tensor([tasks.index(t) for t in labels.tolist()])
         _fit_loop(net, list(weights.values()), targets, recipe, plain)
     net.config['recipe'] = recipe.noted
     return net.eval()
@@ -399,18 +405,22 @@ class NetConfig:
     align_channels: bool = True
     recipe: dict | None = None
 
-def restore(
-    config: dict,   # of the network, as it was saved
-    tensors: dict,  # its weights by name
-) -> SecondOrderNet:  # in evaluation mode
-    "A second-order network from its parts; raises `ValueError` with the field where they do not fit"
+def _blank_net(config):
+    "A second-order network without memory, on meta, as a file describes it"
     checked(config, NetConfig, 'second_order')
     known = {name: config[name] for name in NetConfig.__dataclass_fields__ if name in config and name != 'recipe'}
     if any(len(shape) != 4 for shape in known['shapes'].values()):
         raise ValueError("second_order: shapes need four numbers each")
     try:
-        with torch.device('meta'): net = SecondOrderNet(**known)
+        with torch.device('meta'): return SecondOrderNet(**known)
     except (RuntimeError, TypeError, OverflowError) as e: raise ValueError(f"second_order: {printable(e)}") from None
+
+def restore(
+    config: dict,   # of the network, as it was saved
+    tensors: dict,  # its weights by name
+) -> SecondOrderNet:  # in evaluation mode
+    "A second-order network from its parts; raises `ValueError` with the field where they do not fit"
+    net = _blank_net(config)
     _check_tensors(net.state_dict(), tensors)
     net.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
     if 'recipe' in config: net.config['recipe'] = config['recipe']

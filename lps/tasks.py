@@ -154,10 +154,8 @@ def _image_files(root, split):
     classes, here = _class_folders(_split_folder(root, 'train')), _split_folder(root, split)
     odd = sorted(set(_class_folders(here)) ^ set(classes))
     if odd:
-        raise ValueError(
-            f"{_plain(here)} and {_plain(root/'train')} do not hold the same classes: {_plain(', '.join(odd[:5]))} is"
-            " only in one of them"
-        )
+        both = f"{_plain(here)} and {_plain(root/'train')}"
+        raise ValueError(f"{both} do not hold the same classes: {_plain(', '.join(odd[:5]))} is only in one of them")
     files = []
     for number, name in enumerate(classes):
         files += [(f, number) for f in sorted((here/name).rglob('*')) if f.suffix.lower() in _suffixes]
@@ -226,9 +224,14 @@ def _folder(root, split, size=None):
     _warn(bad | other, len(files) + len(other), converted)
     _check_classes(split, classes, {number for _, number, _, _ in good})
     _check_sizes(good)
-    images = torch.from_numpy(np.stack([im for _, _, im, _ in good])).permute(0, 3, 1, 2).contiguous()
-    labels = torch.tensor([number for _, number, _, _ in good])
+    images, labels = _stacked(good)
     return ImageSet(images, labels, classes, root.resolve().name, bad | other, converted)
+
+def _stacked(good):
+    "The images that could be read and their labels, as tensors"
+    images = np.stack([im for _, _, im, _ in good])
+    labels = torch.tensor([number for _, number, _, _ in good])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
 
 # %% ../nbs/03_tasks.ipynb #8a13f068
 @dataclass(frozen=True)
@@ -316,17 +319,19 @@ def load_images(
     Raises `ValueError` for an unknown name or images that cannot make tasks, `FileNotFoundError` where they are not
     """
     if split not in ('train', 'test'): raise ValueError(f"split is '{split}', known are 'train' and 'test'")
-    if not str(name).strip(): raise ValueError("the name of the images is empty: give a data set's name or a folder")
     if size is not None and (not isinstance(size, int) or size < 1):
         raise ValueError(f"size is {size!r}: give a side of 1 or more pixels, or None")
     if str(name) in DATASETS: return _load_known(str(name), split, root=root, size=size, download=download)
     folder = Path(os.path.expanduser(name))
-    if folder.is_dir(): return _folder(folder, split, size)
+    if folder.is_dir() and str(name).strip(): return _folder(folder, split, size)
+    raise _unknown_images(name, folder)
+
+def _unknown_images(name, folder):
+    "What to say of images that nobody knows"
+    if not str(name).strip(): return ValueError("the name of the images is empty: give a data set's name or a folder")
     known = ', '.join(f"'{dataset}'" for dataset in DATASETS)
-    raise ValueError(
-        f"unknown images '{_plain(name)}': known are {known}, and any folder with train/ and val/ (there is no folder"
-        f" {_plain(folder)})"
-    )
+    others = f"any folder with train/ and val/ (there is no folder {_plain(folder)})"
+    return ValueError(f"unknown images '{_plain(name)}': known are {known}, and {others}")
 
 # %% ../nbs/03_tasks.ipynb #4c166e81
 def check_splits(
@@ -376,6 +381,12 @@ def task_images(
     return images.images[idx], (images.labels[idx] == b).long()
 
 # %% ../nbs/03_tasks.ipynb #5aef6fcd
+def _shares_of_values(images):
+    "How often each value from 0 to 255 comes in each channel, as shares `(C, 256)`"
+    counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.images.transpose(0, 1)]
+    shares = torch.stack(counts).double()
+    return shares/shares.sum(1, keepdim=True)
+
 def channel_stats(
     images: ImageSet, # training images
 ) -> tuple[Tensor, Tensor]: # mean and standard deviation of each channel, float32 `(C,)`, on the scale 0 to 1
@@ -383,16 +394,11 @@ def channel_stats(
 
     Raises `ValueError` for a channel that is the same in all images
     """
-    values = torch.arange(256, dtype=torch.float64)/255
-    counts = [torch.bincount(channel.flatten(), minlength=256) for channel in images.images.transpose(0, 1)]
-    shares = torch.stack(counts).double()
-    shares = shares/shares.sum(1, keepdim=True)
+    values, shares = torch.arange(256, dtype=torch.float64)/255, _shares_of_values(images)
     for number, share in enumerate(shares):
         if share.max() < 1: continue
-        raise ValueError(
-            f"channel {number} of '{_plain(images.name)}' is {share.argmax()} in every pixel: it cannot be normalised,"
-            " leave it out"
-        )
+        constant = f"channel {number} of '{_plain(images.name)}' is {share.argmax()} in every pixel"
+        raise ValueError(f"{constant}: it cannot be normalised, leave it out")
     mean = shares @ values
     return mean.float(), ((shares @ values**2) - mean**2).clamp_min(0).sqrt().float()
 
