@@ -156,7 +156,7 @@ MISTAKES = {
     f'query zoo-net.safetensors zoo {MODEL} -k 0': "Invalid value for '-k'",
     f'query zoo-net.safetensors zoo {MODEL} --names bad.json': 'bad.json is not JSON',
     'zoo import nowhere new': 'no models at nowhere',
-    'zoo import empty new': 'no .pt, .pth or .safetensors file in it',
+    'zoo import empty new': 'no .pt, .pth, .ckpt, .bin, .safetensors file in it',
     'zoo import foreign foreign': 'choose another folder',
     'zoo import foreign new --names bad.json': 'bad.json is not JSON',
     'zoo import foreign new --names five.json': 'five.json is no name map',
