@@ -27,6 +27,7 @@ def frobenius_scores(
 # %% ../nbs/13_align.ipynb #e2ffa8ca
 WIDTH = 128  # second-order maps (p, q) that are looked at together
 
+# %% ../nbs/13_align.ipynb #06ca8564
 @functools.cache
 def _scores_kernel(d):
     "Eq. (6) for maps of `d` numbers, a constant so that the loop over them can be unrolled"
@@ -84,6 +85,7 @@ def _tensor(array, like):
     "The numbers of a kernel as a tensor; None stays None"
     return None if array is None else torch.from_numpy(array).view_as(like).to(like.device)
 
+# %% ../nbs/13_align.ipynb #86f21795
 class _ChannelAlign(torch.autograd.Function):
     "Eq. (6) for filters `(R, C, d)` and second-order filters `(P, Q, d)`"
     @staticmethod
@@ -146,8 +148,11 @@ def _check_sizes(weight, second_order):
     shapes = f"weight {tuple(weight.shape)} and second_order {tuple(second_order.shape)}"
     for what, n in (own | theirs).items():
         if n == 0: raise ValueError(f"0 {what}: {shapes} need one at least")
-    k, kv = weight.shape[-2:], second_order.shape[-2:]
-    if second_order.ndim == 4 and k != kv:
+    if second_order.ndim == 4: _check_maps(weight.shape[-2:], second_order.shape[-2:])
+
+def _check_maps(k, kv):
+    "Raises `ValueError` for maps of two sizes"
+    if k != kv:
         sizes = f"maps of weight are {k[0]}×{k[1]}, of second_order {kv[0]}×{kv[1]}"
         raise ValueError(f"{sizes}: make the second-order filters {k[0]}×{k[1]}")
 

@@ -83,6 +83,7 @@ def _grad_sums(x, grad, mean, total, products):
             total[c] += s[c]
             products[c] += q[c]
 
+# %% ../nbs/09_batchnorm.ipynb #456b1636
 @njit(fastmath=True, cache=True)
 def _backward(x, grad, mean, scale, k0, k1, out):
     "scale·grad − k0 − k1·(x − mean)"

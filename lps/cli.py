@@ -94,6 +94,7 @@ def _is_fitted(file):
     from lps.methods import load_fitted
     return bool(load_fitted(file))
 
+# %% ../nbs/27_cli.ipynb #81e1ce62
 def _is_tables(file):
     "Did `lps evaluate` write this file?"
     from lps.files import read_json
@@ -103,6 +104,7 @@ def _is_tables(file):
 Models = Annotated[
     str, typer.Argument(help="A model set: its folder, a packed file, or the one that comes with lps: bundled")
 ]
+
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Decides everything random")]
 
 def _open(modelset):
@@ -170,13 +172,15 @@ def _name_map(names):
     if names is None: return ()
     if names == 'foreignzoo': return FOREIGNZOO_NAMES
     read = read_json(names)
-    pairs = list(read.items()) if isinstance(read, dict) else read
-    if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
-        raise ValueError(
-            f'{names} is no name map: give a list of ["pattern", "replacement"] or an object {{"old": "new"}}'
-        )
-    if isinstance(read, list): _check_patterns(names, pairs)
+    _check_pairs(names, list(read.items()) if isinstance(read, dict) else read)
+    if isinstance(read, list): _check_patterns(names, read)
     return read
+
+def _check_pairs(names, pairs):
+    "Raises `ValueError` unless these are pairs of texts"
+    if isinstance(pairs, list) and all(map(_is_pair, pairs)): return
+    cure = 'give a list of ["pattern", "replacement"] or an object {"old": "new"}'
+    raise ValueError(f'{names} is no name map: {cure}')
 
 def _is_pair(pair):
     "Are these two texts?"
@@ -219,9 +223,11 @@ Layers = Annotated[
         help="Layers that get a branch, with commas between them; the layer that reads the image if not given"
     ),
 ]
+
 Epochs = Annotated[
     int, typer.Option(min=1, help="Passes over the models; the learning rate falls after 40 % and 80 % of them")
 ]
+
 Folded = Annotated[bool, typer.Option(help="Fold batch normalisation into the weights first")]
 
 def _fit_settings(layers, epochs, folded):
@@ -230,6 +236,7 @@ def _fit_settings(layers, epochs, folded):
     if layers: settings['layers'] = tuple(dict.fromkeys(layer.strip() for layer in layers.split(',')))
     return settings
 
+# %% ../nbs/27_cli.ipynb #7ca7326f
 @app.command(cls=FromRegistries, epilog="Example: lps fit runs/digits --out runs/digits-net.safetensors")
 def fit(
     modelset: Models,
@@ -274,6 +281,7 @@ def _classify(models, splits, train, how):
     _show(summary(runs), f"Table 1, task classification, {len(models.tasks)} tasks, % over {splits} splits")
     return result_record(models, runs, n_train=train, n_splits=splits, **how)
 
+# %% ../nbs/27_cli.ipynb #d2e05186
 def _retrieve(models, splits, test_tasks, how):
     "Table 2, printed, as a record"
     from lps.demo import n_right_answers
@@ -283,6 +291,7 @@ def _retrieve(models, splits, test_tasks, how):
     _show(summary(runs, n_right), f"Table 2, task retrieval, % over {splits} splits")
     return result_record(models, runs, n_right, n_test_tasks=test_tasks, n_splits=splits, **how)
 
+# %% ../nbs/27_cli.ipynb #ea46ece5
 @app.command(cls=FromRegistries, epilog="Example: lps evaluate runs/digits --splits 20 --out runs/digits-results.json")
 def evaluate(
     modelset: Models,
@@ -361,8 +370,10 @@ def _write_demo(out, parts):
     return html_report(out/'report.html', REPORT_TITLE, sections)
 
 REPORT_TITLE = 'Learnable Parameter Similarity: demo'
+
 HEADINGS = {'bundled': 'Networks that saw photographs', 'digits': 'Networks trained live, on digits'}
 
+# %% ../nbs/27_cli.ipynb #cbdc90fb
 def _is_report(file):
     "Did `lps demo` write this file?"
     return f'<title>{REPORT_TITLE}</title>' in file.read_text(encoding='utf-8')
@@ -377,6 +388,7 @@ def _tell_part(part, folder):
     for name, figure in part.figures.items():
         figure.savefig(folder/f'{part.name.lower()}-{name}.png', dpi=150, bbox_inches='tight')
 
+# %% ../nbs/27_cli.ipynb #1db95efd
 @app.command(epilog="Example: lps demo --out runs/demo")
 def demo(
     out: Annotated[Path, typer.Option(parser=_place, help="Folder for all that it makes")]=Path('runs/demo'),
@@ -428,6 +440,7 @@ EXPECTED = (
     ImportError,
 )  # what bad input or a bad machine can cause; all else is a bug
 
+# %% ../nbs/27_cli.ipynb #015c10c9
 def main(
     args: list|None=None,  # words of the command line; None: those of the process
 ) -> int:                  # exit code

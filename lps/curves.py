@@ -51,12 +51,15 @@ def curve_splits(
     _check_sizes(counts, n_tasks, n_train, n_test)
     for i in range(n_splits):
         rng = np.random.default_rng([seed, i])
-        models = [rng.permutation(np.flatnonzero(labels == t)) for t in tasks]
-        chosen = [models[t] for t in sorted(rng.permutation(len(tasks))[:n_tasks])]
-        train = np.concatenate([of_task[:n_train] for of_task in chosen])
-        test = np.concatenate([of_task[-n_test:] for of_task in chosen])
-        splits.append((train, test))
+        models = [rng.permutation(np.flatnonzero(labels == task)) for task in tasks]
+        chosen = [models[i] for i in sorted(rng.permutation(len(tasks))[:n_tasks])]
+        splits.append(_train_and_test(chosen, n_train, n_test))
     return splits
+
+def _train_and_test(chosen, n_train, n_test):
+    "Of each task's models the first to learn from, the last to classify"
+    train, test = [numbers[:n_train] for numbers in chosen], [numbers[-n_test:] for numbers in chosen]
+    return np.concatenate(train), np.concatenate(test)
 
 # %% ../nbs/20_curves.ipynb #8bed8fae
 def top1(

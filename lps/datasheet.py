@@ -31,7 +31,7 @@ def _recipe_limits(recipes):
     "What the models cannot carry because of how they were trained, one sentence each"
     named = dict.fromkeys(str(recipe['name']) for recipe in recipes if recipe.get('name'))
     names = ', '.join(named) or 'not known'
-    limits = [f"Claims about other architectures or other recipes: all are {_networks(recipes)}, recipe '{names}'."]
+    limits = [f"Claims about other architectures or recipes: all are {_networks(recipes)}, recipe '{names}'."]
     for epochs in map(_stopped, recipes):
         if epochs: limits.append(f"Claims about finished networks: these are as they were {epochs}.")
     if names != 'paper': limits.append(f"Claims about the paper's recipe, which has 160 epochs: '{names}' is another.")
@@ -91,6 +91,7 @@ class _LeftByBuild:
     set_aside: list[_SetAside] = field(default_factory=list)
     rejected: list[dict[str, str]] = field(default_factory=list)
 
+# %% ../nbs/07_datasheet.ipynb #7d8b3de7
 @dataclass
 class _Plan:
     "What a datasheet reads of a build's plan"

@@ -125,6 +125,7 @@ def _demo_answers(index, model):
     nearest = "One query: the models closest to one that the network has not seen."
     return [(index.query(model, 5), nearest), (index.tasks(model), "Tasks by the mean similarity of their models.")]
 
+# %% ../nbs/26_demo.ipynb #ad51a4eb
 def demo_part(
     name: str,               # of the part
     about: list,             # sentences about the models

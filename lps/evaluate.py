@@ -68,6 +68,7 @@ def retrieval_splits(
         splits.append(_retrieval_split(by_task, order[n_test:], order[:n_test], n_query))
     return splits
 
+# %% ../nbs/17_evaluate.ipynb #db48a466
 def _retrieval_split(by_task, known, held_out, n_query):
     "Numbers of the models to learn from, of the queries and of the gallery"
     train = np.concatenate([by_task[task] for task in known])
@@ -156,14 +157,13 @@ def task_scores(
     read_out: str='logits',  # or the similarity to a task's `'nearest'` known model, or to the `'centroid'` of them
 ) -> Tensor:                 # a score for each of the method's tasks, `(M, tasks)`
     "How much each model looks like one of each task; raises `ValueError` for an unknown read-out"
-    if read_out not in READ_OUTS:
-        raise ValueError(f"read-out {read_out!r} is unknown: take one of {', '.join(READ_OUTS)}")
+    if read_out not in READ_OUTS: raise ValueError(f"read-out {read_out!r} is unknown: take {', '.join(READ_OUTS)}")
     if read_out == 'logits': return score_models(fitted, weights)
     z, known_z = embed_models(fitted, weights), embed_models(fitted, known[0])
     of_task = [known[1] == task for task in fitted.tasks]
-    if read_out == 'centroid': return similarity(z, torch.stack([known_z[places].mean(0) for places in of_task]))
+    if read_out == 'centroid': return similarity(z, torch.stack([known_z[at].mean(0) for at in of_task]))
     s = similarity(z, known_z)
-    return torch.stack([s[:, places].amax(1) for places in of_task], 1)
+    return torch.stack([s[:, at].amax(1) for at in of_task], 1)
 
 # %% ../nbs/17_evaluate.ipynb #eddee984
 def top_k(
@@ -177,6 +177,7 @@ def top_k(
         rows[name] = [rank_k(scores, models.labels[test], tasks) for scores, (_, test) in zip(of_splits, splits)]
     return _frame(rows, lambda n: [f'top-{k + 1}' for k in range(n)], 'method')
 
+# %% ../nbs/17_evaluate.ipynb #539215d7
 def classify(
     models: ModelSet,             # all models
     splits: list,                 # from `classification_splits`

@@ -40,6 +40,7 @@ def _sync_folder(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../nbs/04_files.ipynb #62a4d590
 def _write_and_place(path, data, place):
     "Write bytes under a temporary name beside `path`, give the file its name with `place`, bring both to the disk"
     tmp = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
@@ -71,6 +72,7 @@ def write_atomic(
         text = f"{path} could not be written: {e.strerror}. What is there now is whole, and the old or the new one"
         raise OSError(e.errno, text) from e
 
+# %% ../nbs/04_files.ipynb #7371ccfa
 def write_new(
     path: str | Path,  # file to write, which must not exist; its folder is made
     data: bytes,       # what it shall hold
@@ -237,12 +239,16 @@ def _header_end(start, size):
     if 8 + n > size: raise ValueError(f"truncated: {size} bytes, the header alone has {8 + n}")
     return 8 + n
 
+def _check_many(tensors):
+    "Raises `ValueError` for a header that names no tensors, or too many"
+    if not isinstance(tensors, dict): raise ValueError("not a safetensors file (its header names no tensors)")
+    if len(tensors) > MAX_TENSORS: raise ValueError(f"too large: {len(tensors)} tensors, {MAX_TENSORS} are allowed")
+
 def _parse_header(text, size):
     "The header in these bytes of a file with `size` bytes"
     try: tensors = json.loads(text)
     except (ValueError, RecursionError): raise ValueError("not a safetensors file (its header is no JSON)") from None
-    if not isinstance(tensors, dict): raise ValueError("not a safetensors file (its header names no tensors)")
-    if len(tensors) > MAX_TENSORS: raise ValueError(f"too large: {len(tensors)} tensors, {MAX_TENSORS} are allowed")
+    _check_many(tensors)
     meta = tensors.pop('__metadata__', None) or {}
     said = dict(tensors=tensors, meta=meta, size=8 + len(text))
     header = checked(said, Header, 'not a safetensors file, its header')
@@ -292,14 +298,18 @@ def read_header(
     with open_file(path) as file: return _read_header(file)[0]
 
 # %% ../nbs/04_files.ipynb #747ef74d
+def _check_seal(header, start, data):
+    "Raises `ValueError` where a file's seal is not that of what it holds; older files have none"
+    seal = header.meta.pop('seal', None)
+    if seal and seal != _seal(json.loads(start[8:]), memoryview(data)[header.size:]):
+        raise ValueError("damaged: it does not hold what was written to it")
+
 def _read_safetensors(path):
     "Tensors, metadata and bytes of a safetensors file"
     with open_file(path) as file:
         header, start = _read_header(file)
         data = start + file.read()
-    seal = header.meta.pop('seal', None)
-    if seal and seal != _seal(json.loads(start[8:]), memoryview(data)[header.size:]):
-        raise ValueError("damaged: it does not hold what was written to it")
+    _check_seal(header, start, data)
     try: return safetensors.torch.load(data), header.meta, data
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as e:
         raise ValueError(printable(f"not a safetensors file: {e}")) from None
@@ -352,6 +362,7 @@ def _in_order(tensors, meta, name):
         raise ValueError(f"{name} lists {len(layers)} layers, but holds {len(tensors)}")
     return {layer: tensors[layer] for layer in layers}
 
+# %% ../nbs/04_files.ipynb #5a6db2cd
 def load_model(
     path: str | Path,       # a file written by `save_model`
 ) -> tuple[dict, dict]:     # tensors by name in the order they were saved, and metadata

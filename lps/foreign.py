@@ -276,6 +276,7 @@ def _renamed(name, names):
     for pattern, replacement in names: name = re.sub(pattern, replacement, name)
     return name
 
+# %% ../nbs/06_foreign.ipynb #2f81a8c0
 def rename(
     state: dict, # tensors by name
     names,       # list of `(pattern, replacement)` applied in turn with `re.sub`, or a dict old name → new name
@@ -412,20 +413,21 @@ def _table_row(i, cells):
         if blank and column not in ('file', 'task'): continue
         try: row[column] = parse(float('nan') if blank and parse is not str else cell)
         except (ValueError, TypeError, OverflowError):
-            raise ValueError(printable(f"row {i} of the table: {column} is {cell!r}, expected {expected}")) from None
-    if not row.get('file') or pd.isna(cells['file']): raise ValueError(f"row {i} of the table names no file")
-    return row
+            raise ValueError(printable(f"row {i} of the table: {column} is {cell!r}, not {expected}")) from None
+    if row.get('file') and pd.notna(cells['file']): return row
+    raise ValueError(f"row {i} of the table names no file")
 
+# %% ../nbs/06_foreign.ipynb #61e602d2
 def _check_columns(columns):
     "Raises `ValueError` for columns that are missing, unknown or there twice"
     missing = [name for name in ('file', 'task') if name not in columns]
-    if missing:
-        raise ValueError(printable(f"the table has no column {', '.join(missing)}; it has {', '.join(columns)}"))
+    has = printable(', '.join(columns))
+    if missing: raise ValueError(f"the table has no column {', '.join(missing)}; it has {has}")
     unknown = [name for name in columns if name not in COLUMNS]
     if unknown:
         raise ValueError(printable(f"the table has an unknown column {unknown[0]!r}: known are {', '.join(COLUMNS)}"))
-    twice = [name for name, n in Counter(columns).items() if n > 1]
-    if twice: raise ValueError(f"the table has two columns {twice[0]!r}")
+    for name, n in Counter(columns).items():
+        if n > 1: raise ValueError(f"the table has two columns {name!r}")
 
 # %% ../nbs/06_foreign.ipynb #bb87279d
 SUFFIXES = '.pt', '.pth', '.ckpt', '.bin', '.safetensors'
@@ -455,12 +457,8 @@ def _targets(files, dst):
         target = dst/f'{file.stem}.safetensors'
         other = taken.get(target.name.casefold())
         if other is not None:
-            raise ValueError(
-                printable(
-                    f"{file} would be written to {target}, where {other} goes or is: rename one, or choose another"
-                    " folder"
-                )
-            )
+            cure = "rename one, or choose another folder"
+            raise ValueError(printable(f"{file} would be written to {target}, where {other} goes or is: {cure}"))
         taken[target.name.casefold()] = file
         targets[file] = target
     return targets
@@ -495,6 +493,11 @@ def _check_folders(src, dst):
     if src.resolve() == dst.resolve():
         raise ValueError(f"models from {printable(src)} would be written over themselves: choose another folder")
 
+def _not_there(rows, there):
+    "Files that the table names and that are not in the folder"
+    return {name: "in the table, but there is no such file" for name in set(rows or ()) - there}
+
+# %% ../nbs/06_foreign.ipynb #877da795
 def import_models(
     src: str | Path,     # folder of `.pt`, `.pth`, `.ckpt`, `.bin` or `.safetensors` state dicts
     dst: str | Path,     # folder to write the model set to
@@ -508,9 +511,7 @@ def import_models(
     _check_folders(src, dst)
     files, bad = _candidates(src)
     written, unfit = _take_in(_targets(files, dst), names, rows, shortcut, meta)
-    there = {file.name for file in files} | set(bad)
-    gone = {name: "in the table, but there is no such file" for name in set(rows or ()) - there}
-    bad |= unfit | gone
+    bad |= unfit | _not_there(rows, {file.name for file in files} | set(bad))
     if not written:
         why = rejection_summary(bad) if bad else f"no {', '.join(SUFFIXES)} file in it"
         raise ValueError(f"no model could be taken in from {printable(src)}: {why}")

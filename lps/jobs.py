@@ -56,11 +56,15 @@ def check_device(
     except (RuntimeError, TypeError): known = None
     if known is None or known.type not in ('cpu', 'cuda'):
         raise ValueError(f"unknown device '{device}': give 'cpu' or 'cuda'")
-    n = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if here and known.type == 'cuda' and (known.index or 0) >= n:
-        sees = f"{n} GPU{'s'*(n != 1)}" if n else 'no GPU'
-        raise ValueError(f"device '{device}', but torch {torch.__version__} sees {sees} here: give device='cpu'")
+    if here and known.type == 'cuda': _check_gpu(known)
     return known
+
+def _check_gpu(device):
+    "Raises `ValueError` for a GPU that is not here"
+    n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (device.index or 0) < n: return
+    sees = f"{n} GPU{'s'*(n != 1)}" if n else 'no GPU'
+    raise ValueError(f"device '{device}', but torch {torch.__version__} sees {sees} here: give device='cpu'")
 
 # %% ../nbs/08_jobs.ipynb #a7dc0f49
 def _keep_memory():

@@ -41,6 +41,7 @@ class ManyLinear(nn.Linear):
         weight, bias = self.weight.unflatten(0, (self.M, -1)), self.bias.view(self.M, 1, -1)
         return torch.baddbmm(bias, by_model, weight.transpose(1, 2)).transpose(0, 1)
 
+# %% ../nbs/11_many.ipynb #73cd866e
 class ManyPad(nn.Module):
     "A `PadShortcut` for each of M networks: zeros behind (or around) the channels of each"
     def __init__(self,
@@ -90,6 +91,14 @@ def _check_one_kind(nets):
         raise ValueError(f"network {i} is {_config(net)}, network 0 is {first}: fuse only networks of one architecture")
     return first
 
+def _fused_state(blank, nets):
+    "The tensors of networks one behind the other, in the shapes of `blank`"
+    states, fused = [n.state_dict() for n in nets], {}
+    for name, v in blank.state_dict().items():
+        fused[name] = torch.cat([state[name].reshape(-1, *v.shape[1:]) for state in states])
+    return fused
+
+# %% ../nbs/11_many.ipynb #53178526
 class FusedModels(nn.Module):
     "M ResNets of one architecture as one network; a ResNet's weights are copied, not shared"
     def __init__(self,
@@ -99,10 +108,7 @@ class FusedModels(nn.Module):
         self.shape, self.M = _check_one_kind(nets), len(nets)
         with torch.device('meta'):
             self.nets = _replace_modules(ResNet(**self.shape), lambda m: _side_by_side(m, self.M))
-        states, fused = [n.state_dict() for n in nets], {}
-        for k, v in self.nets.state_dict().items():
-            fused[k] = torch.cat([s[k].reshape(-1, *v.shape[1:]) for s in states])
-        self.nets.load_state_dict(fused, assign=True)
+        self.nets.load_state_dict(_fused_state(self.nets, nets), assign=True)
         self.register_buffer('diverged_at', torch.full((self.M, 2), -1))
         self.to(memory_format=torch.channels_last)
 
@@ -240,6 +246,11 @@ def _padded_rows(x, pad):
     return F.pad(x, (pad,)*4).permute(0, 2, 3, 1).contiguous()
 
 # %% ../nbs/11_many.ipynb #2f8bcd48
+def _check_generators(generators, n):
+    "Raises `ValueError` unless each of n models has its own"
+    if len(generators) == n: return
+    raise ValueError(f"{n} models, but {len(generators)} generators: give each model its own")
+
 class MultiLoader:
     "For each of M models the batches that its own `BatchLoader` would give, stacked, made on the device"
     def __init__(self,
@@ -250,8 +261,7 @@ class MultiLoader:
         device='cpu',     # where the images lie and the batches are made
     ):
         _check_tasks(tasks)
-        if len(generators) != len(tasks):
-            raise ValueError(f"{len(tasks)} models, but {len(generators)} generators: give each model its own")
+        _check_generators(generators, len(tasks))
         self.recipe, self.generators, self.device = recipe, generators, torch.device(device)
         self.n, self.size = len(tasks[0][0]), tasks[0][0].shape[2:]
         unique, numbers = unique_tasks(tasks)
@@ -345,11 +355,12 @@ def accuracies(
     model.eval()
     device, hits = model.diverged_at.device, 0
     stats, longest = _stack_stats(stats, model.M, device), max(len(y) for _, y in tasks)
+    pad = nn.utils.rnn.pad_sequence
     for s in range(0, longest, 125):
-        xb = nn.utils.rnn.pad_sequence([x[s:s + 125] for x, _ in tasks]).to(device)
-        yb = nn.utils.rnn.pad_sequence([y[s:s + 125] for _, y in tasks], padding_value=-1).to(device)
-        pred = model(_normalise(xb.permute(0, 3, 4, 1, 2).contiguous(), *stats)).argmax(2)
-        hits = hits + (pred == yb).sum(0)
+        xb = pad([x[s:s + 125] for x, _ in tasks]).to(device)
+        yb = pad([y[s:s + 125] for _, y in tasks], padding_value=-1).to(device)
+        xb = _normalise(xb.permute(0, 3, 4, 1, 2).contiguous(), *stats)
+        hits = hits + (model(xb).argmax(2) == yb).sum(0)
     return [h/len(y) for h, (_, y) in zip(hits.tolist(), tasks)]
 
 def _results(model, tasks, stats, **noted):

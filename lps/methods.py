@@ -51,6 +51,7 @@ def get_method(
         raise ValueError(f"method {printable(repr(name))} is unknown: take one of {', '.join(METHODS)}")
     return METHODS[name]
 
+# %% ../nbs/15_methods.ipynb #e843f909
 def method_title(
     name: str,  # of a method, or of anything else that stands in a table's rows
 ) -> str:       # the method's title; the name itself where there is no such method
@@ -117,6 +118,7 @@ def _units(models, jobs):
         some = {name: weight[train] for name, weight in weights.items()}
         yield i, method.fit, some, models.labels[train], dict(seed=0) | settings
 
+# %% ../nbs/15_methods.ipynb #6b03647b
 def fit_many(
     models: ModelSet,              # all models
     jobs: list, # for each fit a dict: `train`, the numbers of the models to learn from, `method`, `seed` and settings
@@ -177,6 +179,7 @@ def restore_fitted(
     try: return get_method(header.method).restore(header.config, tensors)
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{printable(where)}: {printable(e)}") from None
 
+# %% ../nbs/15_methods.ipynb #01ec9ad2
 def save_fitted(
     path: str|Path,  # file to write, `.safetensors`
     fitted,          # a fitted method

@@ -273,11 +273,10 @@ def load_modelset(
     """
     path = bundled() if str(path) == 'bundled' else Path(path)
     if path.is_file(): return _load_packed(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"no model set at {printable(path)}: it is not a folder, and there is no such file")
+    if not path.is_dir(): raise FileNotFoundError(f"no model set at {printable(path)}: no such folder or file")
     fit, bad, usual = _fit_models(path)
     if not fit:
-        why = rejection_summary(bad) if bad else 'no *.safetensors file in it'
+        why = rejection_summary(bad) or 'no *.safetensors file in it'
         raise ValueError(f"no model in {printable(path)}: {why}")
     if bad: warnings.warn(f"left out {rejection_summary(bad)}", stacklevel=2)
     return _folder_set(path, fit, bad, usual)
@@ -319,7 +318,8 @@ def rejection_summary(
     bad: dict,   # file → reason
     n: int = 3,  # how many to name
 ) -> str:
-    "Files and reasons in one line"
+    "Files and reasons in one line; nothing where there are none"
+    if not bad: return ''
     named = '; '.join(f"{printable(file)} ({reason})" for file, reason in list(bad.items())[:n])
     more = f"; and {len(bad) - n} more" if len(bad) > n else ''
     return f"{pluralise(len(bad), 'file')}: {named}{more}"
@@ -401,6 +401,7 @@ def _cached(self: ModelSet, layer, folded):
         self._cache[layer, folded] = torch.stack([_layer_weight(tensors, layer, folded) for tensors in read])
     return self._cache[layer, folded]
 
+# %% ../nbs/05_modelset.ipynb #623f4541
 @patch
 def stack(self: ModelSet,
     layer: str,           # a layer, or the full name of a tensor
@@ -465,13 +466,18 @@ def _packed_meta(model, sha256, lacks, classes):
     if classes and ids: meta |= dict(class_ids=ids, classes=[classes.get(c, old) for c, old in zip(ids, names)])
     return meta | dict(sha256=sha256, digest=model.digest, lacks=[*lacks, *(meta.get('lacks') or [])])
 
+def _in_common(metas):
+    "What all of these dicts say, and say alike"
+    common = dict(metas[0])
+    for meta in metas: common = {key: value for key, value in common.items() if key in meta and meta[key] == value}
+    return common
+
 def _packed_models(models, kept, classes):
     "What a packed set says of its models: once what all have in common, then what is each one's own"
     lacks, metas = [layer for layer in models.layers if layer not in kept], []
     for model, file, sha256 in zip(models, models.manifest.file, models.hashes):
         metas.append(_packed_meta(model, sha256, lacks, classes) | dict(file=file))
-    common = dict(metas[0])
-    for meta in metas: common = {key: value for key, value in common.items() if key in meta and meta[key] == value}
+    common = _in_common(metas)
     own = [{key: value for key, value in meta.items() if key not in common} for meta in metas]
     return dict(common=common, models=own, stem=models.stem)
 

@@ -178,6 +178,7 @@ def _scatter_tasks(ax, xy, labels, texts):
     for task, text, (marker, colour, size) in zip(tasks, texts, _task_marks(tasks)):
         ax.scatter(*xy[labels == task].T, marker=marker, color=colour, s=size, lw=.3, label=text)
 
+# %% ../nbs/21_plots.ipynb #7fe1b431
 def plot_embedding(
     embedding: Tensor,        # `(M, E)`
     labels: Tensor,           # task of each model, `(M,)`
@@ -422,11 +423,8 @@ def alignment_table(
 # %% ../nbs/21_plots.ipynb #412699fe
 def _draw_bars(ax, values, chance, title):
     "Mean and standard deviation over splits for each name, and chance"
-    means, names, y = (
-        [np.mean(v) for v in values.values()],
-        [_plain(name, 60) for name in values],
-        np.arange(len(values)),
-    )
+    means, names = [np.mean(v) for v in values.values()], [_plain(name, 60) for name in values]
+    y = np.arange(len(values))
     sd = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values.values()]
     colours = ['0.75' if name.startswith('oracle') else COLOURS[0] for name in names]
     ax.barh(y, means, xerr=sd if any(sd) else None, color=colours, error_kw=dict(capsize=3, lw=1))

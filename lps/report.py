@@ -148,8 +148,7 @@ def _table_html(df):
         number_format = _number_format(column)
         text[i] = [_cell_text(value, number_format) for value in column]
         if pd.api.types.is_numeric_dtype(column): classes.append(f'n{i + 1}')
-    shown = pd.DataFrame(text, dtype=object)
-    shown.columns = [_header_text(label) for label in df.columns]
+    shown = pd.DataFrame(text, dtype=object).set_axis(map(_header_text, df.columns), axis=1)
     with pd.option_context('display.max_colwidth', None):
         return shown.to_html(index=False, border=0, justify='left', classes=classes)
 
@@ -171,8 +170,8 @@ def _block(item, dpi):
     if isinstance(thing, pd.DataFrame):
         return dict(table=_table_html(thing), columns=_with_index(thing).shape[1], caption=caption)
     if isinstance(thing, Figure): return _figure_block(thing, caption, dpi)
-    what = type(thing).__name__
-    raise TypeError(f"{what} cannot stand in a report: give text, a DataFrame, a figure, or (table or figure, caption)")
+    cure = "give text, a DataFrame, a figure, or (table or figure, caption)"
+    raise TypeError(f"{type(thing).__name__} cannot stand in a report: {cure}")
 
 def _footer():
     "Versions, machine, commit and time in one line"

@@ -49,6 +49,7 @@ def check_depth(
     "Raises `ValueError` for a depth that no such network has"
     if depth < 8 or (depth - 2) % 6: raise ValueError(f"depth {depth} is not 6n + 2: take 8, 14, 20, 32, 44, 56, 110")
 
+# %% ../nbs/00_resnet.ipynb #878fe885
 class ResNet(nn.Module):
     "A CIFAR-form residual network of `6n + 2` layers (He et al. 2016, §4.2)"
     def __init__(

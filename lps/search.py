@@ -39,6 +39,7 @@ def _one_query(query, names):
     if isinstance(query, (str, Path)): return read_query(query, names), printable(Path(query).name)
     raise TypeError(f"a query cannot be a {type(query).__name__}: give a ModelSet, one model of it, or a file")
 
+# %% ../nbs/24_search.ipynb #f96def53
 def _ask(fitted, query, names):
     "The models of a query; raises `ValueError` with a model's name where it cannot be embedded"
     if isinstance(query, ModelSet):
@@ -100,6 +101,11 @@ def _answers(tables, names, query):
 
 # %% ../nbs/24_search.ipynb #21cb7db9
 @patch
+def _others(self: ModelIndex, places, own):
+    "Which of these models have another digest"
+    return [i for i, number in enumerate(places) if self.digests[number] != own]
+
+@patch
 def query(self: ModelIndex,
     model, # a ModelSet, a TrainedModel, or a file; its layers must have the shapes that the method reads
     k: int=10,             # how many models to find; all of the gallery if it has fewer
@@ -108,12 +114,11 @@ def query(self: ModelIndex,
 ) -> pd.DataFrame:         # similarity, task, classes, val_accuracy, file by rank; for a set by query and rank
     "The nearest models of the gallery, most similar first; raises `ValueError` for a model that cannot be compared"
     if k < 1: raise ValueError(f"k is {k}: ask for 1 model at least")
-    asked = _ask(self.fitted, model, names)
+    asked, tables = _ask(self.fitted, model, names), []
     copies = 0 if with_self else max(map(self.digests.count, asked.digests))
-    distances, places = self.neighbours.kneighbors(asked.embedding.numpy(), min(k + copies, len(self)))
-    tables = []
+    distances, places = self.neighbours.kneighbors(asked.embedding, min(k + copies, len(self)))
     for distance, place, own in zip(distances, places, asked.digests):
-        keep = [j for j, number in enumerate(place) if with_self or self.digests[number] != own][:k]
+        keep = self._others(place, None if with_self else own)[:k]
         tables.append(_found(self.manifest.iloc[place[keep]], 1 - distance[keep]))
     return _answers(tables, asked.names, model)
 
@@ -141,7 +146,7 @@ def tasks(self: ModelIndex,
     "Tasks of the gallery by the mean similarity of their models, most similar first"
     asked, tables = _ask(self.fitted, model, names), []
     for near, own in zip(similarity(asked.embedding, self.embedding).numpy(), asked.digests):
-        keep = [i for i, other in enumerate(self.digests) if with_self or other != own]
+        keep = self._others(range(len(self)), None if with_self else own)
         tables.append(_by_task(_found(self.manifest.iloc[keep], near[keep].astype(float))))
     return _answers(tables, asked.names, model)
 
@@ -181,10 +186,15 @@ def _index_parts(tensors, meta, name):
     columns = checked(header.manifest, _Columns, f'{name}, manifest')
     embedding, n = tensors.get('embedding'), len(columns.file)
     _check_rows(embedding, n, len(header.digests), name)
-    for column, values in header.manifest.items():
+    _check_columns(header.manifest, n, name)
+    return header, embedding
+
+# %% ../nbs/24_search.ipynb #d7618e68
+def _check_columns(manifest, n, name):
+    "Raises `ValueError` unless each column has an entry for each of n models"
+    for column, values in manifest.items():
         if len(values) == n: continue
         raise ValueError(printable(f"{name}: column {column!r} has {len(values)} entries for {n} models"))
-    return header, embedding
 
 def _check_rows(embedding, n, n_digests, name):
     "Raises `ValueError` unless there is a finite embedding and a digest for each of n models"
@@ -196,6 +206,13 @@ def _check_rows(embedding, n, n_digests, name):
     if why: raise ValueError(f"{name} {why}: build the index again")
 
 # %% ../nbs/24_search.ipynb #de0e79aa
+def _manifest(columns):
+    "The manifest in an index file; accuracies that are not known are NaN"
+    manifest = pd.DataFrame(columns)
+    accuracies = [column for column in manifest if column.endswith('_accuracy')]
+    manifest[accuracies] = manifest[accuracies].astype(float)
+    return manifest
+
 @patch(cls_method=True)
 def load(cls: ModelIndex,
     path: str|Path, # file written by `save`
@@ -206,10 +223,7 @@ def load(cls: ModelIndex,
     header, embedding = _index_parts(tensors, meta, name)
     own = {key.removeprefix('fitted.'): tensor for key, tensor in tensors.items() if key.startswith('fitted.')}
     index = cls.__new__(cls)
-    manifest = pd.DataFrame(header.manifest)
-    accuracies = [column for column in manifest if column.endswith('_accuracy')]
-    manifest[accuracies] = manifest[accuracies].astype(float)
-    index._set(restore_fitted(header.fitted, own, name), embedding, manifest, header.digests)
+    index._set(restore_fitted(header.fitted, own, name), embedding, _manifest(header.manifest), header.digests)
     return index
 
 # %% ../nbs/24_search.ipynb #0991aa14

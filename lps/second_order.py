@@ -33,6 +33,7 @@ VARIANTS = {
     'fc': dict(scores=False),                                      # the weights themselves
 }
 
+# %% ../nbs/14_second_order.ipynb #5238e5c9
 class Branch(nn.Module):
     "Logits over tasks from one layer of a model, §4"
     def __init__(
@@ -96,8 +97,7 @@ class SecondOrderNet(nn.Module):
         **kwargs,                # of `Branch`: n_filters, n_channels, align_filters, align_channels
     ):
         super().__init__()
-        if not shapes: raise ValueError("0 layers get a branch: give one layer at least")
-        alpha = list(alpha or [1/len(shapes)]*len(shapes))
+        alpha = list(alpha or [1/max(1, len(shapes))]*len(shapes))
         self._check(shapes, method, loss, alpha)
         self.config = dict(
             shapes={layer: list(shape) for layer, shape in shapes.items()},
@@ -116,6 +116,7 @@ class SecondOrderNet(nn.Module):
 @patch
 def _check(self: SecondOrderNet, shapes, method, loss, alpha):
     "Raises `ValueError` for what cannot be built"
+    if not shapes: raise ValueError("0 layers get a branch: give one layer at least")
     if method not in VARIANTS: raise ValueError(f"method {method!r} is unknown: take one of {', '.join(VARIANTS)}")
     if loss not in LOSSES: raise ValueError(f"loss {loss!r} is unknown: take one of {', '.join(LOSSES)}")
     if len(alpha) != len(shapes):
@@ -138,6 +139,7 @@ def method(self: SecondOrderNet) -> str: # `'lps'`, `'frobenius'` or `'fc'`
     "The method that it was fitted by"
     return self.config['method']
 
+# %% ../nbs/14_second_order.ipynb #f6de6856
 @patch(as_prop=True)
 def folded(self: SecondOrderNet) -> bool:
     "Does it read weights with their batch normalisation folded in?"
@@ -276,17 +278,19 @@ def _read_set(models, layers, labels, stem, folded):
     layers = (models.stem,) if layers is None else tuple(layers)
     return models.weights(layers, folded), models.labels, stem or models.stem
 
+def _check_count(layer, n, n_labels):
+    "Raises `ValueError` unless there is a label for each model"
+    if n == n_labels: return
+    raise ValueError(f"layer {printable(layer)} is of {n} models, labels are {n_labels}: give one label a model")
+
 def _check_models(weights, labels):
-    "The tasks in ascending order; raises `ValueError` for models that nothing can be learned from"
+    "The tasks, ascending, and each model's place in them; raises `ValueError` where nothing can be learned"
     if not weights: raise ValueError("0 layers to learn from: give one layer at least")
     if labels is None: raise ValueError("no labels: give the task of each model")
-    for layer, weight in weights.items():
-        if len(weight) == len(labels): continue
-        counted = f"layer {printable(layer)} is of {len(weight)} models, labels are {len(labels)}"
-        raise ValueError(f"{counted}: give one label a model")
+    for layer, weight in weights.items(): _check_count(layer, len(weight), len(labels))
     tasks = sorted(set(labels.tolist()))
     if len(tasks) < 2: raise ValueError(f"the models solve {len(tasks)} task: give models of two tasks at least")
-    return tasks
+    return tasks, torch.tensor([tasks.index(task) for task in labels.tolist()])
 
 # %% ../nbs/14_second_order.ipynb #761a8db2
 def _fit_recipe(kwargs):
@@ -299,6 +303,7 @@ def _fit_recipe(kwargs):
         raise ValueError(f"{held}: take for example bs=16, per_task=4")
     return recipe, others
 
+# %% ../nbs/14_second_order.ipynb #db813955
 def fit(
     models: ModelSet|dict, # trained models of two tasks at least; or their weights by layer, `(M, N, C, k, k)` each
     layers: tuple|None=None,     # layers of a model set that get a branch; None: the stem
@@ -315,8 +320,8 @@ def fit(
     """
     recipe, kwargs = _fit_recipe(kwargs)
     weights, labels, stem = _read_set(models, layers, labels, stem, folded)
-    tasks, shapes = _check_models(weights, labels), {layer: tuple(w.shape[1:]) for layer, w in weights.items()}
-    targets = torch.tensor([tasks.index(t) for t in labels.tolist()])
+    tasks, targets = _check_models(weights, labels)
+    shapes = {layer: w.shape[1:] for layer, w in weights.items()}
     with one_thread():
         with seeded(recipe.seed):
             net = SecondOrderNet(shapes, tasks, method, stem=stem, folded=folded, **kwargs)
@@ -348,6 +353,7 @@ def embed(
     z = F.normalize(logits, dim=-1)*(self.alpha/self.alpha.sum()).sqrt()[:, None, None]
     return z.movedim(0, 1).flatten(1)
 
+# %% ../nbs/14_second_order.ipynb #0825d61a
 @patch
 @torch.no_grad()
 def scores(
@@ -381,6 +387,7 @@ def embed(
     weights = models if isinstance(models, dict) else models.weights(net.layers, net.config['folded'])
     return check_embedding(net.embed(weights))
 
+# %% ../nbs/14_second_order.ipynb #4b4f33a8
 def similarity(
     a: Tensor,            # embeddings, `(A, E)`
     b: Tensor|None=None,  # embeddings, `(B, E)`; None: `a` again
@@ -415,6 +422,7 @@ def _blank_net(config):
         with torch.device('meta'): return SecondOrderNet(**known)
     except (RuntimeError, TypeError, OverflowError) as e: raise ValueError(f"second_order: {printable(e)}") from None
 
+# %% ../nbs/14_second_order.ipynb #9ec3d3fe
 def restore(
     config: dict,   # of the network, as it was saved
     tensors: dict,  # its weights by name

@@ -35,12 +35,13 @@ class ImageSet:
     converted: dict = field(default_factory=dict) # what was done to images not in 8-bit RGB, with their number
 
     def __post_init__(self):
-        if self.images.dtype != torch.uint8: raise TypeError(f"images are {self.images.dtype}, not torch.uint8")
-        if self.images.ndim != 4: raise ValueError(f"images have shape {tuple(self.images.shape)}, not (n, C, H, W)")
-        if len(self.images) != len(self.labels):
-            raise ValueError(f"{len(self.images)} images but {len(self.labels)} labels")
-        outside = [label for label in self.labels.unique().tolist() if label not in range(len(self.classes))]
-        if outside: raise ValueError(f"label {outside[0]} names none of the {len(self.classes)} classes: add its name")
+        images, n = self.images, len(self.labels)
+        if images.dtype != torch.uint8: raise TypeError(f"images are {images.dtype}, not torch.uint8")
+        if images.ndim != 4: raise ValueError(f"images have shape {tuple(images.shape)}, not (n, C, H, W)")
+        if len(images) != n: raise ValueError(f"{len(images)} images but {n} labels")
+        n_classes = len(self.classes)
+        for label in self.labels.unique().tolist():
+            if not 0 <= label < n_classes: raise ValueError(f"label {label} names none of the {n_classes} classes")
 
     def __len__(self): return len(self.images)
 
@@ -70,12 +71,16 @@ def _no_cifar100(folder, why):
     )
     return FileNotFoundError(f"no CIFAR-100 in {folder}, and {why}. {cure}")
 
+@contextlib.contextmanager
+def _quiet():
+    "Nothing printed meanwhile"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): yield
+
 def _cifar100(split, root=None, download=True, **kwargs):
     "CIFAR-100 by torchvision, downloaded if it has to be"
     root = Path(root) if root else lps_home()/'data'
-    quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
     try:
-        with quiet[0], quiet[1]: d = CIFAR100(root, train=split == 'train', download=download)
+        with _quiet(): d = CIFAR100(root, train=split == 'train', download=download)
     except (OSError, RuntimeError) as e:
         why = f"the download of {CIFAR100.url} failed ({e})" if download else "download=False"
         raise _no_cifar100(root/CIFAR100.base_folder, why) from None
@@ -149,16 +154,23 @@ def _class_folders(folder):
     "Names of the classes in a folder"
     return sorted(o.name for o in folder.iterdir() if o.is_dir())
 
+def _images_below(folder):
+    "Files in a folder, at any depth, whose names are those of images"
+    return [file for file in sorted(folder.rglob('*')) if file.suffix.lower() in _suffixes]
+
+def _check_same(classes, others, both):
+    "Raises `ValueError` for class folders that are only in one of two splits"
+    odd = sorted(set(classes) ^ set(others))
+    if not odd: return
+    raise ValueError(_plain(f"{both} do not hold the same classes: {', '.join(odd[:5])} is only in one of them"))
+
+# %% ../nbs/03_tasks.ipynb #206983a6
 def _image_files(root, split):
     "Class names of a tree and all `(file, class number)` of one of its splits"
     classes, here = _class_folders(_split_folder(root, 'train')), _split_folder(root, split)
-    odd = sorted(set(_class_folders(here)) ^ set(classes))
-    if odd:
-        both = f"{_plain(here)} and {_plain(root/'train')}"
-        raise ValueError(f"{both} do not hold the same classes: {_plain(', '.join(odd[:5]))} is only in one of them")
+    _check_same(classes, _class_folders(here), f"{here} and {root/'train'}")
     files = []
-    for number, name in enumerate(classes):
-        files += [(f, number) for f in sorted((here/name).rglob('*')) if f.suffix.lower() in _suffixes]
+    for number, name in enumerate(classes): files += [(f, number) for f in _images_below(here/name)]
     if not files: raise FileNotFoundError(f"no images under {_plain(here)}")
     return classes, files
 
@@ -194,6 +206,7 @@ def _check_classes(split, classes, labels):
                 f"class '{_plain(name)}' has no readable image in {split}: add some, or take its folder away"
             )
 
+# %% ../nbs/03_tasks.ipynb #d7c1840e
 def _check_sizes(good):
     "Raises `ValueError` unless all images have one size"
     first, _, im0, _ = good[0]
@@ -219,16 +232,16 @@ def _folder(root, split, size=None):
     "All readable images of an `ImageFolder` tree; the others are named in one warning"
     (classes, files), other = _image_files(root, split), _other_files(root, split)
     good, bad = _read_all(files, size)
-    if not good: raise ValueError(f"none of the {len(files)} images under {_plain(root)} can be read")
-    converted = dict(Counter(done for _, _, _, done in good if done))
-    _warn(bad | other, len(files) + len(other), converted)
-    _check_classes(split, classes, {number for _, number, _, _ in good})
-    _check_sizes(good)
+    if not good: raise ValueError(f"none of {len(files)} images under {_plain(root)} can be read")
+    left_out, converted = bad | other, dict(Counter(done for _, _, _, done in good if done))
+    _warn(left_out, len(files) + len(other), converted)
     images, labels = _stacked(good)
-    return ImageSet(images, labels, classes, root.resolve().name, bad | other, converted)
+    _check_classes(split, classes, labels)
+    return ImageSet(images, labels, classes, root.resolve().name, left_out, converted)
 
 def _stacked(good):
     "The images that could be read and their labels, as tensors"
+    _check_sizes(good)
     images = np.stack([im for _, _, im, _ in good])
     labels = torch.tensor([number for _, number, _, _ in good])
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
@@ -319,13 +332,18 @@ def load_images(
     Raises `ValueError` for an unknown name or images that cannot make tasks, `FileNotFoundError` where they are not
     """
     if split not in ('train', 'test'): raise ValueError(f"split is '{split}', known are 'train' and 'test'")
-    if size is not None and (not isinstance(size, int) or size < 1):
-        raise ValueError(f"size is {size!r}: give a side of 1 or more pixels, or None")
+    _check_side(size)
     if str(name) in DATASETS: return _load_known(str(name), split, root=root, size=size, download=download)
     folder = Path(os.path.expanduser(name))
     if folder.is_dir() and str(name).strip(): return _folder(folder, split, size)
     raise _unknown_images(name, folder)
 
+def _check_side(size):
+    "Raises `ValueError` for anything but a number of pixels, or None"
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ValueError(f"size is {size!r}: give a side of 1 or more pixels, or None")
+
+# %% ../nbs/03_tasks.ipynb #9f9c13e3
 def _unknown_images(name, folder):
     "What to say of images that nobody knows"
     if not str(name).strip(): return ValueError("the name of the images is empty: give a data set's name or a folder")

@@ -247,8 +247,8 @@ def shared_superclass(
     "How far the superclasses of two tasks are the same; raises `ValueError` for a class that has none"
     found = {}
     for task, classes in _classes_of_tasks(models).items():
-        unknown = [c for c in classes if c not in superclasses]
-        if unknown: raise ValueError(printable(f"no superclass for the class {unknown[0]!r}: give one for every class"))
+        for c in classes:
+            if c not in superclasses: raise ValueError(printable(f"no superclass for the class {c!r}: give one"))
         found[task] = {superclasses[c] for c in classes}
     table = {}
     for target, theirs in found.items():
@@ -392,10 +392,12 @@ def check_transfer(
     for field, table in tables.items():
         if not n or not _is_square(table, n):
             raise ValueError(printable(f"{where}: field {field!r} is not {n} rows of {n} numbers, one a task"))
-    for name in known.predictors:
-        for value in ('rho', 'low', 'high'):
-            if value not in known.rho.get(name, {}):
-                raise ValueError(printable(f"{where}: field 'rho.{name}.{value}' is missing"))
+    for name in known.predictors: _check_rho(known.rho.get(name, {}), f"{where}: field 'rho.{name}")
+
+def _check_rho(rho, field):
+    "Raises `ValueError` unless a correlation has its value and its interval"
+    for value in ('rho', 'low', 'high'):
+        if value not in rho: raise ValueError(printable(f"{field}.{value}' is missing"))
 
 # %% ../nbs/19_transfer.ipynb #245070c7
 def with_interval(

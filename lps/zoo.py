@@ -146,14 +146,20 @@ def train_many(self: _Unit):
     return train_models(self.tasks, self.recipe, seeds, stats, device=self.device, keep=self.keep,
                         kept=self.write_kept, until=self.until, **self.saving)
 
+@patch(as_prop=True)
+def precision(self: _Unit):
+    "The precision that a model on its own is trained in"
+    return best_precision() if self.recipe.precision == 'auto' else self.recipe.precision
+
+# %% ../nbs/12_zoo.ipynb #44560871
 @patch
 def train_one(self: _Unit):
     "The only model, on one thread"
     (train, valid), seed = self.tasks[0], self.abouts[0]['seed']
     stats = self.abouts[0]['mean'], self.abouts[0]['std']
-    precision = best_precision() if self.recipe.precision == 'auto' else self.recipe.precision
     def keep_epoch(n, net):
-        self.write_kept(n, [(net, both_accuracies(net, train, valid, stats) | dict(precision=precision))])
+        metrics = both_accuracies(net, train, valid, stats) | dict(precision=self.precision)
+        self.write_kept(n, [(net, metrics)])
     how = dict(stats=stats, cbs=[KeepEpochs(self.keep, keep_epoch)], until=self.until)
     try:
         with one_thread(): return [train_model(train, valid, self.recipe, seed, **how, **self.saving)]
@@ -310,6 +316,11 @@ def check_numbers(self: Build):
     if not 1 <= self.n_tasks <= len(pairs):
         classes = f"the {len(images.classes)} classes of '{images.name}'"
         raise ValueError(f"{self.n_tasks} tasks, but {classes} make {len(pairs)} pairs")
+    self.check_counts()
+
+@patch
+def check_counts(self: Build):
+    "Raises `ValueError` for less than one model, epoch or network at once"
     if self.n_models < 1: raise ValueError(f"{self.n_models} models a task: at least 1 is needed")
     if self.every < 1: raise ValueError(f"a checkpoint every {self.every} epochs: at least 1 is needed")
     if self.at_once < 1: raise ValueError(f"{self.at_once} models at once: at least 1 is needed")
@@ -498,6 +509,7 @@ def run(self: Build,
         for _ in _watched(results, len(metas), len(metas) - len(missing), progress): pass
     return len(missing)
 
+# %% ../nbs/12_zoo.ipynb #257cf793
 @patch(as_prop=True)
 def models(self: Build) -> ModelSet:
     "All models in the folder; with `until`, all networks as they were then"
