@@ -91,7 +91,7 @@ def test_majority_decides_not_the_first(tmp_path):
 
 def test_nothing_to_read(tmp_path):
     with pytest.raises(ValueError, match=r'no \*.safetensors file'): load_modelset(tmp_path)
-    with pytest.raises(FileNotFoundError, match='not a folder'): load_modelset(tmp_path/'nowhere')
+    with pytest.raises(FileNotFoundError, match='no such folder or file'): load_modelset(tmp_path/'nowhere')
     (tmp_path/'x.safetensors').write_bytes(b'')
     with pytest.raises(ValueError, match='x.safetensors .not a safetensors file'): load_modelset(tmp_path)
 
