@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lps.datasheet import datasheet, datasheet_text
-from lps.files import load_model, mark_complete, read_header, read_json, read_marker, save_model, write_json
+from lps.files import load_model, mark_complete, provenance, read_header, read_json, read_marker, save_model, write_json
 from lps.foreign import check_weights, import_models, read_query, rename
 from lps.methods import embed_models, fit_method, load_fitted, save_fitted
 from lps.modelset import load_modelset, pack, task_names
@@ -75,7 +75,10 @@ def place(tmp_path_factory):
     ModelIndex(fitted, models).save(root/'index.safetensors')
     torch.save(tiny(0), root/'new.pt')
     torch.save(tiny(0), root/'old.pt', _use_new_zipfile_serialization=False)
-    return root
+    known = provenance()  # asks git for the commit, which is a process that no file started
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('lps.datasheet.provenance', lambda: known)
+        yield root
 
 
 def read_in_gallery(path):
