@@ -1,7 +1,8 @@
 """Feed every reader of files with hostile ones, many times: python scripts/fuzz.py [--examples 200000] [--seed 1]
 
-Runs the property tests of the suite with as many inputs in all, and prints how many were tried, test by test. A reader may take a
-file or refuse it with `ValueError` or `OSError`; anything else, a process, a socket or code that is started, counts as outside."""
+Runs the property tests of the suite with as many inputs in all, and prints how many were tried, test by test. A reader
+may take a file or refuse it with `ValueError` or `OSError`; anything else, a process, a socket or code that is started,
+counts as outside."""
 import argparse
 import os
 import random
