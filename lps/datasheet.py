@@ -267,7 +267,7 @@ def _written_text(written):
 def _facts(sheet):
     "What the sheet says in one line each, by heading"
     aside = [f"task {a['task']} run {a['run']}: {a['reason']}" for a in sheet['set_aside']]
-    unfit = [f"{r['file']}: {r['reason']}" for r in sheet['rejected']]
+    unfit = [f"{r.get('file')}: {r.get('reason')}" for r in sheet['rejected'] if isinstance(r, dict)]
     hours = sheet['training_hours']
     facts = {
         'What': _what_text(sheet),

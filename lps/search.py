@@ -178,6 +178,7 @@ class _Columns:
     class_0: list[str | None]
     class_1: list[str | None]
     val_accuracy: list[float | None]
+    train_accuracy: list[float | None] | None = None
 
 def _index_parts(tensors, meta, name):
     "Header and embeddings of an index; raises `ValueError` with the field for a file that holds none"
@@ -209,7 +210,7 @@ def _check_rows(embedding, n, n_digests, name):
 def _manifest(columns):
     "The manifest in an index file; accuracies that are not known are NaN"
     manifest = pd.DataFrame(columns)
-    accuracies = [column for column in manifest if column.endswith('_accuracy')]
+    accuracies = [column for column in ('val_accuracy', 'train_accuracy') if column in manifest]
     manifest[accuracies] = manifest[accuracies].astype(float)
     return manifest
 
