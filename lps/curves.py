@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .evaluate import per_split, rank_k
 from .files import checked, pluralise, printable, provenance
-from .methods import score_models, some_weights
+from .methods import observations, score_models
 from .modelset import ModelSet, load_modelset
 from .records import about_models
 
@@ -73,7 +73,7 @@ def top1(
     "Fit on each split's training models, classify its test models"
     def share_right(net, split):
         test = split[1]
-        scores = score_models(net, some_weights(models, net.layers, net.folded, test))
+        scores = score_models(net, observations(models, net, test))
         return round(float(rank_k(scores, models.labels[test], torch.tensor(net.tasks))[0]), 4)
     return per_split(
         models, splits, {'lps': kwargs}, share_right, workers=workers, executor=executor, progress=progress

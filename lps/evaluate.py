@@ -17,7 +17,7 @@ from scipy.stats import hypergeom
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from .methods import METHODS, embed_models, fit_many, method_title, score_models, some_weights
+from .methods import METHODS, embed_models, fit_many, method_title, observations, score_models
 from .modelset import ModelSet
 from .second_order import similarity
 
@@ -190,7 +190,7 @@ def classify(
 ) -> pd.DataFrame:                # one row a split, columns top-1 … top-K for K tasks
     "Fit on each split's training models, classify its test models, §5.1"
     def scores(fitted, split):
-        train, test = [some_weights(models, fitted.layers, fitted.folded, which) for which in split]
+        train, test = [observations(models, fitted, which) for which in split]
         return task_scores(fitted, test, (train, models.labels[split[0]]), read_out)
     asked = {name: kwargs | how for name, how in (settings or {'': {}}).items()}
     outputs = per_split(models, splits, asked, scores, workers, executor, 'classification'*progress)
@@ -201,7 +201,7 @@ def classify(
 def _retrieval_row(models, fitted, query, gallery):
     "Rank-k for every k, and mAP, of one split"
     places = query, gallery
-    embedded = [embed_models(fitted, some_weights(models, fitted.layers, fitted.folded, which)) for which in places]
+    embedded = [embed_models(fitted, observations(models, fitted, which)) for which in places]
     ranking = similarity(*embedded), models.labels[query], models.labels[gallery]
     return [*rank_k(*ranking), mean_average_precision(*ranking)]
 

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'register_method', 'get_method', 'method_title', 'fit_method', 'some_weights', 'fit_many',
-           'embed_models', 'score_models', 'fitted_parts', 'restore_fitted', 'save_fitted', 'load_fitted']
+           'observations', 'embed_models', 'score_models', 'fitted_parts', 'restore_fitted', 'save_fitted',
+           'load_fitted']
 
 # %% ../nbs/15_methods.ipynb #e7fd3795
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -33,6 +35,7 @@ class Method:
     fit: Callable      # `(weights, labels, seed, **settings)` → fitted method; weights by name, `(M, …)` each
     restore: Callable  # `(config, tensors)` → fitted method, from a file
     knows: tuple = ()  # what else `fit` is told of the models, as settings: 'stem', 'shapes'
+    observe: Callable|None = None # `(weights, **settings)` → what `fit` and `embed` get in place of the weights
 
 METHODS = {}
 
@@ -76,13 +79,27 @@ register_method(_paper_method('frobenius', 'Frobenius + FC, without alignment', 
 register_method(_paper_method('lps', 'LPS: Frobenius + FC, with alignment', baseline=False))
 
 # %% ../nbs/15_methods.ipynb #8ca6ab5e
+def _observed(models, method, layers, folded, observing):
+    "What a method is given of models"
+    if method.observe is None: return models.weights(layers, folded)
+    def compute(): return method.observe(models.weights(layers, folded), **observing)
+    if not isinstance(models, ModelSet): return compute()
+    return models.remember((method.name, *layers, folded, *sorted(observing.items())), compute)
+
+def _observing(method, settings):
+    "Those of the settings that `observe` names"
+    if method.observe is None: return {}
+    return {name: settings[name] for name in signature(method.observe).parameters if name in settings}
+
 def _prepared(models, method, settings):
-    "A method, the weights that it reads, and the settings that its `fit` is given"
+    "A method, what it is given of the models, and the settings that its `fit` is given"
     method, settings = get_method(method), dict(settings)
-    weights = models.weights(method.reads(models, **settings), settings.get('folded', False))
+    layers = list(method.reads(models, **settings))
+    observed = _observed(models, method, layers, settings.get('folded', False), _observing(method, settings))
     settings.pop('layers', None)
     facts = {name: getattr(models, name) for name in method.knows}
-    return method, weights, facts | settings
+    if method.observe: facts['layers'] = layers
+    return method, observed, facts | settings
 
 def fit_method(
     models: ModelSet,          # trained models of two tasks at least
@@ -133,26 +150,34 @@ def fit_many(
     return [fitted[i] for i in range(len(jobs))]
 
 # %% ../nbs/15_methods.ipynb #b00f5e08
-def _weights_for(fitted, models):
-    "What a fitted method reads of models"
-    return models if isinstance(models, dict) else models.weights(fitted.layers, fitted.folded)
+def observations(
+    models,             # a `ModelSet` or a `TrainedModel`
+    fitted,             # a fitted method
+    which=slice(None),  # numbers of models; default: all
+) -> dict:              # tensors by name, `(len(which), …)`: weights, or what its method observes
+    "What a fitted method is given of some models; each model of a set is observed once"
+    if hasattr(fitted, 'observing'):
+        observed = _observed(models, get_method(fitted.method), list(fitted.layers), fitted.folded, fitted.observing)
+    else: observed = models.weights(fitted.layers, fitted.folded)
+    return {name: v[torch.arange(len(v))[which]] for name, v in observed.items()}
 
 def embed_models(
     fitted,      # a fitted method
-    models,      # a `ModelSet`, a `TrainedModel`, or weights by name, `(M, …)` each
+    models,      # a `ModelSet`, a `TrainedModel`, or what `observations` gives of M models
     names=None,  # what each model is called in a message; None: its number
 ) -> Tensor:     # `(M, E)`, rows of length 1
     "Embed models; raises `ValueError` for another architecture, and for weights that have no finite embedding"
-    return check_embedding(fitted.embed(_weights_for(fitted, models)), names)
+    given = models if isinstance(models, dict) else observations(models, fitted)
+    return check_embedding(fitted.embed(given), names)
 
 def score_models(
     fitted,      # a fitted method
-    models,      # a `ModelSet`, a `TrainedModel`, or weights by name, `(M, …)` each
+    models,      # a `ModelSet`, a `TrainedModel`, or what `observations` gives of M models
 ) -> Tensor:     # a score for each of the method's tasks, `(M, tasks)`
     "How much each model looks like one of each task; raises `ValueError` for a method that gives no scores"
     if not hasattr(fitted, 'scores'):
         raise ValueError(f"method {fitted.method!r} gives no scores: take read_out='nearest' or 'centroid'")
-    scores = fitted.scores(_weights_for(fitted, models))
+    scores = fitted.scores(models if isinstance(models, dict) else observations(models, fitted))
     if scores.isnan().any(): raise ValueError("no finite score for some models: leave out what is broken")
     return scores
 

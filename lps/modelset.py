@@ -417,6 +417,19 @@ def layers(self: ModelSet): # list of str
     weights = [name for name, shape in self.shapes.items() if name.endswith('.weight') and len(shape) > 1]
     return [name.removesuffix('.weight') for name in weights]
 
+# %% ../nbs/05_modelset.ipynb #91fd8549
+@patch
+def remember(self: ModelSet,
+    key,      # what the tensors are, hashable
+    compute,  # called without arguments the first time: gives tensors of all models by name, `(M, …)` each
+) -> dict:    # the same tensors
+    "Something about all models, kept in memory after the first time"
+    known = {name: v for (kept, name), v in self._cache.items() if kept == key}
+    if known: return known
+    found = compute()
+    self._cache |= {(key, name): v for name, v in found.items()}
+    return found
+
 # %% ../nbs/05_modelset.ipynb #693477b2
 def task_names(
     models: ModelSet, # or anything with such a `manifest`
