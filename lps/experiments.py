@@ -192,7 +192,7 @@ register_experiment(Experiment(
 
 # %% ../nbs/27_experiments.ipynb #556545b1
 def open_models(
-    model_set: str,          # a folder, 'bundled', or 'digits', which are built
+    model_set: str,          # a folder, a set that comes with lps, or 'digits', which are built
     runs: str|Path='../../runs', # folder for what is built
     n_models: int=10,        # networks for each task of digits
     zoo_epochs: int=0,       # epochs for each network of digits; 0: those of the recipe

@@ -1,7 +1,8 @@
 """Make the model set that comes with the package from the folder of a build:
 python scripts/bundle.py BUILD --classes classes.tsv [--name modelset500-tinyimagenet32]
 
-With --kept 80 it adds the networks that a build kept after 80 epochs, as many as there are, in a file of their own."""
+With --kept 80 it adds the networks that a build kept after 80 epochs, as many as there are, in a file of their own;
+--add names packed sets of the same build, trained elsewhere or earlier, whose networks go into it too."""
 import argparse
 import csv
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 from lps.datasheet import datasheet, write_datasheet
 from lps.evaluate import classification_splits
 from lps.files import load_model, save_model
-from lps.modelset import ModelSet, load_modelset, pack
+from lps.modelset import ModelSet, join_sets, load_modelset, pack
 from lps.second_order import fit
 
 DATA = Path(__file__).resolve().parent.parent/"lps/data"
@@ -57,11 +58,25 @@ def check_names(models: ModelSet, names: dict, table: Path | None):
     if names and missing: sys.exit(f"{table} does not name {missing[:5]}")
 
 
-def bundle_kept(build: Path, epoch: int, classes: Path | None, name: str, out: Path) -> str:
-    "Add the first layers of the networks that a build kept after some epochs; returns what they are in a line"
-    models, names = load_modelset(build/f"epochs/{epoch:03d}"), class_names(classes)
+def kept_models(build: Path | None, epoch: int, added: list[Path]) -> ModelSet:
+    "The networks that a build kept after some epochs, and those of packed sets; a network of several counts once"
+    sets = [load_modelset(build/f"epochs/{epoch:03d}")] if build else []
+    seen = {file for models in sets for file in models.manifest.file}
+    for path in added:
+        models = load_modelset(path)
+        epochs = {model.meta.get("epoch", model.meta["recipe"]["epochs"]) for model in models}
+        if epochs != {epoch}: sys.exit(f"{path} holds networks after {sorted(epochs)} epochs, not {epoch}")
+        models = models[~models.manifest.file.isin(seen).to_numpy()]
+        seen |= set(models.manifest.file)
+        if len(models): sets.append(models)
+    return join_sets(sets)
+
+
+def bundle_kept(models: ModelSet, epoch: int, classes: Path | None, name: str, out: Path) -> str:
+    "Add the first layers of networks that were kept after some epochs; returns what they are in a line"
+    names = class_names(classes)
     check_names(models, names, classes)
-    file = out/f"kept-{epoch:03d}.safetensors"
+    file = out/f"modelset500-epoch{epoch}.safetensors"
     sheet = datasheet(models, f"{name}, after {epoch} epochs", names)
     with tempfile.TemporaryDirectory() as tmp:
         pack(models, f"{tmp}/{file.name}", classes=names, datasheet=sheet)
@@ -89,13 +104,17 @@ def bundle(build: Path, classes: Path | None, name: str, out: Path) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("build", type=Path, help="folder of a build, with build.json and complete/")
+    parser.add_argument("build", type=Path, nargs="?", help="folder of a build, with build.json and complete/")
     parser.add_argument(
         "--classes", type=Path, help="tab-separated table with columns wnid and name: readable names for the classes"
     )
     parser.add_argument("--name", default="modelset500-tinyimagenet32", help="what the set is called")
     parser.add_argument("--out", type=Path, default=DATA, help="folder to write to")
     parser.add_argument("--kept", type=int, metavar="EPOCH", help="add the networks kept after so many epochs instead")
+    parser.add_argument("--add", type=Path, nargs="+", default=[], help="packed sets of networks kept at that epoch")
     args = parser.parse_args()
-    if args.kept: print(bundle_kept(args.build, args.kept, args.classes, args.name, args.out))
+    if not args.kept and (args.add or not args.build): sys.exit("give the folder of a build, or --kept with --add")
+    if args.kept:
+        kept = kept_models(args.build, args.kept, args.add)
+        print(bundle_kept(kept, args.kept, args.classes, args.name, args.out))
     else: print(bundle(args.build, args.classes, args.name, args.out))

@@ -22,6 +22,7 @@ import papermill as pm
 
 from lps.experiments import EXPERIMENTS
 from lps.files import provenance, write_json
+from lps.modelset import bundled_sets
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,7 +101,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter, parents=[first])
     add = parser.add_argument
-    add("--model-set", default="digits", help="folder of a model set, or bundled; default: digits, built here")
+    add("--model-set", default="digits", help="folder, or a set that comes with lps; default: digits, built here")
     add("--images", help="the images of its tasks, by name or folder: what needs them is left out without")
     add("--class-names", type=Path, help="table of classes, where images and models name them differently")
     add("--results", type=Path, default=ROOT/"results", help="folder for the result files")
@@ -114,9 +115,9 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
 
 def check(args: argparse.Namespace):
     "End the program, before anything runs, for what would fail in the end"
-    named = args.model_set in ("bundled", "digits")
-    if not named and not Path(args.model_set).is_dir():
-        sys.exit(f"{args.model_set} is not a folder: give one with trained models, bundled or digits")
+    named = [*bundled_sets(), "digits"]
+    if args.model_set not in named and not Path(args.model_set).is_dir():
+        sys.exit(f"{args.model_set} is not a folder: give one with trained models, or {', '.join(named)}")
     if args.results.is_file(): sys.exit(f"--results {args.results} is a file: give a folder")
     if args.times and args.times.is_dir(): sys.exit(f"--times {args.times} is a folder: give a file to write to")
     commit = provenance()["commit"] or ""
@@ -126,7 +127,8 @@ def check(args: argparse.Namespace):
 
 def missing(kind: str, args: argparse.Namespace) -> list[str]:
     "What an experiment needs and the model set does not come with"
-    at_hand = {"all layers": args.model_set != "bundled", "images": bool(args.images) or args.model_set == "digits"}
+    stems_alone = args.model_set in bundled_sets()
+    at_hand = {"all layers": not stems_alone, "images": bool(args.images) or args.model_set == "digits"}
     return [need for need in EXPERIMENTS[kind].needs if not at_hand[need]]
 
 
@@ -143,7 +145,7 @@ def chosen(args: argparse.Namespace) -> list[str]:
 
 def common_parameters(args: argparse.Namespace) -> dict:
     "What the command line says to all notebooks"
-    named = args.model_set in ("bundled", "digits")
+    named = args.model_set in [*bundled_sets(), "digits"]
     common = dict(results=str(args.results.resolve()))
     common["model_set"] = args.model_set if named else str(Path(args.model_set).resolve())
     if args.images: common["images"] = str(Path(args.images).resolve()) if Path(args.images).exists() else args.images

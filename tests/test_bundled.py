@@ -21,7 +21,7 @@ from lps.tasks import source_of
 
 QUICK = dict(n_filters=8, epochs=2, milestones=(1,))
 FILES = ['DATASHEET.md', 'datasheet.json', 'modelset.safetensors', 'net.safetensors']
-KEPT = 'kept-080.safetensors'
+KEPT = [10, 20, 40, 60, 80]  # epochs after which networks of the paper's recipe were kept
 
 
 @pytest.fixture(scope='module')
@@ -228,7 +228,8 @@ def test_bundled_set_loads_without_a_network(monkeypatch):
 
 def test_bundled_set_is_small_and_holds_no_image(ours):
     data = bundled().parent
-    assert sorted(p.name for p in data.iterdir()) == sorted([*FILES, KEPT])
+    kept = [f'modelset500-epoch{n}.safetensors' for n in KEPT]
+    assert sorted(p.name for p in data.iterdir()) == sorted([*FILES, *kept])
     assert sum(p.stat().st_size for p in data.iterdir()) <= 4_000_000
     shapes = {k: tuple(v.shape[1:]) for k, v in load_model(bundled())[0].items()}
     assert shapes == {
@@ -335,11 +336,18 @@ def test_wheel_holds_the_bundled_set(tmp_path):
     assert not [n for n in sizes if n.endswith(('.png', '.jpg', '.pt', '.npz'))]
 
 
-def test_networks_of_the_paper_s_recipe_say_how_far_they_are():
-    kept = load_modelset(bundled(KEPT))
-    assert set(kept.manifest.recipe) == {'paper, after 80 of 160 epochs'}
-    assert 'after 80 of 160 epochs' in ' '.join(kept.about['datasheet']['not_for'])
-    assert kept.layers == ['conv1'] and kept.stack('conv1').isfinite().all() and len(kept.tasks) >= 48
+@pytest.mark.parametrize('epoch', KEPT)
+def test_networks_of_the_paper_s_recipe_say_how_far_they_are(epoch):
+    kept = load_modelset(f'modelset500-epoch{epoch}')
+    elsewhere = 'paper, first 80 epochs' if epoch == 80 else f'paper, first 80 epochs, after {epoch} of 80 epochs'
+    assert set(kept.manifest.recipe) <= {f'paper, after {epoch} of 160 epochs', elsewhere}
+    assert f'after {epoch} epochs' in kept.about['datasheet']['name']
+    assert kept.layers == ['conv1'] and kept.stack('conv1').isfinite().all() and len(kept.tasks) >= 10
+
+
+def test_networks_kept_later_are_the_same_networks():
+    first, *others = [load_modelset(f'modelset500-epoch{n}').manifest.set_index('file').seed for n in KEPT]
+    for later in others: assert (first == later.reindex(first.index)).all()
 
 
 def test_kept_networks_are_added_by_one_command(folder, tmp_path):
@@ -349,7 +357,11 @@ def test_kept_networks_are_added_by_one_command(folder, tmp_path):
         torch.manual_seed(i)
         about = dict(task=i//2, run=i % 2, epoch=3, recipe=dict(name='tiny', epochs=6))
         save_model(kept/f'task0{i//2}_run{i % 2}.safetensors', ResNet(8, 4, in_channels=1).state_dict(), about)
-    script['bundle_kept'](folder, 3, None, 'toys', tmp_path)
-    packed = load_modelset(tmp_path/'kept-003.safetensors')
+    script['bundle_kept'](script['kept_models'](folder, 3, []), 3, None, 'toys', tmp_path)
+    packed = load_modelset(tmp_path/'modelset500-epoch3.safetensors')
     assert len(packed) == 4 and set(packed.manifest.recipe) == {'tiny, after 3 of 6 epochs'}
+    (kept/'task01_run1.safetensors').unlink()
+    again = script['kept_models'](folder, 3, [packed.path])
+    assert again.digests == packed.digests
+    with pytest.raises(SystemExit, match='after .3. epochs, not 4'): script['kept_models'](None, 4, [packed.path])
     assert packed.about['datasheet']['name'] == 'toys, after 3 epochs'

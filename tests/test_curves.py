@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lps.curves import curve_record, curve_splits, curve_table, curve_text, learning_curves, stopped_early, top1
+from lps.curves import curve_record, curve_splits, curve_table, curve_text, learning_curves, other_epochs, top1
 from lps.plots import plot_curves
 from lps.evaluate import classify
 from lps.modelset import load_modelset
@@ -48,12 +48,12 @@ def test_top1_is_that_of_classify_on_a_set_of_these_tasks(zoo):
     )
 
 
-def test_stopped_early_compares_the_same_models(zoo, tmp_path):
-    assert list(stopped_early(zoo)) == [1, 2]
+def test_other_epochs_compares_the_same_models(zoo, tmp_path):
+    assert list(other_epochs(zoo)) == [1, 2]
     some = zoo[zoo.manifest.run.to_numpy(copy=True) < 3]
-    assert [s.manifest.file.tolist() for s in stopped_early(some).values()] == [some.manifest.file.tolist()]*2
-    assert not np.array_equal(stopped_early(zoo)[1].stack("conv1"), zoo.stack("conv1"))
-    assert stopped_early(load_modelset(zoo.path/"epochs/001")) == {}
+    assert [s.manifest.file.tolist() for s in other_epochs(some).values()] == [some.manifest.file.tolist()]*2
+    assert not np.array_equal(other_epochs(zoo)[1].stack("conv1"), zoo.stack("conv1"))
+    assert other_epochs(load_modelset(zoo.path/"epochs/001")) == {}
 
 
 def test_curves_record_and_words(zoo):
