@@ -114,7 +114,7 @@ class _ChannelAlign(torch.autograd.Function):
 
 # %% ../nbs/13_align.ipynb #ada3edab
 def _check_kind(name, t):
-    "Raises `TypeError` for anything but a dense tensor of floats with memory"
+    "Raises `TypeError` for anything but a dense tensor that holds values"
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} is a {type(t).__name__}: give a tensor, torch.as_tensor makes one")
     if t.layout != torch.strided or t.is_meta:
@@ -125,7 +125,8 @@ def _check_kind(name, t):
             " axes of weight"
         )
 
-def _check(weight, second_order):
+# %% ../nbs/13_align.ipynb #5d6a0cc4
+def _check_pair(weight, second_order):
     "Raises `TypeError` or `ValueError` for tensors that do not fit together"
     for name, t in (('weight', weight), ('second_order', second_order)): _check_kind(name, t)
     if second_order.ndim not in (2, 4) or weight.ndim < second_order.ndim:
@@ -175,7 +176,7 @@ def align_layer(
     align_channels: bool=True,    # match channels by the best score, eq. (6); off at the stem, eq. (7), where Q = C
 ) -> Tensor:                      # aligned scores, `(..., N, P)`, each column from best match to worst
     "Aligned scores of a layer, §4: raises `ValueError` where shapes do not fit and `TypeError` where dtypes differ"
-    _check(weight, second_order)
+    _check_pair(weight, second_order)
     lead, V = weight.shape[:weight.ndim - second_order.ndim + 1], second_order
     W = weight.reshape(lead.numel(), *weight.shape[len(lead):])
     s = _channel_scores(W, V) if align_channels else _stem_scores(W, V)

@@ -28,7 +28,7 @@ NEVER = [
 
 # %% ../nbs/07_datasheet.ipynb #4c2f1a6e
 def _recipe_limits(recipes):
-    "What the models cannot carry because of how they were trained, one sentence each"
+    "Claims that the models cannot support because of how they were trained, one sentence each"
     named = dict.fromkeys(str(recipe['name']) for recipe in recipes if recipe.get('name'))
     names = ', '.join(named) or 'not known'
     limits = [f"Claims about other architectures or recipes: all are {_networks(recipes)}, recipe '{names}'."]
@@ -48,7 +48,7 @@ def _stopped(recipe):
 
 # %% ../nbs/07_datasheet.ipynb #266e3857
 def _data_limits(data, n_tasks, n_planned):
-    "What the models cannot carry because of the images they saw, and how many tasks there are"
+    "Claims that the models cannot support because of their images and the number of tasks"
     limits = []
     if data != 'cifar100':
         saw = f"its models saw CIFAR-100, these saw {data or 'other images'}"
@@ -114,7 +114,7 @@ def _left_by_build(models):
     return _LeftByBuild(name, None if plan.pairs is None else len(plan.pairs), set_aside=aside)
 
 # %% ../nbs/07_datasheet.ipynb #e9e43aa9
-def _spread(values):
+def _summary_statistics(values):
     "Mean, sd, quartiles, smallest and largest; None without values"
     v = pd.Series(values, dtype=float).dropna()
     if v.empty: return None
@@ -128,40 +128,40 @@ def _distinct(values):
     return list(found.values())
 
 # %% ../nbs/07_datasheet.ipynb #d9a758f5
-def _of_model(file, sha256, meta):
+def _model_entry(file, sha256, meta):
     "What the sheet says about one model"
     known = {name: meta.get(name) for name in ('seed', 'val_accuracy', 'train_accuracy')}
     return dict(file=file, task=meta['task'], run=meta.get('run', 0), **known, sha256=sha256)
 
-def _of_task(task, metas, classes):
+def _task_entry(task, metas, classes):
     "What the sheet says about one task"
     ids = metas[0].get('class_ids') or metas[0].get('classes') or []
     names = [classes.get(c, old) for c, old in zip(ids, metas[0].get('classes') or [])]
-    accuracy = _spread([meta.get('val_accuracy') for meta in metas])
+    accuracy = _summary_statistics([meta.get('val_accuracy') for meta in metas])
     return dict(task=task, classes=names, class_ids=ids, models=len(metas), val_accuracy=accuracy)
 
-def _tasks(models, metas, classes):
+def _task_entries(models, metas, classes):
     "What the sheet says about each task"
     of_task = {task: [] for task in models.tasks}
     for meta in metas: of_task[meta['task']].append(meta)
-    return [_of_task(task, of_task[task], classes) for task in models.tasks]
+    return [_task_entry(task, of_task[task], classes) for task in models.tasks]
 
 # %% ../nbs/07_datasheet.ipynb #c9febbe3
-def _recipe(meta):
+def _recipe_entry(meta):
     "A model's recipe, with the epoch after which it was stopped; None if it is not known"
     recipe, epoch = meta.get('recipe'), meta.get('epoch')
     if recipe is None: return None
     if not isinstance(recipe, dict): recipe = dict(name=recipe)
     return recipe | dict(stopped_after=epoch) if epoch else recipe
 
-def _training(metas):
-    "How the models were trained: what differs is listed"
+def _training_facts(metas):
+    "How the models were trained; where they differ, every value is listed"
     known = [checked(meta, _SheetMeta, meta.get('file', 'model')) for meta in metas]
     data = _distinct(meta.get('data') for meta in metas)
     return dict(
         data=data,
         source=[source_of(name) for name in data or [None]],
-        recipes=_distinct(_recipe(meta) for meta in metas),
+        recipes=_distinct(_recipe_entry(meta) for meta in metas),
         precision=_distinct(m.precision for m in known),
         shortcut=_distinct(meta.get('shortcut') for meta in metas),
         build_seeds=_distinct(m.build_seed for m in known),
@@ -183,10 +183,10 @@ def _training_hours(models, metas):
 def _contents(models, metas, classes):
     "Accuracies, tasks and models"
     return dict(
-        val_accuracy=_spread(models.manifest.val_accuracy),
-        train_accuracy=_spread(models.manifest.train_accuracy),
-        tasks=_tasks(models, metas, classes),
-        members=[_of_model(*o) for o in zip(models.manifest.file, models.hashes, metas)],
+        val_accuracy=_summary_statistics(models.manifest.val_accuracy),
+        train_accuracy=_summary_statistics(models.manifest.train_accuracy),
+        tasks=_task_entries(models, metas, classes),
+        members=[_model_entry(*o) for o in zip(models.manifest.file, models.hashes, metas)],
     )
 
 def _about_build(models, metas, left):
@@ -195,7 +195,7 @@ def _about_build(models, metas, left):
         set_aside=[vars(aside) for aside in left.set_aside],
         rejected=models.rejected.to_dict('records') or left.rejected,
         training_hours=_training_hours(models, metas) or left.training_hours,
-        not_for=_limits(_training(metas), len(models.tasks), left.planned_tasks, metas[0].get('lacks')),
+        not_for=_limits(_training_facts(metas), len(models.tasks), left.planned_tasks, metas[0].get('lacks')),
         written=provenance(),
     )
 
@@ -207,14 +207,14 @@ def datasheet(
 ) -> dict:                         # fit for JSON
     "Everything that should be known about a model set before it is used; raises `ValueError` for an empty one"
     if not isinstance(models, ModelSet): models = load_modelset(models)
-    if len(models) == 0: raise ValueError("a model set of 0 models has no datasheet: give one model at least")
+    if len(models) == 0: raise ValueError("a model set of 0 models has no datasheet: give at least one model")
     metas, left = [model.meta for model in models], _left_by_build(models)
     what = dict(
         name=name or left.name or models.path.resolve().stem,
         models=len(models),
         planned_tasks=left.planned_tasks,
     )
-    return what | _training(metas) | _contents(models, metas, classes or {}) | _about_build(models, metas, left)
+    return what | _training_facts(metas) | _contents(models, metas, classes or {}) | _about_build(models, metas, left)
 
 # %% ../nbs/07_datasheet.ipynb #2b4235de
 def markdown_table(
@@ -222,22 +222,22 @@ def markdown_table(
     rows: list,    # cells of each row: text, numbers, or None for an empty one
 ) -> str:
     "A Markdown table; floats have three digits"
-    lines = [list(map(_cell, row)) for row in (header, *rows)]
+    lines = [list(map(_cell_text, row)) for row in (header, *rows)]
     lines.insert(1, ['---']*len(header))
     return '\n'.join(f"| {' | '.join(line)} |" for line in lines)
 
-def _cell(value):
+def _cell_text(value):
     "The text of a table's cell"
     if value is None: return ''
-    return f'{value:.3f}' if isinstance(value, float) else _markdown(value)
+    return f'{value:.3f}' if isinstance(value, float) else _escaped(value)
 
-def _markdown(text):
+def _escaped(text):
     "Text from a file, as Markdown shows it"
     return printable(text).replace('|', '\\|').replace('<', '\\<')
 
 # %% ../nbs/07_datasheet.ipynb #2dd36ab0
 def _what_text(sheet):
-    "How many models and tasks, of how many, and how far they were trained"
+    "How many models and tasks there are, out of how many, and how far they were trained"
     text = f"{pluralise(sheet['models'], 'model')} of {pluralise(len(sheet['tasks']), 'task')}"
     if sheet['planned_tasks']: text += f", of the {sheet['planned_tasks']} in this split of the classes"
     for recipe in sheet['recipes']:
@@ -252,6 +252,7 @@ def _fields_text(dicts):
         texts.append(', '.join(known))
     return '; '.join(texts)
 
+# %% ../nbs/07_datasheet.ipynb #bd52651e
 def _seeds_text(seeds):
     "Where the models' seeds come from"
     if not seeds: return 'not known, or one a model: see the last table'
@@ -317,10 +318,10 @@ def datasheet_text(
     members: bool = True, # with a row for each model?
 ) -> str:                 # Markdown
     "A datasheet, to read"
-    facts = [f'- **{heading}**: {_markdown(text)}' for heading, text in _facts(sheet).items()]
-    limits = [f'- {_markdown(text)}' for text in sheet['not_for']]
+    facts = [f'- **{heading}**: {_escaped(text)}' for heading, text in _facts(sheet).items()]
+    limits = [f'- {_escaped(text)}' for text in sheet['not_for']]
     parts = [
-        f"# {_markdown(sheet['name'])}",
+        f"# {_escaped(sheet['name'])}",
         '\n'.join(facts),
         '## It must not be used for',
         '\n'.join(limits),
@@ -342,7 +343,7 @@ def write_datasheet(
     if not isinstance(models, ModelSet): models = load_modelset(models)
     if folder is None and not models.path.is_dir():
         name = printable(models.path.name)
-        raise ValueError(f"{name} is a packed set: say in which folder its datasheet shall be written")
+        raise ValueError(f"{name} is a packed set: say in which folder to write its datasheet")
     folder, sheet = Path(folder or models.path), datasheet(models, **kwargs)
     write_json(folder/'datasheet.json', sheet)
     write_atomic(folder/'DATASHEET.md', datasheet_text(sheet).encode())

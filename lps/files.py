@@ -403,6 +403,7 @@ def read_marker(
     except (OSError, ValueError): return None
     return record
 
+# %% ../nbs/04_files.ipynb #0cbaae27
 def not_as_marked(
     path: str | Path,          # a model file
     sha256: str | None = None, # of its bytes, if known; None: it is read

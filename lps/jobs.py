@@ -16,7 +16,7 @@ import torch
 # %% ../nbs/08_jobs.ipynb #53cbc165
 @contextlib.contextmanager
 def one_thread():
-    "Torch on one thread, and as it was before afterwards"
+    "Torch on one thread inside the block; the number of threads is restored afterwards"
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     try: yield
@@ -40,7 +40,7 @@ def check_seed(
 def seeded(
     seed: int, # decides what is drawn inside
 ):
-    "Torch's global random state set to a seed, and as it was before afterwards; one thread at a time"
+    "Set torch's global random state to a seed, restored afterwards; one thread at a time"
     check_seed(seed)
     with _random_state, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -138,7 +138,7 @@ def each_done(
     executor: Executor | None = None, # any `concurrent.futures.Executor` to use instead; it is not shut down
     at_once: int | None = None, # units handed over at a time; None: two a process, or 64 for an executor that was given
 ):                    # generator of results
-    "Call `f` with each unit, here or by an executor, and give each result when it is there"
+    "Call `f` with each unit, here or by an executor, and yield each result as it arrives"
     if executor is None and min(workers, n) <= 1:
         for unit in units: yield f(*unit)
         return

@@ -76,23 +76,24 @@ def _replace_modules(net, new):
         setattr(net.get_submodule(parent), leaf, other)
     return net
 
-def _config(net):
+def _resnet_arguments(net):
     "How a `ResNet` was made"
     return dict(depth=net.depth, width=net.width, n_classes=net.fc.out_features, in_channels=net.conv1.in_channels,
                 shortcut=net.shortcut)
 
 # %% ../nbs/11_many.ipynb #9cd3b4e6
 def _check_one_kind(nets):
-    "The architecture that all networks have; raises `ValueError` if there are several, or no network"
+    "The architecture that all networks have; raises `ValueError` if they differ, or if there are none"
     if not nets: raise ValueError("0 networks to fuse: at least 1 is needed")
-    first = _config(nets[0])
+    first = _resnet_arguments(nets[0])
     for i, net in enumerate(nets):
-        if _config(net) == first: continue
-        raise ValueError(f"network {i} is {_config(net)}, network 0 is {first}: fuse only networks of one architecture")
+        if _resnet_arguments(net) == first: continue
+        differ = f"network {i} is {_resnet_arguments(net)}, network 0 is {first}"
+        raise ValueError(f"{differ}: fuse only networks of one architecture")
     return first
 
 def _fused_state(blank, nets):
-    "The tensors of networks one behind the other, in the shapes of `blank`"
+    "The tensors of all networks one after the other, in the shapes of `blank`"
     states, fused = [n.state_dict() for n in nets], {}
     for name, v in blank.state_dict().items():
         fused[name] = torch.cat([state[name].reshape(-1, *v.shape[1:]) for state in states])
@@ -139,7 +140,7 @@ def unfuse(self: FusedModels) -> list: # M `ResNet`s on the CPU, in evaluation m
 
 # %% ../nbs/11_many.ipynb #a6768446
 class SummedLoss:
-    "Sum over models of the mean cross-entropy of each; those that have diverged count nothing"
+    "Sum over models of the mean cross-entropy of each; those that have diverged do not count"
     def __init__(self,
         model: FusedModels, # knows who has diverged
     ): self.model = model
@@ -251,6 +252,7 @@ def _check_generators(generators, n):
     if len(generators) == n: return
     raise ValueError(f"{n} models, but {len(generators)} generators: give each model its own")
 
+# %% ../nbs/11_many.ipynb #da9d342c
 class MultiLoader:
     "For each of M models the batches that its own `BatchLoader` would give, stacked, made on the device"
     def __init__(self,
@@ -298,7 +300,7 @@ def batch(self: MultiLoader,
     dx: Tensor,       # left edge, same shape
     mirrored: Tensor, # 1: from right to left, same shape
 ) -> tuple:           # images float32 `(n, M, C, H, W)`, channels last in memory, and labels `(n, M)`
-    "Gather, crop, mirror and normalise a batch of each model"
+    "Gather, crop, mirror and normalise one batch for each model"
     h, w = (torch.arange(s, device=self.device)[:, None] for s in self.size)
     rows, cols = dy[:, None] + h, dx[:, None] + torch.where(mirrored[:, None] > 0, len(w) - 1 - w, w)
     pixels = self.images[i[:, None, None], rows[:, :, None], cols[:, None]]
@@ -318,11 +320,12 @@ class DeviceAutocast(Autocast):
         device = self.model.diverged_at.device.type
         self.ctx.enter_context(torch.autocast(device, dtype=torch.bfloat16))
 
+# %% ../nbs/11_many.ipynb #65edd62f
 @contextlib.contextmanager
 def cuda_math(
     tf32: bool = False, # may products of float32 be rounded to TF32?
 ):
-    "cuDNN chooses kernels by trying them, and float32 is float32; as it was before afterwards"
+    "cuDNN chooses kernels by trying them, and float32 is not rounded to TF32; settings are restored afterwards"
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=tf32):
@@ -348,7 +351,7 @@ def many_learner(
 @torch.no_grad()
 def accuracies(
     model: FusedModels, # networks, on their device
-    tasks: list,        # for each model images and labels; they may be of different number
+    tasks: list,        # for each model images and labels; their number may differ
     stats: tuple | list, # mean and standard deviation of each channel; a list: of each model
 ) -> list:              # for each model the fraction of its images that it gets right, in float32
     "How many of its images each network gets right"
@@ -363,9 +366,11 @@ def accuracies(
         hits = hits + (model(xb).argmax(2) == yb).sum(0)
     return [h/len(y) for h, (_, y) in zip(hits.tolist(), tasks)]
 
+# %% ../nbs/11_many.ipynb #574582ce
 def _results(model, tasks, stats, **noted):
     "For each model the network and what is known about it, or why there is none"
-    val, train = (accuracies(model, [t[i] for t in tasks], stats) for i in (1, 0))
+    train = accuracies(model, [t for t, _ in tasks], stats)
+    val = accuracies(model, [v for _, v in tasks], stats)
     why, results = model.diverged(), []
     for m, net in enumerate(model.unfuse()):
         metrics = dict(val_accuracy=val[m], train_accuracy=train[m]) | noted
@@ -383,11 +388,11 @@ def _check_models(tasks, seeds, keep, kept):
     _check_tasks([t for t, _ in tasks])
     for m, (_, valid) in enumerate(tasks): check_task(*valid, f"validation set of model {m}")
 
-def _precise(recipe, device):
+def _with_precision(recipe, device):
     "The recipe with the precision that it stands for on a device"
     return replace(recipe, precision=device_precision(device)) if recipe.precision == 'auto' else recipe
 
-def _begin(trains, recipe, seeds, stats, device):
+def _fresh_networks(trains, recipe, seeds, stats, device):
     "Fresh networks as one, their batches, and the generators of those"
     generators = [torch.Generator().manual_seed(s) for s in seeds]
     dl = MultiLoader(trains, recipe, stats, generators, device)
@@ -410,11 +415,11 @@ def train_models(
 ) -> list:            # for each model `(ResNet, metrics)` as from `train_model`, or the `Diverged` that ended it
     "Train many networks at the same time, each as `train_model` would; all need as many training images"
     start, device = time.perf_counter(), check_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    recipe = _precise(get_recipe(recipe), device)
+    recipe = _with_precision(get_recipe(recipe), device)
     _check_models(tasks, seeds, keep, kept)
     trains = [t for t, _ in tasks]
     if stats is None: stats = [channel_stats(ImageSet(*xy, ['0', '1'], 'train')) for xy in trains]
-    model, dl, generators = _begin(trains, recipe, seeds, stats, device)
+    model, dl, generators = _fresh_networks(trains, recipe, seeds, stats, device)
     def results():
         seconds = round((time.perf_counter() - start)/len(tasks), 2)
         return _results(model, tasks, stats, precision=recipe.precision, seconds=seconds)

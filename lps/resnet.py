@@ -32,11 +32,13 @@ class PadShortcut(nn.Module):
 
 # %% ../nbs/00_resnet.ipynb #70ad3158
 def _shortcut(c_in, c_out, stride, kind):
+    "The shortcut of a block, None where it is the identity"
     if c_in == c_out and stride == 1: return None
     if kind != 'conv': return PadShortcut(c_out - c_in, stride, kind)
     return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
 def _stage(c_in, c_out, n, stride, kind):
+    "n blocks, the first of which changes size and channels"
     first = BasicBlock(c_in, c_out, stride, _shortcut(c_in, c_out, stride, kind))
     return nn.Sequential(first, *[BasicBlock(c_out, c_out) for _ in range(n - 1)])
 
@@ -78,6 +80,7 @@ class ResNet(nn.Module):
         self,
         x: Tensor,  # images, `(B, in_channels, H, W)`
     ) -> Tensor:    # logits, `(B, n_classes)`
+        "The network's answer to a batch"
         x = self.layer3(self.layer2(self.layer1(self.relu(self.bn1(self.conv1(x))))))
         return self.fc(x.mean((2, 3)))
 

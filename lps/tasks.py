@@ -32,7 +32,7 @@ class ImageSet:
     classes: list       # name of each class
     name: str           # name of the data set
     rejected: dict = field(default_factory=dict) # files that could not be read, with the reason
-    converted: dict = field(default_factory=dict) # what was done to images not in 8-bit RGB, with their number
+    converted: dict = field(default_factory=dict) # how images that were not 8-bit RGB were converted, with their number
 
     def __post_init__(self):
         images, n = self.images, len(self.labels)
@@ -64,16 +64,17 @@ def lps_home() -> Path: # `$LPS_HOME`, or `~/.cache/lps`
     return Path(os.environ.get('LPS_HOME') or Path.home()/'.cache'/'lps').expanduser()
 
 def _no_cifar100(folder, why):
-    "What to say where CIFAR-100 is not, and cannot be had"
+    "The error where CIFAR-100 is missing and cannot be downloaded"
     cure = (
         f"On a machine with a network, get {CIFAR100.filename} and unpack it so that {folder/'train'} exists, or set"
         f" LPS_HOME to a folder that has data/{CIFAR100.base_folder}; or use images='digits', which needs no download."
     )
     return FileNotFoundError(f"no CIFAR-100 in {folder}, and {why}. {cure}")
 
+# %% ../nbs/03_tasks.ipynb #dfb6004c
 @contextlib.contextmanager
 def _quiet():
-    "Nothing printed meanwhile"
+    "Suppress all printing"
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()): yield
 
 def _cifar100(split, root=None, download=True, **kwargs):
@@ -147,7 +148,7 @@ def _split_folder(root, split):
         if (root/name).is_dir(): return root/name
     wanted = ' or '.join(f'{name}/' for name in names)
     raise FileNotFoundError(
-        f"{_plain(root)} has no {wanted} folder: an image folder needs train/CLASS/… and val/CLASS/… (or test/CLASS/…)"
+        f"{_shown(root)} has no {wanted} folder: an image folder needs train/CLASS/… and val/CLASS/… (or test/CLASS/…)"
     )
 
 def _class_folders(folder):
@@ -162,7 +163,7 @@ def _check_same(classes, others, both):
     "Raises `ValueError` for class folders that are only in one of two splits"
     odd = sorted(set(classes) ^ set(others))
     if not odd: return
-    raise ValueError(_plain(f"{both} do not hold the same classes: {', '.join(odd[:5])} is only in one of them"))
+    raise ValueError(_shown(f"{both} do not hold the same classes: {', '.join(odd[:5])} is only in one of them"))
 
 # %% ../nbs/03_tasks.ipynb #206983a6
 def _image_files(root, split):
@@ -171,27 +172,27 @@ def _image_files(root, split):
     _check_same(classes, _class_folders(here), f"{here} and {root/'train'}")
     files = []
     for number, name in enumerate(classes): files += [(f, number) for f in _images_below(here/name)]
-    if not files: raise FileNotFoundError(f"no images under {_plain(here)}")
+    if not files: raise FileNotFoundError(f"no images under {_shown(here)}")
     return classes, files
 
 # %% ../nbs/03_tasks.ipynb #e2546a78
 def _other_files(root, split):
-    "Files in the class folders whose names are none of an image's, with the reason; hidden ones do not count"
+    "Files in the class folders without the suffix of an image, with the reason; hidden ones do not count"
     here, other = _split_folder(root, split), {}
     for f in sorted(here.rglob('*')):
         if f.suffix.lower() in _suffixes or f.name.startswith('.') or f.parent == here or not f.is_file(): continue
         other[str(f)] = f"suffix '{f.suffix}' is not that of an image"
     return other
 
-def _plain(text):
+def _shown(text):
     "Text without control characters: names of files may hold any"
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
 
 # %% ../nbs/03_tasks.ipynb #16490337
-def _warn(bad, n_files, converted):
-    "One warning for what was left out, one for what was converted"
+def _warn_left_out(bad, n_files, converted):
+    "One warning about the files left out, one about those converted"
     if bad:
-        named = '; '.join(_plain(f"{file} ({reason})") for file, reason in list(bad.items())[:5])
+        named = '; '.join(_shown(f"{file} ({reason})") for file, reason in list(bad.items())[:5])
         more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ''
         warnings.warn(f"{len(bad)} of {n_files} images left out: {named}{more}", stacklevel=4)
     if converted:
@@ -203,7 +204,7 @@ def _check_classes(split, classes, labels):
     for number, name in enumerate(classes):
         if number not in labels:
             raise ValueError(
-                f"class '{_plain(name)}' has no readable image in {split}: add some, or take its folder away"
+                f"class '{_shown(name)}' has no readable image in {split}: add some, or take its folder away"
             )
 
 # %% ../nbs/03_tasks.ipynb #d7c1840e
@@ -213,14 +214,14 @@ def _check_sizes(good):
     for file, _, im, _ in good:
         if im.shape == im0.shape: continue
         sizes = (
-            f"{_plain(file)} is {im.shape[1]}×{im.shape[0]} pixels, {_plain(first.name)} is"
+            f"{_shown(file)} is {im.shape[1]}×{im.shape[0]} pixels, {_shown(first.name)} is"
             f" {im0.shape[1]}×{im0.shape[0]}"
         )
         raise ValueError(f"{sizes}: bring all to one size with size= (--size on the command line)")
 
 # %% ../nbs/03_tasks.ipynb #f488f9ec
 def _read_all(files, size):
-    "Of `(file, class number)`, those that can be read with their pixels and what was done to them; why not, by file"
+    "Readable ones of `(file, class number)`, with pixels and conversion; for the others the reason, by file"
     with ThreadPoolExecutor(max_workers=4) as ex: read = list(ex.map(lambda file: _read_image(file[0], size), files))
     good, bad = [], {}
     for (file, number), found in zip(files, read):
@@ -228,17 +229,18 @@ def _read_all(files, size):
         else: good.append((file, number, *found))
     return good, bad
 
-def _folder(root, split, size=None):
+def _load_folder(root, split, size=None):
     "All readable images of an `ImageFolder` tree; the others are named in one warning"
     (classes, files), other = _image_files(root, split), _other_files(root, split)
     good, bad = _read_all(files, size)
-    if not good: raise ValueError(f"none of {len(files)} images under {_plain(root)} can be read")
+    if not good: raise ValueError(f"none of {len(files)} images under {_shown(root)} can be read")
     left_out, converted = bad | other, dict(Counter(done for _, _, _, done in good if done))
-    _warn(left_out, len(files) + len(other), converted)
+    _warn_left_out(left_out, len(files) + len(other), converted)
     images, labels = _stacked(good)
     _check_classes(split, classes, labels)
     return ImageSet(images, labels, classes, root.resolve().name, left_out, converted)
 
+# %% ../nbs/03_tasks.ipynb #a5e10fd4
 def _stacked(good):
     "The images that could be read and their labels, as tensors"
     _check_sizes(good)
@@ -259,16 +261,16 @@ DATASETS = {}
 def register_dataset(
     dataset: DataSet,  # the new entry; one of the same name is replaced
 ):
-    "Make a data set known"
+    "Add a data set to the registry"
     DATASETS[dataset.name] = dataset
 
 def source_of(
-    name: str|None,  # a data set's name; None: nobody said
+    name: str|None,  # a data set's name; None: not known
 ) -> str:
     "What is known about images and their terms"
     if name in DATASETS: return DATASETS[name].source
     return (
-        f"{_plain(name or 'not named')}: this project does not know them or their terms; whoever passes the models on"
+        f"{_shown(name or 'not named')}: this project does not know them or their terms; whoever passes the models on"
         " has to say"
     )
 
@@ -276,7 +278,7 @@ def source_of(
 def _tinyimagenet32(split, root=None, size=None, **kwargs):
     "TinyImageNet32 from an image folder"
     folder = Path(root) if root else lps_home()/'data'/'tinyimagenet32'
-    if folder.is_dir(): return _folder(folder, split, size)
+    if folder.is_dir(): return _load_folder(folder, split, size)
     raise FileNotFoundError(
         f"no TinyImageNet32 in {folder}: put its train/ and val/ folders there, or give another folder"
     )
@@ -335,28 +337,28 @@ def load_images(
     _check_side(size)
     if str(name) in DATASETS: return _load_known(str(name), split, root=root, size=size, download=download)
     folder = Path(os.path.expanduser(name))
-    if folder.is_dir() and str(name).strip(): return _folder(folder, split, size)
+    if folder.is_dir() and str(name).strip(): return _load_folder(folder, split, size)
     raise _unknown_images(name, folder)
 
 def _check_side(size):
-    "Raises `ValueError` for anything but a number of pixels, or None"
+    "Raises `ValueError` unless the size is a number of pixels or None"
     if size is not None and (not isinstance(size, int) or size < 1):
         raise ValueError(f"size is {size!r}: give a side of 1 or more pixels, or None")
 
 # %% ../nbs/03_tasks.ipynb #9f9c13e3
 def _unknown_images(name, folder):
-    "What to say of images that nobody knows"
+    "The error for an unknown name"
     if not str(name).strip(): return ValueError("the name of the images is empty: give a data set's name or a folder")
     known = ', '.join(f"'{dataset}'" for dataset in DATASETS)
-    others = f"any folder with train/ and val/ (there is no folder {_plain(folder)})"
-    return ValueError(f"unknown images '{_plain(name)}': known are {known}, and {others}")
+    others = f"any folder with train/ and val/ (there is no folder {_shown(folder)})"
+    return ValueError(f"unknown images '{_shown(name)}': known are {known}, and {others}")
 
 # %% ../nbs/03_tasks.ipynb #4c166e81
 def check_splits(
     train: ImageSet,  # images to learn from
     test: ImageSet,   # images to validate with
 ):
-    "Raises `ValueError` for two splits that do not belong together: other classes, or images of another size"
+    "Raises `ValueError` for two splits that do not belong together: their classes or the size of their images differ"
     if list(train.classes) != list(test.classes):
         raise ValueError(
             f"train has the classes {train.classes[:4]} …, test {test.classes[:4]} …: both need the same, in one order"
@@ -390,11 +392,11 @@ def task_images(
     a, b = pair
     if a == b or not all(0 <= c < len(images.classes) for c in pair):
         raise ValueError(
-            f"pair {tuple(pair)} is not two different classes of the {len(images.classes)} in '{_plain(images.name)}'"
+            f"pair {tuple(pair)} is not two different classes of the {len(images.classes)} in '{_shown(images.name)}'"
         )
     for c in pair:
         if not (images.labels == c).any():
-            raise ValueError(f"no image of the class {_plain(images.classes[c])} in '{_plain(images.name)}'")
+            raise ValueError(f"no image of the class {_shown(images.classes[c])} in '{_shown(images.name)}'")
     idx = ((images.labels == a) | (images.labels == b)).nonzero().squeeze(1)
     return images.images[idx], (images.labels[idx] == b).long()
 
@@ -415,7 +417,7 @@ def channel_stats(
     values, shares = torch.arange(256, dtype=torch.float64)/255, _shares_of_values(images)
     for number, share in enumerate(shares):
         if share.max() < 1: continue
-        constant = f"channel {number} of '{_plain(images.name)}' is {share.argmax()} in every pixel"
+        constant = f"channel {number} of '{_shown(images.name)}' is {share.argmax()} in every pixel"
         raise ValueError(f"{constant}: it cannot be normalised, leave it out")
     mean = shares @ values
     return mean.float(), ((shares @ values**2) - mean**2).clamp_min(0).sqrt().float()

@@ -155,6 +155,7 @@ def best_precision() -> str: # 'bfloat16' or 'float32'
     has = [getattr(torch.cpu, f'_is_{n}_supported', lambda: False) for n in ('avx512_bf16', 'amx_tile')]
     return 'bfloat16' if any(f() for f in has) else 'float32'
 
+# %% ../nbs/10_train.ipynb #c81a89f1
 class Autocast(Callback):
     "Forward pass in bfloat16, loss in float32"
     def before_fit(self): self.ctx = contextlib.ExitStack()
@@ -166,7 +167,7 @@ class Autocast(Callback):
 
 # %% ../nbs/10_train.ipynb #3e1c3c83
 class Diverged(RuntimeError):
-    "Training left the finite numbers"
+    "A loss, weight or statistic is no longer finite"
 
 class StopIfDiverged(Callback):
     "Raise `Diverged` at the first loss that is not finite, and after an epoch that left such a weight or statistic"
@@ -241,7 +242,7 @@ def fit_silently(
     epochs: int,    # passes over its data
     start: int = 0, # epochs that are done already
 ):
-    "Fit; raises `Diverged` and `OSError` in their own words, without fastai's around them"
+    "Fit; raises `Diverged` and `OSError` with their own messages, without the text that fastai adds"
     try: learn.fit(epochs, start_epoch=start)
     except Diverged as e: raise Diverged(str(e).split('\n\t')[-1]) from None
     except OSError as e: raise OSError(e.errno, e.strerror) if e.errno else e from None
@@ -255,7 +256,7 @@ def _training_state(learn, generators):
     return state
 
 class Checkpoint(Callback):
-    "Every few epochs, and where a training run stops before its recipe's end, write what the next epoch depends on"
+    "Write what the next epoch depends on, every few epochs and when a run stops before its recipe's end"
     order = 95
     def __init__(self,
         path,       # file to write
@@ -304,7 +305,7 @@ def resume(
     about: dict,      # what the training run is: a checkpoint about anything else is left alone
     until: int | None = None, # where it is to stop; a checkpoint beyond that raises `ValueError`
 ) -> int:             # epochs that are done; 0: no checkpoint of this training run is there
-    "Take a training run up where its last checkpoint left it"
+    "Resume a training run from its last checkpoint"
     state, epoch = _read_checkpoint(path, about, _expected_shapes(learn, generators))
     if not epoch: return 0
     if until and epoch > until:
@@ -365,7 +366,7 @@ def train_model(
     every: int = 10,              # epochs from one checkpoint to the next
     until: int | None = None,     # stop after so many epochs, with the recipe's schedule; None: at the recipe's end
 ) -> tuple[ResNet, dict]:         # the network in evaluation mode; val_accuracy, train_accuracy, precision, seconds
-    "Train one network on one task; raises `Diverged` if the loss or a weight leaves the finite numbers"
+    "Train one network on one task; raises `Diverged` if the loss or a weight is no longer finite"
     recipe, start = get_recipe(recipe), time.perf_counter()
     if recipe.precision == 'auto': recipe = replace(recipe, precision=best_precision())
     check_task(*train, 'train')

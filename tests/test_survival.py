@@ -450,13 +450,13 @@ def test_interrupted_unit_of_many_goes_on_as_it_was(tmp_path, monkeypatch, writt
     class Begun(Callback):
         def before_train(self): begun.append((self.model.M, self.epoch))
     def cut(*a, **kw): return real(*a, **kw, cbs=[Begun(), *([] if written else [CutOff(4)])])
-    finish = zoo._Unit.finish
+    finish = zoo._Unit._finish
     def failing(self, place, *a):
         if len(list(place.folder.glob('complete/*'))) == written: raise KeyboardInterrupt
         return finish(self, place, *a)
     with monkeypatch.context() as mp:
         mp.setattr(zoo, 'train_models', cut)
-        mp.setattr(zoo._Unit, 'finish', failing)
+        mp.setattr(zoo._Unit, '_finish', failing)
         with pytest.raises(KeyboardInterrupt): build(tmp_path/'cut', equal_tasks(), TINY, **MANY)
     before, begun[:] = finished(tmp_path/'cut'), []
     assert len(before) == written
