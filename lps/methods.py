@@ -34,6 +34,7 @@ class Method:
     restore: Callable  # `(config, tensors)` → fitted method, from a file
     knows: tuple = ()  # what else `fit` is told of the models, as settings: 'stem', 'shapes'
 
+# %% ../nbs/15_methods.ipynb #0c1a863c
 METHODS = {}
 
 def register_method(
