@@ -15,7 +15,7 @@ import numpy as np
 
 from .evaluate import random_row
 from .methods import METHODS, method_title
-from .plots import VARIANTS, chance_percent, percent
+from .plots import ALIGNMENTS, chance_percent, percent
 from .records import runs_of
 from .transfer import finding
 
@@ -78,6 +78,7 @@ def share_of_way(
     "How much of the way from chance to 100 % is covered"
     return (np.asarray(percent) - chance)/(100 - chance)
 
+# %% ../nbs/26_claims.ipynb #7acfb5c8
 def reaches(
     values: np.ndarray,  # percentages, one a split
     chance: float,       # theirs
@@ -118,6 +119,7 @@ class Claim:
     number: str      # the one number for the overview
     of: str          # what that number is
 
+# %% ../nbs/26_claims.ipynb #9786971b
 def mean_sd(
     values: np.ndarray, # percentages, one a split
 ) -> str:
@@ -158,6 +160,7 @@ class TableValues:
     def strongest(self): # percentages of the baseline with the highest mean
         return max(self.baselines.values(), key=np.mean)
 
+# %% ../nbs/26_claims.ipynb #ad598c3e
 def table_values(
     record: dict,   # a result file of Table 1 or 2
     measure: str,   # 'top-1' or 'rank-1'
@@ -185,6 +188,7 @@ def _weak_without(v, paper):
         of='mean of the baselines',
     )
 
+# %% ../nbs/26_claims.ipynb #5c478ce7
 def _better_with(v, paper):
     "The claim of alignment"
     said = paper['found']
@@ -259,6 +263,7 @@ def _branches_at_chance(v, chance, paper, learned):
         of='mean − chance, points',
     )
 
+# %% ../nbs/26_claims.ipynb #57a19824
 def branch_claims(
     record: dict, # a result file of the experiment on branches
     paper: dict,  # `PAPER` of it
@@ -290,7 +295,7 @@ def alignment_claims(
 ) -> list:        # two `Claim`s
     "What each half of the alignment is worth"
     runs, layers, chance, v = runs_of(record), record['settings']['layers'], chance_percent(record), {}
-    for variant in VARIANTS: v[variant] = np.mean([percent(runs, f'{variant}/{l}') for l in layers], 0)
+    for variant in ALIGNMENTS: v[variant] = np.mean([percent(runs, f'{variant}/{l}') for l in layers], 0)
     filters = _half_matters(v, 'filters', 'channels only', chance)
     return [filters, _half_matters(v, 'channels', 'filters only', chance)]
 

@@ -28,6 +28,7 @@ zoo = typer.Typer(help="Build a model set, or take one in from elsewhere.", no_a
 app.add_typer(zoo, name='zoo')
 console = Console(highlight=False, markup=False)
 
+# %% ../nbs/31_cli.ipynb #75a2881a
 def _cell(value):
     "A table's cell as text"
     from lps.files import printable
@@ -89,6 +90,7 @@ def _replaceable(file, ours, what):
     if not written_here:
         raise ValueError(f"{file} is there already and is not {what}: choose another --out, or move it away")
 
+# %% ../nbs/31_cli.ipynb #91d380c8
 def _is_fitted(file):
     "Did `lps fit` write this file?"
     from lps.methods import load_fitted
@@ -176,6 +178,7 @@ def _name_map(names):
     if isinstance(read, list): _check_patterns(names, read)
     return read
 
+# %% ../nbs/31_cli.ipynb #81b5cc22
 def _check_pairs(names, pairs):
     "Raises `ValueError` unless these are pairs of texts"
     if isinstance(pairs, list) and all(map(_is_pair, pairs)): return
@@ -325,6 +328,7 @@ def _show_answers(near, tasks, k):
         "Closest tasks, by the mean similarity of their models",
     )
 
+# %% ../nbs/31_cli.ipynb #b467f153
 @app.command(epilog="Example: lps query runs/digits-net.safetensors runs/digits runs/digits/task00_run0.safetensors")
 def query(
     net: Annotated[str, typer.Argument(help="A fitted method, from lps fit; or bundled: the one that comes with lps")],
@@ -360,6 +364,7 @@ def _demo_digits(out, settings, executor):
     _tell_part(part, out)
     return part
 
+# %% ../nbs/31_cli.ipynb #9374f15e
 def _write_demo(out, parts):
     "The result file and the report of the demo; gives the report's path"
     from lps.demo import report_section

@@ -56,6 +56,7 @@ def curve_splits(
         splits.append(_train_and_test(chosen, n_train, n_test))
     return splits
 
+# %% ../nbs/24_curves.ipynb #d2231e78
 def _train_and_test(chosen, n_train, n_test):
     "Of each task's models the first to learn from, the last to classify"
     train, test = [numbers[:n_train] for numbers in chosen], [numbers[-n_test:] for numbers in chosen]

@@ -37,6 +37,7 @@ class DemoSettings:
         "Settings of every fit"
         return dict(epochs=self.epochs, milestones=(self.epochs*2//5, self.epochs*4//5), folded=False)
 
+# %% ../nbs/30_demo.ipynb #7eb14def
 @dataclass
 class DemoPart:
     "What the demo found on one model set"
@@ -107,6 +108,7 @@ def _demo_tables(name, runs, n_right, splits, ks):
     captions = [CAPTIONS[key].format(**texts) for key in ('table1', 'table2')]
     return [(t, f"{title}: % over {splits} splits", caption) for t, title, caption in zip(tables, titles, captions)]
 
+# %% ../nbs/30_demo.ipynb #cf2903dc
 def _demo_record(models, runs, n_right, settings):
     "What the result file says"
     about = dict(seed=settings.seed, n_splits=settings.splits, layers=[models.stem], **settings.fit)

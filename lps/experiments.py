@@ -328,6 +328,7 @@ def entry_html(
         spans.append(f'<span style="{style}">{html.escape(printable(entry))}</span>')
     return '<br>'.join(spans)
 
+# %% ../nbs/27_experiments.ipynb #dd278c24
 def verdict_html(
     verdict: str, # a value of `Verdict`
 ) -> str:
@@ -357,6 +358,7 @@ def show_result(
     words = in_words(path, record)
     if words: display(Markdown(words))
 
+# %% ../nbs/27_experiments.ipynb #2d7aaf63
 def show_results(
     kind: str,                          # of a registered experiment
     folder: str|Path='../../results',   # folder with result files
@@ -399,6 +401,7 @@ def grid_entries(
             entries.append([*grid_row(experiment, claim), name, grid_entry(experiment, claim, record)])
     return pd.DataFrame(entries, columns=[*GRID_ROWS, 'model set', 'entry'])
 
+# %% ../nbs/27_experiments.ipynb #6a41d24f
 def overview(
     folder: str|Path, # folder with result files
 ) -> pd.DataFrame:    # text; rows: where, the paper says, number; one column a model set
@@ -424,6 +427,7 @@ def row_html(
     "A row of the grid"
     return '<tr>' + ''.join(f'<td style="{CELL_STYLE}">{cell}</td>' for cell in cells) + '</tr>'
 
+# %% ../nbs/27_experiments.ipynb #da635a1f
 def show_overview(
     folder: str|Path, # folder with result files
 ) -> HTML:            # table with its legend; a wide one scrolls

@@ -37,6 +37,7 @@ class Method:
     knows: tuple = ()  # what else `fit` is told of the models, as settings: 'stem', 'shapes'
     observe: Callable|None = None # `(weights, **settings)` → what `fit` and `embed` get in place of the weights
 
+# %% ../nbs/15_methods.ipynb #0c1a863c
 METHODS = {}
 
 def register_method(

@@ -176,6 +176,7 @@ def _holds(settings, wanted):
     wanted = json.loads(json.dumps(wanted))
     return settings | wanted == settings
 
+# %% ../nbs/22_records.ipynb #1e39af7a
 def is_current(
     record: dict, # from a result file
 ) -> bool:        # False too where the record carries no hash
@@ -184,6 +185,7 @@ def is_current(
     if not sources: return False
     return source_hash(*sources['modules']) == sources['sha256']
 
+# %% ../nbs/22_records.ipynb #8eaf1c6a
 def find_record(
     path: str|Path,    # a result file, which need not exist; a folder raises `ValueError`
     models: ModelSet,  # the models that it must be about

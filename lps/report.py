@@ -173,6 +173,7 @@ def _block(item, dpi):
     cure = "give text, a DataFrame, a figure, or (table or figure, caption)"
     raise TypeError(f"{type(thing).__name__} cannot stand in a report: {cure}")
 
+# %% ../nbs/29_report.ipynb #b8701c8e
 def _footer():
     "Versions, machine, commit and time in one line"
     p = provenance()

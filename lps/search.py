@@ -137,6 +137,7 @@ def _by_task(found):
     tasks = tasks.sort_values('similarity', ascending=False, kind='stable').reset_index()
     return tasks.set_index(pd.RangeIndex(1, len(tasks) + 1, name='rank'))
 
+# %% ../nbs/28_search.ipynb #d4a4ae49
 @patch
 def tasks(self: ModelIndex,
     model,                 # a ModelSet, a TrainedModel, or a file
@@ -180,6 +181,7 @@ class _Columns:
     val_accuracy: list[float | None]
     train_accuracy: list[float | None] | None = None
 
+# %% ../nbs/28_search.ipynb #39bfd858
 def _index_parts(tensors, meta, name):
     "Header and embeddings of an index; raises `ValueError` with the field for a file that holds none"
     if 'index' not in meta: raise ValueError(printable(f"{name} holds no index: its metadata has {', '.join(meta)}"))

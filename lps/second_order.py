@@ -129,6 +129,7 @@ def _branch(self: SecondOrderNet, layer, **kwargs):
     if layer == self.config['stem']: switches |= dict(align_channels=False, n_channels=None)
     return Branch(self.config['shapes'][layer], len(self.tasks), **switches)
 
+# %% ../nbs/14_second_order.ipynb #b3a35544
 @patch(as_prop=True)
 def layers(self: SecondOrderNet) -> list: # names
     "The layers with a branch"
@@ -209,6 +210,7 @@ def _sgd(params, velocities, lr, momentum):
         p.add_(v, alpha=-lr)
         p.grad = None
 
+# %% ../nbs/14_second_order.ipynb #e352cab6
 class SmallSteps(Callback):
     "Take a batch as minibatches of `bs` models, one step of SGD each"
     def __init__(self,
@@ -412,6 +414,7 @@ class NetConfig:
     align_channels: bool = True
     recipe: dict | None = None
 
+# %% ../nbs/14_second_order.ipynb #0313e43b
 def _blank_net(config):
     "A second-order network without memory, on meta, as a file describes it"
     checked(config, NetConfig, 'second_order')

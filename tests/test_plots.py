@@ -11,7 +11,7 @@ from matplotlib.text import Text
 
 from lps.methods import METHODS, Method, method_title, register_method
 from lps.plots import (
-    VARIANTS,
+    ALIGNMENTS,
     alignment_table,
     plot_alignment,
     plot_branches,
@@ -47,7 +47,7 @@ def unseen(n_tasks=3, n_models=4):
 
 RECORDS = {
     plot_branches: record(["conv1", "layer1"]),
-    plot_alignment: record([f"{variant}/{layer}" for variant in VARIANTS for layer in ("conv1", "layer1")]),
+    plot_alignment: record([f"{variant}/{layer}" for variant in ALIGNMENTS for layer in ("conv1", "layer1")]),
     plot_fusion: record(["oracle: best branch", "mean"], alpha=[[.5, .5], [.4, .6]]),
     plot_triplet: record(["triplet"], ["rank-1", "rank-2"], classification=dict(runs={"triplet": {"top-1": [.4, .6]}})),
     record_figures: record(["lps"], unseen=unseen()),

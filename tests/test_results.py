@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 from lps.claims import at_chance, reaches, stays_below, verdict
 from lps.experiments import (EXPERIMENTS, caption, claims_of, claims_table, in_words, kind_of, overview, result_files,
                              same_networks)
-from lps.plots import VARIANTS
+from lps.plots import ALIGNMENTS
 
 PAGE = json.loads((ROOT/"nbs/results.ipynb").read_text(encoding="utf-8"))
 FILES = result_files(ROOT/"results")
@@ -119,7 +119,7 @@ def made_up(kind, layers=19, tasks=10, splits=3):
     methods = METHODS_OF.get(kind, names)
     if kind == "alignment":
         methods = []
-        for variant in VARIANTS: methods += [f"{variant}/{l}" for l in names[1:]]
+        for variant in ALIGNMENTS: methods += [f"{variant}/{l}" for l in names[1:]]
     top = {f"top-{k}": np.minimum(1, rng.uniform(.1, .2, splits)*k).tolist() for k in range(1, tasks + 1)}
     how = dict(name="made up", n_splits=splits, seed=0, epochs=1, n_filters=1, momentum=.9, folded=False)
     record = dict(
