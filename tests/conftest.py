@@ -1,7 +1,11 @@
 """What the tests share: a copy of the repository to write in, options for what is slow, and how much is fuzzed"""
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -33,7 +37,35 @@ def pytest_report_header(config):
     return f"fuzzing: {EXAMPLES} examples a property, --hypothesis-seed={config.option.hypothesis_seed}"
 
 
+# What shares something that is slow to make stays in one process; what is long starts first, so that the processes of a
+# run end together. Parts of names, the longest first
+TOGETHER = dict(site="test_site.py", cluster="test_cluster.py", experiments="test_experiment_runs_small")
+LONG = [
+    "test_demo_from_start_to_end", "tutorials/quickstart", "test_experiment_runs_small", "test_cluster.py",
+    "test_one_command_runs", "test_site.py", "test_fifty_kills", "tutorials/your_models", "test_ctrl_c_keeps",
+    "test_demo_without", "test_kernels_stay", "test_library_notebook",
+]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "Groups by name and in order: those of `xdist_group` get lost between xdist 3.8 and pytest 9.2"
+    if config.option.dist != "loadgroup": return None
+    from xdist.scheduler import LoadScopeScheduling
+    class InOrder(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return next((group for group, name in TOGETHER.items() if name in nodeid), nodeid)
+    config.option.loadscopereorder = False
+    return InOrder(config, log)
+
+
+def length_rank(item) -> int:
+    "The place of a test among the long ones, and that of all others"
+    return next((i for i, name in enumerate(LONG) if name in item.nodeid), len(LONG))
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=length_rank)
     if config.getoption("--slow"): return
     skip = pytest.mark.skip(reason="slow: run with --slow")
     for item in items:
@@ -54,6 +86,25 @@ def copy_of_repo(dest: Path) -> Path:
 def workdir(tmp_path_factory) -> Path:
     "A copy of the repository that notebooks run in, so that nothing they write lands in the tree"
     return copy_of_repo(tmp_path_factory.mktemp("notebooks")/"lps")
+
+
+@pytest.fixture(scope="session")
+def warm_kernels(tmp_path_factory):
+    """The kernels that notebooks ask for, here and in processes started from here, are forks of one server that has
+    imported everything. Where there is no fork, they are started as ever
+    """
+    if not hasattr(os, "fork"): return (yield)
+    script, spec = str(Path(__file__).with_name("warm.py")), tmp_path_factory.mktemp("jupyter")/"kernels/python3"
+    with tempfile.TemporaryDirectory() as short, pytest.MonkeyPatch.context() as mp:  # a socket's path is limited
+        command = [sys.executable, script, "serve", f"{short}/kernels"]
+        argv = [sys.executable, "-I", "-S", script, "kernel", f"{short}/kernels", "-f", "{connection_file}"]
+        spec.mkdir(parents=True)
+        (spec/"kernel.json").write_text(json.dumps(dict(argv=argv, display_name="Python 3", language="python")))
+        mp.setenv("JUPYTER_PATH", str(spec.parent.parent), prepend=os.pathsep)
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout.readline() == "ready\n", "the server of kernels did not start"
+            yield
+            server.stdin.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,7 +19,7 @@ TINY = replace(recipes['digits'], name='tiny', epochs=20, milestones=(12,), dept
 IMAGES = tuple(load_images('digits', s) for s in ('train', 'test'))
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def client():
     how = dict(n_workers=2, threads_per_worker=1, processes=True, host='127.0.0.1', dashboard_address=None)
     with distributed.LocalCluster(**how, silence_logs=50) as cluster, distributed.Client(cluster) as c: yield c

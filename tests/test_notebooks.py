@@ -17,7 +17,7 @@ from lps.experiments import EXPERIMENTS
 NBS = ROOT/"nbs"
 LIBRARY = sorted(p.relative_to(NBS).as_posix() for p in [*NBS.glob("*.ipynb"), *NBS.glob("tutorials/*.ipynb")])
 WRITTEN = sorted(p.stem for p in NBS.glob("experiments/*.ipynb"))
-together = pytest.mark.xdist_group("experiments")  # one process: they share the digits that the first of them builds
+pytestmark = pytest.mark.usefixtures("warm_kernels")
 
 
 def skipped_flags(config) -> list[str]:
@@ -49,7 +49,6 @@ def test_experiment_declares_its_small_parameters(kind):
     assert set(EXPERIMENTS[kind].small) <= set(declared)
 
 
-@together
 @pytest.mark.parametrize("kind", EXPERIMENTS)
 def test_experiment_runs_small(kind, workdir):
     folder, small = workdir/"nbs/experiments", EXPERIMENTS[kind].small
@@ -68,7 +67,6 @@ def test_experiment_runs_small(kind, workdir):
 SCRIPT = runpy.run_path(str(ROOT/"scripts/experiments.py"))
 
 
-@together
 def test_one_command_runs_the_experiments(workdir, tmp_path):
     "A parameter reaches the notebooks that have it; one with the name of an experiment, that one alone"
     small = [f"{k}={v}" for k, v in EXPERIMENTS["branches"].small.items()]

@@ -21,7 +21,6 @@ SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 BLANK_IMAGES = """[...document.images].filter(i => !(i.complete && i.naturalWidth))
                                  .map(i => document.title + ': ' + i.src.slice(0, 80))"""
 Page = namedtuple("Page", "links ids images")
-pytestmark = pytest.mark.xdist_group("site")  # one process builds it, once
 NOTEBOOKS = [p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 
 
