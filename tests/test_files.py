@@ -67,7 +67,7 @@ def test_each_bit_of_an_archive_that_flips_is_noticed_or_changes_no_weight(writt
     "PyTorch's archives have a check sum of each entry; what has none there is of no account"
     whole, tensors = (written/'archive.pt').read_bytes(), tiny(0)
     path = written/'flipped.pt'
-    for bit in range(0, 8*len(whole), 3):
+    for bit in range(0, 8*len(whole), 5):
         data = bytearray(whole)
         data[bit//8] ^= 1 << bit % 8
         path.write_bytes(data)
@@ -143,6 +143,16 @@ def test_a_broken_header_is_a_value_error(tmp_path, kind):
     path = with_header(tmp_path/'x.safetensors', BROKEN_HEADERS[kind], bytes(8))
     for read in (read_tensors, load_model, load_modelset, load_fitted, ModelIndex.load, read_query):
         with pytest.raises(ValueError): read(path)
+
+
+SIZES = ['a negative size', 'a size beyond all files', 'a tensor larger than its bytes', 'bytes that are not there',
+         'bytes that no tensor has', 'an end before its start']
+
+
+@pytest.mark.parametrize('kind', SIZES)
+def test_sizes_are_compared_with_the_file_before_a_tensor_is_read(tmp_path, kind):
+    path = with_header(tmp_path/'x.safetensors', BROKEN_HEADERS[kind], bytes(8))
+    with pytest.raises(ValueError, match='truncated|not a safetensors file'): read_header(path)
 
 
 def test_an_unbroken_header_is_none_of_these(tmp_path):

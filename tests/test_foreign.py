@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lps.files import load_model, mark_complete, save_model, write_json
-from lps.foreign import import_models, own_names, read_foreign, read_query, read_table, rename
+from lps.foreign import check_weights, import_models, own_names, read_foreign, read_query, read_table, rename
 from lps.methods import fit_method
 from lps.modelset import load_modelset
 from lps.search import ModelIndex
@@ -208,6 +208,13 @@ def test_an_archive_that_names_a_place_beyond_all_files_is_listed(src):
     (src/'far.pt').write_bytes(data)
     _, why = taken_in(src)
     assert why == {'far.pt': 'truncated or damaged'}
+
+
+@pytest.mark.parametrize('dtype', [torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_no_query(tmp_path, dtype):
+    torch.save(tiny() | {'conv1.weight': torch.ones(2, 3, 3, 3, dtype=dtype)}, tmp_path/'x.pt')
+    with pytest.raises(ValueError, match=f"weights are {str(dtype).removeprefix('torch.')}: conv1.weight"):
+        check_weights(read_query(tmp_path/'x.pt').state)
 
 
 # Tables are checked whole
