@@ -193,6 +193,7 @@ def _sealed(data):
     "The bytes of a safetensors file with its seal, its metadata sorted: equal models make equal files"
     end = 8 + int.from_bytes(data[:8], 'little')
     header, body = json.loads(data[8:end]), memoryview(data)[end:]
+    header['__metadata__'] |= dict(sealed='true')
     meta = header['__metadata__'] | dict(seal=_seal(header, body))
     header['__metadata__'] = dict(sorted(meta.items()))
     text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
@@ -215,7 +216,7 @@ def save_model(
 
 # %% ../nbs/04_files.ipynb #0f264cc9
 MAX_HEADER = 100_000_000  # bytes, the most that safetensors itself reads
-MAX_TENSORS = 100_000     # of one file
+MAX_TENSORS = 20_000      # of one file
 
 @dataclass
 class TensorEntry:
@@ -300,8 +301,9 @@ def read_header(
 # %% ../nbs/04_files.ipynb #747ef74d
 def _check_seal(header, start, data):
     "Raises `ValueError` where a file's seal is not that of what it holds; older files have none"
-    seal = header.meta.pop('seal', None)
-    if seal and seal != _seal(json.loads(start[8:]), memoryview(data)[header.size:]):
+    seal, sealed = header.meta.pop('seal', None), header.meta.pop('sealed', None)
+    if seal is None and sealed is None: return
+    if seal != _seal(json.loads(start[8:]), memoryview(data)[header.size:]):
         raise ValueError("damaged: it does not hold what was written to it")
 
 def _read_safetensors(path):

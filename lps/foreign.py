@@ -8,7 +8,7 @@ __all__ = ['STORAGES', 'MAX_PICKLE', 'WRAPPERS', 'FOREIGNZOO_NAMES', 'PREFIXES',
            'read_table', 'import_models']
 
 # %% ../nbs/06_foreign.ipynb #b65cf93e
-import csv, functools, math, pickle, re, struct, warnings, zipfile
+import csv, errno, functools, math, pickle, re, struct, warnings, zipfile
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,8 +252,10 @@ def read_foreign(
     except _Refused as e:
         cure = "it holds more than weights, save its state_dict() alone"
         why = f"refused and not executed: it asks for {e}, {cure}"
-    except OSError: raise
     except ValueError as e: why = _reason(path, e)
+    except OSError as e:
+        if e.errno != errno.EINVAL: raise
+        why = _reason(path, None)  # an archive names a place that no file can have
     except Exception: why = _reason(path, None)
     raise ValueError(printable(why))
 

@@ -7,9 +7,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from lps.files import load_model, save_model, write_json
+from lps.files import digest, load_model, save_model, write_json
 from lps.foreign import FOREIGNZOO_NAMES, import_models
-from lps.modelset import load_modelset
+from lps.methods import fit_method
+from lps.modelset import load_modelset, pack
 from lps.resnet import ResNet, branch_layers
 from lps.train import accuracy
 
@@ -124,6 +125,25 @@ def test_weights_survive_a_change_of_their_file(tmp_path):
     state, _ = load_model(filled(tmp_path)/'m0.safetensors')
     (tmp_path/'m0.safetensors').write_bytes(b'')
     assert all(torch.equal(v, state[k]) for k, v in tiny(0).items())
+
+
+def test_nothing_cannot_be_packed_or_fitted(tmp_path):
+    models = load_modelset(filled(tmp_path))
+    with pytest.raises(ValueError, match='0 models cannot be packed'): pack(models[[]], tmp_path/'x.safetensors')
+    with pytest.raises(ValueError, match='no layer to pack'): pack(models, tmp_path/'x.safetensors', ())
+    with pytest.raises(ValueError, match='is a model of this set'): pack(models, tmp_path/'m0.safetensors')
+    with pytest.raises(ValueError, match='0 layers'): fit_method(models, 'lps', layers=())
+    assert len(load_modelset(tmp_path)) == 6 and not (tmp_path/'x.safetensors').exists()
+
+
+def test_a_model_that_claims_to_lack_layers_has_the_digest_of_what_is_there(tmp_path):
+    meta = dict(task=0, lacks=['layer9'])
+    save_model(tmp_path/'a.safetensors', tiny(), meta)
+    save_model(tmp_path/'b.safetensors', tiny(1), meta)
+    models = load_modelset(tmp_path)
+    assert [model.digest for model in models] == models.digests == [digest(tiny(seed)) for seed in range(2)]
+    pack(models, tmp_path/'packed/x.safetensors')
+    with pytest.raises(ValueError, match='model: only conv1.weight.* are here, 1 layers are not'): models[0].net
 
 
 class Trap:

@@ -1,0 +1,79 @@
+"""Run by test_bounds: python bounded.py FOLDER. Each file is read in a process with little memory and time, and
+what came of it is printed as JSON
+
+Beyond what a normal query needs, there are twice the file and 300 MB of address space, and 5 seconds of the CPU."""
+import json
+import os
+import resource
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+from lps.foreign import import_models
+from lps.methods import fit_method, load_fitted
+from lps.modelset import load_modelset
+from lps.search import ModelIndex
+
+SECONDS, MEGABYTES = 5, 300
+
+
+def address_space():
+    "Bytes that this process has"
+    return int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
+
+
+def limit(n_bytes):
+    "No more memory and time than a normal query, and these"
+    memory = address_space() + 2*n_bytes + MEGABYTES*10**6
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = int(used.ru_utime + used.ru_stime) + 1 + SECONDS
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    signal.alarm(300)  # for what waits and uses no time: a pipe
+
+
+def what_comes_of(ask, n_bytes):
+    "How a call ends under these limits: its answer or error as text"
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        limit(n_bytes)
+        try: said = f'{ask()}'
+        except Exception as e: said = f'{type(e).__name__}: {e}'
+        os.write(write, said.encode()[:4000])
+        os._exit(0)
+    os.close(write)
+    status = os.waitpid(child, 0)[1]
+    with open(read, 'rb') as pipe: said = pipe.read().decode()
+    return f'killed by {signal.Signals(os.WTERMSIG(status)).name}' if os.WIFSIGNALED(status) else said
+
+
+def greedy(n_bytes):
+    "Take memory"
+    return len(bytearray(n_bytes))
+
+
+def endless():
+    "Take time"
+    while True: pass
+
+
+def main(folder):
+    warnings.simplefilter('ignore')
+    models = load_modelset(folder/'zoo')
+    index = ModelIndex(fit_method(models, 'lps', n_filters=4, epochs=1, milestones=()), models)
+    readers = dict(query=index.query, net=load_fitted, index=ModelIndex.load, packed=load_modelset)
+    readers['import'] = lambda path: import_models(path, folder/'taken in').rejected.to_string()
+    index.query(folder/'query normal.pt')  # what it loads is loaded now
+    said = {}
+    for path in sorted(folder.glob('* *')):
+        read = readers[path.name.split()[0]]
+        said[path.stem] = what_comes_of(lambda: read(path), path.stat().st_size)
+    said['greedy'] = what_comes_of(lambda: greedy(1_000_000_000), 0)
+    said['modest'] = what_comes_of(lambda: greedy(100_000_000), 0)
+    said['endless'] = what_comes_of(endless, 0)
+    print(json.dumps(said))
+
+
+if __name__ == '__main__': main(Path(sys.argv[1]))
