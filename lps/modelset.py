@@ -32,8 +32,9 @@ class TrainedModel:
 
     @property
     def digest(self): # 32 hexadecimal digits
-        "Fingerprint of all its weights, even where only some of them are here"
-        return self.meta['digest'] if self.meta.get('lacks') else digest(self.state)
+        "Fingerprint of all of its weights, also where only some of them are here"
+        noted = self.meta.get('digest') if self.meta.get('lacks') else None
+        return noted or digest(self.state)
 
     def __repr__(self):
         known = {key: self.meta.get(key) for key in ('task', 'run', 'classes', 'val_accuracy')}
@@ -53,7 +54,7 @@ def net(self: TrainedModel) -> nn.Module: # in float32 and evaluation mode
             "open the folder that was packed, or train them with lps zoo build; recipe and seed are in the model's meta"
         )
         raise ValueError(
-            f"{self.meta['file']}: only {', '.join(self.state)} are in this packed set, {missing}: for whole networks"
+            f"{self.meta.get('file', 'model')}: only {', '.join(self.state)} are here, {missing}: for whole networks"
             f" {cure}"
         )
     hints = {'shortcut': self.meta['shortcut']} if 'shortcut' in self.meta else {}
@@ -89,6 +90,7 @@ class _ModelMeta:
     data: str | None = None
     shortcut: str | None = None
     lacks: list[str] | None = None
+    digest: str | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
 
