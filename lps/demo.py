@@ -69,7 +69,11 @@ def measure_tables(
         for method in reversed(METHODS):
             for table, given in args.items():
                 jobs[table, method] = executor.submit(table, *given, methods=(method,), **how)
-    return tuple(pd.concat([jobs[table, method].result() for method in METHODS]) for table in args)
+    runs = []
+    for table in args:
+        of_methods = [jobs[table, method].result() for method in METHODS]
+        runs.append(pd.concat(of_methods))
+    return tuple(runs)
 
 # %% ../nbs/30_demo.ipynb #79657669
 def demo_figures(

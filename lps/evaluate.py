@@ -152,7 +152,9 @@ def per_split(
     for how in settings.values():
         jobs += [dict(how, train=split[0], seed=i) for i, split in enumerate(splits)]
     fitted = iter(fit_many(models, jobs, workers, executor, progress))
-    return {name: [f(method, split) for split, method in zip(splits, fitted)] for name in settings}
+    found = {}
+    for name in settings: found[name] = [f(method, split) for split, method in zip(splits, fitted)]
+    return found
 
 def _frame(rows, columns, name):
     "One frame of the rows of all settings"

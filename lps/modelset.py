@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainedModel', 'rejection_summary', 'rejected_table', 'bundled', 'bundled_sets', 'FolderSource', 'ModelSet',
-           'load_modelset', 'task_names', 'pack', 'PackedSource', 'JoinedSource', 'join_sets']
+           'load_modelset', 'task_names', 'pack', 'PackedSource', 'join_sets']
 
 # %% ../nbs/05_modelset.ipynb #7d3ae5f2
 import collections, importlib.resources, re, warnings
@@ -609,14 +609,15 @@ def _check_packed(state, metas):
     if why: raise ValueError(why)
 
 # %% ../nbs/05_modelset.ipynb #27e3d26b
-class JoinedSource:
+class _JoinedSource:
     "The weights of several model sets, each model in the set that it comes from"
     about = {}
     def __init__(self,
         sets: list,  # `ModelSet`s, no file in two of them
     ):
         self.stem = sets[0].stem
-        self.sources = {file: models.source for models in sets for file in models.manifest.file}
+        self.sources = {}
+        for models in sets: self.sources |= dict.fromkeys(models.manifest.file, models.source)
 
     def read(self, file): return self.sources[file].read(file)
     def tensors(self, file, names): return self.sources[file].tensors(file, names)
@@ -627,7 +628,8 @@ class JoinedSource:
 def _common_shapes(sets):
     "Shapes of the tensors that all sets have; raises `ValueError` where they differ"
     first, *others = (models.shapes for models in sets)
-    common = {name: shape for name, shape in first.items() if all(name in shapes for shapes in others)}
+    in_all = set(first).intersection(*others)
+    common = {name: shape for name, shape in first.items() if name in in_all}
     if not common: raise ValueError("the sets have no layer in common: join sets of one architecture")
     for i, shapes in enumerate(others, 1):
         for name, shape in common.items():
@@ -646,4 +648,4 @@ def join_sets(
     if twice:
         raise ValueError(f"{pluralise(len(twice), 'file')} in two sets, such as {printable(twice[0])}: leave one out")
     rejected = pd.concat([models.rejected for models in sets])
-    return ModelSet(sets[0].path, manifest, rejected, shapes, JoinedSource(sets))
+    return ModelSet(sets[0].path, manifest, rejected, shapes, _JoinedSource(sets))

@@ -23,10 +23,19 @@ def is_exported(source: str) -> bool:
     return re.match(r"#\| ?export", source) is not None
 
 
+def shown_as(node) -> str:
+    "The name that a definition is used by: of a step of the command line the step's, as `@app.command('build')` says"
+    for decorator in node.decorator_list:
+        named = isinstance(decorator, ast.Call) and decorator.args and isinstance(decorator.args[0], ast.Constant)
+        if named and isinstance(decorator.func, ast.Attribute) and decorator.func.attr == "command":
+            return decorator.args[0].value
+    return node.name
+
+
 def public_names(source: str) -> list[str]:
     "Functions, classes and patched methods at the top of a cell whose names have no underscore before them"
-    defined = [node.name for node in ast.parse(source).body if isinstance(node, DEFINITIONS)]
-    return [name for name in defined if not name.startswith("_")]
+    defined = [node for node in ast.parse(source).body if isinstance(node, DEFINITIONS)]
+    return [shown_as(node) for node in defined if not node.name.startswith("_")]
 
 
 def names_used(source: str) -> set[str]:
