@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXPERTS', 'stem_filters', 'quantiles', 'gram', 'stem_signature', 'image_statistics', 'FittedSignature',
            'fit_signature', 'SignatureConfig', 'restore_signature', 'reads_stem', 'signature_method', 'fix_scales',
-           'all_layer_signature', 'reads_all', 'expert_weights', 'FittedExperts', 'fit_experts', 'ExpertsConfig',
-           'restore_experts', 'observe_experts']
+           'canonical', 'layer_tensors', 'all_layer_signature', 'reads_all', 'expert_weights', 'FittedExperts',
+           'fit_experts', 'ExpertsConfig', 'restore_experts', 'observe_experts']
 
 # %% ../nbs/16_signatures.ipynb #51f626e3
 from dataclasses import dataclass
@@ -248,14 +248,14 @@ def fit_signature(
     tensors['means'] = fitted.whitened(dict(zip(sizes, means.split(list(sizes.values()), 1))))
     return fitted
 
-# %% ../nbs/16_signatures.ipynb #0de6e431
+# %% ../nbs/16_signatures.ipynb #b025ba12
 @dataclass
 class SignatureConfig:
     "What the file of a fitted signature must say"
     layers: list[str]
     tasks: list[int]
     sizes: dict[str, int]
-    observing: dict[str, str]
+    observing: dict[str, str | int]
 
 def _expected_shapes(known, rank):
     "Shape of each tensor"
@@ -378,19 +378,26 @@ def _scale(tensor, axis, groups, scales, power):
         shape = [len(tensor), *(1,)*(axis - 1), -1, *(1,)*(tensor.ndim - axis - 1)]
         part.mul_(scales[group].view(shape)**power)
 
-# %% ../nbs/16_signatures.ipynb #e567ec57
-def _canonical(tensors, shortcut):
-    "Networks with their free scales fixed; those of an architecture that is not registered as they are"
+# %% ../nbs/16_signatures.ipynb #1a753638
+def canonical(
+    tensors: dict,  # of M whole networks, by name, `(M, …)` each
+    shortcut: str,  # kind of shortcut where there are no weights for it
+) -> dict:          # the same names
+    "Networks with their free scales fixed; those without BN or of an architecture that is not registered as they are"
     shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
     known, norms = recognise(shapes, shortcut=shortcut), list(norms_of(shapes).values())
     if known is None or not norms: return tensors
     return fix_scales(tensors, known[0].spec(known[1]), norms)
 
-def _layer_tensors(tensors, layer, norm):
+def layer_tensors(
+    tensors: dict,   # by name
+    layer: str,      # a layer
+    norm: str|None,  # the BN after it
+) -> dict:           # those of the two
     "The tensors of a layer and of the BN after it"
     return {name: v for name, v in tensors.items() if name.rpartition('.')[0] in (layer, norm)}
 
-# %% ../nbs/16_signatures.ipynb #cfd08223
+# %% ../nbs/16_signatures.ipynb #8f17ace2
 def all_layer_signature(
     tensors: dict,            # of M whole networks, by name, `(M, …)` each
     shortcut: str='pad_end',  # kind of shortcut where there are no weights for it
@@ -399,8 +406,8 @@ def all_layer_signature(
     shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
     norms, chunks = norms_of(shapes), []
     for start in range(0, len(next(iter(tensors.values()))), 32):
-        some = _canonical({name: v[start:start + 32] for name, v in tensors.items()}, shortcut)
-        parts = [stem_filters(_layer_tensors(some, layer, norms.get(layer))) for layer in branch_layers(shapes)]
+        some = canonical({name: v[start:start + 32] for name, v in tensors.items()}, shortcut)
+        parts = [stem_filters(layer_tensors(some, layer, norms.get(layer))) for layer in branch_layers(shapes)]
         chunks.append(_at_depths(parts))
     return dict(layers=torch.cat(chunks))
 
@@ -574,12 +581,12 @@ def restore_experts(
         raise ValueError("weights-fusion: tensor 'weights' has some below 0 or none above: give each expert its weight")
     return FittedExperts(experts, tensors['weights'], known.observing)
 
-# %% ../nbs/16_signatures.ipynb #3a10edd0
+# %% ../nbs/16_signatures.ipynb #8b99cf5e
 def _stem_of_all(tensors):
     "The tensors of the first convolution and of the BN after it"
     shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
     stem = stem_of(shapes)
-    return _layer_tensors(tensors, stem, norms_of(shapes).get(stem))
+    return layer_tensors(tensors, stem, norms_of(shapes).get(stem))
 
 def observe_experts(
     weights: dict,            # tensors of M networks, or of their stems, by name

@@ -1,11 +1,11 @@
-"Signatures: what leaves a network's outputs as they are leaves its embedding as it is; files that do not fit are refused"
+"Signatures: what leaves a network's outputs as they are leaves its embedding; files that do not fit are refused"
 from functools import partial
 
 import pytest
 import torch
 from fastcore.test import expect_fail
 
-from lps import signatures
+from lps import chain, signatures
 from lps.files import save_model
 from lps.methods import embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
 from lps.modelset import TrainedModel, load_modelset
@@ -14,7 +14,7 @@ from lps.resnet import ResNet
 from lps.search import ModelIndex
 
 WIDTH = 4
-METHODS = ['stem-signature', 'all-layer-signature', 'image-statistics', 'weights-fusion']
+METHODS = ['stem-signature', 'all-layer-signature', 'image-statistics', 'weights-fusion', 'chain']
 
 
 def some_net(task, run, shortcut='conv'):
@@ -51,7 +51,7 @@ def shuffled(net):
 
 
 def scaled(net):
-    "Every inner channel and every channel of every stream scaled by a number of its own, and scaled back where it is read"
+    "Every channel, inner or of a stream, scaled by a number of its own, and scaled back where it is read"
     spec, state = resnet_spec(8, WIDTH, net.shortcut), {k: v.clone() for k, v in net.state_dict().items()}
     g = torch.Generator().manual_seed(1)
     scales = {group: torch.rand(n, generator=g)*2 + .3 for group, n in spec.sizes.items()}
@@ -174,7 +174,8 @@ def test_networks_without_norms(tmp_path):
     bare = load_modelset(tmp_path)
     assert fit_method(bare, 'stem-signature').layers == ['conv1.weight']
     with expect_fail(ValueError, 'take stem-signature'): fit_method(bare, 'image-statistics')
-    with expect_fail(ValueError, 'give whole networks'): fit_method(bare, 'all-layer-signature')
+    for method in ('all-layer-signature', 'chain'):
+        with expect_fail(ValueError, 'give whole networks'): fit_method(bare, method)
     assert list(fit_method(bare, 'weights-fusion').experts) == ['stem-signature']
 
 
@@ -209,5 +210,15 @@ def test_a_depth_of_any_kind_gives_as_many_numbers():
     for depth, width in ((8, 4), (14, 6), (20, 4)):
         state = ResNet(depth, width=width).state_dict()
         tensors = {name: v[None] for name, v in state.items() if v.ndim}
-        sizes.add(signatures.all_layer_signature(tensors)['layers'].shape)
+        both = signatures.all_layer_signature(tensors)['layers'], chain.chain_signature(tensors)['chain']
+        sizes.add(tuple(v.shape for v in both))
     assert len(sizes) == 1
+
+
+def test_a_depth_of_the_chain_is_a_setting_that_is_kept(models, tmp_path):
+    fitted = fit_method(models, 'chain', depth=3)
+    save_fitted(tmp_path/'chain.safetensors', fitted)
+    again = load_fitted(tmp_path/'chain.safetensors')
+    assert again.observing == dict(depth=3)
+    assert embed_models(again, models[2]).shape == (1, 378)
+    with expect_fail(ValueError, 'take 0 to 18'): fit_method(models, 'chain', depth=19)
