@@ -1,0 +1,224 @@
+"Signatures: what leaves a network's outputs as they are leaves its embedding; files that do not fit are refused"
+from functools import partial
+
+import pytest
+import torch
+from fastcore.test import expect_fail
+
+from lps import chain, signatures
+from lps.files import save_model
+from lps.methods import embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
+from lps.modelset import TrainedModel, load_modelset
+from lps.order_chain import permute, random_perms, resnet_spec
+from lps.resnet import ResNet
+from lps.search import ModelIndex
+
+WIDTH = 4
+METHODS = ['stem-signature', 'all-layer-signature', 'image-statistics', 'weights-fusion', 'chain']
+
+
+def some_net(task, run, shortcut='conv'):
+    "A small network with BN vectors that depend on its task and vary with its run"
+    torch.manual_seed(100*task + run)
+    net = ResNet(8, width=WIDTH, shortcut=shortcut).eval()
+    for name, v in net.state_dict().items():
+        if v.ndim == 1 and v.is_floating_point(): v.uniform_(.5, 1).add_(.3*task*(len(name) % 3))
+    colour = torch.tensor([.5, .2, -.4]).roll(task) + .02*torch.randn(3)
+    net.bn1.running_mean.copy_(net.conv1.weight.detach().sum((2, 3)) @ colour)
+    return net
+
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+    "Three tasks, five networks each"
+    folder = tmp_path_factory.mktemp('nets')
+    for task in range(3):
+        for run in range(5):
+            state = some_net(task, run).state_dict()
+            save_model(folder/f'task{task}_run{run}.safetensors', state, dict(task=task, run=run))
+    return load_modelset(folder)
+
+
+@pytest.fixture(scope='module')
+def fitted(models): return {method: fit_method(models, method) for method in METHODS}
+
+
+def shuffled(net):
+    "All channels in another order"
+    spec = resnet_spec(8, WIDTH, net.shortcut)
+    state = permute(net.state_dict(), spec, random_perms(spec, 3))
+    return state
+
+
+def scaled(net):
+    "Every channel, inner or of a stream, scaled by a number of its own, and scaled back where it is read"
+    spec, state = resnet_spec(8, WIDTH, net.shortcut), {k: v.clone() for k, v in net.state_dict().items()}
+    g = torch.Generator().manual_seed(1)
+    scales = {group: torch.rand(n, generator=g)*2 + .3 for group, n in spec.sizes.items()}
+    for name, axes in spec.axes_to_perm.items():
+        if name not in state: continue
+        of_bn = '.bn' in name or name.startswith('bn') or 'downsample.1' in name
+        if of_bn and name.endswith(('weight', 'bias')): state[name] *= torch.cat([scales[g] for g in axes[0]])
+        if len(axes) > 1 and axes[1]:
+            read = torch.cat([scales[g] for g in axes[1]])
+            state[name] /= read.view(1, -1, *(1,)*(state[name].ndim - 2))
+    return state
+
+
+def flipped(net):
+    "Every filter multiplied by a number of any sign, with its BN made to fit"
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    g = torch.Generator().manual_seed(2)
+    for bn in [name.removesuffix('.running_var') for name in state if name.endswith('.running_var')]:
+        conv = bn.replace('bn', 'conv').replace('downsample.1', 'downsample.0')
+        a = torch.randn(len(state[f'{bn}.weight']), generator=g)
+        a = a.sign()*(a.abs() + .5)
+        state[f'{conv}.weight'] *= a[:, None, None, None]
+        state[f'{bn}.running_mean'] *= a
+        state[f'{bn}.running_var'] *= a**2
+        state[f'{bn}.weight'] *= a.sign()
+    return state
+
+
+CHANGES = dict(shuffled=shuffled, scaled=scaled, flipped=flipped)
+HOLDS = [(method, change) for method in METHODS for change in CHANGES]
+HOLDS.remove(('stem-signature', 'scaled'))  # a stem alone does not show who else writes to its channels
+HOLDS.remove(('weights-fusion', 'scaled'))  # the stem's signature is part of it
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_the_changes_leave_the_outputs_as_they_are(change):
+    net, x = some_net(1, 0), torch.randn(3, 3, 16, 16)
+    other = ResNet(8, width=WIDTH).eval()
+    other.load_state_dict(CHANGES[change](net))
+    torch.testing.assert_close(other(x), net(x), rtol=1e-3, atol=1e-4)
+    assert not torch.equal(other.conv1.weight, net.conv1.weight) or change == 'scaled'
+
+
+@pytest.mark.parametrize('method, change', HOLDS)
+def test_an_embedding_does_not_see_what_the_outputs_do_not_show(fitted, method, change):
+    net, method = some_net(1, 7), fitted[method]
+    before = embed_models(method, TrainedModel(net.state_dict(), {}))
+    after = embed_models(method, TrainedModel(CHANGES[change](net), {}))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tests_above_can_fail(models, fitted):
+    "The stem's γ does depend on the scale of its stream, and a method that reads filters in order sees any change"
+    net, stem = some_net(1, 7), fitted['stem-signature']
+    before, after = [embed_models(stem, TrainedModel(s, {})) for s in (net.state_dict(), scaled(net))]
+    assert (before - after).abs().max() > 1e-2
+    ordered = fit_method(models, 'fc', epochs=1, milestones=())
+    for change in (shuffled, flipped):
+        before, after = [embed_models(ordered, TrainedModel(s, {})) for s in (net.state_dict(), change(net))]
+        assert (before - after).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_fitted_signature_comes_back_from_its_file(models, fitted, method, tmp_path):
+    save_fitted(tmp_path/'fitted.safetensors', fitted[method])
+    again = load_fitted(tmp_path/'fitted.safetensors')
+    assert (again.method, again.tasks, again.config) == (method, [0, 1, 2], fitted[method].config)
+    assert embed_models(again, models).equal(embed_models(fitted[method], models))
+    assert score_models(again, models).equal(score_models(fitted[method], models))
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_an_index_answers_with_its_task(models, fitted, method, tmp_path):
+    index = ModelIndex(fitted[method], models)
+    index.save(tmp_path/'index.safetensors')
+    for some in (index, ModelIndex.load(tmp_path/'index.safetensors')):
+        assert some.query(models[4]).task.iloc[0] == 0
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_two_tasks_are_told_apart(models, method):
+    two = fit_method(models[:10], method)
+    assert (score_models(two, models[:10]).argmax(1) == models.labels[:10]).float().mean() > .9
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_what_cannot_be_learned_is_refused(models, method):
+    with expect_fail(ValueError, 'two tasks at least'): fit_method(models[:1], method)
+    with expect_fail(ValueError, 'two tasks at least'): fit_method(models[:5], method)
+    with expect_fail(ValueError, 'two of one task at least'): fit_method(models[[0, 5, 10]], method)
+    with expect_fail(ValueError, 'leave out folded'): fit_method(models, method, folded=True)
+    with expect_fail(ValueError, 'leave out layers'): fit_method(models, method, layers=('layer1.0.conv1',))
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_weights_that_are_no_numbers_are_refused(models, fitted, method):
+    observe = get_method(method).observe
+    weights = {name: v.clone() for name, v in models.weights(fitted[method].layers).items()}
+    for name in weights: weights[name][2] = float('nan')
+    with expect_fail(ValueError, 'no finite'): get_method(method).fit(observe(weights), models.labels, 0)
+    with expect_fail(ValueError, 'no finite embedding for model 2'): embed_models(fitted[method], observe(weights))
+
+
+def test_a_pruned_filter_counts_for_nothing(fitted):
+    state = some_net(0, 0).state_dict()
+    state['conv1.weight'][1] = 0
+    for method in METHODS: assert embed_models(fitted[method], TrainedModel(state, {})).isfinite().all()
+
+
+def without_statistics(net):
+    "Tensors of the stem alone, without its BN"
+    return {'conv1.weight': net.state_dict()['conv1.weight']}
+
+
+def test_networks_without_norms(tmp_path):
+    for task in range(2):
+        for run in range(4):
+            stem = without_statistics(some_net(task, run))
+            save_model(tmp_path/f'{task}_{run}.safetensors', stem, dict(task=task, run=run))
+    bare = load_modelset(tmp_path)
+    assert fit_method(bare, 'stem-signature').layers == ['conv1.weight']
+    with expect_fail(ValueError, 'take stem-signature'): fit_method(bare, 'image-statistics')
+    for method in ('all-layer-signature', 'chain'):
+        with expect_fail(ValueError, 'give whole networks'): fit_method(bare, method)
+    assert list(fit_method(bare, 'weights-fusion').experts) == ['stem-signature']
+
+
+ODD = [None, 3, 'a', [], {}, [1, 1], [0.5, 1], {'stem': -1}, {'stem': 2**70}, {'a': {'b': 1}}, ['x'], {'shortcut': 3}]
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('field', ['layers', 'tasks', 'sizes', 'observing'])
+def test_a_config_that_does_not_fit_is_refused(fitted, method, field):
+    restore, config = get_method(method).restore, fitted[method].config
+    refuse = partial(restore, tensors=fitted[method].state_dict())
+    with expect_fail(ValueError, field): refuse({k: v for k, v in config.items() if k != field})
+    for value in ODD:
+        if field == 'layers' and value in ([], ['x']) or field == 'observing' and value == {}: continue
+        with expect_fail(ValueError): refuse(config | {field: value})
+    with expect_fail(ValueError, 'observing'): refuse(config | dict(observing={'weights': 'x'}))
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_tensors_that_do_not_fit_are_refused(fitted, method):
+    restore, state = get_method(method).restore, fitted[method].state_dict()
+    refuse = partial(restore, fitted[method].config)
+    for name, v in state.items():
+        for bad in (v.float(), v[:-1], v*float('nan')):
+            with expect_fail(ValueError): refuse(state | {name: bad})
+        with expect_fail(ValueError): refuse({k: t for k, t in state.items() if k != name})
+    with expect_fail(ValueError): refuse(state | {'more': torch.zeros(1)})
+
+
+def test_a_depth_of_any_kind_gives_as_many_numbers():
+    sizes = set()
+    for depth, width in ((8, 4), (14, 6), (20, 4)):
+        state = ResNet(depth, width=width).state_dict()
+        tensors = {name: v[None] for name, v in state.items() if v.ndim}
+        both = signatures.all_layer_signature(tensors)['layers'], chain.chain_signature(tensors)['chain']
+        sizes.add(tuple(v.shape for v in both))
+    assert len(sizes) == 1
+
+
+def test_a_depth_of_the_chain_is_a_setting_that_is_kept(models, tmp_path):
+    fitted = fit_method(models, 'chain', depth=3)
+    save_fitted(tmp_path/'chain.safetensors', fitted)
+    again = load_fitted(tmp_path/'chain.safetensors')
+    assert again.observing == dict(depth=3)
+    assert embed_models(again, models[2]).shape == (1, 378)
+    with expect_fail(ValueError, 'take 0 to 18'): fit_method(models, 'chain', depth=19)
