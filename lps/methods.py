@@ -34,7 +34,7 @@ class Method:
     reads: Callable    # `(models, **settings)` → names of the layers or tensors that it is given
     fit: Callable      # `(weights, labels, seed, **settings)` → fitted method; weights by name, `(M, …)` each
     restore: Callable  # `(config, tensors)` → fitted method, from a file
-    knows: tuple = ()  # what else `fit` is told of the models, as settings: 'stem', 'shapes'
+    knows: tuple = ()  # what else `fit` and `observe` are told of the models: 'stem', 'shapes', 'shortcuts'
     observe: Callable|None = None # `(weights, **settings)` → what `fit` and `embed` get in place of the weights
 
 METHODS = {}
@@ -82,7 +82,9 @@ register_method(_paper_method('lps', 'LPS: Frobenius + FC, with alignment', base
 def _observed(models, method, layers, folded, observing):
     "What a method is given of models"
     if method.observe is None: return models.weights(layers, folded)
-    def compute(): return method.observe(models.weights(layers, folded), **observing)
+    named = signature(method.observe).parameters
+    facts = {name: getattr(models, name) for name in method.knows if name in named}
+    def compute(): return method.observe(models.weights(layers, folded), **facts, **observing)
     if not isinstance(models, ModelSet): return compute()
     return models.remember((method.name, *layers, folded, *sorted(observing.items())), compute)
 

@@ -47,6 +47,11 @@ class TrainedModel:
         "Fingerprint of all of its weights, also where only some of them are here"
         return self.meta['digest'] if self.meta.get('lacks') else digest(self.state)
 
+    @property
+    def shortcuts(self): # list of one: str, or None
+        "How its shortcuts are built, where its metadata say so"
+        return [self.meta.get('shortcut')]
+
     def weights(self,
         layers: list,       # names of layers, or full names of tensors
         folded: bool=False, # scale filters as the batch normalisation after them does
@@ -266,6 +271,11 @@ def digests(self: ModelSet) -> list: # of str, 32 hexadecimal digits each
 def stem(self: ModelSet) -> str: # name of a layer
     "The layer that reads the image"
     return getattr(self.source, 'stem', None) or stem_of(self.shapes)
+
+@patch(as_prop=True)
+def shortcuts(self: ModelSet) -> list: # of str or None
+    "How each model's shortcuts are built, where its file says so"
+    return [None if pd.isna(kind) else kind for kind in self.manifest.shortcut]
 
 @patch(as_prop=True)
 def about(self: ModelSet) -> dict: # empty for a folder
