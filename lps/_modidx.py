@@ -585,7 +585,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'lps.probes': { 'lps.probes.Probes': ('probes.html#probes', 'lps/probes.py'),
                             'lps.probes.Probes.__init__': ('probes.html#probes.__init__', 'lps/probes.py'),
                             'lps.probes.Probes.embed': ('probes.html#probes.embed', 'lps/probes.py'),
-                            'lps.probes.Probes.layers': ('probes.html#probes.layers', 'lps/probes.py'),
                             'lps.probes.Probes.observing': ('probes.html#probes.observing', 'lps/probes.py'),
                             'lps.probes.Probes.scores': ('probes.html#probes.scores', 'lps/probes.py'),
                             'lps.probes.Probes.state_dict': ('probes.html#probes.state_dict', 'lps/probes.py'),

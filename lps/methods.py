@@ -159,7 +159,9 @@ def observations(
 ) -> dict:              # tensors by name, `(len(which), …)`: weights, or what its method observes
     "What a fitted method is given of some models; each model of a set is observed once"
     if hasattr(fitted, 'observing'):
-        observed = _observed(models, get_method(fitted.method), list(fitted.layers), fitted.folded, fitted.observing)
+        method = get_method(fitted.method)
+        layers = list(fitted.layers) or method.reads(models)  # no layers: what the method reads of whatever models
+        observed = _observed(models, method, list(layers), fitted.folded, fitted.observing)
     else: observed = models.weights(fitted.layers, fitted.folded)
     return {name: v[torch.arange(len(v))[which]] for name, v in observed.items()}
 

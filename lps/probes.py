@@ -19,6 +19,7 @@ from .architectures import net_from_state
 from .files import checked
 from .jobs import one_thread
 from .methods import Method, register_method
+from .modelset import TrainedModel
 
 # %% ../nbs/18_probes.ipynb #ca7ebe1e
 def _falling_amplitudes(size):
@@ -91,7 +92,6 @@ def probe_outputs(
 @dataclass
 class ProbesConfig:
     "What the file of fitted probes must say"
-    layers: list[str]
     tasks: list[int]
     n_images: int
     probe_seed: int
@@ -99,13 +99,12 @@ class ProbesConfig:
 class Probes:
     "Models by what they say to a bank of images, tasks by the mean of their models"
     method, folded = 'probes', False
+    layers = ()  # all that a model has, whatever its architecture
     def __init__(self,
         config: dict,    # fields of a `ProbesConfig`
         centres: Tensor, # mean embedding of each task's models, `(tasks, E)`
     ): self.config, self.centres = config, centres
 
-    @property
-    def layers(self): return self.config['layers']
     @property
     def tasks(self): return self.config['tasks']
     @property
@@ -129,15 +128,14 @@ def fit_probes(
     observed: dict,      # from `probe_outputs`
     labels: Tensor,      # task of each model, `(M,)`
     seed: int = 0,       # decides nothing: there is nothing random but the bank
-    layers: list = (),   # names of the tensors that the networks were rebuilt from
     n_images: int = 256, # of the bank
     probe_seed: int = 0, # of the bank
-    **settings,          # of other methods
+    **settings,          # what other methods are told
 ) -> Probes:
     "Remember what the models of each task say"
     tasks, z = sorted(set(labels.tolist())), output_embedding(observed['outputs'])
     centres = torch.stack([z[labels == task].mean(0) for task in tasks])
-    config = dict(layers=list(layers), tasks=tasks, n_images=n_images, probe_seed=probe_seed)
+    config = dict(tasks=tasks, n_images=n_images, probe_seed=probe_seed)
     return Probes(config, centres)
 
 def restore_probes(
@@ -156,7 +154,9 @@ def restore_probes(
         raise ValueError(f"probes: centres are {found}, expected float32 {expected}")
     return Probes(dict(vars(known)), centres)
 
-def _every_tensor(models, **settings): return list(models.shapes)
+def _every_tensor(models, **settings):
+    "Names of all tensors of a model set or of one model"
+    return list(models.state if isinstance(models, TrainedModel) else models.shapes)
 
 register_method(Method(
     name='probes',

@@ -72,7 +72,7 @@ class ModelIndex:
     def __len__(self): return len(self.manifest)
 
     def __repr__(self):
-        layers = ', '.join(self.fitted.layers)
+        layers = ', '.join(self.fitted.layers) or 'all layers'
         return printable(
             f"ModelIndex: {len(self)} models of {self.manifest.task.nunique()} tasks, compared by {layers}"
             f" ({self.fitted.method})"
