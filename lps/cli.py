@@ -48,9 +48,15 @@ def _tell(models):
     console.print(f"{models.path}: {str(models).removeprefix('ModelSet: ')}", soft_wrap=True)
 
 # %% ../nbs/31_cli.ipynb #6ce4c78b
+def _all_methods():
+    "The registry of methods, with all that come with lps"
+    import lps.chain, lps.probes, lps.signatures  # noqa: F401  they register their methods
+    from lps.methods import METHODS
+    return METHODS
+
 def _registered():
     "What stands in the registries, by the word that a help text has for it"
-    from lps.methods import METHODS
+    METHODS = _all_methods()
     from lps.tasks import DATASETS
     from lps.train import recipes
     baselines = [name for name, method in METHODS.items() if method.baseline]
@@ -252,13 +258,14 @@ def fit(
 ):
     "Learn from a model set how to compare models."
     from lps.methods import fit_method, get_method, save_fitted
+    _all_methods()
     get_method(method)
     _replaceable(out, _is_fitted, 'a method that lps fit wrote')
     models = _open(modelset)
     with console.status(f"fitting {method} on {len(models)} models"):
         fitted = fit_method(models, method, seed, **_fit_settings(layers, epochs, folded))
     save_fitted(out, fitted)
-    console.print(f"{out}: {method} on {', '.join(fitted.layers)} of {len(models)} models, {len(fitted.tasks)} tasks")
+    console.print(f"{out}: {method} on {', '.join(fitted.layers) or 'all layers'} of {len(models)} models, {len(fitted.tasks)} tasks")
 
 # %% ../nbs/31_cli.ipynb #5233efd9
 def _check_splits(models, train, test_tasks):
@@ -301,16 +308,22 @@ def evaluate(
     splits: Annotated[int, typer.Option(min=2, help="Random splits")]=10,
     train: Annotated[int, typer.Option(min=1, help="Models of each task to learn from, in Table 1")]=8,
     test_tasks: Annotated[Optional[int], typer.Option(min=2, help="Tasks held out in Table 2; default: a fifth")]=None,
+    method: Annotated[Optional[list[str]], typer.Option(help="A row of the tables; may be given several times: METHODS;"
+                                                        " the paper's three if not given")]=None,
     layers: Layers='',
     epochs: Epochs=100,
     folded: Folded=False,
     seed: Seed=0,
     out: Annotated[Optional[Path], typer.Option(parser=_place, help="JSON file for the results")]=None,
 ):
-    "Tables 1 and 2 of the paper for a model set: every method, and chance."
+    "Tables 1 and 2 of the paper for a model set: its methods or others, and chance."
     from lps.files import write_json
     _replaceable(out, _is_tables, 'a file of results that lps evaluate wrote')
+    from lps.methods import get_method
+    _all_methods()
+    for name in method or (): get_method(name)
     models, how = _open(modelset), dict(seed=seed, **_fit_settings(layers, epochs, folded))
+    if method: how['methods'] = tuple(method)
     _check_splits(models, train, test_tasks)
     records = dict(
         table1=_classify(models, splits, train, how),

@@ -36,6 +36,11 @@ class TrainedModel:
         noted = self.meta.get('digest') if self.meta.get('lacks') else None
         return noted or digest(self.state)
 
+    @property
+    def shortcuts(self): # list of one: str, or None
+        "How its shortcuts are built, where its metadata say so"
+        return [self.meta.get('shortcut')]
+
     def __repr__(self):
         known = {key: self.meta.get(key) for key in ('task', 'run', 'classes', 'val_accuracy')}
         return printable(f"TrainedModel({', '.join(f'{key}={value}' for key, value in known.items())})")
@@ -279,6 +284,11 @@ def digests(self: ModelSet) -> list: # of str, 32 hexadecimal digits each
 def stem(self: ModelSet) -> str: # name of a layer
     "The layer that reads the image"
     return getattr(self.source, 'stem', None) or stem_of(self.shapes)
+
+@patch(as_prop=True)
+def shortcuts(self: ModelSet) -> list: # of str or None
+    "How each model's shortcuts are built, where its file says so"
+    return [None if pd.isna(kind) else kind for kind in self.manifest.shortcut]
 
 @patch(as_prop=True)
 def about(self: ModelSet) -> dict: # empty for a folder

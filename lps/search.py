@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
+import lps.chain, lps.probes, lps.signatures  # noqa: F401  they register their methods
 from .files import checked, load_model, printable, save_model
 from .foreign import check_weights, read_query
 from .methods import embed_models, fitted_parts, load_fitted, restore_fitted
@@ -72,7 +73,7 @@ class ModelIndex:
     def __len__(self): return len(self.manifest)
 
     def __repr__(self):
-        layers = ', '.join(self.fitted.layers)
+        layers = ', '.join(self.fitted.layers) or 'all layers'
         return printable(
             f"ModelIndex: {len(self)} models of {self.manifest.task.nunique()} tasks, compared by {layers}"
             f" ({self.fitted.method})"

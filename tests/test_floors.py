@@ -11,7 +11,7 @@ FLOORS = {
     "Data": ["tasks"],
     "Files": ["files", "modelset", "foreign", "datasheet"],
     "Training": ["jobs", "batchnorm", "train", "many", "zoo"],
-    "Similarity": ["align", "second_order", "methods", "signatures", "chain", "fusion"],
+    "Similarity": ["align", "second_order", "methods", "signatures", "chain", "probes", "readout", "fusion"],
     "Measuring": ["evaluate", "records", "transfer", "curves", "plots", "claims", "experiments"],
     "Using": ["search", "report", "demo", "cli"],
 }
