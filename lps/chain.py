@@ -64,7 +64,7 @@ class Flow:
             self.passed.add(group)
         return self.get(groups)[0]
 
-# %% ../nbs/17_chain.ipynb #4460d09d
+# %% ../nbs/17_chain.ipynb #d124a280
 def _step(flow, weight, gamma, beta, sd, axes):
     "Follow one convolution and its BN; gives the channels that it wrote to"
     writes, reads = axes[:2]
@@ -77,7 +77,7 @@ def patterns(
     tensors: dict,            # of M whole networks with BN, by name, `(M, …)` each
     shortcut: str='pad_end',  # kind of shortcut where there are no weights for it
 ) -> dict: # for each convolution, in the order of the tensors: patterns `(M, N, D)`, γ `(M, N)` of its BN
-    "What the channels that each convolution writes to see of the image; raises `ValueError` for what cannot be followed"
+    "What the channels written by each convolution see of the image; raises `ValueError` for what cannot be followed"
     shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
     known, norms = recognise(shapes, shortcut=shortcut), norms_of(shapes)
     _check_followed(shapes, known, norms)

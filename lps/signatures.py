@@ -8,7 +8,7 @@ __all__ = ['EXPERTS', 'stem_filters', 'quantiles', 'gram', 'stem_signature', 'im
            'canonical', 'layer_tensors', 'all_layer_signature', 'reads_all', 'expert_weights', 'FittedExperts',
            'fit_experts', 'ExpertsConfig', 'restore_experts', 'observe_experts']
 
-# %% ../nbs/16_signatures.ipynb #51f626e3
+# %% ../nbs/16_signatures.ipynb #12992cee
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from .architectures import branch_layers, norms_of, recognise, stem_of
 from .files import checked, printable
 from .methods import Method, register_method
+from .resnet import SHORTCUTS
 
 # %% ../nbs/16_signatures.ipynb #88f04b17
 def _vectors(tensors, layer):
@@ -248,7 +249,7 @@ def fit_signature(
     tensors['means'] = fitted.whitened(dict(zip(sizes, means.split(list(sizes.values()), 1))))
     return fitted
 
-# %% ../nbs/16_signatures.ipynb #b025ba12
+# %% ../nbs/16_signatures.ipynb #b96a2b3e
 @dataclass
 class SignatureConfig:
     "What the file of a fitted signature must say"
@@ -286,9 +287,14 @@ def _check_tasks(method, tasks):
     raise ValueError(f"{method}: field 'tasks' is {printable(str(tasks)[:40])}, expected two at least, each once")
 
 def _check_observing(method, observing, names):
-    "Raises `ValueError` for settings that the method does not observe by"
+    "Raises `ValueError` for settings that the method does not observe by, or of another type"
     odd = ', '.join(sorted(set(observing) - set(names)))
-    if odd: raise ValueError(f"{method}: field 'observing' has {printable(odd)}, known are {', '.join(names) or 'none'}")
+    if odd: raise ValueError(f"{method}: field 'observing' has {printable(odd)}, known are {names}")
+    for name, value in observing.items():
+        kind = int if name == 'depth' else str
+        if type(value) is kind: continue
+        found = printable(repr(value)[:40])
+        raise ValueError(f"{method}: field 'observing.{name}' is {found}, expected {kind.__name__}")
 
 def _check_tensor(method, name, tensor, shape):
     "Raises `ValueError` for a tensor that is not float64 of this shape, or not finite"
@@ -378,12 +384,14 @@ def _scale(tensor, axis, groups, scales, power):
         shape = [len(tensor), *(1,)*(axis - 1), -1, *(1,)*(tensor.ndim - axis - 1)]
         part.mul_(scales[group].view(shape)**power)
 
-# %% ../nbs/16_signatures.ipynb #1a753638
+# %% ../nbs/16_signatures.ipynb #62010ebc
 def canonical(
     tensors: dict,  # of M whole networks, by name, `(M, …)` each
     shortcut: str,  # kind of shortcut where there are no weights for it
 ) -> dict:          # the same names
     "Networks with their free scales fixed; those without BN or of an architecture that is not registered as they are"
+    if shortcut not in SHORTCUTS:
+        raise ValueError(f"shortcut {printable(shortcut)} is unknown: take one of {SHORTCUTS}")
     shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
     known, norms = recognise(shapes, shortcut=shortcut), list(norms_of(shapes).values())
     if known is None or not norms: return tensors
