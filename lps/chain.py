@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['N_DEPTHS', 'relu_moments', 'Flow', 'patterns', 'chain_signature']
 
-# %% ../nbs/17_chain.ipynb #9653f6d0
+# %% ../nbs/17_chain.ipynb #dcd70b81
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor
 from torch.special import ndtr
 
@@ -29,7 +30,7 @@ def relu_moments(
     second = (mean**2 + variance)*slope + mean*sd*density
     return first, (second - first**2).clamp_min(1e-9), slope
 
-# %% ../nbs/17_chain.ipynb #c763b5b0
+# %% ../nbs/17_chain.ipynb #4cc5be75
 class Flow:
     "Patterns, means and variances of the channels of M networks, group by group, as layers write and read them"
     def __init__(self,
@@ -47,24 +48,27 @@ class Flow:
             self.groups[group] = new if old is None else tuple(a + b for a, b in zip(old, new))
             self.passed.discard(group)
 
-    def get(self,
-        groups: tuple,  # that make up an axis
-    ) -> list:          # patterns, means, variances
-        "The channels as they are, before ReLU where that has not been passed"
-        return [torch.cat(parts, 1) for parts in zip(*(self.groups[group] for group in groups))]
+# %% ../nbs/17_chain.ipynb #8fd517c2
+@patch
+def get(self: Flow,
+    groups: tuple,  # that make up an axis
+) -> list:          # patterns, means, variances
+    "The channels as they are, before ReLU where that has not been passed"
+    return [torch.cat(parts, 1) for parts in zip(*(self.groups[group] for group in groups))]
 
-    def read(self,
-        groups: tuple,  # that make up the axis which is read
-    ) -> Tensor:        # patterns `(M, C, D)`
-        "The channels after ReLU"
-        for group in set(groups) - self.passed:
-            pattern, mean, variance = self.groups[group]
-            mean, variance, slope = relu_moments(mean, variance)
-            self.groups[group] = pattern*slope[..., None], mean, variance
-            self.passed.add(group)
-        return self.get(groups)[0]
+@patch
+def read(self: Flow,
+    groups: tuple,  # that make up the axis which is read
+) -> Tensor:        # patterns `(M, C, D)`
+    "The channels after ReLU"
+    for group in set(groups) - self.passed:
+        pattern, mean, variance = self.groups[group]
+        mean, variance, slope = relu_moments(mean, variance)
+        self.groups[group] = pattern*slope[..., None], mean, variance
+        self.passed.add(group)
+    return self.get(groups)[0]
 
-# %% ../nbs/17_chain.ipynb #4460d09d
+# %% ../nbs/17_chain.ipynb #88745aa3
 def _step(flow, weight, gamma, beta, sd, axes):
     "Follow one convolution and its BN; gives the channels that it wrote to"
     writes, reads = axes[:2]
@@ -73,11 +77,12 @@ def _step(flow, weight, gamma, beta, sd, axes):
     flow.write(writes, (pattern*(gamma/sd)[..., None], beta, gamma**2))
     return flow.get(writes)
 
+# %% ../nbs/17_chain.ipynb #dd206b94
 def patterns(
     tensors: dict,            # of M whole networks with BN, by name, `(M, …)` each
     shortcut: str='pad_end',  # kind of shortcut where there are no weights for it
 ) -> dict: # for each convolution, in the order of the tensors: patterns `(M, N, D)`, γ `(M, N)` of its BN
-    "What the channels that each convolution writes to see of the image; raises `ValueError` for what cannot be followed"
+    "What the channels written by each convolution see of the image; raises `ValueError` for what cannot be followed"
     shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
     known, norms = recognise(shapes, shortcut=shortcut), norms_of(shapes)
     _check_followed(shapes, known, norms)

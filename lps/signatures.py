@@ -8,7 +8,7 @@ __all__ = ['EXPERTS', 'stem_filters', 'quantiles', 'gram', 'stem_signature', 'im
            'canonical', 'layer_tensors', 'all_layer_signature', 'reads_all', 'expert_weights', 'FittedExperts',
            'fit_experts', 'ExpertsConfig', 'restore_experts', 'observe_experts']
 
-# %% ../nbs/16_signatures.ipynb #51f626e3
+# %% ../nbs/16_signatures.ipynb #12992cee
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from .architectures import branch_layers, norms_of, recognise, stem_of
 from .files import checked, printable
 from .methods import Method, register_method
+from .resnet import SHORTCUTS
 
 # %% ../nbs/16_signatures.ipynb #88f04b17
 def _vectors(tensors, layer):
@@ -180,7 +181,7 @@ class FittedSignature:
         self.layers, self.tasks, self.sizes = config['layers'], config['tasks'], config['sizes']
         self.observing = config['observing']
 
-# %% ../nbs/16_signatures.ipynb #1d3c3559
+# %% ../nbs/16_signatures.ipynb #ce41ee9a
 @patch
 def state_dict(self: FittedSignature) -> dict:
     "Its tensors by name"
@@ -202,6 +203,7 @@ def embed(self: FittedSignature,
     "Whitened signatures of length 1; the models' tasks may be new"
     return F.normalize(self.whitened(observed), dim=1).float()
 
+# %% ../nbs/16_signatures.ipynb #d0d43097
 @patch
 def scores(self: FittedSignature,
     observed: dict,  # observations of M models
@@ -210,7 +212,7 @@ def scores(self: FittedSignature,
     x, means = self.whitened(observed), self.tensors['means']
     return (x @ means.T - means.square().sum(1)/2).log_softmax(1).float()
 
-# %% ../nbs/16_signatures.ipynb #763b3820
+# %% ../nbs/16_signatures.ipynb #8596fb3f
 def _joined(observed, sizes):
     "Observations one behind another; raises `ValueError` unless they have these sizes"
     for name, size in sizes.items():
@@ -224,6 +226,7 @@ def _chosen(settings, names):
     "Those of the settings that have these names"
     return {name: settings[name] for name in names if name in settings}
 
+# %% ../nbs/16_signatures.ipynb #b3e4617f
 def fit_signature(
     observed: dict,   # observations of M models, `(M, E)` each
     labels: Tensor,   # task of each model, `(M,)`
@@ -248,7 +251,7 @@ def fit_signature(
     tensors['means'] = fitted.whitened(dict(zip(sizes, means.split(list(sizes.values()), 1))))
     return fitted
 
-# %% ../nbs/16_signatures.ipynb #b025ba12
+# %% ../nbs/16_signatures.ipynb #9650e2b9
 @dataclass
 class SignatureConfig:
     "What the file of a fitted signature must say"
@@ -262,6 +265,7 @@ def _expected_shapes(known, rank):
     size = sum(known.sizes.values())
     return dict(centre=(size,), gain=(size,), directions=(rank, size), damping=(rank,), means=(len(known.tasks), size))
 
+# %% ../nbs/16_signatures.ipynb #69d90e52
 def restore_signature(
     config: dict,   # as it was saved
     tensors: dict,  # float64, by name
@@ -285,10 +289,16 @@ def _check_tasks(method, tasks):
     if len(set(tasks)) == len(tasks) >= 2: return
     raise ValueError(f"{method}: field 'tasks' is {printable(str(tasks)[:40])}, expected two at least, each once")
 
+# %% ../nbs/16_signatures.ipynb #006e328c
 def _check_observing(method, observing, names):
-    "Raises `ValueError` for settings that the method does not observe by"
+    "Raises `ValueError` for settings that the method does not observe by, or of another type"
     odd = ', '.join(sorted(set(observing) - set(names)))
-    if odd: raise ValueError(f"{method}: field 'observing' has {printable(odd)}, known are {', '.join(names) or 'none'}")
+    if odd: raise ValueError(f"{method}: field 'observing' has {printable(odd)}, known are {names}")
+    for name, value in observing.items():
+        kind = int if name == 'depth' else str
+        if type(value) is kind: continue
+        found = printable(repr(value)[:40])
+        raise ValueError(f"{method}: field 'observing.{name}' is {found}, expected {kind.__name__}")
 
 def _check_tensor(method, name, tensor, shape):
     "Raises `ValueError` for a tensor that is not float64 of this shape, or not finite"
@@ -378,12 +388,14 @@ def _scale(tensor, axis, groups, scales, power):
         shape = [len(tensor), *(1,)*(axis - 1), -1, *(1,)*(tensor.ndim - axis - 1)]
         part.mul_(scales[group].view(shape)**power)
 
-# %% ../nbs/16_signatures.ipynb #1a753638
+# %% ../nbs/16_signatures.ipynb #62010ebc
 def canonical(
     tensors: dict,  # of M whole networks, by name, `(M, …)` each
     shortcut: str,  # kind of shortcut where there are no weights for it
 ) -> dict:          # the same names
     "Networks with their free scales fixed; those without BN or of an architecture that is not registered as they are"
+    if shortcut not in SHORTCUTS:
+        raise ValueError(f"shortcut {printable(shortcut)} is unknown: take one of {SHORTCUTS}")
     shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
     known, norms = recognise(shapes, shortcut=shortcut), list(norms_of(shapes).values())
     if known is None or not norms: return tensors
@@ -397,7 +409,7 @@ def layer_tensors(
     "The tensors of a layer and of the BN after it"
     return {name: v for name, v in tensors.items() if name.rpartition('.')[0] in (layer, norm)}
 
-# %% ../nbs/16_signatures.ipynb #8f17ace2
+# %% ../nbs/16_signatures.ipynb #378bb4d9
 def all_layer_signature(
     tensors: dict,            # of M whole networks, by name, `(M, …)` each
     shortcut: str='pad_end',  # kind of shortcut where there are no weights for it
@@ -421,6 +433,7 @@ def _at_depths(parts, n_quantiles=9, n_depths=19):
     by_depth = torch.stack(lists, 2)
     return F.interpolate(by_depth, size=n_depths, mode='linear', align_corners=True).flatten(1)
 
+# %% ../nbs/16_signatures.ipynb #cc57bad0
 def _without_statistics(part):
     "A layer by γ and β alone"
     return dict(filters=part['filters'], gamma=part['gamma'], beta=part['beta'])
@@ -466,7 +479,7 @@ def _folds(labels, n_folds=4):
         place[at] = torch.arange(len(at)) % n_folds if len(at) > 2 else -1
     return [place == i for i in range(n_folds)]
 
-# %% ../nbs/16_signatures.ipynb #c351383e
+# %% ../nbs/16_signatures.ipynb #35d04b75
 def _held_out(observed, labels):
     "Log-probabilities of experts for models that they were not fitted on, `(B, M', tasks)`, and their targets"
     tasks, targets = labels.unique(return_inverse=True)
@@ -479,6 +492,7 @@ def _held_out(observed, labels):
         right.append(targets[held])
     return (torch.cat(found, 1), torch.cat(right)) if found else (None, None)
 
+# %% ../nbs/16_signatures.ipynb #a46c7dc8
 def expert_weights(
     log_probs: Tensor|None,  # of B experts for M models that they were not fitted on, `(B, M, tasks)`; None: not known
     targets: Tensor|None,    # place of each model's task, `(M,)`
@@ -517,7 +531,7 @@ class FittedExperts:
         for name, expert in self.experts.items(): tensors |= {f'{name}.{k}': v for k, v in expert.tensors.items()}
         return tensors
 
-# %% ../nbs/16_signatures.ipynb #ac86b506
+# %% ../nbs/16_signatures.ipynb #d90de0fb
 @patch
 def embed(self: FittedExperts,
     observed: dict,  # observations of M models
@@ -534,6 +548,7 @@ def scores(self: FittedExperts,
     scores = torch.stack([expert.scores(observed) for expert in self.experts.values()])
     return torch.einsum('b,bmt->mt', self.weights.float(), scores).log_softmax(1)
 
+# %% ../nbs/16_signatures.ipynb #ae05ad61
 def fit_experts(
     observed: dict,   # observations of M models, `(M, E)` each
     labels: Tensor,   # task of each model, `(M,)`
@@ -547,7 +562,7 @@ def fit_experts(
     weights = expert_weights(*_held_out(of_experts, labels), n=len(experts))
     return FittedExperts(experts, weights, _chosen(settings, ('shortcut',)))
 
-# %% ../nbs/16_signatures.ipynb #b4e5d614
+# %% ../nbs/16_signatures.ipynb #e30357f1
 @dataclass
 class ExpertsConfig:
     "What the file of fitted experts must say"
@@ -564,6 +579,7 @@ def _restore_expert(name, known, tensors):
     config = dict(layers=known.layers, tasks=known.tasks, sizes=known.sizes[name], observing={})
     return restore_signature(config, own, name)
 
+# %% ../nbs/16_signatures.ipynb #3c47ccea
 def restore_experts(
     config: dict,   # as it was saved
     tensors: dict,  # float64, by name
@@ -581,7 +597,7 @@ def restore_experts(
         raise ValueError("weights-fusion: tensor 'weights' has some below 0 or none above: give each expert its weight")
     return FittedExperts(experts, tensors['weights'], known.observing)
 
-# %% ../nbs/16_signatures.ipynb #8b99cf5e
+# %% ../nbs/16_signatures.ipynb #5e31fd77
 def _stem_of_all(tensors):
     "The tensors of the first convolution and of the BN after it"
     shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
@@ -603,6 +619,7 @@ def _reads_experts(models, **settings):
     "All tensors of whole networks, those of the stem where only that is here"
     return reads_all(models, **settings) if len(branch_layers(models.shapes)) > 1 else reads_stem(models, **settings)
 
+# %% ../nbs/16_signatures.ipynb #a9f8de54
 register_method(Method(
     name='weights-fusion',
     title='stem, all layers and image colours',

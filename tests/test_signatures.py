@@ -191,7 +191,9 @@ def test_a_config_that_does_not_fit_is_refused(fitted, method, field):
     for value in ODD:
         if field == 'layers' and value in ([], ['x']) or field == 'observing' and value == {}: continue
         with expect_fail(ValueError): refuse(config | {field: value})
-    with expect_fail(ValueError, 'observing'): refuse(config | dict(observing={'weights': 'x'}))
+    with expect_fail(ValueError, "field 'tasks'"): refuse(config | dict(tasks=[0, 1, 1]))
+    for odd in ({'weights': 'x'}, {'depth': '3'}, {'shortcut': None}):
+        with expect_fail(ValueError, 'observing'): refuse(config | dict(observing=odd))
 
 
 @pytest.mark.parametrize('method', METHODS)
