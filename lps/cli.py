@@ -265,7 +265,8 @@ def fit(
     with console.status(f"fitting {method} on {len(models)} models"):
         fitted = fit_method(models, method, seed, **_fit_settings(layers, epochs, folded))
     save_fitted(out, fitted)
-    console.print(f"{out}: {method} on {', '.join(fitted.layers) or 'all layers'} of {len(models)} models, {len(fitted.tasks)} tasks")
+    read = ', '.join(fitted.layers) or 'all layers'
+    console.print(f"{out}: {method} on {read} of {len(models)} models, {len(fitted.tasks)} tasks")
 
 # %% ../nbs/31_cli.ipynb #5233efd9
 def _check_splits(models, train, test_tasks):

@@ -149,7 +149,8 @@ def test_centres_that_do_not_fit_are_refused(probes, centres):
 @pytest.mark.parametrize('scale', [float('nan'), float('inf')])
 def test_a_network_that_gives_no_numbers_is_refused(probes, scale):
     state = some_state(7)
-    with expect_fail(ValueError, 'finite'): embed_models(probes, model(state | {'fc.bias': state['fc.bias']*0 + scale}))
+    broken = model(state | {'fc.bias': state['fc.bias'] + scale})
+    with expect_fail(ValueError, 'answers are not finite'): embed_models(probes, broken)
 
 
 def test_a_network_that_always_says_the_same_has_no_embedding(probes):

@@ -33,7 +33,8 @@ def test_nothing_is_read_from_noise():
 
 def test_targets_do_not_change_one_another():
     g = torch.Generator().manual_seed(0)
-    z, y = torch.randn(60, 8, generator=g), torch.randn(3, 60, 2, generator=g)
+    z, noise = torch.randn(60, 8, generator=g), torch.randn(3, 60, 2, generator=g)
+    y = z[:, :2] + torch.tensor([0, 1, 10])[:, None, None]*noise  # each needs another ridge
     np.testing.assert_allclose(read_out(z, y), np.concatenate([read_out(z, one[None]) for one in y]))
 
 
