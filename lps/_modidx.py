@@ -432,6 +432,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lps.methods._prepared': ('methods.html#_prepared', 'lps/methods.py'),
                              'lps.methods._stem_or': ('methods.html#_stem_or', 'lps/methods.py'),
                              'lps.methods._units': ('methods.html#_units', 'lps/methods.py'),
+                             'lps.methods.default_methods': ('methods.html#default_methods', 'lps/methods.py'),
                              'lps.methods.embed_models': ('methods.html#embed_models', 'lps/methods.py'),
                              'lps.methods.fit_many': ('methods.html#fit_many', 'lps/methods.py'),
                              'lps.methods.fit_method': ('methods.html#fit_method', 'lps/methods.py'),

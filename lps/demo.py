@@ -15,7 +15,7 @@ import pandas as pd
 
 from .evaluate import chance_curves, summary, table1, table2
 from .jobs import ctrl_c_waits
-from .methods import PAPER, embed_models, fit_method
+from .methods import default_methods, embed_models, fit_method
 from .modelset import ModelSet, load_modelset, task_names
 from .plots import plot_embedding, plot_rank_k, plot_similarity
 from .records import result_record
@@ -66,12 +66,12 @@ def measure_tables(
     args = {table1: (models, settings.splits, n_right_answers(models)), table2: (models, settings.splits)}
     how, jobs = dict(seed=settings.seed, **settings.fit), {}
     with ctrl_c_waits():
-        for method in reversed(PAPER):
+        for method in reversed(default_methods()):
             for table, given in args.items():
                 jobs[table, method] = executor.submit(table, *given, methods=(method,), **how)
     runs = []
     for table in args:
-        of_methods = [jobs[table, method].result() for method in PAPER]
+        of_methods = [jobs[table, method].result() for method in default_methods()]
         runs.append(pd.concat(of_methods))
     return tuple(runs)
 

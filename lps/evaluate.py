@@ -18,7 +18,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 import lps.chain, lps.probes, lps.signatures  # noqa: F401  they register their methods
-from .methods import PAPER, embed_models, fit_many, method_title, observations, score_models
+from .methods import default_methods, embed_models, fit_many, method_title, observations, score_models
 from .modelset import ModelSet
 from .second_order import similarity
 
@@ -241,7 +241,7 @@ def table1(
     models: ModelSet,     # all models
     n_splits: int=10,     # random splits
     n_train: int=8,       # models of each task to learn from
-    methods: tuple|None=None, # rows; None: the paper's three
+    methods: tuple|None=None, # rows; None: those of `default_methods`
     seed: int=0,          # decides the splits
     progress: bool=False, # show a bar
     workers: int=1,       # processes; 1: in this one
@@ -250,7 +250,7 @@ def table1(
 ) -> pd.DataFrame:        # one row a method and split, columns top-1 … top-K
     "Task classification of the paper's Table 1, by LPS and its baselines on the same splits"
     splits = classification_splits(models.labels, n_train, n_splits, seed)
-    settings = {method: dict(method=method) for method in methods or PAPER}
+    settings = {method: dict(method=method) for method in methods or default_methods()}
     return classify(models, splits, progress, workers, executor, settings=settings, **kwargs)
 
 # %% ../nbs/21_evaluate.ipynb #e02a84cf
@@ -259,7 +259,7 @@ def table2(
     n_splits: int=10,            # random splits
     n_test_tasks: int|None=None, # tasks held out; None: a fifth, two at least
     n_query: int=2,              # queries of each held-out task
-    methods: tuple|None=None, # rows; None: the paper's three
+    methods: tuple|None=None, # rows; None: those of `default_methods`
     seed: int=0,                 # decides the splits
     progress: bool=False,        # show a bar
     workers: int=1,              # processes; 1: in this one
@@ -268,7 +268,7 @@ def table2(
 ) -> pd.DataFrame:               # one row a method and split, columns rank-1 … rank-G and mAP
     "Task retrieval of the paper's Table 2, by LPS and its baselines on the same splits"
     splits = retrieval_splits(models.labels, n_test_tasks, n_query, n_splits, seed)
-    settings = {method: dict(method=method) for method in methods or PAPER}
+    settings = {method: dict(method=method) for method in methods or default_methods()}
     return retrieve(models, splits, progress, workers, executor, settings=settings, **kwargs)
 
 # %% ../nbs/21_evaluate.ipynb #21948840

@@ -162,6 +162,7 @@ register_method(Method(
     name='probes',
     title='Probes: answers to synthetic images',
     baseline=False,
+    by_default=False,
     reads=_every_tensor,
     fit=fit_probes,
     restore=restore_probes,

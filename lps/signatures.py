@@ -340,7 +340,7 @@ def signature_method(
     "An entry for shrinkage LDA on what `observe` gives"
     fit = partial(fit_signature, method=name, observing=observing)
     restore = partial(restore_signature, method=name, observing=observing)
-    return Method(name, title, False, reads, fit, restore, observe=observe)
+    return Method(name, title, False, reads, fit, restore, observe=observe, by_default=False)
 
 def _observe_statistics(weights): return image_statistics(weights)
 
@@ -624,6 +624,7 @@ register_method(Method(
     name='weights-fusion',
     title='stem, all layers and image colours',
     baseline=False,
+    by_default=False,
     reads=_reads_experts,
     fit=fit_experts,
     restore=restore_experts,
