@@ -66,7 +66,7 @@ def method_title(
     return METHODS[name].title if name in METHODS else name
 
 def default_methods() -> list: # of names
-    "The rows of a table for which no methods are named: the paper's three, and what was registered to stand beside them"
+    "The rows of a table for which no methods are named: the paper's three, and those registered to stand beside them"
     return [name for name, method in METHODS.items() if method.by_default]
 
 # %% ../nbs/15_methods.ipynb #5d975d41
