@@ -242,6 +242,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lps.experiments.grid_row': ('experiments.html#grid_row', 'lps/experiments.py'),
                                  'lps.experiments.in_words': ('experiments.html#in_words', 'lps/experiments.py'),
                                  'lps.experiments.kind_of': ('experiments.html#kind_of', 'lps/experiments.py'),
+                                 'lps.experiments.leaderboard_table': ('experiments.html#leaderboard_table', 'lps/experiments.py'),
                                  'lps.experiments.legend_html': ('experiments.html#legend_html', 'lps/experiments.py'),
                                  'lps.experiments.open_models': ('experiments.html#open_models', 'lps/experiments.py'),
                                  'lps.experiments.overview': ('experiments.html#overview', 'lps/experiments.py'),

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'SMALL_FIT', 'SIGNS', 'VERDICT_COLOURS', 'GRID_ROWS', 'CELL_STYLE', 'Experiment', 'register_experiment',
-           'plot_table', 'runs_table', 'fusion_words', 'triplet_words', 'open_models', 'result_path', 'kind_of',
-           'result_files', 'caption', 'claims_of', 'claims_table', 'in_words', 'entry_html', 'verdict_html',
-           'legend_html', 'show_result', 'show_results', 'grid_row', 'grid_entry', 'grid_entries', 'overview',
-           'claim_html', 'row_html', 'show_overview', 'same_networks']
+           'plot_table', 'runs_table', 'leaderboard_table', 'fusion_words', 'triplet_words', 'open_models',
+           'result_path', 'kind_of', 'result_files', 'caption', 'claims_of', 'claims_table', 'in_words', 'entry_html',
+           'verdict_html', 'legend_html', 'show_result', 'show_results', 'grid_row', 'grid_entry', 'grid_entries',
+           'overview', 'claim_html', 'row_html', 'show_overview', 'same_networks']
 
 # %% ../nbs/27_experiments.ipynb #d6bcf658
 import html, re
@@ -124,6 +124,25 @@ register_experiment(Experiment(
     words=transfer_text,
     small=SMALL_FIT | dict(n_init=2, n_boot=50),
     needs=('all layers', 'images'),
+));
+
+# %% ../nbs/27_experiments.ipynb #bdfd80e3
+def leaderboard_table(
+    record: dict,   # a result file of methods beside each other
+) -> pd.DataFrame:  # text, one row a method: top-1 of known tasks, rank-1 and mAP of unseen ones
+    "What each method reaches, in percent, and chance"
+    table = pd.DataFrame.from_dict(record['summary'], orient='index')[['top-1']]
+    retrieved = pd.DataFrame.from_dict(record['retrieval'], orient='index')
+    table = table.join(retrieved[[column for column in ('rank-1', 'mAP') if column in retrieved]])
+    return table.fillna('').rename_axis('method')
+
+register_experiment(Experiment(
+    kind='leaderboard',
+    title='Past the paper',
+    where='not in the paper',
+    plot=plot_table,
+    table=leaderboard_table,
+    small=SMALL_FIT | dict(model_set='digits', n_train=2, n_query=1, methods='lps,stem-signature,probes'),
 ));
 
 # %% ../nbs/27_experiments.ipynb #ca6df611
