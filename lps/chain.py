@@ -42,7 +42,8 @@ class Flow:
         values: tuple,  # patterns `(M, N, D)`, means `(M, N)`, variances `(M, N)`
     ):
         "Add to what is there"
-        parts = [v.split([self.sizes[g] for g in groups], 1) for v in values]
+        sizes = [self.sizes[group] for group in groups]
+        parts = [v.split(sizes, 1) for v in values]
         for group, new in zip(groups, zip(*parts)):
             old = self.groups.get(group)
             self.groups[group] = new if old is None else tuple(a + b for a, b in zip(old, new))
@@ -54,7 +55,8 @@ def get(self: Flow,
     groups: tuple,  # that make up an axis
 ) -> list:          # patterns, means, variances
     "The channels as they are, before ReLU where that has not been passed"
-    return [torch.cat(parts, 1) for parts in zip(*(self.groups[group] for group in groups))]
+    channels = [self.groups[group] for group in groups]
+    return [torch.cat(parts, 1) for parts in zip(*channels)]
 
 @patch
 def read(self: Flow,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXPERTS', 'stem_filters', 'quantiles', 'gram', 'stem_signature', 'image_statistics', 'FittedSignature',
-           'fit_signature', 'SignatureConfig', 'restore_signature', 'reads_stem', 'signature_method', 'fix_scales',
-           'canonical', 'layer_tensors', 'all_layer_signature', 'reads_all', 'expert_weights', 'FittedExperts',
-           'fit_experts', 'ExpertsConfig', 'restore_experts', 'observe_experts']
+           'fit_signature', 'restore_signature', 'reads_stem', 'signature_method', 'fix_scales', 'canonical',
+           'all_layer_signature', 'reads_all', 'expert_weights', 'FittedExperts', 'fit_experts', 'restore_experts',
+           'observe_experts']
 
 # %% ../nbs/16_signatures.ipynb #12992cee
 from dataclasses import dataclass
@@ -253,7 +253,7 @@ def fit_signature(
 
 # %% ../nbs/16_signatures.ipynb #9650e2b9
 @dataclass
-class SignatureConfig:
+class _SignatureConfig:
     "What the file of a fitted signature must say"
     layers: list[str]
     tasks: list[int]
@@ -273,7 +273,7 @@ def restore_signature(
     observing: tuple=(),  # names of the settings that its `observe` takes
 ) -> FittedSignature:
     "A fitted signature from its parts; raises `ValueError` with the field where they do not fit"
-    known = checked(config, SignatureConfig, method)
+    known = checked(config, _SignatureConfig, method)
     _check_tasks(method, known.tasks)
     _check_observing(method, known.observing, observing)
     if 'damping' not in tensors: raise ValueError(f"{method}: tensor 'damping' is missing")
@@ -320,7 +320,8 @@ def reads_stem(
         raise ValueError(f"a stem's signature reads {printable(models.stem)}, not {asked}: leave out layers")
     norm = norms_of(models.shapes).get(models.stem)
     owners = [models.stem] if norm is None else [models.stem, norm]
-    names = [f'{owner}.{v}' for owner in owners for v in ('weight', 'bias', 'running_mean', 'running_var')]
+    names = []
+    for owner in owners: names += [f'{owner}.{v}' for v in ('weight', 'bias', 'running_mean', 'running_var')]
     return [name for name in names if name in models.shapes]
 
 def _reads_statistics(models, **settings):
@@ -401,11 +402,7 @@ def canonical(
     if known is None or not norms: return tensors
     return fix_scales(tensors, known[0].spec(known[1]), norms)
 
-def layer_tensors(
-    tensors: dict,   # by name
-    layer: str,      # a layer
-    norm: str|None,  # the BN after it
-) -> dict:           # those of the two
+def _layer_tensors(tensors, layer, norm):
     "The tensors of a layer and of the BN after it"
     return {name: v for name, v in tensors.items() if name.rpartition('.')[0] in (layer, norm)}
 
@@ -419,7 +416,7 @@ def all_layer_signature(
     norms, chunks = norms_of(shapes), []
     for start in range(0, len(next(iter(tensors.values()))), 32):
         some = canonical({name: v[start:start + 32] for name, v in tensors.items()}, shortcut)
-        parts = [stem_filters(layer_tensors(some, layer, norms.get(layer))) for layer in branch_layers(shapes)]
+        parts = [stem_filters(_layer_tensors(some, layer, norms.get(layer))) for layer in branch_layers(shapes)]
         chunks.append(_at_depths(parts))
     return dict(layers=torch.cat(chunks))
 
@@ -469,7 +466,10 @@ EXPERTS = {
 
 def _experts(observed):
     "The observations of each expert, as far as they were made"
-    return {name: {n: observed[n] for n in needs} for name, needs in EXPERTS.items() if set(needs) <= set(observed)}
+    found = {}
+    for name, needs in EXPERTS.items():
+        if set(needs) <= set(observed): found[name] = {n: observed[n] for n in needs}
+    return found
 
 def _folds(labels, n_folds=4):
     "For each fold whether a model is held out; models of a task that has fewer than three never are"
@@ -480,14 +480,18 @@ def _folds(labels, n_folds=4):
     return [place == i for i in range(n_folds)]
 
 # %% ../nbs/16_signatures.ipynb #35d04b75
+def _of_models(observed, chosen):
+    "The observations of the models that are chosen, `(M,)`"
+    return {name: v[chosen] for name, v in observed.items()}
+
 def _held_out(observed, labels):
     "Log-probabilities of experts for models that they were not fitted on, `(B, M', tasks)`, and their targets"
     tasks, targets = labels.unique(return_inverse=True)
     found, right = [], []
     for held in _folds(labels):
         if not held.any(): continue
-        experts = {n: fit_signature({k: v[~held] for k, v in o.items()}, labels[~held]) for n, o in observed.items()}
-        scores = [f.scores({k: v[held] for k, v in observed[n].items()}) for n, f in experts.items()]
+        experts = {n: fit_signature(_of_models(o, ~held), labels[~held]) for n, o in observed.items()}
+        scores = [f.scores(_of_models(observed[n], held)) for n, f in experts.items()]
         found.append(torch.stack(scores))
         right.append(targets[held])
     return (torch.cat(found, 1), torch.cat(right)) if found else (None, None)
@@ -564,7 +568,7 @@ def fit_experts(
 
 # %% ../nbs/16_signatures.ipynb #e30357f1
 @dataclass
-class ExpertsConfig:
+class _ExpertsConfig:
     "What the file of fitted experts must say"
     layers: list[str]
     tasks: list[int]
@@ -585,11 +589,12 @@ def restore_experts(
     tensors: dict,  # float64, by name
 ) -> FittedExperts:
     "Fitted experts from their parts; raises `ValueError` with the field where they do not fit"
-    known = checked(config, ExpertsConfig, 'weights-fusion')
+    known = checked(config, _ExpertsConfig, 'weights-fusion')
     _check_observing('weights-fusion', known.observing, ('shortcut',))
     if not known.sizes: raise ValueError("weights-fusion: field 'sizes' is empty, expected one expert at least")
     experts = {name: _restore_expert(name, known, tensors) for name in known.sizes}
-    expected = {'weights'} | {f'{name}.{k}' for name, e in experts.items() for k in e.tensors}
+    expected = {'weights'}
+    for name, expert in experts.items(): expected |= {f'{name}.{k}' for k in expert.tensors}
     odd = ', '.join(sorted(expected ^ set(tensors))[:3])
     if odd: raise ValueError(f"weights-fusion: {printable(odd)} are in the method or in the file, not in both")
     _check_tensor('weights-fusion', 'weights', tensors['weights'], (len(experts),))
@@ -602,7 +607,7 @@ def _stem_of_all(tensors):
     "The tensors of the first convolution and of the BN after it"
     shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
     stem = stem_of(shapes)
-    return layer_tensors(tensors, stem, norms_of(shapes).get(stem))
+    return _layer_tensors(tensors, stem, norms_of(shapes).get(stem))
 
 def observe_experts(
     weights: dict,            # tensors of M networks, or of their stems, by name
