@@ -407,6 +407,16 @@ def _tell_part(part, folder):
     for name, figure in part.figures.items():
         figure.savefig(folder/f'{part.name.lower()}-{name}.png', dpi=150, bbox_inches='tight')
 
+# %% ../nbs/31_cli.ipynb #3c9b807a
+def _demo_parts(out, settings, workers, live, start):
+    "Name → part of the demo: the bundled networks and, if live, those trained here; start is when the demo began"
+    from lps.jobs import worker_pool
+    with worker_pool(workers) as executor:
+        parts = {'bundled': _demo_photographs(out, settings, executor)}
+        console.print(f"{time.perf_counter() - start:.0f} s so far")
+        if live: parts['digits'] = _demo_digits(out, settings, executor)
+    return parts
+
 # %% ../nbs/31_cli.ipynb #1db95efd
 @app.command(epilog="Example: lps demo --out runs/demo")
 def demo(
@@ -420,15 +430,10 @@ def demo(
 ):
     "Tables 1 and 2 and a query, on the bundled models and on some trained here; writes a report."
     from lps.demo import DemoSettings
-    from lps.jobs import worker_pool
     start, settings = time.perf_counter(), DemoSettings(splits=splits, seed=seed, epochs=epochs, n_models=models)
     _replaceable(out/'report.html', _is_report, 'a report that lps demo wrote')
     out.mkdir(parents=True, exist_ok=True)
-    with worker_pool(workers) as executor:
-        parts = {'bundled': _demo_photographs(out, settings, executor)}
-        console.print(f"{time.perf_counter() - start:.0f} s so far")
-        if live: parts['digits'] = _demo_digits(out, settings, executor)
-    report = _write_demo(out, parts)
+    report = _write_demo(out, _demo_parts(out, settings, workers, live, start))
     console.print(f"{report}: the report, with every table and figure ({time.perf_counter() - start:.0f} s in all)")
 
 # %% ../nbs/31_cli.ipynb #0a79ed9b

@@ -176,6 +176,18 @@ def about_bundled(
         " of their first layer."
     )
 
+# %% ../nbs/30_demo.ipynb #8ff8e903
+def _about_digits(models):
+    "What the networks trained here are, as sentences"
+    what = (
+        f"{len(models)} ResNet20s, trained here: scikit-learn's handwritten digits, {len(models.tasks)} tasks of two"
+        " digits each"
+    )
+    return [
+        f"{what}, mean validation accuracy {models.manifest.val_accuracy.mean():.3f}.",
+        "Test sets this small make large deviations.",
+    ]
+
 # %% ../nbs/30_demo.ipynb #7a762a31
 def digits(
     folder: Path,            # where the networks are kept; an interrupted build goes on
@@ -187,15 +199,8 @@ def digits(
     models = build(folder, 'digits', recipe, n_models=settings.n_models, seed=settings.seed, executor=executor)
     nth = models.manifest.groupby('task').cumcount().to_numpy()
     fitted, unseen = fit_method(models[nth % 2 == 0], seed=settings.seed, **settings.fit), models[nth % 2 == 1]
-    what = (
-        f"{len(models)} ResNet20s, trained here: scikit-learn's handwritten digits, {len(models.tasks)} tasks of two"
-        " digits each"
-    )
-    about = [
-        f"{what}, mean validation accuracy {models.manifest.val_accuracy.mean():.3f}.",
-        "Test sets this small make large deviations.",
-    ]
-    return demo_part('Digits', about, models, ModelIndex(fitted, unseen), unseen, settings, executor, ks=(1, 2, 3))
+    about, index = _about_digits(models), ModelIndex(fitted, unseen)
+    return demo_part('Digits', about, models, index, unseen, settings, executor, ks=(1, 2, 3))
 
 # %% ../nbs/30_demo.ipynb #12dfdf67
 def report_section(

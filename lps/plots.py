@@ -179,6 +179,19 @@ def _scatter_tasks(ax, xy, labels, texts):
     for task, text, (marker, colour, size) in zip(tasks, texts, _task_marks(tasks)):
         ax.scatter(*xy[labels == task].T, marker=marker, color=colour, s=size, lw=.3, label=text)
 
+# %% ../nbs/25_plots.ipynb #d8dc1a2c
+def _check_labelled(embedding, labels):
+    "Raises `ValueError` unless there are models, and one label for each"
+    if len(embedding) != len(labels) or not len(labels):
+        raise ValueError(f"{len(embedding)} embeddings, {len(labels)} labels: give one label for each model")
+
+def _finish_map(ax, how, title):
+    "Title of a map without ticks, and below it how the map was made"
+    ax.set(xticks=[], yticks=[])
+    ax.set_xlabel(how, fontsize=8)
+    ax.set_title(_plain(title), fontsize=11)
+    return ax
+
 # %% ../nbs/25_plots.ipynb #7fe1b431
 def plot_embedding(
     embedding: Tensor,        # `(M, E)`
@@ -190,17 +203,13 @@ def plot_embedding(
 ) -> Axes:                    # the axes; `.figure` is the figure
     "Map of the models in the plane, one colour and shape a task; raises `ValueError` for NaN"
     labels, named = np.asarray(labels), names is not None
-    if len(embedding) != len(labels) or not len(labels):
-        raise ValueError(f"{len(embedding)} embeddings, {len(labels)} labels: give one label for each model")
+    _check_labelled(embedding, labels)
     (xy, how), tasks = map_2d(embedding, seed), np.unique(labels).tolist()
     many = len(tasks) > len(COLOURS)
     ax = _axes_or_new(ax, 6.6, 6.6 + .01*len(tasks)*named if many else 4.8)
     _scatter_tasks(ax, xy, labels, _task_texts(tasks, names if named else [f'task {t}' for t in tasks]))
     if not many or named and len(tasks) <= 60: _legend_below(ax, 7 if many else 9)
-    ax.set(xticks=[], yticks=[])
-    ax.set_xlabel(how, fontsize=8)
-    ax.set_title(_plain(title), fontsize=11)
-    return ax
+    return _finish_map(ax, how, title)
 
 # %% ../nbs/25_plots.ipynb #dec5f6bf
 def _drawing_order(method):
@@ -246,6 +255,28 @@ def _rank_ticks(k_max):
     step = 1 if k_max <= 12 else 5*-(-k_max//40)
     return sorted({1, *range(step, k_max + 1, step)})
 
+# %% ../nbs/25_plots.ipynb #498e510d
+def _spread_of(curves, k_max):
+    "Name → mean and standard deviation of each curve; raises `ValueError` where there is nothing to draw"
+    if isinstance(curves, pd.DataFrame): curves = _curves_of(curves)
+    if not len(curves) or k_max < 1:
+        raise ValueError(f"{len(curves)} curves up to k = {k_max}: there is nothing to draw")
+    return {name: _mean_and_sd(name, shares) for name, shares in curves.items()}
+
+def _draw_curves(ax, spread, k_max):
+    "Every curve with its band, up to k_max"
+    for i, (name, (mean, sd)) in enumerate(spread.items()):
+        _draw_curve(ax, name, mean[:k_max], None if sd is None else sd[:k_max], i)
+
+def _finish_ranks(ax, k_max, title):
+    "Axes, legend and title of a figure over ranks"
+    ax.set(xlabel='k', ylabel='right among the first k, %', xticks=_rank_ticks(k_max))
+    ax.set(xlim=(0.5, k_max + 0.5), ylim=(0, 101))
+    ax.grid(alpha=.25)
+    _legend_below(ax, 9, .13)
+    ax.set_title(_plain(title), fontsize=11)
+    return ax
+
 # %% ../nbs/25_plots.ipynb #91ca4d31
 def plot_rank_k(
     curves: dict|pd.DataFrame, # name → share right for k = 1 … K, `(K,)` or `(splits, K)`; or runs of a table
@@ -255,21 +286,12 @@ def plot_rank_k(
     ax: Axes=None,             # where to draw; default: a new figure
 ) -> Axes:                     # the axes; `.figure` is the figure
     "Rank-k (CMC) curves in percent: mean over splits with a band of one sd, and chance in grey"
-    if isinstance(curves, pd.DataFrame): curves = _curves_of(curves)
-    if not len(curves) or k_max < 1:
-        raise ValueError(f"{len(curves)} curves up to k = {k_max}: there is nothing to draw")
-    spread = {name: _mean_and_sd(name, shares) for name, shares in curves.items()}
+    spread = _spread_of(curves, k_max)
     k_max = min(k_max, max(len(mean) for mean, _ in spread.values()))
     ax = _axes_or_new(ax, 6.4, 4.6)
-    for i, (name, (mean, sd)) in enumerate(spread.items()):
-        _draw_curve(ax, name, mean[:k_max], None if sd is None else sd[:k_max], i)
+    _draw_curves(ax, spread, k_max)
     _draw_chance(ax, chance or {}, k_max)
-    ax.set(xlabel='k', ylabel='right among the first k, %', xticks=_rank_ticks(k_max))
-    ax.set(xlim=(0.5, k_max + 0.5), ylim=(0, 101))
-    ax.grid(alpha=.25)
-    _legend_below(ax, 9, .13)
-    ax.set_title(_plain(title), fontsize=11)
-    return ax
+    return _finish_ranks(ax, k_max, title)
 
 # %% ../nbs/25_plots.ipynb #3c140239
 @dataclass
@@ -316,6 +338,22 @@ def _checked_record(record, *needed):
         for name in field.split('.'): part = getattr(part, name, None)
         if not part: raise ValueError(f"{where}: field {field!r} is missing or empty, this figure needs it")
 
+# %% ../nbs/25_plots.ipynb #d44dd95a
+def _splits_title(record):
+    "Name of a record and how many splits it holds"
+    return f"{record['settings']['name']}: {record['settings']['n_splits']} splits"
+
+def _unseen_embedding(unseen):
+    "Embeddings of unseen models, `(M, E)`; raises `ValueError` for rows of different lengths"
+    if len({len(row) for row in unseen['embedding']}) > 1:
+        raise ValueError("the record to draw: field 'unseen.embedding' has rows of different lengths")
+    return torch.tensor(unseen['embedding'])
+
+def _retrieval_axes(record, runs):
+    "Axes of the curve over k, beside chance"
+    n_all = len([c for c in runs if c != 'mAP'])
+    return plot_rank_k(runs, chance_curves(record['n_right'], n_all), _splits_title(record))
+
 # %% ../nbs/25_plots.ipynb #6199a7db
 def record_figures(
     record: dict, # from `result_record`, with `unseen_record` merged in
@@ -323,12 +361,9 @@ def record_figures(
     "Draw a result file; raises `ValueError` with the field for a record that lacks something"
     _checked_record(record, 'settings.n_splits', 'n_right', 'unseen.tasks', 'unseen.embedding')
     name, unseen, runs = record['settings']['name'], record['unseen'], runs_of(record)
-    n_all = len([c for c in runs if c != 'mAP'])
-    if len({len(row) for row in unseen['embedding']}) > 1:
-        raise ValueError("the record to draw: field 'unseen.embedding' has rows of different lengths")
-    z, names = torch.tensor(unseen['embedding']), {int(t): text for t, text in unseen['names'].items()}
+    z, names = _unseen_embedding(unseen), {int(t): text for t, text in unseen['names'].items()}
     return [
-        plot_rank_k(runs, chance_curves(record['n_right'], n_all), f"{name}: {record['settings']['n_splits']} splits"),
+        _retrieval_axes(record, runs),
         plot_similarity(similarity(z), unseen['tasks'], names, f'{name}: similarity of unseen models'),
         plot_embedding(z, unseen['tasks'], names, f'{name}: map of unseen models'),
     ]
@@ -367,19 +402,28 @@ def _finish_branches(ax, record, ylabel):
     ax.legend(fontsize=9, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     return ax
 
+# %% ../nbs/25_plots.ipynb #9cad7990
+def _draw_top_k(ax, x, record, runs):
+    "Top-1, 5 and 10 of each branch, as far as there are more tasks than that"
+    layers = record['settings']['layers']
+    for i, k in enumerate(k for k in (1, 5, 10) if k < record['model_set']['tasks']):
+        _error_points(ax, x, [percent(runs, l, f'top-{k}') for l in layers], i, f'top-{k}')
+
+def _draw_learned(ax, x, record):
+    "Top-1 of the models that each branch learned from"
+    learned = [100*np.mean(record['learned'][l]) for l in record['settings']['layers']]
+    ax.plot(x, learned, color=COLOURS[0], ls=':', label='top-1 of the models\nlearned from')
+
 # %% ../nbs/25_plots.ipynb #aa736575
 def plot_branches(
     record: dict, # a result file of the experiment on branches
 ) -> Axes:
     "Top-1, 5 and 10 of each branch alone, and, where the file has it, top-1 of the models that it learned from"
     _checked_record(record, 'settings.layers')
-    runs, layers, ax = runs_of(record), record['settings']['layers'], _axes_or_new(None, 7.4, 3.8)
-    x = np.arange(1, len(layers) + 1)
-    for i, k in enumerate(k for k in (1, 5, 10) if k < record['model_set']['tasks']):
-        _error_points(ax, x, [percent(runs, l, f'top-{k}') for l in layers], i, f'top-{k}')
-    if 'learned' in record:
-        learned = [100*np.mean(record['learned'][l]) for l in layers]
-        ax.plot(x, learned, color=COLOURS[0], ls=':', label='top-1 of the models\nlearned from')
+    runs, ax = runs_of(record), _axes_or_new(None, 7.4, 3.8)
+    x = np.arange(1, len(record['settings']['layers']) + 1)
+    _draw_top_k(ax, x, record, runs)
+    if 'learned' in record: _draw_learned(ax, x, record)
     ax.set(xlabel='branch', xticks=x)
     return _finish_branches(ax, record, 'right among the first k, %')
 
@@ -417,23 +461,47 @@ def alignment_table(
     return pd.DataFrame(columns).rename_axis('layer')
 
 # %% ../nbs/25_plots.ipynb #412699fe
-def _draw_bars(ax, values, chance, title):
-    "Mean and standard deviation over splits for each name, and chance"
-    means, names = [np.mean(v) for v in values.values()], [_plain(name, 60) for name in values]
-    y = np.arange(len(values))
-    sd = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values.values()]
-    colours = ['0.75' if name.startswith('oracle') else COLOURS[0] for name in names]
-    ax.barh(y, means, xerr=sd if any(sd) else None, color=colours, error_kw=dict(capsize=3, lw=1))
+def _finish_bars(ax, names, chance, title):
+    "Chance, names and title of a figure of bars, the first name on top"
     ax.axvline(chance, color='0.45', ls='--', lw=1.3)
     ax.invert_yaxis()
-    ax.set_yticks(y, names)
+    ax.set_yticks(np.arange(len(names)), names)
     ax.tick_params(axis='y', labelsize=9)
     ax.set(xlim=(0, None), xlabel='%')
     ax.set_title(title, fontsize=10)
 
+def _draw_bars(ax, values, chance, title):
+    "Mean and standard deviation over splits for each name, and chance"
+    means, names = [np.mean(v) for v in values.values()], [_plain(name, 60) for name in values]
+    sd = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values.values()]
+    colours = ['0.75' if name.startswith('oracle') else COLOURS[0] for name in names]
+    y, xerr = np.arange(len(values)), sd if any(sd) else None
+    ax.barh(y, means, xerr=xerr, color=colours, error_kw=dict(capsize=3, lw=1))
+    _finish_bars(ax, names, chance, title)
+
 def _title_splits(fig, record):
     "Name and number of splits over a figure"
-    fig.suptitle(_plain(f"{record['settings']['name']}: {record['settings']['n_splits']} splits"), fontsize=11)
+    fig.suptitle(_plain(_splits_title(record)), fontsize=11)
+
+# %% ../nbs/25_plots.ipynb #cd7d571f
+def _percents(record, measure):
+    "Method → a measure in percent, `(splits,)`"
+    runs = runs_of(record)
+    return {method: percent(runs, method, measure) for method in record['runs']}
+
+def _branch_weights(record):
+    "Weight of each branch, `(L, splits)`; raises `ValueError` unless each split has one a layer"
+    n = len(record['settings']['layers'])
+    if {len(weights) for weights in record['alpha']} != {n}:
+        raise ValueError(f"the record to draw: field 'alpha' does not hold {n} weights a split, one a layer")
+    return np.array(record['alpha']).T
+
+def _draw_weights(ax, weights):
+    "Mean and standard deviation of each branch's weight"
+    n = len(weights)
+    _error_points(ax, range(1, n + 1), weights, 2, 'α')
+    ax.set(xlabel='branch', ylim=(0, None), xticks=range(1, n + 1, 2))
+    ax.set_title('α learned on held-out models', fontsize=10)
 
 # %% ../nbs/25_plots.ipynb #9e65863b
 def plot_fusion(
@@ -441,16 +509,22 @@ def plot_fusion(
 ) -> Figure:
     "Top-1 of each way to put branches together, and the weight that each branch was given"
     _checked_record(record, 'settings.layers', 'settings.n_splits', 'alpha')
-    runs, n = runs_of(record), len(record['settings']['layers'])
-    if {len(weights) for weights in record['alpha']} != {n}:
-        raise ValueError(f"the record to draw: field 'alpha' does not hold {n} weights a split, one a layer")
+    top1, weights = _percents(record, 'top-1'), _branch_weights(record)
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout='constrained', width_ratios=(3, 2))
-    _draw_bars(left, {m: percent(runs, m) for m in record['runs']}, chance_percent(record), 'top-1')
-    _error_points(right, range(1, n + 1), np.array(record['alpha']).T, 2, 'α')
-    right.set(xlabel='branch', ylim=(0, None), xticks=range(1, n + 1, 2))
-    right.set_title('α learned on held-out models', fontsize=10)
+    _draw_bars(left, top1, chance_percent(record), 'top-1')
+    _draw_weights(right, weights)
     _title_splits(fig, record)
     return fig
+
+# %% ../nbs/25_plots.ipynb #61130a5d
+def _check_classification(record):
+    "Raises `ValueError` unless a record holds the runs of a classification"
+    if not record['classification'].get('runs'):
+        raise ValueError("the record to draw: field 'classification.runs' is missing or empty, this figure needs it")
+
+def _first_by_chance(record):
+    "How often the first of a random ranking is right, in percent"
+    return 100*record['n_right']/runs_of(record).columns.str.startswith('rank').sum()
 
 # %% ../nbs/25_plots.ipynb #dfe3c4d7
 def plot_triplet(
@@ -458,14 +532,10 @@ def plot_triplet(
 ) -> Figure:
     "Retrieval and classification with either loss"
     _checked_record(record, 'settings.n_splits', 'n_right', 'classification')
-    if not record['classification'].get('runs'):
-        raise ValueError("the record to draw: field 'classification.runs' is missing or empty, this figure needs it")
-    runs, classes = runs_of(record), runs_of(record['classification'])
-    by_loss = {m: percent(runs, m, 'rank-1') for m in record['runs']}
-    known = {m: percent(classes, m) for m in record['classification']['runs']}
-    n_all = runs.columns.str.startswith('rank').sum()
+    _check_classification(record)
+    unseen, known = _percents(record, 'rank-1'), _percents(record['classification'], 'top-1')
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout='constrained')
-    _draw_bars(left, by_loss, 100*record['n_right']/n_all, 'rank-1, unseen tasks')
+    _draw_bars(left, unseen, _first_by_chance(record), 'rank-1, unseen tasks')
     _draw_bars(right, known, chance_percent(record), 'top-1, known tasks')
     right.tick_params(axis='y', labelsize=7)
     _title_splits(fig, record)
@@ -487,6 +557,20 @@ def _draw_times_chance(ax, points, curve):
     ax.axhline(1, color='0.45', ls='--')
     ax.set(xlabel=CURVES[curve], xticks=points.x)
 
+# %% ../nbs/25_plots.ipynb #7ec624d2
+def _curve_grid(n):
+    "A figure with two rows of n axes"
+    grid = dict(figsize=(3.4*n, 5.2), sharex='col', sharey='row', squeeze=False, layout='constrained')
+    return plt.subplots(2, n, **grid)
+
+def _finish_curves(fig, axs, name):
+    "Units, legend and title of the curves"
+    axs[0, 0].set(ylabel='top-1, %', ylim=(0, None))
+    axs[1, 0].set(ylabel='times chance', ylim=(0, None))
+    axs[0, -1].legend(fontsize=8, frameon=False)
+    fig.suptitle(_plain(name), fontsize=11)
+    return fig
+
 # %% ../nbs/25_plots.ipynb #d9592081
 def plot_curves(
     record: dict,  # from `curve_record`, or a result file
@@ -494,17 +578,12 @@ def plot_curves(
     "Each curve: top-1 with one standard deviation and chance, under it how many times chance that is"
     t = curve_table(record)
     curves = [c for c in CURVES if (t.curve == c).any()]
-    grid = dict(figsize=(3.4*len(curves), 5.2), sharex='col', sharey='row', squeeze=False, layout='constrained')
-    fig, axs = plt.subplots(2, len(curves), **grid)
+    fig, axs = _curve_grid(len(curves))
     for (top, low), curve in zip(axs.T, curves):
         _draw_top1(top, t[t.curve == curve], curve)
         _draw_times_chance(low, t[t.curve == curve], curve)
         for ax in (top, low): ax.grid(alpha=.25)
-    axs[0, 0].set(ylabel='top-1, %', ylim=(0, None))
-    axs[1, 0].set(ylabel='times chance', ylim=(0, None))
-    axs[0, -1].legend(fontsize=8, frameon=False)
-    fig.suptitle(_plain(record['settings'].get('name', '')), fontsize=11)
-    return fig
+    return _finish_curves(fig, axs, record['settings'].get('name', ''))
 
 # %% ../nbs/25_plots.ipynb #fb8e4c28
 def _draw_predictor(ax, record, name, other):

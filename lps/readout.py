@@ -23,6 +23,18 @@ from .jobs import one_thread
 from .modelset import ModelSet, TrainedModel
 from .train import normalise
 
+# %% ../nbs/19_readout.ipynb #08cf391a
+def _photographs():
+    "The photographs that come with scikit-learn, uint8 `(3, H, W)` each"
+    return [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in load_sample_images().images]
+
+def _random_crop(photograph, size, rng):
+    "A random square of a photograph, 1 to 8 times the size and shrunk to it, uint8 `(3, size, size)`"
+    times = int(rng.integers(1, min(8, min(photograph.shape[1:])//size) + 1))
+    top, left = (int(rng.integers(side - times*size + 1)) for side in photograph.shape[1:])
+    crop = photograph[:, top:top + times*size, left:left + times*size].float()
+    return torch.nn.functional.avg_pool2d(crop, times).round().to(torch.uint8)
+
 # %% ../nbs/19_readout.ipynb #b9f82be3
 def photograph_crops(
     n: int = 256,    # how many
@@ -31,17 +43,13 @@ def photograph_crops(
 ) -> Tensor:         # images, uint8 `(n, 3, size, size)`
     "Square crops, 1 to 8 times the size and shrunk to it, of the photographs that come with scikit-learn"
     if min(n, size) < 1: raise ValueError(f"{n} images of side {size}: both at least 1")
-    rng, crops = np.random.default_rng(seed), []
-    photographs = [torch.from_numpy(image.copy()).permute(2, 0, 1) for image in load_sample_images().images]
+    rng, photographs, crops = np.random.default_rng(seed), _photographs(), []
     for _ in range(n):
         photograph = photographs[rng.integers(len(photographs))]
-        times = int(rng.integers(1, min(8, min(photograph.shape[1:])//size) + 1))
-        top, left = (int(rng.integers(side - times*size + 1)) for side in photograph.shape[1:])
-        crop = photograph[:, top:top + times*size, left:left + times*size].float()
-        crops.append(torch.nn.functional.avg_pool2d(crop, times).round().to(torch.uint8))
+        crops.append(_random_crop(photograph, size, rng))
     return torch.stack(crops)
 
-# %% ../nbs/19_readout.ipynb #8af98cb3
+# %% ../nbs/19_readout.ipynb #8a272a31
 def _input(model, bank, stats):
     "A bank as a network gets it"
     if bank.is_floating_point(): return bank
@@ -51,6 +59,12 @@ def _input(model, bank, stats):
         raise ValueError(f"{model!r} does not say how its images were normalised: {cure}")
     return normalise(bank, stats)
 
+def _check_finite(model, *answers):
+    "Raises `ValueError` for a network whose answers hold NaN or inf"
+    if not all(answer.isfinite().all() for answer in answers):
+        raise ValueError(f"{model!r} gives answers that are not finite: leave out what is broken")
+
+# %% ../nbs/19_readout.ipynb #8af98cb3
 @torch.no_grad()
 def features_and_outputs(
     model: TrainedModel,     # a trained network
@@ -64,13 +78,33 @@ def features_and_outputs(
     net.get_submodule(architecture.head(config)).register_forward_pre_hook(lambda head, args: read.append(args[0]))
     with one_thread(): outputs = torch.cat([net(xb) for xb in _input(model, bank, stats).split(bs)])
     features = torch.cat(read).flatten(1)
-    if not (features.isfinite().all() and outputs.isfinite().all()):
-        raise ValueError(f"{model!r} gives answers that are not finite: leave out what is broken")
+    _check_finite(model, features, outputs)
     return features, outputs.flatten(1)
 
-# %% ../nbs/19_readout.ipynb #864e3971
+# %% ../nbs/19_readout.ipynb #ed23565c
 RIDGES = tuple(10.**np.arange(-1, 6))  # penalties to choose from
 
+def _check_parts(features, outputs, folds):
+    "Raises `ValueError` unless features and outputs are of the same images, enough for the parts"
+    n = len(features)
+    if not 2 <= folds <= n//2: raise ValueError(f"{n} images in {folds} parts: take at least 2, of two images each")
+    if outputs.shape[1] != n: raise ValueError(f"features of {n} images, outputs of {outputs.shape[1]}: give the same")
+
+def _centred(outputs):
+    "Outputs without their mean over classes, one row an image, float64 `(n, T*K)`"
+    centred = outputs.double() - outputs.double().mean(-1, keepdim=True)
+    return centred.movedim(0, 1).flatten(1).numpy()
+
+def _residuals(z, y, folds, seed):
+    "What ridge regression leaves of each output where it was held out, shaped like y"
+    left = np.empty_like(y)
+    with threadpool_limits(1):
+        for fit, held in KFold(folds, shuffle=True, random_state=seed).split(z):
+            ridge = make_pipeline(StandardScaler(), RidgeCV(RIDGES, alpha_per_target=True)).fit(z[fit], y[fit])
+            left[held] = y[held] - ridge.predict(z[held])
+    return left
+
+# %% ../nbs/19_readout.ipynb #864e3971
 def read_out(
     features: Tensor,  # of the source on n images, `(n, F)`
     outputs: Tensor,   # of T targets on the same images, `(T, n, K)`
@@ -78,16 +112,9 @@ def read_out(
     seed: int=0,       # decides the parts
 ) -> np.ndarray:       # R² on held-out images, at most 1, `(T,)`; below 0 where the mean says more
     "How well a source's features give each target's outputs, by ridge regression"
-    n = len(features)
-    if not 2 <= folds <= n//2: raise ValueError(f"{n} images in {folds} parts: take at least 2, of two images each")
-    if outputs.shape[1] != n: raise ValueError(f"features of {n} images, outputs of {outputs.shape[1]}: give the same")
-    centred = outputs.double() - outputs.double().mean(-1, keepdim=True)
-    z, y = features.double().numpy(), centred.movedim(0, 1).flatten(1).numpy()
-    left = np.empty_like(y)
-    with threadpool_limits(1):
-        for fit, held in KFold(folds, shuffle=True, random_state=seed).split(z):
-            ridge = make_pipeline(StandardScaler(), RidgeCV(RIDGES, alpha_per_target=True)).fit(z[fit], y[fit])
-            left[held] = y[held] - ridge.predict(z[held])
+    _check_parts(features, outputs, folds)
+    z, y = features.double().numpy(), _centred(outputs)
+    left = _residuals(z, y, folds, seed)
     def per_target(squares): return squares.sum(0).reshape(len(outputs), -1).sum(1)
     return 1 - per_target(left**2)/per_target((y - y.mean(0))**2)
 
