@@ -67,8 +67,9 @@ def test_experiment_runs_small(kind, workdir):
 SCRIPT = runpy.run_path(str(ROOT/"scripts/experiments.py"))
 
 
-def test_one_command_runs_the_experiments(workdir, tmp_path):
+def test_one_command_runs_the_experiments(workdir, tmp_path, monkeypatch):
     "A parameter reaches the notebooks that have it; one with the name of an experiment, that one alone"
+    monkeypatch.delenv("JUPYTER_PATH", raising=False)  # its times count processes of its own, no forks of a server
     small = [f"{k}={v}" for k, v in EXPERIMENTS["branches"].small.items()]
     command = [sys.executable, workdir/"scripts/experiments.py", "--uncommitted", "--results", tmp_path/"results"]
     command += ["--times", tmp_path/"times.json", "--only", "alignment", "branches", "table1"]

@@ -394,7 +394,7 @@ def test_one_unit_twice(tmp_path, monkeypatch):
     "Done again, or by two at the same time: one model, one answer"
     units = []
     def grab(us, *_): units.extend(us); yield from ()
-    monkeypatch.setattr(zoo, '_results', grab)
+    monkeypatch.setattr(zoo, '_unit_results', grab)
     with pytest.raises(ValueError, match='no model'): build(tmp_path, IMAGES, SHORT, n_models=1, **ONE)
     with ThreadPoolExecutor(2) as ex: (a,), (b,) = ex.map(lambda u: train_unit(*u), units*2)
     same = lambda r: {k: v for k, v in r.items() if k != 'seconds'}
