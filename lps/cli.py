@@ -54,6 +54,7 @@ def _all_methods():
     from lps.methods import METHODS
     return METHODS
 
+# %% ../nbs/31_cli.ipynb #41af4d95
 def _registered():
     "What stands in the registries, by the word that a help text has for it"
     METHODS = _all_methods()
@@ -450,6 +451,7 @@ def _show_warning(message, *args, **kwargs):
     "A warning as one line"
     print(f"lps: warning: {_one_line(message)}", file=sys.stderr)
 
+# %% ../nbs/31_cli.ipynb #80386b4a
 def _prepare_terminal():
     "Warnings in one line, and no error where a terminal knows ASCII only"
     warnings.showwarning = _show_warning

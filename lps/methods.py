@@ -101,6 +101,7 @@ def _observing(method, settings):
     if method.observe is None: return {}
     return {name: settings[name] for name in signature(method.observe).parameters if name in settings}
 
+# %% ../nbs/15_methods.ipynb #82acbef9
 def _prepared(models, method, settings):
     "A method, what it is given of the models, and the settings that its `fit` is given"
     method, settings = get_method(method), dict(settings)
@@ -173,6 +174,7 @@ def observations(
     else: observed = models.weights(fitted.layers, fitted.folded)
     return {name: v[torch.arange(len(v))[which]] for name, v in observed.items()}
 
+# %% ../nbs/15_methods.ipynb #cae78073
 def embed_models(
     fitted,      # a fitted method
     models,      # a `ModelSet`, a `TrainedModel`, or what `observations` gives of M models

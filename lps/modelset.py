@@ -99,6 +99,7 @@ class _ModelMeta:
     mean: list[float] | None = None
     std: list[float] | None = None
 
+# %% ../nbs/05_modelset.ipynb #6ec9dcd5
 def _recipe_text(meta):
     "Name of a model's recipe and, where training stopped before its end, after how many epochs"
     recipe, epochs = meta.recipe, None

@@ -96,6 +96,7 @@ class ProbesConfig:
     n_images: int
     probe_seed: int
 
+# %% ../nbs/18_probes.ipynb #a34fca60
 class Probes:
     "Models by what they say to a bank of images, tasks by the mean of their models"
     method, folded = 'probes', False
@@ -138,6 +139,7 @@ def fit_probes(
     config = dict(tasks=tasks, n_images=n_images, probe_seed=probe_seed)
     return Probes(config, centres)
 
+# %% ../nbs/18_probes.ipynb #86a5460f
 def restore_probes(
     config: dict,  # as it was saved
     tensors: dict, # centres

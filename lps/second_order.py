@@ -85,6 +85,7 @@ LOSSES = {'cross-entropy': F.cross_entropy, 'triplet': triplet}
 # %% ../nbs/14_second_order.ipynb #bdba8bfd
 MAX_BRANCHES = 1000  # of one network; a file may claim any number
 
+# %% ../nbs/14_second_order.ipynb #fa251416
 class SecondOrderNet(nn.Module):
     "Branches over the layers of a model; `config` holds everything needed to build it again"
     def __init__(
