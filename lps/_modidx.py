@@ -249,6 +249,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lps.experiments.leaderboard_table': ('experiments.html#leaderboard_table', 'lps/experiments.py'),
                                  'lps.experiments.legend_html': ('experiments.html#legend_html', 'lps/experiments.py'),
                                  'lps.experiments.open_models': ('experiments.html#open_models', 'lps/experiments.py'),
+                                 'lps.experiments.outcomes': ('experiments.html#outcomes', 'lps/experiments.py'),
+                                 'lps.experiments.outcomes_text': ('experiments.html#outcomes_text', 'lps/experiments.py'),
                                  'lps.experiments.overview': ('experiments.html#overview', 'lps/experiments.py'),
                                  'lps.experiments.plot_table': ('experiments.html#plot_table', 'lps/experiments.py'),
                                  'lps.experiments.register_experiment': ('experiments.html#register_experiment', 'lps/experiments.py'),
