@@ -146,6 +146,16 @@ register_experiment(Experiment(
     small=SMALL_FIT | dict(model_set='digits', n_train=2, n_query=1, methods='lps,stem-signature,probes'),
 ));
 
+# %% ../nbs/27_experiments.ipynb #4229c839
+register_experiment(Experiment(
+    kind='first_weights',
+    title='First weights',
+    where='not in the paper',
+    plot=plot_table,
+    table=runs_table,
+    small=SMALL_FIT | dict(model_set='digits', others='', n_tasks=3, n_first=4, n_train=2),
+));
+
 # %% ../nbs/27_experiments.ipynb #ca6df611
 def fusion_words(
     record: dict, # a result file of the experiment on fusion
