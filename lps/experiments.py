@@ -26,8 +26,9 @@ from .evaluate import chance_curves, summary
 from .files import checked, printable
 from .modelset import ModelSet, load_modelset
 from .plots import (chance_percent, percent, plot_alignment, plot_branches, plot_curves, plot_fusion, plot_rank_k,
-                       plot_transfer, plot_triplet)
+                       plot_sources, plot_transfer, plot_triplet)
 from .records import read_record, record_marks, record_text, runs_of
+from .sources import sources_table, sources_words
 from .train import recipes
 from .transfer import transfer_table, transfer_text
 from .zoo import build
@@ -143,6 +144,18 @@ register_experiment(Experiment(
     plot=plot_table,
     table=leaderboard_table,
     small=SMALL_FIT | dict(model_set='digits', n_train=2, n_query=1, methods='lps,stem-signature,probes'),
+));
+
+# %% ../nbs/27_experiments.ipynb #b930f441
+register_experiment(Experiment(
+    kind='start_from',
+    title='Which network to start from',
+    where='not in the paper',
+    plot=plot_sources,
+    table=sources_table,
+    words=sources_words,
+    small=dict(n_models=2, zoo_epochs=1, n_sources=2, n_labelled=4, n_draws=2, n_more=4, n_bank=64, n_boot=20, workers=1),
+    needs=('all layers', 'images'),
 ));
 
 # %% ../nbs/27_experiments.ipynb #ca6df611
@@ -262,8 +275,14 @@ def kind_of(
 
 # %% ../nbs/27_experiments.ipynb #e955f7ca
 @dataclass
+class _HowSettings:
+    "What captions and headings say of a result that has no second-order network"
+    name: str
+    how: str
+
+@dataclass
 class _PageSettings:
-    "What captions and headings say of a result"
+    "What captions and headings say of any other"
     name: str
     layers: list[str]
     n_splits: int
@@ -283,7 +302,9 @@ def result_files(
     paths = sorted(Path(folder).glob(f'{kind}-*.json' if kind else '*.json'))
     paths.sort(key=lambda path: order.index(kind_of(path)))
     found = {path: read_record(path) for path in paths}
-    for path, record in found.items(): checked(record['settings'], _PageSettings, f'{path.name}: settings')
+    for path, record in found.items():
+        settings = record['settings']
+        checked(settings, _HowSettings if 'how' in settings else _PageSettings, f'{path.name}: settings')
     return found
 
 # %% ../nbs/27_experiments.ipynb #ee05fa47
@@ -291,7 +312,7 @@ def caption(
     record: dict, # a result file
 ) -> str:         # Markdown
     "On what, when and where a result was measured, and what speaks against it"
-    layers, text = record['settings']['layers'], record_text(record)
+    layers, text = record['settings'].get('layers', []), record_text(record)
     if len(layers) > 3: text = text.replace(', '.join(layers), f'{len(layers)} layers')
     machine, marks = record['machine'], '; '.join(record_marks(record))
     text += f" {record['time'][:10]}, commit {record['commit']}, {machine['cores']} cores of {machine['cpu']}."
