@@ -870,7 +870,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lps.sources.Protocol': ('sources.html#protocol', 'lps/sources.py'),
                              'lps.sources.Target': ('sources.html#target', 'lps/sources.py'),
                              'lps.sources._SourcesRecord': ('sources.html#_sourcesrecord', 'lps/sources.py'),
-                             'lps.sources._against': ('sources.html#_against', 'lps/sources.py'),
                              'lps.sources._channels': ('sources.html#_channels', 'lps/sources.py'),
                              'lps.sources._choices': ('sources.html#_choices', 'lps/sources.py'),
                              'lps.sources._cka_with': ('sources.html#_cka_with', 'lps/sources.py'),

@@ -9,15 +9,15 @@ __all__ = ['NEEDS', 'ADVISERS', 'STARTS', 'RELATION', 'Adviser', 'output_agreeme
            'untrained_accuracy', 'fine_tuned_accuracy', 'ExpectedAccuracy', 'fit_expected_accuracy', 'sources_record',
            'fine_tuned_starts', 'check_sources', 'sources_table', 'sources_words', 'relation_of', 'expected_accuracy']
 
-# %% ../nbs/23a_sources.ipynb #35bacc17
+# %% ../nbs/23a_sources.ipynb #c10c3dea
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import torch
 from rich.progress import track
-from scipy.stats import spearmanr, weightedtau
+from scipy.stats import rankdata, spearmanr, weightedtau
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
@@ -216,14 +216,17 @@ def _on_target(z, target, own, protocol):
     )
 
 def _seen_by(i, source, file, targets, banks, stats, protocol):
-    "All that one source shows, and the CPU seconds that its answers to the banks took"
-    model, start = TrainedModel(*source.read(file)), time.process_time()
-    answers = {name: features_and_outputs(model, bank, stats) for name, bank in banks.items()}
-    seconds, on_targets = time.process_time() - start, {}
-    z = features_and_outputs(model, torch.cat([t.images for t in targets.values()]), stats)[0]
-    with threadpool_limits(1):
-        for (task, target), part in zip(targets.items(), z.split([len(t.labels) for t in targets.values()])):
-            on_targets[task] = _on_target(part, target, model.meta['task'] == task, protocol)
+    "All that one source shows, and the CPU seconds that it took"
+    model, answers, seconds, on_targets = TrainedModel(*source.read(file)), {}, {}, {}
+    for name, bank in banks.items():
+        start = time.process_time()
+        answers[name] = features_and_outputs(model, bank, stats)
+        seconds[name] = time.process_time() - start
+    start = time.process_time()
+    for task, target in targets.items():
+        z = features_and_outputs(model, target.images, stats)[0]
+        with threadpool_limits(1): on_targets[task] = _on_target(z, target, model.meta['task'] == task, protocol)
+    seconds['targets'] = time.process_time() - start
     return i, dict(targets=on_targets, answers=answers, seconds=seconds)
 
 # %% ../nbs/23a_sources.ipynb #94ec1eb6
@@ -299,7 +302,7 @@ def advice(
     seen: list,        # from `see_targets`
     tasks: np.ndarray, # of the sources, `(S,)`
     seed: int=0,       # of the regressions
-) -> dict:             # scores: adviser → `(S, T)`; accuracy, ari, own: `(S, T)`; seconds
+) -> dict:             # scores: adviser → `(S, T)`; accuracy, ari, own: `(S, T)`; seconds: CPU, a source
     "What each adviser says of every source for every target, and what came of it"
     targets = list(seen[0]['targets'])
     first, own = _first_of(tasks, targets), tasks[:, None] == np.array(targets)
@@ -314,8 +317,8 @@ def advice(
         others=other_networks(accuracy, tasks),
     )
     scores = {name: scores[name] for name in ADVISERS if name in scores}
-    seconds = dict(banks=float(np.mean([of_source['seconds'] for of_source in seen])), regressions=seconds)
-    return dict(scores=scores, accuracy=accuracy, ari=_column(seen, 'ari'), own=own, seconds=seconds)
+    spent = pd.DataFrame([of_source['seconds'] for of_source in seen]).mean().to_dict() | dict(regressions=seconds)
+    return dict(scores=scores, accuracy=accuracy, ari=_column(seen, 'ari'), own=own, seconds=spent)
 
 # %% ../nbs/23a_sources.ipynb #9e9487dd
 def _of_target(score, accuracy):
@@ -342,7 +345,7 @@ def _pairs_rho(score, accuracy, own, columns):
     "Spearman's ρ over all pairs of the targets that were drawn"
     other = ~own[:, columns]
     x, y = score[:, columns][other], accuracy[:, columns][other]
-    return spearmanr(x, y).statistic if np.ptp(x) > 0 and np.ptp(y) > 0 else 0.
+    return np.corrcoef(rankdata(x), rankdata(y))[0, 1] if np.ptp(x) > 0 and np.ptp(y) > 0 else 0.
 
 def _interval(values):
     "From 2.5 % to 97.5 %, four digits"
@@ -395,11 +398,12 @@ def untrained_accuracy(
     n: int=3,               # networks, the mean counts
 ) -> np.ndarray:            # `(T,)`
     "Accuracy of a linear probe on the features of networks that were not trained"
-    images, found = torch.cat([t.images for t in targets.values()]), []
+    found = []
     for seed in range(n):
-        z = features_and_outputs(untrained(model, seed), images, stats)[0].split([len(t.labels) for t in targets.values()])
-        with threadpool_limits(1):
-            for part, t in zip(z, targets.values()): found.append(probe_accuracy(part, t.labels, labelled_draws(t, protocol)))
+        net = untrained(model, seed)
+        for target in targets.values():
+            z = features_and_outputs(net, target.images, stats)[0]
+            with threadpool_limits(1): found.append(probe_accuracy(z, target.labels, labelled_draws(target, protocol)))
     return np.reshape(found, (n, -1)).mean(0)
 
 # %% ../nbs/23a_sources.ipynb #442e0ec5
@@ -618,17 +622,12 @@ def sources_table(
         }
     return pd.DataFrame(rows).T.rename_axis('adviser')
 
-# %% ../nbs/23a_sources.ipynb #6246112f
+# %% ../nbs/23a_sources.ipynb #79a85fb6
 def _gain_text(values):
-    "What an interval says of a gain"
-    mean, low, high = values
-    if low > 0: return 'more than'
-    return 'less than' if high < 0 else 'not told from'
-
-def _against(known, name):
-    "An adviser beside the popular source"
-    gain = known.worth[name]['first_gain']
-    return f"{_text_of(gain, 100, 1)} points, {_gain_text(gain)} the source that is best for the other targets"
+    "A gain in points of accuracy, and whether its interval is clear of 0"
+    low, high = values[1:]
+    clear = 'clear of' if low > 0 or high < 0 else 'not told from'
+    return f"{_text_of(values, 100, 1)} points, {clear} 0"
 
 def sources_words(
     record: dict, # from `sources_record`, or a result file
@@ -639,10 +638,10 @@ def sources_words(
     score, random = known.worth['score'], known.worth['random']
     return ' '.join([
         f"A linear probe on a source of another task reaches {mean['random']} % on average, on the best source "
-        f"{mean['best']} %, on a network of the very task {mean['own']} %, on one that was not trained {mean['none']} %.",
-        f"The transfer score's first choice reaches {mean['score']} %: its regret is {_text_of(score['regret'], 100, 1)} "
-        f"points where a random source's is {_text_of(random['regret'], 100, 1)}.",
-        f"Beside the popular source it gains {_against(known, 'score')}.",
+        f"{mean['best']} %, on a network of the very task {mean['own']} %, on an untrained one {mean['none']} %.",
+        f"The transfer score's first choice reaches {mean['score']} %, a regret of "
+        f"{_text_of(score['regret'], 100, 1)} points where a random source has {_text_of(random['regret'], 100, 1)}.",
+        f"Its gain over the source that is best for the other targets: {_gain_text(score['first_gain'])}.",
         f"ρ within targets is {_text_of(score['rho'])}, over all pairs {_text_of(score['pairs'])}; for the paper's ARI "
         f"it is {_text_of(known.worth_ari['score']['rho'])} within targets.",
     ])
@@ -656,10 +655,11 @@ def relation_of(
 ) -> ExpectedAccuracy:
     "Accuracy against transfer score, as a result file has measured it"
     known, s = check_sources(record), record['settings']
-    own = np.array(known.tasks['sources'])[:, None] == np.array(known.tasks['targets'])
-    groups = np.broadcast_to(known.tasks['targets'], own.shape)
-    about = f"{s['name']}: {own.shape[1]} targets of two classes, {s['n_labelled']} labelled images of each"
-    return fit_expected_accuracy(np.array(known.score)[~own], np.array(known.accuracy)[~own], groups[~own], level, about)
+    other = np.array(known.tasks['sources'])[:, None] != np.array(known.tasks['targets'])
+    groups = np.broadcast_to(known.tasks['targets'], other.shape)[other]
+    scores, accuracy = (np.array(table)[other] for table in (known.score, known.accuracy))
+    about = f"{s['name']}: {other.shape[1]} targets of two classes, {s['n_labelled']} labelled images of each"
+    return fit_expected_accuracy(scores, accuracy, groups, level, about)
 
 def expected_accuracy(
     path=None, # a file of a relation; default: the one that comes with lps
