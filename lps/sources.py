@@ -418,6 +418,7 @@ def _fit_all(net, x, y, epochs, lr):
             loss.backward()
             opt.step()
 
+# %% ../nbs/23a_sources.ipynb #f1ne7u4e
 def fine_tuned_accuracy(
     model: TrainedModel,    # what to start from; its last layer is made anew
     target: Target,         # the target's images
