@@ -94,7 +94,7 @@ def explained_by(
     own = output_agreement(source[1][None], outputs)[0].numpy()
     return pd.DataFrame(dict(readout=readout, outputs=own, score=(readout + own)/2))
 
-# %% ../nbs/23a_sources.ipynb #a54f6cc6
+# %% ../nbs/23a_sources.ipynb #98544f23
 def _channels(model):
     "Colours that a network reads"
     return next(v.shape[1] for v in model.state.values() if v.ndim == 4)
@@ -112,7 +112,7 @@ def transfer_score(
     outputs = features_and_outputs(target, bank, stats)[1]
     return float(explained_by(seen, outputs[None], seed).score[0])
 
-# %% ../nbs/23a_sources.ipynb #8bed874e
+# %% ../nbs/23a_sources.ipynb #8e2dc25e
 @dataclass(frozen=True)
 class Protocol:
     "How sources are measured"
@@ -123,7 +123,7 @@ class Protocol:
     n_init: int = 3       # starts of k-means
     seed: int = 0         # decides draws and banks
 
-# %% ../nbs/23a_sources.ipynb #fc8e6014
+# %% ../nbs/23a_sources.ipynb #4e41b51d
 @dataclass(frozen=True)
 class Target:
     "A target's images"
@@ -147,7 +147,7 @@ def target_images(
         targets[task] = Target(torch.cat([images, x[few]]), torch.cat([labels, y[few]]), held)
     return targets
 
-# %% ../nbs/23a_sources.ipynb #f46d12d2
+# %% ../nbs/23a_sources.ipynb #29148f1f
 def labelled_draws(
     target: Target,         # its images
     protocol: Protocol,     # how many are labelled, and how often
@@ -164,7 +164,7 @@ def labelled_draws(
         draws.append((labelled, np.setdiff1d(np.flatnonzero(allowed), labelled)))
     return draws
 
-# %% ../nbs/23a_sources.ipynb #71bba107
+# %% ../nbs/23a_sources.ipynb #d6e18732
 def probe_accuracy(
     z: Tensor,    # features of a target's images, `(n, F)`
     y: Tensor,    # classes, `(n,)`
@@ -186,7 +186,7 @@ def neighbour_accuracy(
     nearest = KNeighborsClassifier(k).fit(z, y).kneighbors(return_distance=False)
     return float(((y[nearest].float().mean(1) > .5) == y.bool()).float().mean())
 
-# %% ../nbs/23a_sources.ipynb #92769740
+# %% ../nbs/23a_sources.ipynb #c03dc0b6
 def source_banks(
     model: TrainedModel,          # one of the sources
     protocol: Protocol,           # how many images
@@ -202,7 +202,7 @@ def source_banks(
     some = np.random.default_rng(protocol.seed).permutation(len(photographs))[:2*n]
     return banks | dict(photographs=photographs[some])
 
-# %% ../nbs/23a_sources.ipynb #7fa03868
+# %% ../nbs/23a_sources.ipynb #28b8bd5b
 def _on_target(z, target, own, protocol):
     "What the features of one source are worth on one target"
     draws, y = labelled_draws(target, protocol, own), target.labels
@@ -229,7 +229,7 @@ def _seen_by(i, source, file, targets, banks, stats, protocol):
     seconds['targets'] = time.process_time() - start
     return i, dict(targets=on_targets, answers=answers, seconds=seconds)
 
-# %% ../nbs/23a_sources.ipynb #94ec1eb6
+# %% ../nbs/23a_sources.ipynb #4a6f7ec9
 def see_targets(
     models: ModelSet,       # M source networks
     targets: dict,          # from `target_images`
@@ -246,7 +246,7 @@ def see_targets(
     seen = dict(track(done, 'sources', total=len(models), disable=not progress, transient=True))
     return [seen[i] for i in range(len(models))]
 
-# %% ../nbs/23a_sources.ipynb #2f707d88
+# %% ../nbs/23a_sources.ipynb #7444499f
 def _column(seen, name):
     "A number that every source gave on every target, `(S, T)`"
     return np.array([[on[name] for on in of_source['targets'].values()] for of_source in seen])
@@ -262,7 +262,7 @@ def _explained(seen, bank, first, seed):
     seconds = (time.process_time() - start)/len(seen)
     return {name: np.array([table[name] for table in tables]) for name in tables[0]}, seconds
 
-# %% ../nbs/23a_sources.ipynb #6f50fb82
+# %% ../nbs/23a_sources.ipynb #518c504c
 def other_targets(
     accuracy: np.ndarray, # of sources on targets, `(S, T)`
     own: np.ndarray,      # bool `(S, T)`: is the target the source's own task?
@@ -281,7 +281,7 @@ def other_networks(
     means = same @ accuracy/np.maximum(same.sum(1, keepdims=True), 1)
     return np.where(same.any(1, keepdims=True), means, accuracy.mean(0))
 
-# %% ../nbs/23a_sources.ipynb #22440628
+# %% ../nbs/23a_sources.ipynb #c4f8b86f
 def _from_networks(seen, first, seed):
     "Tables of the advisers that read networks on a bank, and CPU seconds a source"
     noise, seconds = _explained(seen, 'noise', first, seed)
@@ -297,7 +297,7 @@ def _cka_with(seen, first, targets):
         columns.append(linear_cka(z, z[[i]])[:, 0].tolist())
     return np.transpose(columns)
 
-# %% ../nbs/23a_sources.ipynb #bd9030da
+# %% ../nbs/23a_sources.ipynb #f6990e25
 def advice(
     seen: list,        # from `see_targets`
     tasks: np.ndarray, # of the sources, `(S,)`
@@ -320,7 +320,7 @@ def advice(
     spent = pd.DataFrame([of_source['seconds'] for of_source in seen]).mean().to_dict() | dict(regressions=seconds)
     return dict(scores=scores, accuracy=accuracy, ari=_column(seen, 'ari'), own=own, seconds=spent)
 
-# %% ../nbs/23a_sources.ipynb #9e9487dd
+# %% ../nbs/23a_sources.ipynb #1ca1c0ff
 def _of_target(score, accuracy):
     "Worth of one adviser on one target"
     first, best = accuracy[score == score.max()].mean(), accuracy.max()
@@ -340,7 +340,7 @@ def worth_by_target(
     rows = [_of_target(score[~own[:, t], t], accuracy[~own[:, t], t]) for t in range(own.shape[1])]
     return pd.DataFrame(rows)
 
-# %% ../nbs/23a_sources.ipynb #21883389
+# %% ../nbs/23a_sources.ipynb #c6e155dd
 def _pairs_rho(score, accuracy, own, columns):
     "Spearman's ρ over all pairs of the targets that were drawn"
     other = ~own[:, columns]
@@ -355,7 +355,7 @@ def _mean_and_interval(values, drawn):
     "Mean over targets and its bootstrap interval"
     return [round(float(values.mean()), 4), *_interval(values[drawn].mean(1))]
 
-# %% ../nbs/23a_sources.ipynb #4e4b03f7
+# %% ../nbs/23a_sources.ipynb #ea43881b
 def worth(
     scores: dict,         # adviser → what it says, `(S, T)`; 'popular' is what all are compared with
     accuracy: np.ndarray, # what came of it, `(S, T)`
@@ -377,7 +377,7 @@ def worth(
         for measure in gain: found[name][f'{measure}_gain'] = _mean_and_interval(gain[measure].to_numpy(), drawn)
     return found
 
-# %% ../nbs/23a_sources.ipynb #824c9691
+# %% ../nbs/23a_sources.ipynb #283116f0
 def untrained(
     model: TrainedModel, # a network of the kind that is wanted
     seed: int=0,         # decides the weights
@@ -389,7 +389,7 @@ def untrained(
     with seeded(seed): net = architecture.build(config)
     return TrainedModel({name: v.clone() for name, v in net.state_dict().items()}, kept)
 
-# %% ../nbs/23a_sources.ipynb #dd242691
+# %% ../nbs/23a_sources.ipynb #c28848e8
 def untrained_accuracy(
     model: TrainedModel,    # a network of the kind that is wanted
     targets: dict,          # from `target_images`
@@ -406,7 +406,7 @@ def untrained_accuracy(
             with threadpool_limits(1): found.append(probe_accuracy(z, target.labels, labelled_draws(target, protocol)))
     return np.reshape(found, (n, -1)).mean(0)
 
-# %% ../nbs/23a_sources.ipynb #442e0ec5
+# %% ../nbs/23a_sources.ipynb #bb7135c7
 def _fit_all(net, x, y, epochs, lr):
     "Train every layer on a few images, twenty at a time"
     opt = torch.optim.SGD(net.parameters(), lr, momentum=.9, weight_decay=1e-4)
@@ -418,7 +418,7 @@ def _fit_all(net, x, y, epochs, lr):
             loss.backward()
             opt.step()
 
-# %% ../nbs/23a_sources.ipynb #f1ne7u4e
+# %% ../nbs/23a_sources.ipynb #342c84b6
 def fine_tuned_accuracy(
     model: TrainedModel,    # what to start from; its last layer is made anew
     target: Target,         # the target's images
@@ -438,7 +438,7 @@ def fine_tuned_accuracy(
         with torch.no_grad(): answers = net.eval()(x[draw[1]]).argmax(1)
     return float((answers == target.labels[draw[1]]).float().mean())
 
-# %% ../nbs/23a_sources.ipynb #196bf9cd
+# %% ../nbs/23a_sources.ipynb #e54b78d6
 @dataclass(frozen=True)
 class ExpectedAccuracy:
     "What accuracy after transfer goes with a transfer score"
@@ -458,7 +458,7 @@ class ExpectedAccuracy:
         low, high = np.clip(expected - self.below, 0, 1), np.clip(expected + self.above, 0, 1)
         return pd.DataFrame(dict(expected=expected, low=low, high=high))
 
-# %% ../nbs/23a_sources.ipynb #bec6999b
+# %% ../nbs/23a_sources.ipynb #a95adb74
 def _left_out_errors(scores, accuracy, groups):
     "Accuracy less what is expected of it by a fit without its target"
     errors = np.empty(len(scores))
@@ -475,7 +475,7 @@ def _share_held(errors, groups, level):
         held.append(np.mean((errors[groups == group] >= low) & (errors[groups == group] <= high)))
     return float(np.mean(held))
 
-# %% ../nbs/23a_sources.ipynb #906df681
+# %% ../nbs/23a_sources.ipynb #b49031cc
 def fit_expected_accuracy(
     scores: np.ndarray,   # transfer scores of pairs of networks, `(n,)`
     accuracy: np.ndarray, # what came of them, `(n,)`
@@ -500,7 +500,7 @@ def fit_expected_accuracy(
         measured=measured,
     )
 
-# %% ../nbs/23a_sources.ipynb #a44d387b
+# %% ../nbs/23a_sources.ipynb #817f73e3
 def _digits_of(table):
     "A table as lists of numbers with four digits"
     return np.asarray(table, dtype=float).round(4).tolist()
@@ -514,7 +514,7 @@ def _choices(said):
     firsts = {name: _digits_of(table['first']) for name, table in tables.items()}
     return firsts | dict(best=_digits_of(best), own=_digits_of(own_mean))
 
-# %% ../nbs/23a_sources.ipynb #9e36741a
+# %% ../nbs/23a_sources.ipynb #b0416f13
 def sources_record(
     models: ModelSet,   # the sources
     said: dict,         # from `advice`
@@ -538,7 +538,7 @@ def sources_record(
         **provenance(),
     )
 
-# %% ../nbs/23a_sources.ipynb #a8d1830c
+# %% ../nbs/23a_sources.ipynb #9dbc04e2
 STARTS = dict(
     score='advised by the transfer score',
     popular='best for the other targets',
@@ -557,7 +557,7 @@ def _start_of(name, t, said, rng):
     scores = said['accuracy'] if name == 'best' else said['scores'][name]
     return int(other[scores[other, t].argmax()])
 
-# %% ../nbs/23a_sources.ipynb #8dd9f7b5
+# %% ../nbs/23a_sources.ipynb #32b2a517
 def fine_tuned_starts(
     models: ModelSet,       # the sources
     said: dict,             # from `advice`
@@ -578,7 +578,7 @@ def fine_tuned_starts(
             found[task][name] = fine_tuned_accuracy(start, target, draw, stats, epochs, seed=protocol.seed)
     return pd.DataFrame(found).T.rename_axis('target')
 
-# %% ../nbs/23a_sources.ipynb #c5835c4f
+# %% ../nbs/23a_sources.ipynb #4dce1d13
 @dataclass
 class _SourcesRecord:
     "What tables and figures read of a record"
@@ -600,7 +600,7 @@ def check_sources(
         if name not in known.worth: raise ValueError(f"the record of sources: field 'worth.{name}' is missing")
     return known
 
-# %% ../nbs/23a_sources.ipynb #bd38c176
+# %% ../nbs/23a_sources.ipynb #bd30ffe3
 def _text_of(values, scale=1, digits=2):
     "A mean with its interval, as text"
     mean, low, high = (f"{scale*v:.{digits}f}".replace('-', '−') for v in values)
@@ -623,7 +623,7 @@ def sources_table(
         }
     return pd.DataFrame(rows).T.rename_axis('adviser')
 
-# %% ../nbs/23a_sources.ipynb #79a85fb6
+# %% ../nbs/23a_sources.ipynb #fff79550
 def _gain_text(values):
     "A gain in points of accuracy, and whether its interval is clear of 0"
     low, high = values[1:]
@@ -647,7 +647,7 @@ def sources_words(
         f"it is {_text_of(known.worth_ari['score']['rho'])} within targets.",
     ])
 
-# %% ../nbs/23a_sources.ipynb #27e24ef6
+# %% ../nbs/23a_sources.ipynb #8c36f2d6
 RELATION = 'expected_accuracy.json'
 
 def relation_of(
