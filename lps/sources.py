@@ -249,7 +249,9 @@ def see_targets(
 # %% ../nbs/23a_sources.ipynb #7444499f
 def _column(seen, name):
     "A number that every source gave on every target, `(S, T)`"
-    return np.array([[on[name] for on in of_source['targets'].values()] for of_source in seen])
+    rows = []
+    for of_source in seen: rows.append([on[name] for on in of_source['targets'].values()])
+    return np.array(rows)
 
 def _first_of(tasks, targets):
     "For each target, the number of the first network of its task"
@@ -260,7 +262,8 @@ def _explained(seen, bank, first, seed):
     outputs, start = torch.stack([seen[i]['answers'][bank][1] for i in first]), time.process_time()
     tables = [explained_by(of_source['answers'][bank], outputs, seed) for of_source in seen]
     seconds = (time.process_time() - start)/len(seen)
-    return {name: np.array([table[name] for table in tables]) for name in tables[0]}, seconds
+    stacked = np.stack([table.to_numpy() for table in tables])
+    return {name: stacked[..., i] for i, name in enumerate(tables[0])}, seconds
 
 # %% ../nbs/23a_sources.ipynb #518c504c
 def other_targets(
