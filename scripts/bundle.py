@@ -72,11 +72,11 @@ def kept_models(build: Path | None, epoch: int, added: list[Path]) -> ModelSet:
     return join_sets(sets)
 
 
-def bundle_kept(models: ModelSet, epoch: int, classes: Path | None, name: str, out: Path) -> str:
+def bundle_kept(models: ModelSet, epoch: int, classes: Path | None, name: str, out: Path, stem: str) -> str:
     "Add the first layers of networks that were kept after some epochs; returns what they are in a line"
     names = class_names(classes)
     check_names(models, names, classes)
-    file = out/f"modelset500-epoch{epoch}.safetensors"
+    file = out/f"{stem}-epoch{epoch}.safetensors"
     sheet = datasheet(models, f"{name}, after {epoch} epochs", names)
     with tempfile.TemporaryDirectory() as tmp:
         pack(models, f"{tmp}/{file.name}", classes=names, datasheet=sheet)
@@ -112,9 +112,10 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=DATA, help="folder to write to")
     parser.add_argument("--kept", type=int, metavar="EPOCH", help="add the networks kept after so many epochs instead")
     parser.add_argument("--add", type=Path, nargs="+", default=[], help="packed sets of networks kept at that epoch")
+    parser.add_argument("--file", default="modelset500", help="with --kept: the file is FILE-epochEPOCH.safetensors")
     args = parser.parse_args()
     if not args.kept and (args.add or not args.build): sys.exit("give the folder of a build, or --kept with --add")
     if args.kept:
         kept = kept_models(args.build, args.kept, args.add)
-        print(bundle_kept(kept, args.kept, args.classes, args.name, args.out))
+        print(bundle_kept(kept, args.kept, args.classes, args.name, args.out, args.file))
     else: print(bundle(args.build, args.classes, args.name, args.out))
