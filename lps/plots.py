@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'ALIGNMENTS', 'plot_similarity', 'map_2d', 'plot_embedding', 'plot_rank_k', 'record_figures',
            'chance_percent', 'percent', 'plot_branches', 'plot_alignment', 'alignment_table', 'plot_fusion',
-           'plot_triplet', 'plot_curves', 'plot_transfer']
+           'plot_triplet', 'plot_curves', 'plot_transfer', 'plot_sources']
 
 # %% ../nbs/25_plots.ipynb #ed39fb8e
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from .files import checked, printable
 from .methods import METHODS, method_title
 from .records import runs_of
 from .second_order import similarity
+from .sources import ADVISERS, NEEDS, check_sources
 from .transfer import PREDICTORS, check_transfer, with_interval
 
 # %% ../nbs/25_plots.ipynb #89d06451
@@ -607,4 +608,41 @@ def plot_transfer(
     for ax in axs.flat[n:]: ax.axis('off')
     for ax in axs[:, 0]: ax.set_ylabel('transfer (ARI)')
     fig.suptitle(_plain(record['settings']['name']), fontsize=11)
+    return fig
+
+# %% ../nbs/25_plots.ipynb #9be591b4
+def _draw_worth(ax, worth, measure, scale):
+    "One adviser a line, mean and interval over targets"
+    for y, (name, found) in enumerate(worth.items()):
+        mean, low, high = (scale*v for v in found[measure])
+        error = [[mean - low], [high - mean]]
+        ax.errorbar([mean], [y], xerr=error, fmt='o', ms=5, capsize=3, color=NEEDS[ADVISERS[name].needs])
+    ax.set(yticks=range(len(worth)), ylim=(len(worth) - .5, -.5))
+    ax.grid(alpha=.25, axis='x')
+
+def _needs_legend(fig, worth):
+    "What each colour stands for, below the axes; needs of one colour share an entry"
+    texts = {}
+    for name in worth:
+        needs = ADVISERS[name].needs
+        texts.setdefault(NEEDS[needs], dict())[needs] = None
+    handles = [plt.Line2D([], [], color=colour, marker='o', label=', '.join(needs)) for colour, needs in texts.items()]
+    fig.legend(handles=handles, loc='outside lower center', ncols=2, frameon=False, fontsize=8)
+
+# %% ../nbs/25_plots.ipynb #8aed3b7d
+def plot_sources(
+    record: dict,  # from `sources_record`, or a result file
+) -> Figure:
+    "Regret and ranking of each adviser with 95 % intervals over targets"
+    known = check_sources(record)
+    fig, axs = plt.subplots(1, 2, figsize=(9.6, 4.8), sharey=True, layout='constrained')
+    _draw_worth(axs[0], known.worth, 'regret', 100)
+    _draw_worth(axs[1], known.worth, 'rho', 1)
+    axs[0].set_yticklabels([ADVISERS[name].title for name in known.worth], fontsize=9)
+    axs[0].set(xlabel='points of accuracy behind the best source', xlim=(0, None))
+    axs[1].set_xlabel("Spearman's ρ within targets")
+    axs[1].axvline(0, color='0.45', ls='--', lw=1.3)
+    _needs_legend(fig, known.worth)
+    n = len(known.tasks['targets'])
+    fig.suptitle(_plain(f"{record['settings']['name']}: {n} targets"), fontsize=11)
     return fig

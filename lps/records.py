@@ -235,9 +235,10 @@ def record_text(
     record: dict, # from `result_record`
 ) -> str:         # one line
     "What a result was measured on, for a caption"
-    s = record['settings']
+    s, models = record['settings'], _models_text(record['model_set'])
+    if 'how' in s: return f"{models}. {s['how']}."
     splits = f"{pluralise(s['n_splits'], 'random split')}, seed {s['seed']}"
-    return f"{_models_text(record['model_set'])}. {splits}; {_fit_text(s)}."
+    return f"{models}. {splits}; {_fit_text(s)}."
 
 # %% ../nbs/22_records.ipynb #6531be49
 def unseen_record(

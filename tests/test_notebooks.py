@@ -61,7 +61,8 @@ def test_experiment_runs_small(kind, workdir):
         progress_bar=False,
     )
     written = [json.loads(p.read_text()) for p in (workdir/"results").glob(f"{kind}-digits*.json")]
-    assert [r["settings"]["n_splits"] for r in written] == [small["n_splits"]]
+    repeats = "n_splits" if "n_splits" in small else "n_draws"
+    assert [r["settings"][repeats] for r in written] == [small[repeats]]
 
 
 SCRIPT = runpy.run_path(str(ROOT/"scripts/experiments.py"))
