@@ -26,7 +26,7 @@ class Architecture:
     rebuild: Callable    # `(state, config)` → the network with these weights, in float32 and evaluation mode
     branches: Callable   # config → names of the convolutions that get a branch, in forward order
     norms: Callable      # config → name of the norm that follows each convolution
-    spec: Callable       # config → `PermutationSpec`
+    spec: Callable|None  # config → `PermutationSpec`; None: it is not known what may be permuted
     stem: Callable       # config → name of the first layer, which reads the image
     head: Callable       # config → name of the last linear layer
 

@@ -100,8 +100,9 @@ def patterns(
 
 def _check_followed(shapes, known, norms):
     "Raises `ValueError` for networks that cannot be followed"
-    if known and norms: return
-    why = "its architecture is not registered" if known is None else "it has no batch normalisation"
+    followed = known and known[0].spec
+    if followed and norms: return
+    why = "it has no batch normalisation" if followed else "its architecture is not registered with a permutation spec"
     what = printable(', '.join(list(shapes)[:3]))
     raise ValueError(f"{what}, …: the chain cannot be followed, {why}: take stem-signature")
 

@@ -399,7 +399,7 @@ def canonical(
         raise ValueError(f"shortcut {printable(shortcut)} is unknown: take one of {SHORTCUTS}")
     shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
     known, norms = recognise(shapes, shortcut=shortcut), list(norms_of(shapes).values())
-    if known is None or not norms: return tensors
+    if known is None or known[0].spec is None or not norms: return tensors
     return fix_scales(tensors, known[0].spec(known[1]), norms)
 
 def _layer_tensors(tensors, layer, norm):
