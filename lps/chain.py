@@ -14,7 +14,7 @@ from torch.special import ndtr
 
 from .architectures import branch_layers, norms_of, recognise
 from .files import printable
-from .methods import register_method
+from .methods import INVARIANCES, register_method
 from .signatures import canonical, gram, reads_all, signature_method
 
 # %% ../nbs/17_chain.ipynb #cbb35c75
@@ -135,4 +135,10 @@ def _reads_chain(models, **settings):
     return names
 
 register_method(signature_method(
-    'chain', 'chain from the image to each layer', _reads_chain, _observe_chain, observing=('shortcut', 'depth')))
+    name='chain',
+    title='chain from the image to each layer',
+    reads=_reads_chain,
+    observe=_observe_chain,
+    observing=('shortcut', 'depth'),
+    invariances=tuple(INVARIANCES),
+))
