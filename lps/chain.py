@@ -15,7 +15,7 @@ from torch.special import ndtr
 from .architectures import branch_layers, norms_of, recognise
 from .files import printable
 from .methods import register_method
-from .signatures import canonical, gram, reads_all, signature_method
+from .signatures import canonical, gram, reads_all, shapes_here, signature_method
 
 # %% ../nbs/17_chain.ipynb #cbb35c75
 def relu_moments(
@@ -130,8 +130,15 @@ def _observe_chain(weights, shortcut='pad_end', depth=-1): return chain_signatur
 def _reads_chain(models, **settings):
     "All tensors; raises `ValueError` for networks that cannot be followed"
     names = reads_all(models, **settings)
-    _check_followed(models.shapes, recognise(models.shapes), norms_of(models.shapes))
+    shapes = shapes_here(models)
+    _check_followed(shapes, recognise(shapes), norms_of(shapes))
     return names
 
 register_method(signature_method(
-    'chain', 'chain from the image to each layer', _reads_chain, _observe_chain, observing=('shortcut', 'depth')))
+    name='chain',
+    title='chain from the image to each layer',
+    reads=_reads_chain,
+    observe=_observe_chain,
+    observing=('shortcut', 'depth'),
+    whole=True,
+))

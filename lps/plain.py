@@ -109,7 +109,8 @@ def plain_config(
     if 'stage1.conv1.weight' not in shapes: return None
     try:
         config = _claimed_config(shapes)
-        if config['depth'] > MAX_PLAIN_DEPTH or min(config.values(), key=int) < 0: return None
+        least = min(config[name] for name in ('width', 'n_classes', 'in_channels'))
+        if config['depth'] > MAX_PLAIN_DEPTH or least < 1: return None
         fits = _needed(shapes) == _needed(_plain_shapes(**config))
     except (KeyError, IndexError, ValueError, RuntimeError, TypeError): return None
     return config if fits else None

@@ -224,10 +224,11 @@ def make_learner(
 def accuracy(
     model: nn.Module, # a trained network
     x: Tensor,        # images, uint8 `(n, C, H, W)`
-    y: Tensor,        # labels, long `(n,)`
+    y: Tensor,        # labels, long `(n,)`; or how likely each class is, `(n, K)`
     stats: tuple,     # mean and standard deviation of each channel
 ) -> float:           # fraction of the images that are classified correctly, in float32
     "How many of the images the network gets right"
+    if y.ndim == 2: y = y.argmax(1)
     model.eval()
     right = 0
     for xb, yb in zip(x.split(250), y.split(250)):
@@ -363,7 +364,7 @@ def check_task(
 
 # %% ../nbs/10_train.ipynb #89343359
 def train_model(
-    train: tuple[Tensor, Tensor], # images uint8 `(n, C, H, W)` and labels of one task
+    train: tuple[Tensor, Tensor], # images uint8 `(n, C, H, W)` and labels, or how likely each class is, `(n, K)`
     valid: tuple[Tensor, Tensor], # the same for validation
     recipe: str | Recipe = 'digits', # a recipe or the name of one
     seed: int = 0,                # decides first weights, order of images, crops and flips
@@ -372,7 +373,8 @@ def train_model(
     checkpoint: str | Path | None = None, # file to go on from if it is there, and to write to
     every: int = 10,              # epochs from one checkpoint to the next
     until: int | None = None,     # stop after so many epochs, with the recipe's schedule; None: at the recipe's end
-) -> tuple[ResNet, dict]:         # the network in evaluation mode; val_accuracy, train_accuracy, precision, seconds
+    start_from: dict | None = None, # weights to go on from, by name; None: fresh ones, drawn by the seed
+) -> tuple[nn.Module, dict]:      # the network in evaluation mode; val_accuracy, train_accuracy, precision, seconds
     "Train one network on one task; raises `Diverged` if the loss or a weight is no longer finite"
     recipe, start = get_recipe(recipe), time.perf_counter()
     if recipe.precision == 'auto': recipe = replace(recipe, precision=best_precision())
@@ -380,6 +382,7 @@ def train_model(
     check_task(*valid, 'valid')
     stats = checked_stats(*train, stats)
     model = init_model(seed, recipe, train[0].shape[1]).to(memory_format=torch.channels_last)
+    if start_from: model.load_state_dict(start_from)
     generator = torch.Generator().manual_seed(seed)
     learn = make_learner(model, BatchLoader(*train, recipe, stats, generator), recipe, cbs)
     about = dict(recipe=recipe_fields(recipe), seed=seed, n=len(train[0]))
