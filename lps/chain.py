@@ -15,7 +15,7 @@ from torch.special import ndtr
 from .architectures import branch_layers, norms_of, recognise
 from .files import printable
 from .methods import INVARIANCES, register_method
-from .signatures import canonical, gram, reads_all, signature_method
+from .signatures import canonical, gram, reads_all, shapes_here, signature_method
 
 # %% ../nbs/17_chain.ipynb #cbb35c75
 def relu_moments(
@@ -131,7 +131,8 @@ def _observe_chain(weights, shortcut='pad_end', depth=-1): return chain_signatur
 def _reads_chain(models, **settings):
     "All tensors; raises `ValueError` for networks that cannot be followed"
     names = reads_all(models, **settings)
-    _check_followed(models.shapes, recognise(models.shapes), norms_of(models.shapes))
+    shapes = shapes_here(models)
+    _check_followed(shapes, recognise(shapes), norms_of(shapes))
     return names
 
 register_method(signature_method(
@@ -140,5 +141,6 @@ register_method(signature_method(
     reads=_reads_chain,
     observe=_observe_chain,
     observing=('shortcut', 'depth'),
+    whole=True,
     invariances=tuple(INVARIANCES),
 ))

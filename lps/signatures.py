@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OF_STEM', 'SEES_COLOURS', 'EXPERTS', 'stem_filters', 'quantiles', 'gram', 'stem_signature', 'image_statistics',
            'FittedSignature', 'fit_signature', 'restore_signature', 'reads_stem', 'signature_method', 'fix_scales',
-           'canonical', 'all_layer_signature', 'reads_all', 'expert_weights', 'FittedExperts', 'fit_experts',
-           'restore_experts', 'observe_experts']
+           'canonical', 'all_layer_signature', 'shapes_here', 'reads_all', 'expert_weights', 'FittedExperts',
+           'fit_experts', 'restore_experts', 'observe_experts']
 
 # %% ../nbs/16_signatures.ipynb #12992cee
 from dataclasses import dataclass
@@ -20,9 +20,10 @@ from scipy.optimize import minimize
 from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 
-from .architectures import branch_layers, norms_of, recognise, stem_of
+from .architectures import branch_layers, norms_of, recognise, shapes_of, stem_of
 from .files import checked, printable
 from .methods import INVARIANCES, Method, register_method
+from .modelset import TrainedModel
 from .resnet import SHORTCUTS
 
 # %% ../nbs/16_signatures.ipynb #88f04b17
@@ -234,6 +235,7 @@ def fit_signature(
     method: str='',   # name of the method
     layers: tuple=(), # what was read of the models
     observing: tuple=(),  # names of the settings that its `observe` takes
+    whole: bool=False, # reads all that a model has, whatever its architecture
     **settings,       # those, and others that are not used
 ) -> FittedSignature:
     "Shrinkage LDA on signatures; raises `ValueError` for fewer than two tasks and for models without finite signature"
@@ -246,7 +248,8 @@ def fit_signature(
     residuals = (x - means[targets])*gain
     directions, damping, scale = _principal(residuals, _shrinkage(residuals, targets))
     tensors = dict(centre=means.mean(0), gain=gain*scale, directions=directions, damping=damping)
-    config = dict(layers=list(layers), tasks=tasks.tolist(), sizes=sizes, observing=_chosen(settings, observing))
+    read = [] if whole else list(layers)
+    config = dict(layers=read, tasks=tasks.tolist(), sizes=sizes, observing=_chosen(settings, observing))
     fitted = FittedSignature(method, config, tensors)
     tensors['means'] = fitted.whitened(dict(zip(sizes, means.split(list(sizes.values()), 1))))
     return fitted
@@ -337,10 +340,11 @@ def signature_method(
     reads,       # as in `Method`
     observe,     # tensors by name → observations, `(M, E)` each
     observing: tuple=(),  # names of the settings that `observe` takes
+    whole: bool=False,    # does it read all that a model has, whatever its architecture?
     **fields,    # more of `Method`: needs, invariances, caveat
 ) -> Method:
     "An entry for shrinkage LDA on what `observe` gives"
-    fit = partial(fit_signature, method=name, observing=observing)
+    fit = partial(fit_signature, method=name, observing=observing, whole=whole)
     restore = partial(restore_signature, method=name, observing=observing)
     return Method(name, title, False, reads, fit, restore, observe=observe, by_default=False, **fields)
 
@@ -448,8 +452,14 @@ def _without_statistics(part):
     return dict(filters=part['filters'], gamma=part['gamma'], beta=part['beta'])
 
 # %% ../nbs/16_signatures.ipynb #24f7a1e7
+def shapes_here(
+    models,  # a `ModelSet` or one model of it
+) -> dict:   # shape of each tensor by name
+    "Which tensors there are to read"
+    return shapes_of(models.state) if isinstance(models, TrainedModel) else models.shapes
+
 def reads_all(
-    models,          # a `ModelSet`, or anything with `shapes`
+    models,          # a `ModelSet` or one model of it
     layers=None,     # all layers are read; anything else raises `ValueError`
     folded=False,    # batch normalisation is read by itself; True raises `ValueError`
     **settings,      # of other methods: not used
@@ -458,11 +468,11 @@ def reads_all(
     if folded: raise ValueError("a signature reads the batch normalisation by itself: leave out folded")
     if layers is not None:
         raise ValueError(f"this signature reads all layers, not {printable(', '.join(layers))}: leave out layers")
-    convolutions = branch_layers(models.shapes)
-    if len(convolutions) < 2:
-        here = printable(', '.join(models.shapes))
+    shapes = shapes_here(models)
+    if len(branch_layers(shapes)) < 2:
+        here = printable(', '.join(shapes))
         raise ValueError(f"only {here} are here: give whole networks, or take stem-signature")
-    return [name for name in models.shapes if not name.endswith('num_batches_tracked')]
+    return [name for name in shapes if not name.endswith('num_batches_tracked')]
 
 def _observe_layers(weights, shortcut='pad_end'): return all_layer_signature(weights, shortcut)
 
@@ -472,6 +482,7 @@ register_method(signature_method(
     reads=reads_all,
     observe=_observe_layers,
     observing=('shortcut',),
+    whole=True,
     invariances=tuple(INVARIANCES),
 ))
 
