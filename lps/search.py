@@ -80,7 +80,7 @@ def _in_memory(embedding, digests, facts):
     except (OverflowError, TypeError) as e: raise ValueError(f"tasks are not whole numbers: {printable(e)}") from None
     return rows
 
-# %% ../nbs/28_search.ipynb #f20d86ad
+# %% ../nbs/28_search.ipynb #7a8d2800
 class ModelIndex:
     "A gallery of models, searched by similarity of their weights"
     def __init__(self,
@@ -100,7 +100,8 @@ class ModelIndex:
 
     def __repr__(self):
         layers = ', '.join(self.fitted.layers) or 'all layers'
-        n_tasks = len(np.unique(self.rows.labels(self.rows.places)))
+        labels = self.rows.labels(self.rows.places)
+        n_tasks = len(np.unique(labels[labels >= 0]))
         return printable(
             f"ModelIndex: {len(self)} models of {n_tasks} tasks, compared by {layers} ({self.fitted.method})"
         )
@@ -161,16 +162,16 @@ def _answers(tables, names, query):
     "One table for one model, and for a set all of them with the queries' files as outer index"
     return pd.concat(tables, keys=names, names=['query']) if isinstance(query, ModelSet) else tables[0]
 
-# %% ../nbs/28_search.ipynb #18ec0f90
+# %% ../nbs/28_search.ipynb #4bf577ad
 @patch
 def _nearest(self: ModelIndex, asked, k, with_self):
     "For each model that asks: similarities and numbers of rows, those with its own digest left out unless with_self"
     if k < 1: raise ValueError(f"k is {k}: ask for 1 model at least")
     own = [[] if with_self else self.rows.with_digest(digest) for digest in asked.digests]
     found = self.rows.search(asked.embedding.numpy(), k + max(map(len, own)))
-    for similarity, places, left_out in zip(*found, own):
+    for scores, places, left_out in zip(*found, own):
         keep = np.flatnonzero(~np.isin(places, left_out))[:k]
-        yield similarity[keep], places[keep]
+        yield scores[keep], places[keep]
 
 @patch
 def _table(self: ModelIndex, similarity, places, digest, sketch, expected):
@@ -178,11 +179,13 @@ def _table(self: ModelIndex, similarity, places, digest, sketch, expected):
     facts = self.rows.facts(places)
     table = _found(facts, similarity)
     if self.calibration is not None:
-        table.insert(1, 'probability', self.calibration.probability(similarity))
-        table['note'] = [
+        notes = [
             kinship(s, d == digest, sketch_correlation(fact.get('sketch'), sketch), self.calibration)
             for s, d, fact in zip(similarity, self.rows.digests(places), facts)
         ]
+        probability = self.calibration.probability(similarity)
+        table.insert(1, 'probability', np.where(np.array(notes) == 'copy', 1, probability))
+        table['note'] = notes
     if expected is not None: table['expected_accuracy'] = expected(table)
     return table
 

@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'RECORD', 'FORMAT', 'SEGMENT', 'MAX_FACTS', 'nearest', 'Rows', 'StoreHeader', 'read_store_header', 'Store',
            'create_store']
 
-# %% ../nbs/04a_store.ipynb #7a4c6081
+# %% ../nbs/04a_store.ipynb #10275582
 import hashlib, json, os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.basics import patch
 from filelock import FileLock
 
-from .files import checked, printable, read_json, write_json
+from .files import printable, read_json, write_json
 
 # %% ../nbs/04a_store.ipynb #d1f0f1e4
 BLOCK = 16_384  # rows that are compared at a time
