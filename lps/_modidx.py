@@ -815,6 +815,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'lps.search._load_folder': ('search.html#_load_folder', 'lps/search.py'),
                             'lps.search._manifest': ('search.html#_manifest', 'lps/search.py'),
                             'lps.search._new_folder': ('search.html#_new_folder', 'lps/search.py'),
+                            'lps.search._nothing_read': ('search.html#_nothing_read', 'lps/search.py'),
                             'lps.search._one_query': ('search.html#_one_query', 'lps/search.py'),
                             'lps.search._own_calibration': ('search.html#_own_calibration', 'lps/search.py'),
                             'lps.search._read_rejected': ('search.html#_read_rejected', 'lps/search.py'),

@@ -388,7 +388,7 @@ def _read_rejected(path):
     except (OSError, ValueError): return {}
     return {str(file): str(why) for file, why in read.items()} if isinstance(read, dict) else {}
 
-# %% ../nbs/28_search.ipynb #d659bd8c
+# %% ../nbs/28_search.ipynb #3f5689fc
 def _given_method(method):
     "A method that is fitted already; None for the name of one that is to be fitted"
     if hasattr(method, 'embed'): return method
@@ -407,10 +407,22 @@ def _fit(method, items, how, workers, executor, seed, settings):
     name = _default_method(known) if method == 'auto' else method
     get_method(name)
     learned = one_model(items, **how) if known is None else known
-    if learned is None: raise ValueError(f"no model could be read to fit {name} on")
-    fitted = fit_method(learned, name, seed, **settings)
+    if learned is None: raise ValueError(_nothing_read(items, how))
+    try: fitted = fit_method(learned, name, seed, **settings)
+    except ValueError as e:
+        if known is not None: raise
+        cure = "name the tasks in a table, or take probes or a fitted method"
+        raise ValueError(f"{printable(name)} cannot be fitted on models of unknown tasks: {e}; {cure}") from None
     if known is None or not can_hold_out(known.labels.numpy()): return fitted, _own_calibration(fitted, known)
     return fitted, calibrate(held_out_trials(known, name, 4, seed, workers, executor, **settings))
+
+def _nothing_read(items, how):
+    "Why no model of a folder can be read"
+    bad = {}
+    for item in items[:3]:
+        try: take_in(item, how['names'])
+        except (ValueError, OSError, RuntimeError) as e: bad[item.file] = printable(e)
+    return f"no model could be taken in: {rejection_summary(bad) or 'no model files there'}"
 
 def _own_calibration(fitted, known):
     "A calibration on models as they are; None where that cannot be"
@@ -453,9 +465,10 @@ def _grow(self: ModelIndex, items, bad, how, workers, executor):
     self.rejected = rejected_table(bad)
     if isinstance(self.rows, Store): write_json(self.rows.path/REJECTED_FILE, bad)
 
-# %% ../nbs/28_search.ipynb #46c5b9c3
+# %% ../nbs/28_search.ipynb #e9c03bb1
 def _started(cls, path, items, how, method, workers, executor, seed, settings):
     "An index without rows, its method fitted"
+    if path is not None: _check_new_folder(Path(path))
     fitted, calibration = _fit(method, items, how, workers, executor, seed, settings)
     width = _width(fitted, items, how)
     index = cls.__new__(cls)

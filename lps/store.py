@@ -6,9 +6,9 @@
 __all__ = ['BLOCK', 'RECORD', 'FORMAT', 'SEGMENT', 'MAX_FACTS', 'nearest', 'Rows', 'StoreHeader', 'read_store_header', 'Store',
            'create_store']
 
-# %% ../nbs/04a_store.ipynb #10275582
+# %% ../nbs/04a_store.ipynb #f6d12f57
 import hashlib, json, os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -176,7 +176,7 @@ def with_digest(self: Rows,
     found = np.flatnonzero((known[:, 0] == wanted[0]) & (known[:, 1] == wanted[1]))
     return np.setdiff1d(found, self.removed)
 
-# %% ../nbs/04a_store.ipynb #b4094aaa
+# %% ../nbs/04a_store.ipynb #ea828fd6
 FORMAT = 'lps store 1'
 
 @dataclass
@@ -190,8 +190,8 @@ class StoreHeader:
     removed: int      # rows that no longer count
     gone: str         # digest of their numbers
     chain: str        # digest of the segments
-    about: dict = field(default_factory=dict) # of all rows
-    seal: str = ''    # digest of all that stands above
+    about: dict       # of all rows
+    seal: str         # digest of all that stands above
 
 SEGMENT = np.dtype([('rows', '<u8'), ('facts', '<u8'), ('digest', 'V16')])
 
@@ -286,7 +286,7 @@ def line(self: Store,
         file.seek(start)
         return file.read(end - start)
 
-# %% ../nbs/04a_store.ipynb #e3ae15c8
+# %% ../nbs/04a_store.ipynb #e8d8a13b
 def create_store(
     path: str|Path,  # folder; made if it is not there, and must not hold a store
     width: int,      # numbers in a row
@@ -297,7 +297,7 @@ def create_store(
     if (path/'header.json').exists(): raise FileExistsError(f"{printable(path)} holds an index already")
     path.mkdir(parents=True, exist_ok=True)
     empty = _hash().hex()
-    header = StoreHeader(FORMAT, width, 0, 0, 0, 0, empty, empty, about or {})
+    header = StoreHeader(FORMAT, width, 0, 0, 0, 0, empty, empty, about or {}, seal='')
     for name in _file_sizes(header): _write_at(path/name, 0, b'')
     _write_header(path, header, replace=False)
     return Store(path)
