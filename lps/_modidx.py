@@ -48,6 +48,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'lps.align._tensor': ('align.html#_tensor', 'lps/align.py'),
                            'lps.align.align_layer': ('align.html#align_layer', 'lps/align.py'),
                            'lps.align.frobenius_scores': ('align.html#frobenius_scores', 'lps/align.py')},
+            'lps.all_methods': {'lps.all_methods.methods_table': ('all_methods.html#methods_table', 'lps/all_methods.py')},
             'lps.answers': { 'lps.answers.Answer': ('answers.html#answer', 'lps/answers.py'),
                              'lps.answers.Answer.__str__': ('answers.html#answer.__str__', 'lps/answers.py'),
                              'lps.answers.Answer._repr_html_': ('answers.html#answer._repr_html_', 'lps/answers.py'),

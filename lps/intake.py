@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-import lps.chain, lps.probes, lps.signatures  # noqa: F401  they register their methods
+import lps.all_methods  # noqa: F401  it makes every method known
 from .architectures import Architecture, convolutions, recognise, register_architecture, shapes_of, stem_of
 from .files import MAX_TENSORS, pluralise, printable, read_json
 from .foreign import SUFFIXES, Checkpoint, check_weights, own_names, read_checkpoint, rename, tidy_state

@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-import lps.chain, lps.probes, lps.signatures  # noqa: F401  they register their methods
+import lps.all_methods  # noqa: F401  it makes every method known
 from .answers import (Answer, Calibration, calibrate, can_hold_out, held_out_trials, kinship, own_trials,
                          sketch_correlation, weight_sketch)
 from .files import checked, load_model, printable, read_json, save_model, write_json
