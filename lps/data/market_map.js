@@ -52,17 +52,15 @@ function hoverText(name, i) {
   return lines.slice(0, 9).join('<br>')
 }
 
-function canDrawMany() { return Boolean(document.createElement('canvas').getContext('webgl')) }
-
 function themed(layout) {
   const modebar = {bgcolor: 'transparent', color: inkOf('--soft'), activecolor: inkOf('--ink')}
-  const colours = {paper_bgcolor: inkOf('--page'), plot_bgcolor: inkOf('--page'), modebar}
+  const hoverlabel = {bgcolor: inkOf('--page'), bordercolor: inkOf('--soft'), font: {...layout.font, color: inkOf('--ink')}}
+  const colours = {paper_bgcolor: inkOf('--page'), plot_bgcolor: inkOf('--page'), modebar, hoverlabel}
   return {...layout, ...colours, font: {...layout.font, color: inkOf('--ink')}}
 }
 
 async function drawMap() {
   const {data: [models], layout} = structuredClone(data.map), marks = data.names.map((_, i) => groupOf(i))
-  if (data.many && !canDrawMany()) models.type = 'scatter'
   Object.assign(models, {x: method().x, y: method().y, text: data.hover, selectedpoints: lit()})
   models.marker.color = marks.map(mark => mark.colour)
   models.marker.symbol = marks.map(mark => mark.symbol)
@@ -72,6 +70,10 @@ async function drawMap() {
   byId('how').textContent = method().how
   byId('map').setAttribute('aria-label', `Map of ${count(data.names.length, 'model')}, compared by ${method().label}`)
   await Plotly.react('map', [models], themed(layout), data.config)
+  if (!document.querySelector('#map .no-webgl')) return
+  data.map.data[0].type = 'scatter'  // the browser has no WebGL
+  Plotly.purge('map')
+  await drawMap()
 }
 
 // The models that stand out: those of a group, or those that are searched for; null: all
@@ -185,10 +187,12 @@ function choose(i) {
 
 // ---- Finding
 
+// Models with every word in their name, then those with a word elsewhere
 function matches() {
   const words = byId('search').value.toLowerCase().split(/\s+/).filter(Boolean)
-  const found = i => words.every(word => data.searched[i].includes(word))
-  return data.names.map((_, i) => i).filter(found)
+  const named = i => words.every(word => data.names[i].toLowerCase().includes(word))
+  const found = data.names.map((_, i) => i).filter(i => words.every(word => data.searched[i].includes(word)))
+  return [...found.filter(named), ...found.filter(i => !named(i))]
 }
 
 function clearSearch() {
