@@ -103,7 +103,8 @@ function namePlaces(place) {
   const order = groups.map((_, g) => g).filter(g => members[g].length)
   for (const g of order.sort((a, b) => members[b].length - members[a].length)) {
     const at = place(middle(members[g].map(i => x[i])), middle(members[g].map(i => y[i])))
-    const name = {text: groups[g].short, at}
+    const name = {text: groups[g].short, at}, half = 3.5*name.text.length + 4, right = byId('map').clientWidth - half
+    if (at[0] > 0 && at[0] < right + half) at[0] = Math.max(half, Math.min(at[0], right))  // whole, if it is on the map
     const covers = other => Math.abs(at[1] - other.at[1]) < 17
       && Math.abs(at[0] - other.at[0]) < 3.3*(name.text.length + other.text.length)
     if (!placed.some(covers)) placed.push(name)
@@ -313,6 +314,8 @@ async function start() {
   byId('map').on('plotly_click', event => choose(event.points[0].pointIndex))
   byId('map').on('plotly_afterplot', () => drawAbove())
   byId('map').on('plotly_relayouting', dragged)
+  byId('map').on('plotly_hover', () => byId('above').classList.add('hovered'))  // names make room for what is known
+  byId('map').on('plotly_unhover', () => byId('above').classList.remove('hovered'))
   byId('tree').on?.('plotly_click', showLeaf)
   drawAbove()
   document.body.dataset.ready = 'yes'
