@@ -654,6 +654,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lps.market_map._branches': ('market_map.html#_branches', 'lps/market_map.py'),
                                 'lps.market_map._check_market': ('market_map.html#_check_market', 'lps/market_map.py'),
                                 'lps.market_map._colourings': ('market_map.html#_colourings', 'lps/market_map.py'),
+                                'lps.market_map._column_values': ('market_map.html#_column_values', 'lps/market_map.py'),
                                 'lps.market_map._compared': ('market_map.html#_compared', 'lps/market_map.py'),
                                 'lps.market_map._components': ('market_map.html#_components', 'lps/market_map.py'),
                                 'lps.market_map._csp_digest': ('market_map.html#_csp_digest', 'lps/market_map.py'),

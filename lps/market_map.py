@@ -315,13 +315,16 @@ def _page_data(manifest, embeddings, look):
     notes = [size_note, f'Common to all models: {", ".join(common)}.' if common else '']
     return data | _map_figure(len(names)), [note for note in notes if note]
 
+def _column_values(data):
+    "What there is to colour by first, such as the tasks"
+    return next((fact['values'] for fact in data['facts'] if fact['label'] == data['colours'][0]['label']), [])
+
 def _summary(data, sampled):
     "What the page shows, in one line"
-    task = data['colours'][0]
-    known = sum(group['known'] for group in task['groups'])
-    of = f' of {pluralise(known, task["label"])}' if known else ''
+    known = [value for value in _column_values(data) if value]
+    of = f" of {pluralise(len(known), data['colours'][0]['label'])}" if known else ''
     ways = f'compared in {pluralise(len(data["methods"]), "way")}'
-    return f'{pluralise(len(data["names"]), "model")}{of}, {ways}. {sampled}'
+    return f"{len(data['names']):,} model{'s'*(len(data['names']) > 1)}{of}, {ways}. {sampled}"
 
 # %% ../nbs/29a_market_map.ipynb #58d32ba8
 def _csp_digest(script):
@@ -336,6 +339,7 @@ def _page(title, data, notes, summary, plotly):
     "The page as HTML; `plotly` is plotly.js itself, or nothing if it lies beside the page"
     script = _template('market_map.js')
     allowed = [_csp_digest(script), _csp_digest(plotly) if plotly else "'self'"]
+    if data['many']: allowed.append("'unsafe-eval'") # plotly compiles what it gives to WebGL
     environment = jinja2.Environment(autoescape=True)
     environment.policies['json.dumps_kwargs'] = dict(allow_nan=False, separators=(',', ':'))
     parts = dict(css=_template('market_map.css'), script=script, plotly=plotly, allowed=' '.join(allowed))

@@ -52,17 +52,15 @@ function hoverText(name, i) {
   return lines.slice(0, 9).join('<br>')
 }
 
-function canDrawMany() { return Boolean(document.createElement('canvas').getContext('webgl')) }
-
 function themed(layout) {
   const modebar = {bgcolor: 'transparent', color: inkOf('--soft'), activecolor: inkOf('--ink')}
-  const colours = {paper_bgcolor: inkOf('--page'), plot_bgcolor: inkOf('--page'), modebar}
+  const hoverlabel = {bgcolor: inkOf('--page'), bordercolor: inkOf('--soft'), font: {...layout.font, color: inkOf('--ink')}}
+  const colours = {paper_bgcolor: inkOf('--page'), plot_bgcolor: inkOf('--page'), modebar, hoverlabel}
   return {...layout, ...colours, font: {...layout.font, color: inkOf('--ink')}}
 }
 
 async function drawMap() {
   const {data: [models], layout} = structuredClone(data.map), marks = data.names.map((_, i) => groupOf(i))
-  if (data.many && !canDrawMany()) models.type = 'scatter'
   Object.assign(models, {x: method().x, y: method().y, text: data.hover, selectedpoints: lit()})
   models.marker.color = marks.map(mark => mark.colour)
   models.marker.symbol = marks.map(mark => mark.symbol)
@@ -72,6 +70,10 @@ async function drawMap() {
   byId('how').textContent = method().how
   byId('map').setAttribute('aria-label', `Map of ${count(data.names.length, 'model')}, compared by ${method().label}`)
   await Plotly.react('map', [models], themed(layout), data.config)
+  if (!document.querySelector('#map .no-webgl')) return
+  data.map.data[0].type = 'scatter'  // the browser has no WebGL
+  Plotly.purge('map')
+  await drawMap()
 }
 
 // The models that stand out: those of a group, or those that are searched for; null: all
@@ -101,7 +103,8 @@ function namePlaces(place) {
   const order = groups.map((_, g) => g).filter(g => members[g].length)
   for (const g of order.sort((a, b) => members[b].length - members[a].length)) {
     const at = place(middle(members[g].map(i => x[i])), middle(members[g].map(i => y[i])))
-    const name = {text: groups[g].short, at}
+    const name = {text: groups[g].short, at}, half = 3.5*name.text.length + 4, right = byId('map').clientWidth - half
+    if (at[0] > 0 && at[0] < right + half) at[0] = Math.max(half, Math.min(at[0], right))  // whole, if it is on the map
     const covers = other => Math.abs(at[1] - other.at[1]) < 17
       && Math.abs(at[0] - other.at[0]) < 3.3*(name.text.length + other.text.length)
     if (!placed.some(covers)) placed.push(name)
@@ -185,10 +188,12 @@ function choose(i) {
 
 // ---- Finding
 
+// Models with every word in their name, then those with a word elsewhere
 function matches() {
   const words = byId('search').value.toLowerCase().split(/\s+/).filter(Boolean)
-  const found = i => words.every(word => data.searched[i].includes(word))
-  return data.names.map((_, i) => i).filter(found)
+  const named = i => words.every(word => data.names[i].toLowerCase().includes(word))
+  const found = data.names.map((_, i) => i).filter(i => words.every(word => data.searched[i].includes(word)))
+  return [...found.filter(named), ...found.filter(i => !named(i))]
 }
 
 function clearSearch() {
@@ -309,6 +314,8 @@ async function start() {
   byId('map').on('plotly_click', event => choose(event.points[0].pointIndex))
   byId('map').on('plotly_afterplot', () => drawAbove())
   byId('map').on('plotly_relayouting', dragged)
+  byId('map').on('plotly_hover', () => byId('above').classList.add('hovered'))  // names make room for what is known
+  byId('map').on('plotly_unhover', () => byId('above').classList.remove('hovered'))
   byId('tree').on?.('plotly_click', showLeaf)
   drawAbove()
   document.body.dataset.ready = 'yes'
