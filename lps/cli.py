@@ -50,7 +50,7 @@ def _tell(models):
 # %% ../nbs/31_cli.ipynb #6ce4c78b
 def _all_methods():
     "The registry of methods, with all that come with lps"
-    import lps.chain, lps.probes, lps.signatures  # noqa: F401  they register their methods
+    import lps.chain, lps.equivariant, lps.experts, lps.matching, lps.probes, lps.signatures  # noqa: F401
     from lps.methods import METHODS
     return METHODS
 

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-import lps.chain, lps.probes, lps.signatures  # noqa: F401  they register their methods
+import lps.chain, lps.equivariant, lps.experts, lps.matching, lps.probes, lps.signatures  # noqa: F401
 from .files import checked, load_model, printable, save_model
 from .foreign import check_weights, read_query
 from .methods import embed_models, fitted_parts, load_fitted, restore_fitted
