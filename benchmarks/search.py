@@ -114,7 +114,7 @@ def main():
                 worst={name: round(max(r), 2) for name, r in ratios.items()},
                 cpu_seconds={name: round(statistics.median(t), 4) for name, t in runs.items()},
             )
-        few = np.array(store.rows[:min(n, 100_000)])
+        few = np.array(store.rows[:min(n, 20_000)])
         exact = Store(path)
         exact.rows, exact.records = few, exact.records[:len(few)]
         result["usearch"] = approximate(few, many, lambda queries: exact.search(queries, K)[1])

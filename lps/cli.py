@@ -346,7 +346,7 @@ def _show_answers(near, tasks, k):
         "Closest tasks, by the mean similarity of their models",
     )
 
-# %% ../nbs/31_cli.ipynb #dc788933
+# %% ../nbs/31_cli.ipynb #efd59cc4
 def _known_index(place):
     "An index by its place; one that is not calibrated is, if it can be"
     from lps.search import ModelIndex
@@ -365,10 +365,10 @@ def _gallery_index(net, gallery):
 
 def _show_answer(answer):
     "Print what an index says about a model"
-    columns = 'similarity', 'probability', 'expected_accuracy', 'classes', 'task', 'val_accuracy', 'note', 'file'
-    table = answer.table[[c for c in columns if c in answer.table]].astype(object)
-    unknown = table.isna() | table.isin([-1]) & (table.columns == 'task')
-    _show(table.mask(unknown, ''), "Closest models")
+    columns = 'similarity', 'probability', 'expected_accuracy', 'task', 'note', 'file'
+    table, number = answer.table, answer.table.task.astype(str)
+    table = table.assign(task=table.classes.where(table.classes != '', number.where(table.task >= 0, '')))
+    _show(table[[c for c in columns if c in table]], "Closest models")
     for sentence in answer.sentences: console.print(sentence, soft_wrap=True)
 
 # %% ../nbs/31_cli.ipynb #45474a18

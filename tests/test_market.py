@@ -1,0 +1,227 @@
+"""An index of whatever lies in a folder: broken files, stops, changes, copies, and what it says about a model"""
+import json
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import lps.gather as gather
+from lps.answers import Trials, calibrate, kinship, own_trials, sketch_correlation, weight_sketch
+from lps.cli import main
+from lps.files import save_model
+from lps.modelset import TrainedModel, load_modelset
+from lps.order_chain import permute, random_perms, resnet_spec
+from lps.resnet import ResNet
+from lps.search import ModelIndex
+
+SPEC = resnet_spec(depth=8, width=4)
+
+
+def network(task, run, noise=.2):
+    "A network of a task: the task's weights and noise, permuted"
+    torch.manual_seed(task)
+    state, g = ResNet(depth=8, width=4).state_dict(), torch.Generator().manual_seed(100*task + run)
+    state = {k: w + noise*w.std()*torch.randn(w.shape, generator=g) if w.ndim > 1 else w for k, w in state.items()}
+    return permute(state, SPEC, random_perms(SPEC, 100*task + run))
+
+
+def fill(folder, tasks=5, runs=4):
+    for task in range(tasks):
+        for run in range(runs):
+            meta = dict(task=task, run=run, classes=[f"{task}a", f"{task}b"], val_accuracy=.9)
+            save_model(folder/f"t{task}_{run}.safetensors", network(task, run), meta)
+
+
+def spoil(folder):
+    "Files that give no row; the number of those that must be listed"
+    whole = (folder/"t0_0.safetensors").read_bytes()
+    (folder/"cut.safetensors").write_bytes(whole[:-9])
+    (folder/"text.pt").write_text("no weights")
+    (folder/"empty.pth").write_bytes(b"")
+    torch.save(dict(w=torch.full((4, 3, 3, 3), torch.nan)), folder/"nan.pt")
+    torch.save({"fc.weight": torch.zeros(2, 3)}, folder/"fc.pt")
+    (folder/"net.onnx").write_bytes(b"x")
+    (folder/"README.md").write_text("our models")
+    (folder/"gone.pt").symlink_to(folder/"nowhere.pt")
+    return 7
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    fill(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def market(models, tmp_path_factory):
+    "A built index, not to be changed"
+    path = tmp_path_factory.mktemp("market")/"market"
+    ModelIndex.build(models, path)
+    return path
+
+
+def files(index): return sorted(Path(file).name for file in index.manifest.file)
+
+
+def test_broken_files_are_listed_and_the_rest_is_taken(models, tmp_path):
+    folder = shutil.copytree(models, tmp_path/"models")
+    n_bad = spoil(folder)
+    index = ModelIndex.build(folder, tmp_path/"market")
+    assert len(index) == 20 and len(index.rejected) == n_bad
+    assert {Path(file).name for file in index.rejected.file} >= {"cut.safetensors", "net.onnx", "gone.pt", "nan.pt"}
+    assert not index.rejected.reason.str.contains("\n").any() and (index.rejected.reason.str.len() > 5).all()
+    again = ModelIndex.load(tmp_path/"market")
+    assert again.rejected.equals(index.rejected) and files(again) == files(index)
+
+
+def test_a_stopped_build_goes_on(models, tmp_path, monkeypatch):
+    "What is in the index is not read again, and what comes out is what one build gives"
+    real, read = gather.embed_items, []
+    def stops(fitted, items, *args):
+        if len(read) >= 8: raise KeyboardInterrupt
+        read.extend(item.file for item in items)
+        return real(fitted, items, *args)
+    monkeypatch.setattr(gather, "BATCH", 4)
+    monkeypatch.setattr(gather.embed_all, "__defaults__", (*gather.embed_all.__defaults__[:-1], 4))
+    monkeypatch.setattr(gather, "embed_items", stops)
+    with pytest.raises(KeyboardInterrupt): ModelIndex.build(models, tmp_path/"market")
+    assert len(ModelIndex.load(tmp_path/"market")) == len(read) - 1 == 8, "one was read for the width of a row"
+    seen = set(read)
+    read.clear()
+    monkeypatch.setattr(gather, "embed_items", lambda *args: read.extend(i.file for i in args[1]) or real(*args))
+    index = ModelIndex.build(models, tmp_path/"market")
+    assert len(index) == 20 and not seen & set(read)
+    whole = ModelIndex.build(models)
+    order = np.argsort(index.manifest.file), np.argsort(whole.manifest.file)
+    assert torch.equal(index.embedding[order[0]], whole.embedding[order[1]])
+
+
+def test_any_executor_gives_the_same(models):
+    with ThreadPoolExecutor(3) as executor: index = ModelIndex.build(models, executor=executor)
+    one = ModelIndex.build(models)
+    pd.testing.assert_frame_equal(index.manifest.sort_values("file", ignore_index=True),
+                                  one.manifest.sort_values("file", ignore_index=True))
+
+
+def test_changed_added_removed(models, tmp_path):
+    folder = shutil.copytree(models, tmp_path/"models")
+    index = ModelIndex.build(folder, tmp_path/"market")
+    assert index.add(folder) == 0
+    torch.save(network(7, 0), folder/"new.pth")
+    changed = folder/"t0_0.safetensors"
+    save_model(changed, network(0, 9), dict(task=0, classes=["0a", "0b"]))
+    os.utime(changed, ns=(1, 1))
+    assert index.add(folder) == 1 and len(ModelIndex.load(tmp_path/"market")) == 21
+    assert index.query(changed, 1, with_self=True).note[1] == "copy"
+    assert index.remove(folder/"new.pth") == 1
+    with pytest.raises(ValueError, match="no model nothing in the index"): index.remove("nothing")
+    assert index.remove(folder) == 20 and len(ModelIndex.load(tmp_path/"market")) == 0
+
+
+def test_what_an_answer_says(market, models):
+    index = ModelIndex.load(market)
+    new = index.answer(TrainedModel(network(3, 8), {}), k=3)
+    assert new.table.task.tolist() == [3]*3 and new.like and not new.table.note.any()
+    assert new.table.probability.between(0, 1).all() and new.table.probability.is_monotonic_decreasing
+    own = index.answer(models/"t3_0.safetensors", k=2)
+    assert own.table.note.tolist()[0] == "copy" and own.start == own.table.file[2]
+    state = load_modelset(models)[0].state
+    tuned = {name: w + .1*w.std()*torch.randn(w.shape) if w.ndim == 4 else w for name, w in state.items()}
+    tuned["fc.weight"], tuned["fc.bias"] = torch.randn(5, 16), torch.zeros(5)
+    assert index.answer(TrainedModel(tuned, {}), 1).table.note[1] == "fine-tuned copy"
+    mixed = permute(state, SPEC, random_perms(SPEC, 5))
+    assert index.answer(TrainedModel(mixed, {}), 1).table.note[1] == "the same as far as read"
+    net = ResNet(depth=8, width=4)
+    net.load_state_dict(state)
+    assert index.answer(net, 1).table.note[1] == "copy"
+    assert index.query(net, 2, expected=lambda table: table.similarity).expected_accuracy.iloc[0] < 1
+    assert json.loads(json.dumps(new.to_dict()))["models"][0]["task"] == 3
+
+
+def test_the_same_number_in_two_folders_is_not_the_same_task(models, tmp_path):
+    "Unless the classes are named, and are the same"
+    for name, classes in (("a", None), ("b", None), ("c", ["x", "y"]), ("d", ["y", "x"])):
+        meta = dict(task=0) | (dict(classes=classes) if classes else {})
+        save_model(tmp_path/name/"m.safetensors", network(0, ord(name)), meta)
+    index = ModelIndex.build([tmp_path/name for name in "abcd"], method="probes", n_images=8)
+    label = dict(zip([Path(file).parent.name for file in index.manifest.file], index.manifest.label))
+    assert label["a"] != label["b"] and label["c"] == label["d"] != label["a"]
+
+
+def test_without_tasks_probes_compare(models, tmp_path):
+    for i in range(3): torch.save(network(i, 0), tmp_path/f"m{i}.pt")
+    index = ModelIndex.build(tmp_path, n_images=16)
+    assert index.fitted.method == "probes" and index.calibration is None
+    answer = index.answer(tmp_path/"m1.pt", 2)
+    assert answer.like is None and "Not calibrated" in str(answer) and Path(answer.table.file[1]).name == "m1.pt"
+    with pytest.raises(ValueError, match="chain cannot be fitted on models of unknown tasks.*name the tasks"):
+        ModelIndex.build(tmp_path, method="chain")
+
+
+def test_a_folder_and_a_file_keep_the_same(market, tmp_path):
+    index = ModelIndex.load(market)
+    index.save(tmp_path/"index.safetensors")
+    ModelIndex.load(tmp_path/"index.safetensors").save(tmp_path/"again")
+    asked = TrainedModel(network(2, 8), {})
+    for place in ("index.safetensors", "again"):
+        other = ModelIndex.load(tmp_path/place)
+        assert other.calibration == index.calibration
+        pd.testing.assert_frame_equal(other.query(asked), index.query(asked))
+        for a, b in zip(other.kneighbors(asked, 4), index.kneighbors(asked, 4)): assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("spoiled, says", [
+    ("method.safetensors", "is not the method of this index"), ("rows.f32", "truncated"),
+    ("header.json", "is no index, or a damaged one"), ("facts.jsonl", "truncated")])
+def test_a_damaged_folder_gives_one_error(market, tmp_path, spoiled, says):
+    path = shutil.copytree(market, tmp_path/"market")
+    (path/spoiled).write_bytes((path/spoiled).read_bytes()[:-20])
+    with pytest.raises(ValueError, match=says): ModelIndex.load(path)
+
+
+def test_probabilities_are_those_that_were_put_in():
+    rng = np.random.default_rng(0)
+    similarity = rng.uniform(-1, 1, 4000)
+    same = rng.random(4000) < 1/(1 + np.exp(-(6*similarity - 2)))
+    known = calibrate(Trials(similarity, same, rng.integers(20, size=4000), np.linspace(0, 1, 101),
+                             np.linspace(-.5, .5, 101), True, 100))
+    assert np.allclose(known.probability([-.5, 0, .5]), 1/(1 + np.exp(-(6*np.array([-.5, 0, .5]) - 2))), atol=.04)
+    assert abs(known.threshold - .05) < 1e-9 and abs(known.false_alarms - .05) < .01 and known.detected > .5
+    p, share, n = np.array(known.curve).T
+    assert np.average(abs(p - share), weights=n) < .03 and n.sum() == 4000
+    assert own_trials(np.eye(3, dtype=np.float32), np.array([1, 1, 1])) is None
+
+
+def test_sketches_that_cannot_be_compared_say_nothing():
+    a, b = weight_sketch(network(0, 0)), weight_sketch(ResNet(depth=8, width=6).state_dict())
+    for x, y in ((a, b), (a, None), (a, {}), (a, dict(shapes=a["shapes"])), (a, a | dict(values="%")), ({}, {})):
+        assert np.isnan(sketch_correlation(x, y)) and kinship(.5, False, sketch_correlation(x, y)) == ""
+    assert sketch_correlation(a, a) == pytest.approx(1)
+
+
+def test_commands_one_after_another(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models, "runs")
+    (Path("runs")/"text.pt").write_text("no weights")
+    def says(*words):
+        assert main(list(map(str, words))) == 0
+        return " ".join(capsys.readouterr().out.split())
+    assert "1 file could not be taken in: runs/text.pt: " in says("index", "build", "market", "runs", "--workers", 1)
+    torch.save(network(3, 8), "mine.pth")
+    said = says("query", "market", "mine.pth", "-k", 3)
+    assert "To start from: runs/t3_" in said and "no image of yours" in said and "probability" in said
+    answer = json.loads(says("query", "market", "mine.pth", "--json"))
+    assert len(answer["models"]) == 5 and answer["like"] and answer["models"][0]["classes"] == "3a / 3b"
+    assert "1 more" in says("index", "add", "market", "mine.pth")
+    assert "1 fewer" in says("index", "remove", "market", "mine.pth") and Path("mine.pth").exists()
+    info = json.loads(says("index", "info", "market", "--json"))
+    assert info["models"] == 20 and info["tasks"] == 5 and info["architectures"] == {"resnet": 20}
+    assert "Every byte" in says("index", "info", "market", "--check")
+    assert main(["index", "build", "market", "runs", "--method", "probes"]) == 2
+    assert "compares by stem-signature, asked for is probes" in capsys.readouterr().err
