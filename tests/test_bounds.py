@@ -159,7 +159,7 @@ def many_objects(path, n=600_000):
 def long_names(path):
     "Modules in modules whose names are long"
     part = Module({}, {'weight': torch.zeros(2, 2)})
-    for _ in range(400): part = Module({'n'*900: part})
+    for _ in range(60): part = Module({'n'*900: part})
     torch.save(part, path)
 
 
