@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_HEADER', 'MAX_TENSORS', 'write_atomic', 'write_new', 'write_json', 'printable', 'checked', 'read_json',
-           'versions', 'provenance', 'save_model', 'TensorEntry', 'Header', 'open_file', 'read_header', 'read_tensors',
-           'ModelFile', 'read_model', 'load_model', 'marker_file', 'mark_complete', 'read_marker', 'not_as_marked',
-           'digest', 'not_finite', 'not_real', 'pluralise']
+           'versions', 'provenance', 'save_model', 'TensorEntry', 'Header', 'header_end', 'parse_header', 'open_file',
+           'read_header', 'read_tensors', 'ModelFile', 'read_model', 'load_model', 'marker_file', 'mark_complete',
+           'read_marker', 'not_as_marked', 'digest', 'not_finite', 'not_real', 'pluralise']
 
 # %% ../nbs/04_files.ipynb #ae34b933
 import contextlib, errno, functools, hashlib, importlib.metadata, json, math, os, platform, re, subprocess, time
@@ -233,8 +233,11 @@ class Header:
     size: int                        # bytes before the first tensor
 
 # %% ../nbs/04_files.ipynb #65b5aaec
-def _header_end(start, size):
-    "Where the header ends in a safetensors file that has `size` bytes and starts with `start`"
+def header_end(
+    start: bytes, # the first 9 bytes of a safetensors file, or more
+    size: int,    # bytes of the file
+) -> int:         # bytes before the first tensor
+    "Where a header ends; raises `ValueError` for a start that no safetensors file of this size has"
     n = int.from_bytes(start[:8], 'little')
     if size < 9 or n > MAX_HEADER or start[8:9] != b'{': raise ValueError(f"not a safetensors file ({size} bytes)")
     if 8 + n > size: raise ValueError(f"truncated: {size} bytes, the header alone has {8 + n}")
@@ -245,8 +248,11 @@ def _check_many(tensors):
     if not isinstance(tensors, dict): raise ValueError("not a safetensors file (its header names no tensors)")
     if len(tensors) > MAX_TENSORS: raise ValueError(f"too large: {len(tensors)} tensors, {MAX_TENSORS} are allowed")
 
-def _parse_header(text, size):
-    "The header in these bytes of a file with `size` bytes"
+def parse_header(
+    text: bytes, # from the ninth byte to `header_end`
+    size: int,   # bytes of the file
+) -> Header:
+    "What the header of a safetensors file says; raises `ValueError` with the reason for one that lies"
     try: tensors = json.loads(text)
     except (ValueError, RecursionError): raise ValueError("not a safetensors file (its header is no JSON)") from None
     _check_many(tensors)
@@ -288,9 +294,9 @@ def open_file(
 def _read_header(file):
     "The header of an open safetensors file, and the bytes read so far"
     size, start = os.fstat(file.fileno()).st_size, file.read(9)
-    end = _header_end(start, size)
+    end = header_end(start, size)
     start += file.read(end - 9)
-    return _parse_header(start[8:], size), start
+    return parse_header(start[8:], size), start
 
 def read_header(
     path: str | Path,  # a safetensors file

@@ -28,6 +28,7 @@ from .jobs import one_thread
 from .methods import METHODS, embed_models, observations
 from .modelset import ModelSet, PackedSource, TrainedModel, rejected_table
 from .probes import centred_outputs, probe_images
+from .remote import is_hub_name, open_model
 from .resnet import SHORTCUTS
 
 # %% ../nbs/27a_intake.ipynb #342091f2
@@ -314,20 +315,41 @@ def _from_timm(source):
     found = _from_module(net)
     return _Source(source, 'weights of timm', found.state, found.configs, net=net)
 
-# %% ../nbs/27a_intake.ipynb #f0acf233
-def _opened(source):
+# %% ../nbs/27a_intake.ipynb #247944ba
+def _on_web(source):
+    "Is this a model on the web? A path that exists is none, and neither is one with the ending of a file"
+    if not isinstance(source, str) or Path(source).exists(): return False
+    return source.startswith(('https://', 'http://')) or is_hub_name(source) and not source.lower().endswith(SUFFIXES)
+
+def _not_read(entry):
+    "A tensor without values in the place of one on the web"
+    real = entry.dtype.startswith(('F', 'BF'))
+    return torch.empty(entry.shape, dtype=torch.float32 if real else torch.int64, device='meta')
+
+def _from_web(source, names, whole):
+    "A source that is a model on the web; tensors that were not read have no values"
+    try: model = open_model(source)
+    except OSError as e: raise type(e)(e.errno, f"no file or folder {printable(source)}, and {e.strerror}") from None
+    read, state = model.tensors(list(model.shapes) if whole else model.stem_tensors(names)), {}
+    for file in model.files:
+        for name, entry in file.header.tensors.items(): state[name] = read[name] if name in read else _not_read(entry)
+    return _Source(source, f'{model.read:,} of {model.size:,} bytes on the web', state, model.configs)
+
+# %% ../nbs/27a_intake.ipynb #dea16851
+def _opened(source, names, whole):
     "What is at a source; raises `FileNotFoundError`, or `ValueError` with its name and the reason"
     if isinstance(source, nn.Module): return _from_module(source)
     if not isinstance(source, (str, Path)):
         raise TypeError(f"a {type(source).__name__} is no model: give a file, a folder, timm/NAME or an nn.Module")
     path = Path(source)
     if not path.exists() and str(source).startswith('timm/'): return _from_timm(str(source))
+    if _on_web(source): return _from_web(source, names, whole)
     if not path.exists(): raise FileNotFoundError(f"no model at {printable(source)}")
     shown = printable(path.name)
     try: return _from_folder(path) if path.is_dir() else _from_checkpoint(shown, read_checkpoint(path))
     except ValueError as e: raise ValueError(f"{shown}: {printable(e)}") from None
 
-# %% ../nbs/27a_intake.ipynb #c33531aa
+# %% ../nbs/27a_intake.ipynb #83dd5fef
 MAX_PREFIXES = 100  # places in a checkpoint where a known network is looked for
 
 def _prefixes(names):
@@ -348,7 +370,7 @@ def _known_part(state):
         part = _under(state, prefix)
         if recognise(needed_shapes(part)): return part, prefix
 
-# %% ../nbs/27a_intake.ipynb #38ed2633
+# %% ../nbs/27a_intake.ipynb #8ada2f87
 @dataclass
 class _Part:
     "The network in a source"
@@ -375,7 +397,7 @@ def _found_below(net, states):
     lacking = [name for name in expected if name not in states[-1]]
     raise ValueError(f"the checkpoint lacks {printable(', '.join(lacking[:3]))}; a name map renames its tensors")
 
-# %% ../nbs/27a_intake.ipynb #808cbf54
+# %% ../nbs/27a_intake.ipynb #84ae4757
 def _told(net, part):
     "What a builder must be told so that head and stem have the shapes of a checkpoint's"
     expected, found, config = needed_shapes(net.state_dict()), shapes_of(part), {}
@@ -403,7 +425,7 @@ def _check_fits(net, part):
     more = [name for name in part if name not in known and name.partition('.')[0] in parts]
     if more: raise ValueError(f"the checkpoint has {printable(more[0])}, the network has not: it is of another kind")
 
-# %% ../nbs/27a_intake.ipynb #aea72749
+# %% ../nbs/27a_intake.ipynb #f4b2f86e
 def _named_part(arch, states):
     "The network of a given name in one of some checkpoints; raises `ValueError` where it is in none"
     title, build = _arch_title(arch), network_builder(arch) if isinstance(arch, str) else arch
@@ -429,7 +451,7 @@ def _arch_title(arch):
     if isinstance(arch, str): return printable(arch)
     return f"{arch.__module__}:{getattr(arch, '__qualname__', type(arch).__qualname__)}"
 
-# %% ../nbs/27a_intake.ipynb #8d873214
+# %% ../nbs/27a_intake.ipynb #cce3d7b5
 def _part_of(found, arch, names):
     "The network in a source"
     if found.net is not None:
@@ -446,7 +468,7 @@ def _whole_numbers(state):
         name for name, v in state.items() if not v.is_floating_point() and not name.endswith('num_batches_tracked')
     ]
 
-# %% ../nbs/27a_intake.ipynb #42388872
+# %% ../nbs/27a_intake.ipynb #e04902ba
 SIDES = 32, 64, 96, 128, 224, 256, 299, 384, 512  # tried in turn where nothing says what a network's images are
 
 @torch.no_grad()
@@ -478,7 +500,7 @@ def _size_of(part, configs, channels):
         if why is None: return size, f"the first of {', '.join(map(str, SIDES))} that it takes: say size for its own"
     return None, f"cannot be run: {why}"
 
-# %% ../nbs/27a_intake.ipynb #ed9f8a5e
+# %% ../nbs/27a_intake.ipynb #01d270e2
 def _same_answers(net, other, size):
     "Do two networks answer the same?"
     try: ours, theirs = [probe_module(one, size, n_images=2) for one in (net, other)]
@@ -500,7 +522,7 @@ def _settle(part, size):
         " layers other names"
     )
 
-# %% ../nbs/27a_intake.ipynb #cf5dad23
+# %% ../nbs/27a_intake.ipynb #73bb4ab1
 @dataclass
 class ModelReport:
     "What was read of a model, in words"
@@ -535,7 +557,7 @@ def table(self: ModelReport,
 @patch
 def _repr_html_(self: ModelReport): return self.table().to_html()
 
-# %% ../nbs/27a_intake.ipynb #f3f0fc49
+# %% ../nbs/27a_intake.ipynb #a629807b
 def _set_of_one(model):
     "A model set with one model in it, in memory"
     facts = dict(file='model', task=-1, run=0, shortcut=model.meta.get('shortcut'), val_accuracy=None)
@@ -568,7 +590,7 @@ def why_not(
             found[name] = printable(str(e).strip().partition('\n')[0][:200]) or type(e).__name__
     return found
 
-# %% ../nbs/27a_intake.ipynb #c04b9071
+# %% ../nbs/27a_intake.ipynb #f5f48327
 def _layers_said(state):
     "How many layers and numbers there are, in words"
     layers = [name for name, v in state.items() if name.endswith('weight') and v.ndim > 1]
@@ -594,7 +616,7 @@ def _last_matrix_said(state):
     matrices = [name.removesuffix('.weight') for name, v in state.items() if name.endswith('.weight') and v.ndim == 2]
     return f"perhaps {_shape_said(state, matrices[-1])}, the last matrix" if matrices else 'not found'
 
-# %% ../nbs/27a_intake.ipynb #75242dbb
+# %% ../nbs/27a_intake.ipynb #3e4df809
 def _architecture_said(known, configs):
     "What a network is, or how to say it"
     if known and known[0].spec is None: return known[0].name
@@ -614,7 +636,7 @@ def _ignored(found, part):
     for name in _whole_numbers(part.state): ignored[name] = "whole numbers, which the network makes itself"
     return ignored
 
-# %% ../nbs/27a_intake.ipynb #17276792
+# %% ../nbs/27a_intake.ipynb #c5bd4600
 def _classes_in(configs):
     "Names of the classes in a configuration, or None"
     for _, said in _places(configs):
@@ -636,9 +658,12 @@ def _with_meta(found, part, hints, size, stats):
     if stats: meta |= dict(mean=stats[0], std=stats[1])
     classes = _classes_in(found.configs)
     if classes: meta['classes'] = classes
-    return TrainedModel(part.state, meta)
+    here = {name: v for name, v in part.state.items() if not v.is_meta}
+    lacks = [name for name in part.state if name not in here and name.endswith('.weight')]
+    if lacks: meta['lacks'] = [name.removesuffix('.weight') for name in lacks]
+    return TrainedModel(here, meta)
 
-# %% ../nbs/27a_intake.ipynb #b2eb5ac4
+# %% ../nbs/27a_intake.ipynb #961bd2ad
 def _channels_of(state):
     "Channels of the images that a network reads; 3 where it has no convolution"
     stem = stem_of(shapes_of(state))
@@ -661,7 +686,7 @@ def _stats_said(stats):
 
 def _numbers_said(values): return ', '.join(f'{v:.4g}' for v in values)
 
-# %% ../nbs/27a_intake.ipynb #538aea35
+# %% ../nbs/27a_intake.ipynb #e0f1f306
 def _given(size, stats):
     "What a caller says, as a configuration"
     said = {}
@@ -672,7 +697,7 @@ def _given(size, stats):
 def _read(found, arch, names, given):
     "The model in a source, and the report"
     part = _part_of(found, arch, names)
-    check_weights(part.state)
+    check_weights({name: v for name, v in part.state.items() if not v.is_meta})
     ignored, configs = _ignored(found, part), [('the call', given), *found.configs]
     for name in _whole_numbers(part.state): del part.state[name]
     channels, known = _channels_of(part.state), recognise(shapes_of(part.state))
@@ -680,11 +705,10 @@ def _read(found, arch, names, given):
     size, input_said = _input_said(part, configs, channels, known)
     hints = _settle(part, size) if part.net is not None else {}
     model = _with_meta(found, part, hints, size, stats)
-    return model, _report(found, model, configs, input_said, _stats_said(stats), ignored)
+    return model, _report(found, part.state, model, configs, input_said, _stats_said(stats), ignored)
 
-def _report(found, model, configs, input_said, stats_said, ignored):
-    "What was read, in words"
-    state = model.state
+def _report(found, state, model, configs, input_said, stats_said, ignored):
+    "What was read, in words; the state has all tensors of the network, also those on the web"
     known = recognise(shapes_of(state), **{name: v for name, v in model.meta.items() if name == 'shortcut'})
     return ModelReport(
         source=printable(found.name),
@@ -700,17 +724,18 @@ def _report(found, model, configs, input_said, stats_said, ignored):
         model=model,
     )
 
-# %% ../nbs/27a_intake.ipynb #09011dc6
+# %% ../nbs/27a_intake.ipynb #f6275753
 def read_model(
     source,          # a file, a folder, `'timm/NAME'`, or an `nn.Module`
     arch=None,       # the network, where its tensors do not say: as in `network_builder`, or a function that gives it
     names=(),        # name map for a checkpoint with foreign names, as in `import_models`
     size=None,       # side of its images, or channels, height and width; None: what its configuration says
     stats=None,      # mean and standard deviation of each channel; None: what its configuration says
+    whole: bool=False, # of a model on the web, read all and not only the first layer; so it is where `arch` is given
 ) -> tuple:          # a `TrainedModel`, and a `ModelReport`
     """One model from wherever it is; nothing in a file is run. Raises `FileNotFoundError`, or `ValueError` with the
     source and the reason
     """
-    found = _opened(source)
+    found = _opened(source, names, whole or arch is not None)
     try: return _read(found, arch, names, _given(size, stats))
     except ValueError as e: raise ValueError(f"{printable(found.name)}: {e}") from None

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 from lps.foreign import import_models
+from lps.intake import read_model
 from lps.methods import fit_method, load_fitted
 from lps.modelset import load_modelset
 from lps.search import ModelIndex
@@ -65,6 +66,7 @@ def main(folder):
     index = ModelIndex(fit_method(models, 'lps', n_filters=4, epochs=1, milestones=()), models)
     readers = dict(query=index.query, net=load_fitted, index=ModelIndex.load, packed=load_modelset)
     readers['import'] = lambda path: import_models(path, folder/'taken in').rejected.to_string()
+    readers['take'] = lambda path: read_model(path)[1].architecture
     index.query(folder/'query normal.pt')  # what it loads is loaded now
     said = {}
     for path in sorted(folder.glob('* *')):

@@ -135,6 +135,46 @@ def write_queries(folder):
     header(folder/'query same bytes.safetensors', same, body=bytes(10**6))
 
 
+class Module:
+    "Pickled, it is a module with parts"
+    def __init__(self, parts, tensors=()):
+        self._parameters, self._buffers, self._modules = dict(tensors), {}, parts
+
+
+def many_parts(path):
+    "A module whose two parts are one, whose two parts are one, and so on: 2**40 in all"
+    part = Module({}, {'weight': torch.zeros(2, 2)})
+    for _ in range(40): part = Module({'a': part, 'b': part})
+    torch.save(part, path)
+
+
+def many_objects(path, n=600_000):
+    "Made of nothing, as often as the bytes of a description allow"
+    empty = pickle.PROTO + b'\x02' + pickle.EMPTY_LIST + pickle.MARK + b'ca\nb\nq\x00'
+    again = pickle.BINGET + b'\x00' + pickle.EMPTY_TUPLE + pickle.NEWOBJ
+    with zipfile.ZipFile(path, 'w') as file:
+        file.writestr('x/data.pkl', empty + again*n + pickle.APPENDS + pickle.STOP)
+
+
+def long_names(path):
+    "Modules in modules whose names are long"
+    part = Module({}, {'weight': torch.zeros(2, 2)})
+    for _ in range(60): part = Module({'n'*900: part})
+    torch.save(part, path)
+
+
+def write_sources(folder):
+    "Models that are taken in"
+    torch.save(network(), folder/'take normal.pt')
+    many_parts(folder/'take many parts.pt')
+    many_objects(folder/'take many objects.pt')
+    long_names(folder/'take long names.pt')
+    deflated(folder/'take deflated.pt')
+    (folder/'take index').mkdir()
+    (folder/'take index/config.json').write_text('[' * 100_000)
+    torch.save(network(), folder/'take index/pytorch_model.bin')
+
+
 def write_own(folder):
     "Files that this project writes, with other claims in them"
     models = load_modelset(folder/'zoo')
@@ -159,6 +199,7 @@ def said(tmp_path_factory):
     for i in range(2): save_model(folder/f'zoo/m{i}.safetensors', network(i), dict(task=i))
     write_queries(folder)
     write_own(folder)
+    write_sources(folder)
     (folder/'import pipe').mkdir()
     os.mkfifo(folder/'import pipe/pipe.pt')
     os.mkfifo(folder/'import pipe/pipe.safetensors')
@@ -197,6 +238,11 @@ REFUSED = {
     'net tasks': '',
     'net shape': '',
     'net branches': '50000 layers get a branch, 1000 may',
+    'take many parts': 'its modules have no end',
+    'take many objects': 'holds no state dict',
+    'take long names': 'its modules have no end',
+    'take deflated': 'a compressed archive',
+    'take index': 'config.json is not JSON',
 }
 
 
@@ -205,9 +251,12 @@ def test_a_hostile_file_is_refused_within_them(said, name):
     assert said[name].startswith(('ValueError: ', 'FileNotFoundError: ')) and REFUSED[name] in said[name]
 
 
+def test_a_normal_model_is_taken_in_within_them(said): assert said['take normal'].startswith('resnet, depth 8')
+
+
 def test_a_pipe_in_a_folder_is_listed(said):
     assert said['import pipe'].count('no regular file') == 2
 
 
 def test_every_file_was_read(said):
-    assert said.keys() == {*REFUSED, 'query normal', 'import pipe', 'greedy', 'modest', 'endless'}
+    assert said.keys() == {*REFUSED, 'query normal', 'take normal', 'import pipe', 'greedy', 'modest', 'endless'}
