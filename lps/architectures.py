@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .order_chain import resnet_spec
+from .plain import PlainNet, plain_config, plain_convs, plain_from_state, plain_norm, plain_spec
 from .resnet import ResNet, bn_of, branch_layers as resnet_branches, resnet_config, resnet_from_state
 
 # %% ../nbs/02_architectures.ipynb #6ee48bc6
@@ -26,7 +27,7 @@ class Architecture:
     rebuild: Callable    # `(state, config)` → the network with these weights, in float32 and evaluation mode
     branches: Callable   # config → names of the convolutions that get a branch, in forward order
     norms: Callable      # config → name of the norm that follows each convolution
-    spec: Callable       # config → `PermutationSpec`
+    spec: Callable|None  # config → `PermutationSpec`; None: it is not known what may be permuted
     stem: Callable       # config → name of the first layer, which reads the image
     head: Callable       # config → name of the last linear layer
 
@@ -61,6 +62,27 @@ register_architecture(Architecture(
     stem=lambda config: 'conv1',
     head=lambda config: 'fc',
 ))
+
+# %% ../nbs/02_architectures.ipynb #c5eb68ed
+def _register_plain(name, norm):
+    "An entry for plain networks with batch normalisation, or without"
+    def recognise(shapes, **hints):
+        config = plain_config(shapes)
+        return config if config and config['norm'] == norm else None
+    register_architecture(Architecture(
+        name=name,
+        recognise=recognise,
+        build=lambda config: PlainNet(**dict(norm=norm) | config),
+        rebuild=plain_from_state,
+        branches=lambda config: plain_convs(config['depth']),
+        norms=lambda config: {conv: plain_norm(conv) for conv in plain_convs(config['depth']) if norm},
+        spec=plain_spec,
+        stem=lambda config: 'conv1',
+        head=lambda config: 'fc',
+    ))
+
+_register_plain('plain', norm=True)
+_register_plain('plain-without-norm', norm=False)
 
 # %% ../nbs/02_architectures.ipynb #dc3f6bc9
 def shapes_of(

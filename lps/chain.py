@@ -14,8 +14,8 @@ from torch.special import ndtr
 
 from .architectures import branch_layers, norms_of, recognise
 from .files import printable
-from .methods import register_method
-from .signatures import canonical, gram, reads_all, signature_method
+from .methods import INVARIANCES, register_method
+from .signatures import canonical, gram, reads_all, shapes_here, signature_method
 
 # %% ../nbs/17_chain.ipynb #cbb35c75
 def relu_moments(
@@ -100,8 +100,9 @@ def patterns(
 
 def _check_followed(shapes, known, norms):
     "Raises `ValueError` for networks that cannot be followed"
-    if known and norms: return
-    why = "its architecture is not registered" if known is None else "it has no batch normalisation"
+    followed = known and known[0].spec
+    if followed and norms: return
+    why = "it has no batch normalisation" if followed else "its architecture is not registered with a permutation spec"
     what = printable(', '.join(list(shapes)[:3]))
     raise ValueError(f"{what}, …: the chain cannot be followed, {why}: take stem-signature")
 
@@ -130,8 +131,16 @@ def _observe_chain(weights, shortcut='pad_end', depth=-1): return chain_signatur
 def _reads_chain(models, **settings):
     "All tensors; raises `ValueError` for networks that cannot be followed"
     names = reads_all(models, **settings)
-    _check_followed(models.shapes, recognise(models.shapes), norms_of(models.shapes))
+    shapes = shapes_here(models)
+    _check_followed(shapes, recognise(shapes), norms_of(shapes))
     return names
 
 register_method(signature_method(
-    'chain', 'chain from the image to each layer', _reads_chain, _observe_chain, observing=('shortcut', 'depth')))
+    name='chain',
+    title='chain from the image to each layer',
+    reads=_reads_chain,
+    observe=_observe_chain,
+    observing=('shortcut', 'depth'),
+    whole=True,
+    invariances=tuple(INVARIANCES),
+))

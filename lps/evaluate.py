@@ -17,7 +17,7 @@ from scipy.stats import hypergeom
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-import lps.chain, lps.probes, lps.signatures  # noqa: F401  they register their methods
+import lps.all_methods  # noqa: F401  it makes every method known
 from .methods import default_methods, embed_models, fit_many, method_title, observations, score_models
 from .modelset import ModelSet
 from .second_order import similarity

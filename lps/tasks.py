@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'ImageSet', 'lps_home', 'DataSet', 'register_dataset', 'source_of', 'load_images', 'check_splits',
-           'pair_classes', 'task_images', 'channel_stats', 'draw_augment', 'augment']
+           'images_below', 'pair_classes', 'task_images', 'channel_stats', 'draw_augment', 'augment']
 
 # %% ../nbs/03_tasks.ipynb #7bd12377
 import contextlib, io, os, warnings
@@ -369,6 +369,21 @@ def check_splits(
             f"images of train are {sizes[0]}, of test {sizes[1]}: bring both to one size with size= (--size on the"
             " command line)"
         )
+
+# %% ../nbs/03_tasks.ipynb #4d1e3523
+def images_below(
+    folder: str | Path,      # a folder, with image files at any depth
+    size: int | None = None, # side in pixels to bring them to; None: they already have one size
+) -> Tensor:                 # uint8 `(n, 3, H, W)`, in the order of the files' paths
+    "All images in a folder; raises `FileNotFoundError` or `ValueError` where there is none, warns of those left out"
+    _check_side(size)
+    root = Path(os.path.expanduser(folder))
+    files = [(file, 0) for file in _images_below(root)] if root.is_dir() else []
+    if not files: raise FileNotFoundError(f"no images under {_shown(root)}")
+    good, bad = _read_all(files, size)
+    if not good: raise ValueError(f"none of {len(files)} images under {_shown(root)} can be read")
+    _warn_left_out(bad, len(files), Counter(done for _, _, _, done in good if done))
+    return _stacked(good)[0]
 
 # %% ../nbs/03_tasks.ipynb #dba0e5e8
 def pair_classes(

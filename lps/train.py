@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from .architectures import ARCHITECTURES
 from .resnet import ResNet, check_depth
 from .tasks import ImageSet, augment, channel_stats
 from .files import not_finite, load_model, save_model
@@ -35,6 +36,9 @@ def _check_names(recipe):
     for field, known in CHOICES.items():
         value = getattr(recipe, field)
         if value not in known: raise ValueError(f"{field} is '{value}', known are {' and '.join(map(repr, known))}")
+    kind = recipe.architecture
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"architecture is {kind!r}, known are {', '.join(ARCHITECTURES)}: register_architecture adds one")
 
 def _check_numbers(recipe):
     "Raises `ValueError` for numbers that no training run can have"
@@ -61,10 +65,11 @@ class Recipe:
     batch_size: int = 128       # the last, partial batch of an epoch is kept
     pad: int = 4                # pixels of zero on each side before the random crop
     flip: bool = True           # mirror half of the images left to right?
-    depth: int = 20             # layers of the ResNet
+    depth: int = 20             # layers of the network
     width: int = 16             # channels of its first stage
     precision: str = 'auto'     # 'float32', 'bfloat16', or 'auto': bfloat16 on a processor made for it
     init: str = 'fan_out'       # which fan of a convolution sets the variance of its first weights; or 'fan_in'
+    architecture: str = 'resnet' # a registered kind of network whose config has depth, width and in_channels
 
     def __post_init__(self):
         object.__setattr__(self, 'milestones', tuple(self.milestones))
@@ -77,7 +82,8 @@ def recipe_fields(
 ) -> dict:          # its fields, fit for JSON
     "A recipe as models, checkpoints and builds keep it; `Recipe(**fields)` gives it back"
     fields = asdict(recipe) | dict(milestones=list(recipe.milestones))
-    if recipe.init == 'fan_out': del fields['init']
+    for field, default in dict(init='fan_out', architecture='resnet').items():
+        if fields[field] == default: del fields[field]
     return fields
 
 # %% ../nbs/10_train.ipynb #b131cbe7
@@ -188,11 +194,12 @@ def _scale_to_fan_in(net):
 
 def init_model(
     seed: int,       # decides the weights
-    recipe: Recipe,  # depth, width and scale of the first weights
+    recipe: Recipe,  # architecture, depth, width and scale of the first weights
     in_channels: int = 3, # channels of the images
-) -> ResNet:
+) -> nn.Module:
     "A fresh network; torch's global random state is left as it was"
-    with seeded(seed): net = ResNet(recipe.depth, recipe.width, in_channels=in_channels)
+    config = dict(depth=recipe.depth, width=recipe.width, in_channels=in_channels)
+    with seeded(seed): net = ARCHITECTURES[recipe.architecture].build(config)
     if recipe.init == 'fan_in': _scale_to_fan_in(net)
     return net
 
@@ -217,10 +224,11 @@ def make_learner(
 def accuracy(
     model: nn.Module, # a trained network
     x: Tensor,        # images, uint8 `(n, C, H, W)`
-    y: Tensor,        # labels, long `(n,)`
+    y: Tensor,        # labels, long `(n,)`; or how likely each class is, `(n, K)`
     stats: tuple,     # mean and standard deviation of each channel
 ) -> float:           # fraction of the images that are classified correctly, in float32
     "How many of the images the network gets right"
+    if y.ndim == 2: y = y.argmax(1)
     model.eval()
     right = 0
     for xb, yb in zip(x.split(250), y.split(250)):
@@ -356,7 +364,7 @@ def check_task(
 
 # %% ../nbs/10_train.ipynb #89343359
 def train_model(
-    train: tuple[Tensor, Tensor], # images uint8 `(n, C, H, W)` and labels of one task
+    train: tuple[Tensor, Tensor], # images uint8 `(n, C, H, W)` and labels, or how likely each class is, `(n, K)`
     valid: tuple[Tensor, Tensor], # the same for validation
     recipe: str | Recipe = 'digits', # a recipe or the name of one
     seed: int = 0,                # decides first weights, order of images, crops and flips
@@ -365,7 +373,8 @@ def train_model(
     checkpoint: str | Path | None = None, # file to go on from if it is there, and to write to
     every: int = 10,              # epochs from one checkpoint to the next
     until: int | None = None,     # stop after so many epochs, with the recipe's schedule; None: at the recipe's end
-) -> tuple[ResNet, dict]:         # the network in evaluation mode; val_accuracy, train_accuracy, precision, seconds
+    start_from: dict | None = None, # weights to go on from, by name; None: fresh ones, drawn by the seed
+) -> tuple[nn.Module, dict]:      # the network in evaluation mode; val_accuracy, train_accuracy, precision, seconds
     "Train one network on one task; raises `Diverged` if the loss or a weight is no longer finite"
     recipe, start = get_recipe(recipe), time.perf_counter()
     if recipe.precision == 'auto': recipe = replace(recipe, precision=best_precision())
@@ -373,6 +382,7 @@ def train_model(
     check_task(*valid, 'valid')
     stats = checked_stats(*train, stats)
     model = init_model(seed, recipe, train[0].shape[1]).to(memory_format=torch.channels_last)
+    if start_from: model.load_state_dict(start_from)
     generator = torch.Generator().manual_seed(seed)
     learn = make_learner(model, BatchLoader(*train, recipe, stats, generator), recipe, cbs)
     about = dict(recipe=recipe_fields(recipe), seed=seed, n=len(train[0]))

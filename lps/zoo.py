@@ -199,7 +199,8 @@ def train_unit(
     places = [ModelPlace(path, m['task'], m['run']) for m in metas]
     done = [p.finished(m['seed'], until) for p, m in zip(places, metas)]
     if all(done): return done
-    known = dict(recipe=recipe, shortcut='conv', device=_device_name(device))
+    known = dict(recipe=recipe, device=_device_name(device))
+    if Recipe(**recipe).architecture == 'resnet': known['shortcut'] = 'conv'
     abouts, tasks = [m | known for m in metas], [_as_tensors(arrays[m['task']]) for m in metas]
     saving = dict(checkpoint=_checkpoint_file(path, metas), every=every)
     unit = _Unit(places, abouts, tasks, Recipe(**recipe), device=device, keep=keep, until=until, saving=saving)
@@ -228,18 +229,30 @@ class BuildPlan:
     std: list[float]
 
 # %% ../nbs/12_zoo.ipynb #84148e63
+def _checked_pairs(pairs, n_classes):
+    "The pairs; raises `ValueError` where one is not two different classes, or comes twice"
+    known = set()
+    for pair in pairs:
+        if len(set(pair)) != 2 or not set(pair) <= set(range(n_classes)):
+            raise ValueError(f"pair {list(pair)} is not two different classes of the {n_classes}: give their numbers")
+        if frozenset(pair) in known: raise ValueError(f"pair {list(pair)} comes twice: give each pair of classes once")
+        known.add(frozenset(pair))
+    return pairs
+
 def plan_build(
     train,          # the training images, an `ImageSet`
     recipe: Recipe, # how to train
-    seed: int,      # decides the pairs and every model's seed
+    seed: int,      # decides the pairs, unless they are given, and every model's seed
+    pairs: list | None = None, # numbers of the two classes of each task; None: the classes in disjoint pairs
 ) -> BuildPlan:
-    "The plan of a build; raises `ValueError` for a constant channel or a seed that torch does not take"
+    "The plan of a build; raises `ValueError` for a constant channel, a pair or a seed that cannot be"
     crc = zlib.crc32(train.labels.numpy().tobytes(), zlib.crc32(train.images.numpy().tobytes()))
     images = ImagesAbout(train.name, len(train), list(train.images.shape[1:]), list(train.classes), crc)
     mean, std = channel_stats(train)
     check_stats((mean, std))
-    pairs = [list(p) for p in pair_classes(len(train.classes), check_seed(seed))]
-    return BuildPlan(images, recipe_fields(recipe), seed, pairs, mean=mean.tolist(), std=std.tolist())
+    disjoint = pair_classes(len(train.classes), check_seed(seed))
+    pairs = disjoint if pairs is None else _checked_pairs(pairs, len(train.classes))
+    return BuildPlan(images, recipe_fields(recipe), seed, [list(p) for p in pairs], mean=mean.tolist(), std=std.tolist())
 
 # %% ../nbs/12_zoo.ipynb #048bd419
 def _field_differences(old, new, under=''):
@@ -528,7 +541,7 @@ def build(
     recipe: str | Recipe = 'digits', # a recipe or the name of one
     n_tasks: int | None = None, # how many pairs of classes; None: all
     n_models: int = 10,       # models for each task
-    seed: int = 0,            # decides the pairs and every model's seed
+    seed: int = 0,            # decides the pairs, unless they are given, and every model's seed
     workers: int = 2,         # processes; 1: train in this one
     executor: Executor | None = None, # any `concurrent.futures.Executor` to use instead; it is not shut down
     progress: bool = True,    # show a progress bar?
@@ -537,13 +550,14 @@ def build(
     device: str = 'cpu',      # 'cuda': train on the GPU, many models as one network
     at_once: int | None = None, # models that train as one network; None: 1 on a processor, 100 on a GPU
     until: int | None = None, # stop after so many epochs; the same build without it goes on from there
+    pairs: list | None = None, # numbers of the two classes of each task; None: the classes in disjoint pairs
     **kwargs,                 # further arguments of `load_images`: root, size, download
 ) -> ModelSet:                # all models in the folder; with `until`, all networks in `path/epochs/…`
     "Train a zoo; raises `ValueError` for a folder with another build, `OSError` if the disk is full or fails"
     device = str(check_device(device, here=executor is None))
     train, test = images if isinstance(images, tuple) else (load_images(images, s, **kwargs) for s in ('train', 'test'))
     _check_images(train, test)
-    plan = plan_build(train, get_recipe(recipe), seed)
+    plan = plan_build(train, get_recipe(recipe), seed, pairs)
     job = Build(Path(path), plan, n_tasks, n_models, device=device, at_once=at_once, every=every,
                 keep=keep, until=until)
     job.path.mkdir(parents=True, exist_ok=True)

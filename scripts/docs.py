@@ -88,9 +88,17 @@ def mathml(page: str) -> str:
     return re.sub(r'<(?:link|script)[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(?:</script>)?', "", page)
 
 
+def draw_map(staged: Path):
+    "Put the map of the bundled models among the pictures of the prepared folder, where pages link to it"
+    from lps.market_map import bundled_map
+    bundled_map(staged/"images/market-map.html", inline=False)
+
+
 def site():
     "Write the site into _docs/; anything that smalldocs warns of is an error"
-    built, warnings = render(prepare())
+    staged = prepare()
+    draw_map(staged)
+    built, warnings = render(staged)
     for page in built.rglob("*.html"): page.write_text(mathml(page.read_text(encoding="utf-8")), encoding="utf-8")
     shutil.rmtree(ROOT/"_docs", ignore_errors=True)
     shutil.move(built, ROOT/"_docs")

@@ -21,7 +21,7 @@ from pathlib import Path
 import papermill as pm
 
 from lps.experiments import EXPERIMENTS
-from lps.files import provenance, write_json
+from lps.files import provenance, read_json, write_json
 from lps.modelset import bundled_sets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,10 +125,31 @@ def check(args: argparse.Namespace):
         sys.exit("there are changes that are not committed: commit first, then measure, or say --uncommitted")
 
 
+def has_kinds(folder: Path) -> bool:
+    "Is there a folder of models for each of several kinds of networks?"
+    return len(list(folder.glob("*/task*.safetensors"))) > 0 and not has_copies(folder)
+
+
+def has_shared_classes(folder: Path) -> bool:
+    "Is this a build of tasks some of which share a class?"
+    if not (folder/"build.json").exists(): return False
+    classes = [c for pair in read_json(folder/"build.json")["pairs"] for c in pair]
+    return len(set(classes)) < len(classes)
+
+
+def has_copies(folder: Path) -> bool:
+    "Are these copies of networks?"
+    return (folder/"original").is_dir()
+
+
+FOLDERS = {"several kinds": has_kinds, "shared classes": has_shared_classes, "copies": has_copies}
+
+
 def missing(kind: str, args: argparse.Namespace) -> list[str]:
     "What an experiment needs and the model set does not come with"
     stems_alone = args.model_set in bundled_sets()
     at_hand = {"all layers": not stems_alone, "images": bool(args.images) or args.model_set == "digits"}
+    at_hand |= {need: args.model_set == "digits" or there(Path(args.model_set)) for need, there in FOLDERS.items()}
     return [need for need in EXPERIMENTS[kind].needs if not at_hand[need]]
 
 

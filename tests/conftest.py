@@ -77,6 +77,23 @@ def heed_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
+SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    path = os.environ.get("CHROME") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if not path:
+        names = ", ".join(BROWSERS)
+        pytest.skip(f"no browser: none of {names} is on PATH (install Chromium, or name one in the variable CHROME)")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=SWITCHES)
+        yield browser
+        browser.close()
+
+
 def copy_of_repo(dest: Path) -> Path:
     "The repository as it is on disk, without what git ignores"
     return Path(shutil.copytree(ROOT, dest, ignore=LEFT_OUT, symlinks=True))

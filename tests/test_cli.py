@@ -17,6 +17,7 @@ from lps.zoo import build
 LPS = Path(sys.executable).parent/'lps'
 TINY = replace(recipes['digits'], name='tiny', epochs=1, milestones=(), depth=8, width=4)
 COMMANDS = ['zoo build', 'zoo import', 'zoo datasheet', 'fit', 'evaluate', 'query', 'demo']
+COMMANDS += ['index build', 'index add', 'index remove', 'index info']
 MODEL = 'zoo/task00_run0.safetensors'
 
 
@@ -106,7 +107,24 @@ MISTAKES = {
     'zoo frobnicate': "No such command 'frobnicate'",
     '--version': 'No such option: --version',
     'fit': "Missing argument 'modelset'",
-    'query zoo-net.safetensors zoo': "Missing argument 'model'",
+    'query': "Missing argument 'INDEX MODEL'",
+    'query zoo': '1 arguments: give an index and a model file',
+    'query zoo-net.safetensors zoo': 'zoo is a folder: ask about one model file in it',
+    'query nowhere ' + MODEL: 'no index at nowhere: build one with lps index build nowhere FOLDER',
+    'query zoo ' + MODEL: 'no index at zoo: no header.json',
+    'query zoo-net.safetensors ' + MODEL: 'zoo-net.safetensors holds no index',
+    'index build market nowhere': 'no models at nowhere: no such folder or file',
+    'index build market empty': 'no model could be taken in: no model files there',
+    'index build zoo foreign': 'zoo holds .build.lock: choose an empty folder',
+    'index build hello.json zoo': 'hello.json is a file: choose another folder for the index',
+    'index build market zoo --method magic': "'magic' is unknown: take one of fc, frobenius, lps",
+    'index build market foreign --method chain': 'name the tasks in a table, or take probes',
+    'index build market foreign --method nowhere.safetensors': 'no model file nowhere.safetensors',
+    'index build market zoo --workers 0': "Invalid value for '--workers'",
+    'index build market foreign --table nowhere.tsv': 'nowhere.tsv: No such file',
+    'index info zoo': 'no index at zoo: no header.json',
+    'index add nowhere zoo': 'no index at nowhere: build one with lps index build nowhere FOLDER',
+    'index remove nowhere zoo': 'no index at nowhere: build one with lps index build nowhere FOLDER',
     'fit zoo --epoch 5': 'Possible options: --epochs',
     'fit zoo --epochs': 'requires an argument',
     'fit zoo too': 'unexpected extra argument',

@@ -9,11 +9,11 @@ from conftest import ROOT
 FLOORS = {
     "Networks": ["resnet", "order_chain", "architectures"],
     "Data": ["tasks"],
-    "Files": ["files", "modelset", "foreign", "datasheet"],
+    "Files": ["files", "store", "modelset", "foreign", "datasheet"],
     "Training": ["jobs", "batchnorm", "train", "many", "zoo"],
     "Similarity": ["align", "second_order", "methods", "signatures", "chain", "probes", "readout", "fusion"],
     "Measuring": ["evaluate", "records", "transfer", "curves", "plots", "claims", "experiments"],
-    "Using": ["search", "report", "demo", "cli"],
+    "Using": ["answers", "gather", "search", "report", "demo", "cli"],
 }
 ORDER = [module for modules in FLOORS.values() for module in modules]
 MODULES = {p.stem: p for p in sorted(ROOT.glob("lps/*.py")) if not p.stem.startswith("_")}

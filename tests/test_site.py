@@ -2,8 +2,6 @@
 import functools
 import http.server
 import json
-import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -16,8 +14,6 @@ from urllib.parse import unquote, urljoin, urlsplit
 import pytest
 from conftest import ROOT, copy_of_repo
 
-BROWSERS = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
-SWITCHES = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 BLANK_IMAGES = """[...document.images].filter(i => !(i.complete && i.naturalWidth))
                                  .map(i => document.title + ': ' + i.src.slice(0, 80))"""
 Page = namedtuple("Page", "links ids images")
@@ -99,19 +95,6 @@ def served(site) -> str:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
-
-
-@pytest.fixture(scope="session")
-def browser():
-    path = os.environ.get("CHROME") or next(filter(None, map(shutil.which, BROWSERS)), None)
-    if not path:
-        names = ", ".join(BROWSERS)
-        pytest.skip(f"no browser: none of {names} is on PATH (install Chromium, or name one in the variable CHROME)")
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, args=SWITCHES)
-        yield browser
-        browser.close()
 
 
 def test_every_page_loads_without_a_console_error(browser, served, pages):

@@ -1,0 +1,93 @@
+"""Train the model sets that claims across architectures and about related tasks need:
+
+python scripts/build_sets.py overlap mixed copies [--folder FOLDER] [--images tinyimagenet32] [--resnet20 BUILD]
+
+overlap-IMAGES: ResNet20s for all pairs of the six classes of the first three tasks.
+mixed-IMAGES: a folder for each kind of network, all on the first eight tasks of a build of this seed.
+copies-IMAGES: a folder for each thing that was done to some of the ResNet20s in mixed-IMAGES, which is needed first.
+
+All of it can be interrupted and goes on where it was. --kinds names some kinds alone. With --resnet20, networks of
+another build for the same tasks are the ResNet20s, such as those of ModelSet500 after 20 epochs.
+"""
+import argparse
+import shutil
+from dataclasses import replace
+from itertools import chain, combinations
+from pathlib import Path
+
+from lps.copies import write_copies
+from lps.modelset import load_modelset
+from lps.tasks import load_images, pair_classes
+from lps.train import Recipe
+from lps.zoo import build, model_file
+
+BRIEF = Recipe("brief", epochs=10, lr=0.1, milestones=(5, 8))
+KINDS = {
+    "resnet20": BRIEF,
+    "half-width": replace(BRIEF, width=8),
+    "plain": replace(BRIEF, architecture="plain", depth=8),
+    "without-norm": replace(BRIEF, architecture="plain-without-norm", depth=8, init="fan_in", lr=0.02),
+    "resnet32": replace(BRIEF, depth=32),
+    "double-width": replace(BRIEF, width=32),
+}
+
+
+def build_overlap(folder: Path, images: tuple, args: argparse.Namespace):
+    "All pairs of six classes: any two of these tasks share no class, or one"
+    classes = sorted(chain(*pair_classes(len(images[0].classes), args.seed)[:3]))
+    how = dict(seed=args.seed, workers=args.workers, pairs=list(combinations(classes, 2)))
+    print(build(folder/f"overlap-{args.images}", images, BRIEF, n_models=args.n_models, **how))
+
+
+def copy_resnets(folder: Path, args: argparse.Namespace):
+    "The first networks for each task of another build"
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in range(args.n_tasks):
+        for run in range(args.n_models): shutil.copy2(args.resnet20/model_file(task, run), folder)
+
+
+def build_mixed(folder: Path, images: tuple, args: argparse.Namespace):
+    "The same tasks for each kind of network"
+    for kind in args.kinds:
+        if kind == "resnet20" and args.resnet20:
+            copy_resnets(folder/f"mixed-{args.images}"/kind, args)
+            continue
+        how = dict(n_tasks=args.n_tasks, n_models=args.n_models, seed=args.seed, workers=args.workers)
+        print(kind, build(folder/f"mixed-{args.images}"/kind, images, KINDS[kind], **how))
+
+
+def build_copies(folder: Path, images: tuple, args: argparse.Namespace):
+    "Copies of the first ResNet20 of each of the first tasks; all ResNet20s of the mixed set stand beside them"
+    models = load_modelset(folder/f"mixed-{args.images}"/"resnet20")
+    first = models[((models.manifest.run == 0) & (models.manifest.task < args.n_copied)).to_numpy()]
+    write_copies(folder/f"copies-{args.images}", first, images, BRIEF, args.seed)
+
+
+SETS = dict(overlap=build_overlap, mixed=build_mixed, copies=build_copies)
+
+
+def read_arguments() -> argparse.Namespace:
+    "The command line"
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("sets", nargs="+", choices=SETS, help="what to build")
+    add("--folder", type=Path, default=Path("~/.cache/lps/zoos"), help="where the sets go")
+    add("--images", default="tinyimagenet32", help="a data set with 16 classes or more, by name")
+    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=f"some of {', '.join(KINDS)}")
+    add("--resnet20", type=Path, help="folder of trained ResNet20s for the same tasks, one file each")
+    add("--n-models", type=int, default=2, help="networks for each task, and for each kind")
+    add("--n-tasks", type=int, default=8, help="tasks of the mixed set")
+    add("--n-copied", type=int, default=4, help="networks that are copied")
+    add("--seed", type=int, default=0, help="decides pairs and networks")
+    add("--workers", type=int, default=2, help="processes")
+    return parser.parse_args()
+
+
+def main():
+    args = read_arguments()
+    images = load_images(args.images, "train"), load_images(args.images, "test")
+    for name in args.sets: SETS[name](args.folder.expanduser(), images, args)
+
+
+if __name__ == "__main__": main()

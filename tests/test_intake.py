@@ -1,0 +1,375 @@
+"""Models from everywhere: every format, written by its own library, and what a file cannot make the reader do"""
+import json
+import sys
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from lps.architectures import ARCHITECTURES
+from lps.files import save_model
+from lps.intake import network_builder, probe_module, read_model, why_not
+from lps.modelset import TrainedModel
+from lps.probes import probe_outputs
+from lps.resnet import ResNet
+
+
+class Small(nn.Module):
+    "A network that the registry does not know"
+    def __init__(self, num_classes=2, width=4):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
+        self.register_buffer('places', torch.arange(3))
+        self.out = nn.Linear(width, num_classes)
+
+    def forward(self, x): return self.out(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def registry():
+    "Networks that a test names are forgotten after it"
+    before = dict(ARCHITECTURES)
+    yield
+    ARCHITECTURES.clear()
+    ARCHITECTURES.update(before)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return ResNet(depth=8, width=4).eval()
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    return Small(num_classes=3).eval()
+
+
+def check_same(model, net):
+    "A model has the tensors of a network"
+    state = {name: v for name, v in net.state_dict().items() if v.is_floating_point()}
+    assert {name for name, v in model.state.items() if v.is_floating_point()} == set(state)
+    for name, tensor in state.items(): assert torch.equal(model.state[name], tensor), name
+
+
+def check_runs(model, net, size=(3, 32, 32)):
+    "A model answers as a network does"
+    torch.testing.assert_close(probe_module(model.net, size, n_images=4), probe_module(net, size, n_images=4))
+
+
+# Every format, written by its library
+
+def loop(net): return dict(epoch=3, model_state_dict=net.state_dict(), optimizer=torch.optim.Adam(net.parameters()))
+
+
+TORCH = {
+    'state.pt': lambda net: net.state_dict(),
+    'state.pth': lambda net: net.state_dict(),
+    'state.bin': lambda net: net.state_dict(),
+    'parallel.pt': lambda net: nn.DataParallel(net).state_dict(),
+    'whole.pt': lambda net: net,
+    'whole parallel.pt': lambda net: dict(model=nn.DataParallel(net), epoch=3),
+    'loop.ckpt': loop,
+}
+
+
+@pytest.mark.parametrize('name', TORCH)
+@pytest.mark.parametrize('new', [True, False])
+def test_files_of_torch(net, tmp_path, name, new):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        torch.save(TORCH[name](net), tmp_path/name, _use_new_zipfile_serialization=new)
+    model, report = read_model(tmp_path/name)
+    check_same(model, net)
+    check_runs(model, net)
+    assert report.architecture.startswith('resnet, depth 8, width 4') and report.source == name
+    assert ('optimizer' in report.ignored) == (name == 'loop.ckpt')
+
+
+def test_safetensors_and_own_files(net, tmp_path):
+    safetensors.torch.save_file(net.state_dict(), tmp_path/'theirs.safetensors', dict(format='pt'))
+    save_model(tmp_path/'own.safetensors', net.state_dict(), dict(task=3, mean=[.5]*3, std=[.25]*3, shortcut='conv'))
+    theirs, own = read_model(tmp_path/'theirs.safetensors')[0], read_model(tmp_path/'own.safetensors')[0]
+    for model in (theirs, own): check_same(model, net)
+    assert (own.meta['task'], own.meta['std']) == (3, [.25]*3) and 'std' not in theirs.meta
+
+
+def test_a_checkpoint_of_lightning(net, tmp_path):
+    "With the names of an attribute, hyperparameters of a class of its own, a metric and a loss"
+    lightning = pytest.importorskip('lightning')
+
+    class Task(lightning.LightningModule):
+        def __init__(self, lr=.1, mean=(.4, .5, .6), std=(.2, .2, .2)):
+            super().__init__()
+            self.save_hyperparameters()
+            self.net, self.loss = net, nn.CrossEntropyLoss(weight=torch.ones(2))
+
+        def training_step(self, batch): return self.loss(self.net(batch[0]), batch[1])
+        def configure_optimizers(self): return torch.optim.SGD(self.parameters(), self.hparams.lr)
+
+    data = torch.utils.data.TensorDataset(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path, enable_checkpointing=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        trainer.fit(Task(), torch.utils.data.DataLoader(data, batch_size=4))
+        trainer.save_checkpoint(tmp_path/'last.ckpt')
+    model, report = read_model(tmp_path/'last.ckpt')
+    check_same(model, net)
+    assert model.meta['mean'] == [.4, .5, .6] and report.normalisation.endswith('from the file, hyper_parameters')
+    assert report.ignored['loss'] == '1 tensor outside of the network' and 'optimizer_states' in report.ignored
+
+
+@pytest.fixture
+def learner(net, tmp_path):
+    "A learner of fastai on four images"
+    from fastai.vision.all import CategoryBlock, DataBlock, ImageBlock, Learner, PILImage
+    images = [PILImage.create(torch.full((8, 8, 3), 60*i, dtype=torch.uint8).numpy()) for i in range(4)]
+    block = DataBlock((ImageBlock, CategoryBlock), get_x=lambda i: images[i], get_y=lambda i: i % 2)
+    dls = block.dataloaders([0, 1, 2, 3], bs=2, num_workers=0)
+    return Learner(dls, net, loss_func=nn.CrossEntropyLoss(), path=tmp_path, model_dir='.')
+
+
+def test_what_fastai_saves_and_exports(net, learner, tmp_path):
+    learner.create_opt()
+    learner.save('saved')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learner.export('export.pkl')
+    for name in ('saved.pth', 'export.pkl'):
+        model, report = read_model(tmp_path/name)
+        check_same(model, net)
+        assert report.ignored, name
+
+
+def test_networks_of_torchvision(tmp_path):
+    torch.manual_seed(0)
+    net = network_builder('torchvision/shufflenet_v2_x0_5')(num_classes=7).eval()
+    torch.save(net.state_dict(), tmp_path/'shuffle.pth')
+    model, report = read_model(tmp_path/'shuffle.pth', 'torchvision/shufflenet_v2_x0_5', stats=(.5, .25))
+    check_runs(model, net)
+    assert report.architecture == 'torchvision/shufflenet_v2_x0_5(num_classes=7)'
+    assert model.meta['size'] == [3, 224, 224] and model.meta['mean'] == [.5]*3
+    assert report.head == 'fc, 7 × 1024' and report.stem == 'conv1.0, 24 × 3 × 3 × 3'
+    why = why_not(model, ['chain', 'stem-signature'])
+    assert list(why) == ['chain'] and 'not registered with a permutation spec: take stem-signature' in why['chain']
+    again, _ = read_model(tmp_path/'shuffle.pth', 'torchvision/shufflenet_v2_x0_5')
+    assert again.digest == model.digest and 'mean' not in again.meta
+
+
+def timm_net(**settings):
+    "A small network of timm"
+    timm = pytest.importorskip('timm')
+    torch.manual_seed(0)
+    return timm.create_model('test_resnet', **settings).eval()
+
+
+def test_networks_of_timm(tmp_path):
+    net = timm_net(num_classes=4)
+    torch.save(net.state_dict(), tmp_path/'tuned.pth')
+    model, report = read_model(tmp_path/'tuned.pth', 'timm/test_resnet')
+    check_runs(model, net)
+    assert model.meta['architecture'] == 'timm/test_resnet(num_classes=4)' and "timm's recipe" in report.input
+    assert 'mean' not in model.meta, 'a recipe of published weights says nothing of these'
+
+
+def test_a_folder_that_timm_wrote(tmp_path):
+    net = timm_net(num_classes=4)
+    from timm.models import save_for_hf
+    save_for_hf(net, tmp_path/'hub')
+    model, report = read_model(tmp_path/'hub', 'timm/test_resnet')
+    check_runs(model, net)
+    assert model.meta['std'] == pytest.approx([.5, .5, .5], abs=.3) and 'config.json' in report.normalisation
+    assert "config.json says test_resnet: arch='timm/test_resnet'" in read_other(tmp_path/'hub').architecture
+
+
+def read_other(path):
+    "The report about a source whose network nobody has named yet"
+    for name in [name for name in ARCHITECTURES if '/' in name]: del ARCHITECTURES[name]
+    return read_model(path)[1]
+
+
+def test_a_name_of_timm(tmp_path, monkeypatch):
+    "The weights come from the cache of the Hub, as after a download"
+    net = timm_net()
+    from huggingface_hub import constants
+    from timm.models import save_for_hf
+    cached, commit = tmp_path/'models--timm--test_resnet.r160_in1k', '0'*40
+    save_for_hf(net, cached/'snapshots'/commit)
+    (cached/'refs').mkdir()
+    (cached/'refs/main').write_text(commit)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    model, report = read_model('timm/test_resnet')
+    check_same(model, net)
+    assert report.kind == 'weights of timm' and len(model.meta['mean']) == 3
+    with pytest.raises(ValueError, match='could not load its weights'): read_model('timm/resnet18')
+
+
+def test_folders_of_huggingface_hub(small, tmp_path):
+    "In one file, and in shards"
+    hub = pytest.importorskip('huggingface_hub')
+    for name in ('one', 'shards'): (tmp_path/name).mkdir()
+    hub.save_torch_state_dict(small.state_dict(), tmp_path/'one')
+    hub.save_torch_state_dict(small.state_dict(), tmp_path/'shards', max_shard_size=200)
+    assert len(list((tmp_path/'shards').glob('*.safetensors'))) > 1
+    for folder in ('one', 'shards'):
+        model, report = read_model(tmp_path/folder, Small)
+        check_same(model, small)
+        assert report.ignored == {'places': 'whole numbers, which the network makes itself'}
+    assert report.kind.endswith('shards')
+
+
+def test_a_module_in_memory_is_left_as_it_is(small):
+    small.train()
+    model, report = read_model(small)
+    assert small.training and report.kind == 'network in memory' and report.architecture == 'test_intake:Small'
+    check_runs(model, small.eval())
+    assert model.meta['size'] == [3, 32, 32] and 'say size for its own' in report.input
+
+
+# What is known is used, and nothing is made up
+
+def folder(path, net, **configs):
+    "A folder as the Hub has them"
+    path.mkdir()
+    safetensors.torch.save_file(net.state_dict(), path/'model.safetensors')
+    for name, said in configs.items(): (path/f'{name}.json').write_text(json.dumps(said))
+    return path
+
+
+def test_the_configuration_of_a_folder(small, tmp_path):
+    said = dict(image_mean=[.1, .2, .3], image_std=[.4]*3, crop_size=dict(height=24, width=20), do_normalize=True)
+    config = dict(id2label={'0': 'cat', '1': 'dog', '2': 'owl'}, architectures=['SmallForImages'], image_size=99)
+    path = folder(tmp_path/'hub', small, config=config, preprocessor_config=said)
+    assert "['SmallForImages']: name it with arch" in read_model(path)[1].architecture
+    model, report = read_model(path, Small)
+    assert (model.meta['mean'], model.meta['std']) == ([.1, .2, .3], [.4]*3)
+    assert model.meta['size'] == [3, 24, 20] and model.meta['classes'] == ['cat', 'dog', 'owl']
+    assert report.normalisation.endswith('from preprocessor_config.json')
+
+
+@pytest.mark.parametrize('said', [
+    dict(image_mean=[.5], image_std=[.5]), dict(image_mean=[.5]*3, image_std=[0, 1, 1]), dict(image_mean='x'),
+    dict(image_mean=[.5]*3, image_std=[.5]*3, do_rescale=False), [], 3, dict(image_mean=[float('nan')]*3, image_std=1),
+])
+def test_a_normalisation_that_is_none_stays_unknown(small, tmp_path, said):
+    model, report = read_model(folder(tmp_path/'hub', small, preprocessor_config=said))
+    assert 'mean' not in model.meta and report.normalisation.startswith('not known')
+    assert report.cannot['read-out'] == 'it cannot be run, its architecture is not known: name it with arch'
+
+
+def test_shortcuts_without_weights_are_told_apart_by_answers():
+    for kind in ('pad_end', 'pad_both'):
+        net = ResNet(depth=8, width=4, shortcut=kind).eval()
+        model, report = read_model(net)
+        assert f'shortcut {kind}' in report.architecture
+        check_runs(model, net)
+
+
+def test_a_network_that_answers_otherwise_is_refused(small):
+    class Other(Small):
+        def forward(self, x): return -super().forward(x)**2
+    read_model(small)
+    with pytest.raises(ValueError, match='which answers otherwise'): read_model(Other(num_classes=3))
+
+
+def test_another_network_is_refused(small, tmp_path):
+    torch.save(small.state_dict() | {'conv.more': torch.ones(1)}, tmp_path/'more.pt')
+    with pytest.raises(ValueError, match='more.pt: not the weights of .*Small: .*conv.more'):
+        read_model(tmp_path/'more.pt', Small)
+    torch.save({name: v for name, v in small.state_dict().items() if name != 'conv.weight'}, tmp_path/'less.pt')
+    with pytest.raises(ValueError, match='the checkpoint lacks conv.weight; a name map'):
+        read_model(tmp_path/'less.pt', Small)
+    torch.save(Small(width=5).state_dict(), tmp_path/'wide.pt')
+    with pytest.raises(ValueError, match=r'conv.weight has shape \(5, 3, 3, 3\), in the network it has \(4, 3, 3, 3\)'):
+        read_model(tmp_path/'wide.pt', Small)
+
+
+def test_names_are_mapped_for_a_named_network(small, tmp_path):
+    theirs = {f'module.{name.replace("conv.", "retina.")}': v for name, v in small.state_dict().items()}
+    torch.save(theirs, tmp_path/'theirs.pt')
+    for names in ([('retina', 'conv')], [('^retina', 'conv')]):
+        check_runs(read_model(tmp_path/'theirs.pt', Small, names)[0], small)
+
+
+def test_probes_of_a_named_network_are_those_of_the_method(small):
+    model, _ = read_model(small)
+    asked = probe_outputs({name: v[None] for name, v in model.state.items()}, [None], n_images=16)['outputs'][0]
+    torch.testing.assert_close(asked, probe_module(small, n_images=16))
+    why = why_not(model)
+    assert {'chain', 'read-out'} <= set(why) and not {'probes', 'stem-signature', 'lps'} & set(why)
+
+
+def test_broken_weights_are_no_model(net, tmp_path):
+    net.conv1.weight.data[0] = torch.nan
+    torch.save(net.state_dict(), tmp_path/'nan.pt')
+    with pytest.raises(ValueError, match='nan.pt: is broken: conv1.weight holds NaN'): read_model(tmp_path/'nan.pt')
+
+
+# What a file cannot do
+
+class Trap:
+    "Pickled, it asks for a folder to be made"
+    def __init__(self, path): self.path = path
+    def __reduce__(self):
+        import os
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_in_a_file_is_run(net, tmp_path):
+    net.trap = Trap(tmp_path/'executed')
+    torch.save(dict(model=net, hook=Trap(tmp_path/'executed')), tmp_path/'trap.pt')
+    model, report = read_model(tmp_path/'trap.pt')
+    check_same(model, net)
+    assert not (tmp_path/'executed').exists() and 'mkdir' in report.ignored['hook']
+
+
+def test_a_file_cannot_name_the_code_that_builds_it(small, tmp_path):
+    (tmp_path/'lps_intake_canary.py').write_text("raise SystemExit('imported')")
+    sys.path.insert(0, str(tmp_path))
+    try:
+        said = dict(architecture='lps_intake_canary:build', auto_map=dict(AutoModel='lps_intake_canary.Model'))
+        _, report = read_model(folder(tmp_path/'hub', small, config=said))
+    finally: sys.path.remove(str(tmp_path))
+    assert 'lps_intake_canary' not in sys.modules and report.architecture.startswith('not known')
+
+
+@pytest.mark.parametrize('index, words', [
+    (dict(weight_map={'a': '../other.pt'}), 'no file beside it'),
+    (dict(weight_map={'a': '/etc/passwd'}), 'no file beside it'),
+    (dict(weight_map={'a': 3}), 'no file beside it'),
+    (dict(weight_map={}), 'names no tensors'),
+    ([], 'names no tensors'),
+    (dict(weight_map={'a': 'part.pt'}), 'in none of its files'),
+    (dict(weight_map={f'{i}': 'part.pt' for i in range(20_001)}), '20000 are allowed'),
+])
+def test_an_index_of_shards_that_lies_is_refused(tmp_path, index, words):
+    torch.save({'b': torch.ones(1)}, tmp_path/'part.pt')
+    (tmp_path/'pytorch_model.bin.index.json').write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=words): read_model(tmp_path)
+
+
+def test_what_is_no_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no model at'): read_model(tmp_path/'nowhere.pt')
+    with pytest.raises(TypeError, match='a dict is no model'): read_model({})
+    with pytest.raises(ValueError, match='has 0 files of weights'): read_model(tmp_path)
+    with pytest.raises(ValueError, match='give timm/NAME'): network_builder('os')
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'timm', None)
+    network_builder.cache_clear()
+    with pytest.raises(ImportError, match='timm is needed and not installed: pip install timm'):
+        network_builder('timm/resnet18')
+
+
+def test_a_model_can_say_why_a_fitted_method_cannot_compare_it(net):
+    class Fitted:
+        method, layers, folded = 'lps', ['conv1'], False
+        def embed(self, weights): raise ValueError("stem has 16 filters")
+    assert why_not(TrainedModel(net.state_dict(), {}), [Fitted()]) == {'lps': 'stem has 16 filters'}
