@@ -29,6 +29,7 @@ from lps.sources import (
     other_networks,
     other_targets,
     output_agreement,
+    relation_of,
     sources_table,
     sources_words,
     transfer_score,
@@ -199,3 +200,11 @@ def test_a_result_file_says_what_its_pairs_say(path):
     np.testing.assert_allclose(np.where(own, -1, accuracy).max(0), known.first["best"], atol=1e-3)
     assert f"{100*np.mean(known.first['score']):.1f} %" in sources_words(record)
     assert len(sources_table(record)) == len(known.worth) and len(plot_sources(record).axes) == 2
+
+
+def test_the_relation_in_the_package_is_that_of_its_result_file():
+    relation = expected_accuracy()
+    record = next(r for r in FILES.values() if relation.measured.startswith(f"{r['settings']['name']}: "))
+    assert relation == relation_of(record)
+    curve = relation.predict([0, .5])
+    assert (curve.low < curve.expected).all() and (curve.expected < curve.high).all()
