@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPECTRA', 'MOST_IMAGES', 'MOST_BYTES', 'probe_images', 'probe_bank', 'own_bank', 'centred_outputs',
-           'output_embedding', 'probe_outputs', 'ProbesConfig', 'Probes', 'fit_probes', 'restore_probes']
+           'output_embedding', 'probe_outputs', 'ProbesConfig', 'Probes', 'fit_probes', 'restore_probes',
+           'gallery_bank', 'fit_gallery_probes']
 
 # %% ../nbs/18_probes.ipynb #3d0c33d7
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 from .architectures import net_from_state
 from .files import checked, digest, printable
 from .jobs import one_thread
 from .methods import INVARIANCES, Method, register_method
 from .modelset import TrainedModel
+from .resnet import SHORTCUTS
 from .tasks import images_below
 
 # %% ../nbs/18_probes.ipynb #ca7ebe1e
@@ -124,12 +126,11 @@ def _one_state(weights, i):
     "The state dict of one of several models"
     return {name: v[i] for name, v in weights.items()}
 
-def _nets(weights, shortcuts):
-    "Each of several models as a network, and how many channels it reads"
-    for i in track(range(len(shortcuts)), 'probing', disable=len(shortcuts) < 20, transient=True):
-        hints = {'shortcut': shortcuts[i]} if isinstance(shortcuts[i], str) else {}
-        net = net_from_state(_one_state(weights, i), **hints)
-        yield net, next(v.shape[1] for v in net.state_dict().values() if v.ndim == 4)
+def _net(weights, shortcuts, i):
+    "One of several models as a network, and how many channels it reads"
+    hints = {'shortcut': shortcuts[i]} if isinstance(shortcuts[i], str) else {}
+    net = net_from_state(_one_state(weights, i), **hints)
+    return net, next(v.shape[1] for v in net.state_dict().values() if v.ndim == 4)
 
 @torch.no_grad()
 def probe_outputs(
@@ -142,7 +143,8 @@ def probe_outputs(
 ) -> dict:               # outputs: centred logits, `(M, n_images, K)`
     "What networks say to the bank; raises `ValueError` where an architecture is unknown or an answer is not finite"
     answers, x, own = [], None, None if bank is None else own_bank(bank)
-    for net, channels in _nets(weights, shortcuts):
+    for i in track(range(len(shortcuts)), 'probing', disable=len(shortcuts) < 20, transient=True):
+        net, channels = _net(weights, shortcuts, i)
         if x is None and own is None: x = probe_bank(n_images, probe_seed, parts, channels)
         elif x is None: x = _as_input(own, channels)
         with one_thread(): answers.append(net(x))
@@ -292,3 +294,79 @@ def _register(name, title, parts):
 
 _register('probes', 'Probes: answers to synthetic images', parts=1)
 _register('two-spectra-probes', 'Probes: answers to noise of two spectra', parts=2)
+
+# %% ../nbs/18_probes.ipynb #15f13731
+def _misfits(net):
+    "A list that fills with how far each norm's input is from what it remembers, while the network runs"
+    found = []
+    def misfit(norm, args):
+        sd = (norm.running_var + norm.eps).sqrt()
+        mean, own = args[0].mean((0, 2, 3)), (args[0].var((0, 2, 3), unbiased=False) + norm.eps).sqrt()
+        found.append(((mean - norm.running_mean)/sd).square().mean() + (own/sd - 1).square().mean())
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+    for norm in norms: norm.register_forward_pre_hook(misfit)
+    if norms: return found
+    raise ValueError("a network has no batch normalisation, so nothing says which images it saw: take 'probes'")
+
+# %% ../nbs/18_probes.ipynb #1df14dfe
+def gallery_bank(
+    weights: dict,       # every tensor of M models by its full name, `(M, …)` each
+    shortcuts: list,     # for each model how its shortcuts are built where shapes cannot tell, or None
+    n_images: int = 64,  # how many
+    probe_seed: int = 0, # of the noise they start from
+    steps: int = 100,    # of Adam, each for one model
+    lr: float = .05,     # of Adam
+    seed: int = 0,       # decides which models
+) -> Tensor:             # float32 `(n_images, C, 32, 32)`, the two halves from noise of two spectra
+    "Images whose statistics fit those that the models remember; raises `ValueError` for models without BN"
+    order = torch.randint(len(shortcuts), (steps,), generator=torch.Generator().manual_seed(seed)).tolist()
+    x = None
+    for i in track(order, 'fitting probes', disable=steps < 20, transient=True):
+        net, channels = _net(weights, shortcuts, i)
+        if x is None:
+            x = probe_bank(n_images, probe_seed, 2, channels).requires_grad_(True)
+            optimiser = torch.optim.Adam([x], lr=lr)
+        misfits = _misfits(net.requires_grad_(False))
+        with one_thread():
+            net(x)
+            optimiser.zero_grad()
+            torch.stack(misfits).mean().backward()
+        optimiser.step()
+    return x.detach()
+
+# %% ../nbs/18_probes.ipynb #000f7d31
+def _networks(weights, shortcuts):
+    "The tensors as they are, and which of `SHORTCUTS` each network has; -1: its shapes tell"
+    kinds = [SHORTCUTS.index(kind) if kind in SHORTCUTS else -1 for kind in shortcuts]
+    return weights | dict(shortcut=torch.tensor(kinds))
+
+def fit_gallery_probes(
+    networks: dict,      # every tensor of M models by its full name, and `shortcut`, `(M,)`
+    labels: Tensor,      # task of each model, `(M,)`
+    seed: int = 0,       # decides whose statistics are fitted when
+    n_images: int = 64,  # of the bank
+    probe_seed: int = 0, # of the noise that the bank starts from
+    steps: int = 100,    # of Adam
+    **settings,          # what other methods are told
+) -> Probes:
+    "Probes with a bank that fits the batch normalisation of these models"
+    networks = dict(networks)
+    kinds = networks.pop('shortcut').tolist()
+    shortcuts = [SHORTCUTS[kind] if kind >= 0 else None for kind in kinds]
+    bank = gallery_bank(networks, shortcuts, n_images, probe_seed, steps, seed=seed)
+    observed = probe_outputs(networks, shortcuts, bank=bank)
+    return fit_probes(observed, labels, probe_seed=probe_seed, parts=2, bank=bank)
+
+register_method(Method(
+    name='gallery-probes',
+    title='Probes: answers to images fitted to the gallery',
+    baseline=False,
+    by_default=False,
+    reads=_every_tensor,
+    fit=fit_gallery_probes,
+    restore=restore_probes,
+    knows=('shortcuts',),
+    observe=_networks,
+    needs='running it',
+    invariances=tuple(INVARIANCES),
+))

@@ -23,8 +23,8 @@ from .answers import (Answer, Calibration, calibrate, can_hold_out, held_out_tri
 from .files import checked, load_model, printable, read_json, save_model, write_json
 from .foreign import read_table
 from .gather import embed_all, find_models, labelled_models, one_model, take_in
-from .methods import (embed_models, fit_method, fitted_parts, get_method, load_fitted, method_title, restore_fitted,
-                         save_fitted)
+from .methods import (as_fitted, embed_models, fit_method, fitted_parts, get_method, load_fitted, method_title,
+                         restore_fitted, save_fitted)
 from .modelset import ModelSet, TrainedModel, bundled, load_modelset, rejected_table, rejection_summary
 from .second_order import similarity
 from .store import Rows, Store, create_store
@@ -84,10 +84,11 @@ def _in_memory(embedding, digests, facts):
 class ModelIndex:
     "A gallery of models, searched by similarity of their weights"
     def __init__(self,
-        fitted,            # a fitted method, such as a second-order network
+        fitted,            # a fitted method; or the name of one to fit on the gallery; None: the one that leads
         gallery: ModelSet, # models to be found; one at least, of the architecture that the method reads
     ):
         if len(gallery) == 0: raise ValueError("the gallery has 0 models: give a model set with at least one")
+        fitted = as_fitted(fitted, gallery)
         embedding = embed_models(fitted, gallery, gallery.manifest.file.tolist())
         self._set(fitted, _in_memory(embedding.numpy(), gallery.digests, _facts(gallery.manifest)))
 
@@ -596,13 +597,21 @@ def _start_from(table, like):
     return others.file.iloc[0]
 
 # %% ../nbs/28_search.ipynb #0991aa14
+def _of_held_out(models):
+    "Which of the bundled models the bundled network has not learned from, `(M,)`"
+    held_out = load_model(bundled('net.safetensors'))[1]['trained_on']['held_out']
+    return models.manifest.file.isin(held_out).to_numpy(copy=True)
+
 @patch(cls_method=True)
-def bundled(cls: ModelIndex):
-    "The index of the models that come with the package"
-    return cls(load_fitted(bundled('net.safetensors')), load_modelset('bundled'))
+def bundled(cls: ModelIndex,
+    method: str='lps',  # name of a method that reads first layers; lps is read from its file, others are fitted
+):
+    "The index of the models that come with the package; no method has learned from those of `bundled_unseen`"
+    models = load_modelset('bundled')
+    if method == 'lps': return cls(load_fitted(bundled('net.safetensors')), models)
+    return cls(fit_method(models[~_of_held_out(models)], method), models)
 
 def bundled_unseen() -> ModelSet: # two models of each task
-    "The bundled models that the bundled network has not learned from"
+    "The bundled models that no bundled method has learned from"
     models = load_modelset('bundled')
-    held_out = load_model(bundled('net.safetensors'))[1]['trained_on']['held_out']
-    return models[models.manifest.file.isin(held_out).to_numpy(copy=True)]
+    return models[_of_held_out(models)]
