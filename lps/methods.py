@@ -164,7 +164,7 @@ def fit_method(
     return method.fit(weights, models.labels, seed, **settings)
 
 # %% ../nbs/15_methods.ipynb #1bbc9f12
-LEADERS = {'whole networks': 'two-spectra-probes', 'first layers': 'stem-signature'}  # from result files: test_leaderboard.py
+LEADERS = {'whole networks': 'two-spectra-probes', 'first layers': 'stem-signature'}  # as result files say
 
 def leading_method(
     models,  # a `ModelSet`, or anything with `shapes`
