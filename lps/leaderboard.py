@@ -63,8 +63,9 @@ def leaderboard(
     found = measured(folder)
     if found.empty: return pd.DataFrame()
     table = _facts(found)
-    for name, of_set in found.groupby('set', sort=False):
-        for column, values in _of_set(of_set).items(): table[name, column] = values
+    for (name, tasks, known), of_set in found.groupby(['set', 'tasks', 'known'], sort=False):
+        heading = f'{name}: {tasks} tasks, {known} known of each'
+        for column, values in _of_set(of_set).items(): table[heading, column] = values
     order = found.groupby('method')['top-1'].mean().sort_values(ascending=False).index
     table = table.loc[order].rename(index=method_title)
     for columns in _joined(folder, table.index): table = table.join(columns)
@@ -131,23 +132,25 @@ def _short(method):
     return 'LPS' if method.name == 'lps' else method.title.split(':')[-1].strip()
 
 def _draw_need(ax, x, rows):
-    "The methods of one need, their names beside them"
+    "The methods of one need, lowest first, their names beside them"
+    rows = rows.sort_values('top-1', ignore_index=True)
     labels = _spread_labels(rows['top-1'].tolist(), 5)
-    for row, height in zip(rows.itertuples(), labels):
-        method, top1 = METHODS[row.method], rows.loc[row.Index, 'top-1']
-        colour = 'C3' if method.name == 'lps' else 'C0'
-        face = 'none' if method.caveat else colour
-        ax.errorbar(x, top1, row.sd, fmt='o', ms=8, mfc=face, mec=colour, ecolor=colour, elinewidth=1, alpha=.9)
+    for i, (name, top1, sd) in enumerate(zip(rows.method, rows['top-1'], rows.sd)):
+        method, place = METHODS[name], x + .04*(i % 3 - 1)
+        colour = 'C3' if name == 'lps' else 'C0'
+        face = 'white' if method.caveat else colour
+        ax.errorbar(place, top1, sd, fmt='o', ms=8, mfc=face, mec=colour, ecolor=colour, elinewidth=1)
         ax.annotate(
-            f"{_short(method)}  {top1:.0f}",
-            (x, top1),
-            (x + .09, height),
+            text=f"{_short(method)}  {top1:.0f}",
+            xy=(place, top1),
+            xytext=(x + .12, labels[i]),
             va='center',
             fontsize=8,
             color=colour,
             arrowprops=dict(arrowstyle='-', lw=.4, color='.7', shrinkA=0, shrinkB=5),
         )
 
+# %% ../nbs/27a_leaderboard.ipynb #901ce21b
 def plot_needs(
     found: pd.DataFrame, # of one model set, from `measured`
     chance: float,       # top-1 of random answers, in %
@@ -163,6 +166,8 @@ def plot_needs(
     ax.step(places, [*heights, heights[-1]], where='post', color='C0', lw=6, alpha=.15)
     ax.axhline(chance, color='.6', lw=1, ls=':')
     ax.text(len(used) - .25, chance + 1, f'chance {chance:.0f}', ha='right', color='.5', fontsize=8)
+    caveats = {METHODS[name].caveat for name in found.method} - {''}
+    if caveats: ax.set_xlabel('hollow: ' + '; '.join(sorted(caveats)), fontsize=8)
     ax.set(xlim=(-.6, len(used) - .2), ylim=(0, 105), ylabel='task named right, %')
     ax.set_xticks(range(len(used)), used)
     ax.spines[['top', 'right']].set_visible(False)
@@ -171,15 +176,16 @@ def plot_needs(
 # %% ../nbs/27a_leaderboard.ipynb #ec8ae50f
 def show_needs(
     folder: str|Path,   # with result files
-    name: str,          # of the model set
+    name: str,          # of the model set; of several of this name the one of most tasks
 ):                      # axes
     "The picture of one model set; raises `ValueError` with those there are for another name"
     found = measured(folder)
-    of_set = found[(found['set'] == name) & found.method.isin(list(METHODS))].drop_duplicates('method', keep='last')
+    known = (found['set'] == name) & found.method.isin(list(METHODS))
+    of_set = found[known & (found.tasks == found.tasks[known].max())].drop_duplicates('method', keep='last')
     if of_set.empty:
-        known = ', '.join(found['set'].unique())
-        raise ValueError(f"no methods were measured on {name!r}: take one of {known}")
-    tasks, known = of_set.tasks.iloc[0], of_set.known.iloc[0]
+        names = ', '.join(found['set'].unique())
+        raise ValueError(f"no methods were measured on {name!r}: take one of {names}")
+    tasks, n_train = of_set.tasks.iloc[0], of_set.known.iloc[0]
     ax = plot_needs(of_set, 100/tasks)
-    ax.set_title(f"{name}: {tasks} tasks, {known} networks of each to learn from", fontsize=10)
+    ax.set_title(f"{name}: {tasks} tasks, {n_train} networks of each to learn from", fontsize=10)
     return ax

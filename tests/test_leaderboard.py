@@ -1,0 +1,26 @@
+"The method that is taken where none is named is the one that result files say is right most often"
+import pytest
+from conftest import ROOT
+
+from lps.leaderboard import leaderboard, measured
+from lps.methods import LEADERS, METHODS, leading_method, method_title
+from lps.modelset import load_modelset
+
+FOUND = measured(ROOT/'results')
+
+
+@pytest.mark.parametrize('kind, name', [('whole networks', 'foreignzoo'), ('first layers', 'bundled')])
+def test_the_leader_leads_among_methods_without_a_caveat(kind, name):
+    rows = FOUND[FOUND['set'] == name]
+    free = rows[[not METHODS[method].caveat for method in rows.method]]
+    assert free.set_index('method')['top-1'].idxmax() == LEADERS[kind]
+
+
+def test_a_packed_set_gets_a_method_that_reads_first_layers():
+    assert leading_method(load_modelset('bundled')) == 'stem-signature'
+
+
+def test_every_measured_method_has_one_row_and_says_what_it_needs():
+    board = leaderboard(ROOT/'results')
+    assert sorted(board.index) == sorted({method_title(method) for method in FOUND.method})
+    assert all(board['', 'needs']) and all(board['', 'exact invariances'])
