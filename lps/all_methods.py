@@ -8,7 +8,7 @@ __all__ = ['methods_table']
 # %% ../nbs/20b_all_methods.ipynb #8ac03de3
 import pandas as pd
 
-import lps.chain, lps.probes, lps.signatures  # noqa: F401  they register their methods
+import lps.canonical, lps.chain, lps.equivariant, lps.experts, lps.matching, lps.probes, lps.signatures  # noqa: F401
 from .methods import METHODS
 
 # %% ../nbs/20b_all_methods.ipynb #11b9eb0c

@@ -1,0 +1,102 @@
+"Canonical weights, matching, sets of filters and their product: what they do not see, their files, what they refuse"
+from functools import partial
+
+import pytest
+import torch
+from fastcore.test import expect_fail
+from test_signatures import CHANGES, WIDTH, models, scaled, some_net  # noqa: F401  models is a fixture
+
+from lps import equivariant, experts, matching  # noqa: F401  they register their methods
+from lps.matching import match, matchable
+from lps.methods import embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
+from lps.modelset import TrainedModel, load_modelset
+from lps.order_chain import permute, random_perms, resnet_spec
+from lps.search import ModelIndex
+
+METHODS = ['canonical-lps', 'weight-matching', 'equivariant', 'experts']
+QUICK = {'canonical-lps': dict(epochs=30, milestones=(), n_filters=8, lr=.01), 'equivariant': dict(hidden=16)}
+BRANCHES = ('conv1', 'layer1.0.conv2', 'layer2.0.conv1')
+
+
+@pytest.fixture(scope='module')
+def fitted(models):  # noqa: F811
+    found = {method: fit_method(models, method, **QUICK.get(method, {})) for method in METHODS}
+    found['branches'] = fit_method(models, 'canonical-lps', layers=BRANCHES, shortcut='conv', **QUICK['canonical-lps'])
+    return found
+
+
+HOLDS = [(method, change) for method in METHODS for change in ('shuffled', 'flipped')]
+HOLDS += [('branches', change) for change in CHANGES]  # of a whole network, the streams' scales are fixed too
+
+
+@pytest.mark.parametrize('method, change', HOLDS)
+def test_an_embedding_does_not_see_what_the_outputs_do_not_show(fitted, method, change):
+    net = some_net(1, 7)
+    before = embed_models(fitted[method], TrainedModel(net.state_dict(), {}))
+    after = embed_models(fitted[method], TrainedModel(CHANGES[change](net), {}))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_the_test_above_can_fail(fitted):
+    "A stem alone does not show who else writes to its channels"
+    net = some_net(1, 7)
+    for method in METHODS:
+        before, after = [embed_models(fitted[method], TrainedModel(s, {})) for s in (net.state_dict(), scaled(net))]
+        assert (before - after).abs().max() > 1e-3
+
+
+def one_network(state): return {n: v[0] for n, v in matchable({n: v[None] for n, v in state.items()}, 'conv').items()}
+
+
+def test_matching_finds_any_order_through_any_scale():
+    net, spec = some_net(0, 1), resnet_spec(8, WIDTH)
+    shuffle = random_perms(spec, 5)
+    one, other = one_network(net.state_dict()), one_network(permute(scaled(net), spec, shuffle))
+    perms, cosine = match(one, other, spec)
+    assert cosine == pytest.approx(1, abs=1e-5)
+    for group, perm in perms.items(): assert shuffle[group][perm].tolist() == list(range(len(perm)))
+    assert match(one, one_network(some_net(2, 3).state_dict()), spec)[1] < .9
+
+
+@pytest.mark.parametrize('method', [*METHODS, 'branches'])
+def test_a_fitted_method_comes_back_from_its_file_and_answers(models, fitted, method, tmp_path):  # noqa: F811
+    save_fitted(tmp_path/'fitted.safetensors', fitted[method])
+    again = load_fitted(tmp_path/'fitted.safetensors')
+    assert (again.method, again.tasks, again.config) == (fitted[method].method, [0, 1, 2], fitted[method].config)
+    assert embed_models(again, models).equal(embed_models(fitted[method], models))
+    assert score_models(again, models).equal(score_models(fitted[method], models))
+    index = ModelIndex(again, models)
+    index.save(tmp_path/'index.safetensors')
+    assert ModelIndex.load(tmp_path/'index.safetensors').query(models[4]).similarity.is_monotonic_decreasing
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_what_cannot_be_learned_is_refused(models, method):  # noqa: F811
+    with expect_fail(ValueError, 'two tasks at least'): fit_method(models[:5], method)
+    with expect_fail(ValueError, 'leave out folded'): fit_method(models, method, folded=True)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_parts_that_do_not_fit_are_refused(fitted, method):
+    config, state = fitted[method].config, fitted[method].state_dict()
+    restore = get_method(method).restore
+    for field in config:
+        with expect_fail(ValueError, field): restore({k: v for k, v in config.items() if k != field}, state)
+        for odd in (None, 3.5, 'a', {'x': 1}, [[1]]):
+            with expect_fail(ValueError): restore(config | {field: odd}, state)
+    refuse = partial(restore, config)
+    for name, v in state.items():
+        for bad in (v.half(), v[:-1] if v.ndim else v[None]):
+            with expect_fail(ValueError): refuse(state | {name: bad})
+        with expect_fail(ValueError): refuse({k: t for k, t in state.items() if k != name})
+    with expect_fail(ValueError): refuse(state | {'more': torch.zeros(1)})
+
+
+def test_experts_weigh_what_they_got_right(models):  # noqa: F811
+    "A task of two models leaves none to hold out: all members count alike"
+    even = fit_method(models[[0, 1, 2, 5, 6]], 'experts')
+    assert even.weights.tolist() == [1, 1, 1]
+    learned = fit_method(models, 'experts')
+    assert (learned.weights >= 0).all() and learned.shares.sum() == pytest.approx(1)
+    stems = fit_method(load_modelset('bundled')[:20], 'experts')
+    assert list(stems.members) == ['stem-signature', 'weight-matching']
