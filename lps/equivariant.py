@@ -135,8 +135,8 @@ def _check_tensors(expected, tensors):
     if odd: raise ValueError(f"equivariant: {printable(odd)} are in the network or in the file, not in both")
     for name, t in tensors.items():
         if t.shape == expected[name].shape and t.dtype == torch.float32 and t.isfinite().all(): continue
-        found = f"{t.dtype} {tuple(t.shape)}"
-        raise ValueError(f"equivariant: tensor {name!r} is {found}, expected finite float32 {tuple(expected[name].shape)}")
+        found, needed = f"{t.dtype} {tuple(t.shape)}", tuple(expected[name].shape)
+        raise ValueError(f"equivariant: tensor {name!r} is {found}, expected finite float32 {needed}")
 
 # %% ../nbs/17c_equivariant.ipynb #a618d972
 def _reads_one_stem(models, **settings): return reads_stem(models, **settings)
