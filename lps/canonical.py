@@ -16,7 +16,7 @@ from .files import checked, printable
 from .methods import Method, register_method
 from .resnet import SHORTCUTS
 from .second_order import SecondOrderNet, fit as fit_net, restore as restore_net
-from .signatures import canonical, reads_all, reads_stem, stem_filters
+from .signatures import OF_STEM, canonical, reads_all, reads_stem, stem_filters
 
 # %% ../nbs/17a_canonical.ipynb #2a5c5889
 def _of_layer(tensors, layer, norm):
@@ -136,6 +136,7 @@ register_method(Method(
     title='LPS on canonical weights',
     baseline=False,
     by_default=False,
+    invariances=OF_STEM,
     reads=reads_canonical,
     fit=fit_canonical,
     restore=restore_canonical,

@@ -16,7 +16,7 @@ from .files import checked, printable
 from .jobs import one_thread, seeded
 from .matching import stem_rows
 from .methods import Method, register_method
-from .signatures import reads_stem
+from .signatures import OF_STEM, reads_stem
 
 # %% ../nbs/17c_equivariant.ipynb #ba23fb39
 class FilterSet(nn.Module):
@@ -146,6 +146,7 @@ register_method(Method(
     title='equivariant network',
     baseline=False,
     by_default=False,
+    invariances=OF_STEM,
     reads=_reads_one_stem,
     fit=fit_equivariant,
     restore=restore_equivariant,

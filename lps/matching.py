@@ -19,7 +19,7 @@ from .canonical import canonical_layer, canonical_layers
 from .files import checked
 from .methods import Method, register_method
 from .order_chain import PermutationSpec, permute
-from .signatures import canonical, reads_stem
+from .signatures import OF_STEM, canonical, reads_stem
 
 # %% ../nbs/17b_matching.ipynb #3d5d3abd
 def matched_cosines(
@@ -201,6 +201,7 @@ register_method(Method(
     title='weight matching to landmarks',
     baseline=False,
     by_default=False,
+    invariances=OF_STEM,
     reads=_reads_one_stem,
     fit=fit_landmarks,
     restore=restore_landmarks,
