@@ -766,6 +766,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'lps.matching.Landmarks.state_dict': ('matching.html#landmarks.state_dict', 'lps/matching.py'),
                               'lps.matching._LandmarksConfig': ('matching.html#_landmarksconfig', 'lps/matching.py'),
                               'lps.matching._best': ('matching.html#_best', 'lps/matching.py'),
+                              'lps.matching._length': ('matching.html#_length', 'lps/matching.py'),
                               'lps.matching._other_groups': ('matching.html#_other_groups', 'lps/matching.py'),
                               'lps.matching._products': ('matching.html#_products', 'lps/matching.py'),
                               'lps.matching._reads_one_stem': ('matching.html#_reads_one_stem', 'lps/matching.py'),

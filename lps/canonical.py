@@ -16,7 +16,7 @@ from .files import checked, printable
 from .methods import Method, register_method
 from .resnet import SHORTCUTS
 from .second_order import SecondOrderNet, fit as fit_net, restore as restore_net
-from .signatures import canonical, reads_all, reads_stem, stem_filters
+from .signatures import OF_STEM, canonical, reads_all, reads_stem, stem_filters
 
 # %% ../nbs/17a_canonical.ipynb #2a5c5889
 def _of_layer(tensors, layer, norm):
@@ -53,7 +53,8 @@ def canonical_layers(
     for start in range(0, len(next(iter(weights.values()))), 32):
         some = canonical({name: v[start:start + 32] for name, v in weights.items()}, shortcut)
         chunks.append({layer: canonical_layer(some, layer, norms.get(layer)) for layer in layers})
-    return {layer: torch.cat([chunk[layer] for chunk in chunks]) for layer in layers}
+    columns = zip(*[chunk.values() for chunk in chunks])
+    return {layer: torch.cat(column) for layer, column in zip(layers, columns)}
 
 # %% ../nbs/17a_canonical.ipynb #64f14069
 def reads_canonical(
@@ -66,7 +67,8 @@ def reads_canonical(
     if folded: raise ValueError("canonical weights have their batch normalisation folded in: leave out folded")
     if layers is None: return reads_stem(models)
     missing = [layer for layer in layers if len(models.shapes.get(f'{layer}.weight', ())) != 4]
-    if missing: raise ValueError(f"no convolution {printable(', '.join(missing))} here: name convolutions of the models")
+    if missing:
+        raise ValueError(f"no convolution {printable(', '.join(missing))} here: name convolutions of the models")
     return reads_stem(models) if list(layers) == [models.stem] else reads_all(models)
 
 # %% ../nbs/17a_canonical.ipynb #c972d41a
@@ -134,6 +136,7 @@ register_method(Method(
     title='LPS on canonical weights',
     baseline=False,
     by_default=False,
+    invariances=OF_STEM,
     reads=reads_canonical,
     fit=fit_canonical,
     restore=restore_canonical,

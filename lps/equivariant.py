@@ -16,7 +16,7 @@ from .files import checked, printable
 from .jobs import one_thread, seeded
 from .matching import stem_rows
 from .methods import Method, register_method
-from .signatures import reads_stem
+from .signatures import OF_STEM, reads_stem
 
 # %% ../nbs/17c_equivariant.ipynb #ba23fb39
 class FilterSet(nn.Module):
@@ -135,8 +135,8 @@ def _check_tensors(expected, tensors):
     if odd: raise ValueError(f"equivariant: {printable(odd)} are in the network or in the file, not in both")
     for name, t in tensors.items():
         if t.shape == expected[name].shape and t.dtype == torch.float32 and t.isfinite().all(): continue
-        found = f"{t.dtype} {tuple(t.shape)}"
-        raise ValueError(f"equivariant: tensor {name!r} is {found}, expected finite float32 {tuple(expected[name].shape)}")
+        found, needed = f"{t.dtype} {tuple(t.shape)}", tuple(expected[name].shape)
+        raise ValueError(f"equivariant: tensor {name!r} is {found}, expected finite float32 {needed}")
 
 # %% ../nbs/17c_equivariant.ipynb #a618d972
 def _reads_one_stem(models, **settings): return reads_stem(models, **settings)
@@ -146,6 +146,7 @@ register_method(Method(
     title='equivariant network',
     baseline=False,
     by_default=False,
+    invariances=OF_STEM,
     reads=_reads_one_stem,
     fit=fit_equivariant,
     restore=restore_equivariant,

@@ -21,7 +21,7 @@ from .architectures import branch_layers, stem_of
 from .files import checked, printable
 from .methods import Method, fitted_parts, get_method, register_method, restore_fitted
 from .resnet import SHORTCUTS
-from .signatures import expert_weights
+from .signatures import OF_STEM, expert_weights
 
 # %% ../nbs/17d_experts.ipynb #4e8acba0
 MEMBERS = {'stem-signature': 'stem', 'all-layer-signature': 'layers', 'weight-matching': 'rows'}
@@ -191,6 +191,7 @@ register_method(Method(
     title='product of experts on filters',
     baseline=False,
     by_default=False,
+    invariances=OF_STEM,
     reads=reads_members,
     fit=fit_product,
     restore=restore_product,

@@ -19,7 +19,7 @@ from .canonical import canonical_layer, canonical_layers
 from .files import checked
 from .methods import Method, register_method
 from .order_chain import PermutationSpec, permute
-from .signatures import canonical, reads_stem
+from .signatures import OF_STEM, canonical, reads_stem
 
 # %% ../nbs/17b_matching.ipynb #3d5d3abd
 def matched_cosines(
@@ -40,7 +40,7 @@ def matched_cosines(
 def matchable(
     tensors: dict,            # of M whole networks, by name, `(M, …)` each
     shortcut: str='pad_end',  # kind of shortcut where there are no weights for it
-) -> dict:                    # float32, weight and bias of each convolution and weight of each linear layer, of length 1
+) -> dict:  # float32: weight and bias of each convolution, weight of each linear layer; each layer of length 1
     "Canonical weights of whole networks, by the names that a `PermutationSpec` knows"
     norms, found = norms_of({name: tuple(v.shape[1:]) for name, v in tensors.items()}), {}
     fixed = canonical(tensors, shortcut)
@@ -87,6 +87,10 @@ def _best(a, b, spec, perms, group, settled):
     return torch.from_numpy(columns) if gain > 1e-6 else None
 
 # %% ../nbs/17b_matching.ipynb #f2df8417
+def _length(state):
+    "Euclidean length of all weights"
+    return sum(v.square().sum() for v in state.values()).sqrt()
+
 def match(
     a: dict,                # one network, from `matchable`
     b: dict,                # the other
@@ -106,8 +110,7 @@ def match(
         if not changed: break
     moved = permute(b, spec, perms)
     product = sum((a[name]*moved[name]).sum() for name in a)
-    lengths = [sum(v.square().sum() for v in t.values()).sqrt() for t in (a, b)]
-    return perms, float(product/lengths[0]/lengths[1])
+    return perms, float(product/_length(a)/_length(b))
 
 # %% ../nbs/17b_matching.ipynb #b6d41a86
 def stem_rows(
@@ -177,7 +180,8 @@ def restore_landmarks(
     "A fitted method from its parts; raises `ValueError` with the field where they do not fit"
     known, rows = checked(config, _LandmarksConfig, 'weight-matching'), tensors.get('rows', torch.zeros(()))
     if not len(set(known.tasks)) == len(known.tasks) >= 2:
-        raise ValueError(f"weight-matching: field 'tasks' has {len(known.tasks)} entries, expected two at least, each once")
+        found = f"{len(known.tasks)} entries"
+        raise ValueError(f"weight-matching: field 'tasks' has {found}, expected two at least, each once")
     if rows.ndim != 3: raise ValueError(f"weight-matching: tensor 'rows' is {tuple(rows.shape)}, expected (L, N, D)")
     expected = dict(rows=rows.shape, centre=rows.shape[:1], centroids=(len(known.tasks), len(rows)))
     if set(expected) != set(tensors):
@@ -197,6 +201,7 @@ register_method(Method(
     title='weight matching to landmarks',
     baseline=False,
     by_default=False,
+    invariances=OF_STEM,
     reads=_reads_one_stem,
     fit=fit_landmarks,
     restore=restore_landmarks,
