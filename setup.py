@@ -25,6 +25,6 @@ setup(
     package_data={"lps": ["data/*"]},
     python_requires=f">={cfg['python_floor']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("cluster", "triplet", "dev")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("cluster", "triplet", "hub", "dev")},
     entry_points={"console_scripts": ["lps=lps.cli:main"]},
 )

@@ -7,13 +7,19 @@ import yaml
 from conftest import ROOT
 
 FLOORS = {
-    "Networks": ["resnet", "order_chain", "architectures"],
+    "Networks": ["resnet", "order_chain", "plain", "architectures"],
     "Data": ["tasks"],
-    "Files": ["files", "store", "modelset", "foreign", "datasheet"],
-    "Training": ["jobs", "batchnorm", "train", "many", "zoo"],
-    "Similarity": ["align", "second_order", "methods", "signatures", "chain", "probes", "readout", "fusion"],
-    "Measuring": ["evaluate", "records", "transfer", "curves", "plots", "claims", "experiments"],
-    "Using": ["answers", "gather", "search", "report", "demo", "cli"],
+    "Files": ["files", "store", "modelset", "foreign", "remote", "datasheet"],
+    "Training": ["jobs", "batchnorm", "train", "many", "zoo", "copies"],
+    "Similarity": [
+        "align", "second_order", "methods", "signatures", "chain", "canonical",
+        "matching", "equivariant", "experts", "probes", "readout", "fusion", "all_methods",
+    ],
+    "Measuring": [
+        "evaluate", "records", "transfer", "sources", "curves",
+        "plots", "across", "claims", "experiments", "leaderboard",
+    ],
+    "Using": ["intake", "answers", "gather", "search", "sharing", "report", "market_map", "demo", "cli"],
 }
 ORDER = [module for modules in FLOORS.values() for module in modules]
 MODULES = {p.stem: p for p in sorted(ROOT.glob("lps/*.py")) if not p.stem.startswith("_")}
@@ -48,7 +54,7 @@ def test_no_private_name_crosses_a_module(module):
 
 
 def test_notebooks_are_numbered_in_that_order():
-    "02_architectures.ipynb is the third module, and so on"
+    "03_architectures.ipynb is the third module, and so on"
     numbered = sorted(p.stem for p in ROOT.glob("nbs/[0-9]*.ipynb"))
     assert numbered == [f"{i:02d}_{module}" for i, module in enumerate(ORDER)]
 
