@@ -45,7 +45,9 @@ class KindSets:
 
     @property
     def hashes(self): # SHA-256 of each model's file
-        return [digest for models in self.sets.values() for digest in models.hashes]
+        hashes = []
+        for models in self.sets.values(): hashes += models.hashes
+        return hashes
 
 def load_kinds(
     folder: str|Path,  # each of its folders that holds models is a kind
@@ -103,7 +105,8 @@ def fit_sets(
             found = tuple(other[name].shape[1:]) if name in other else 'missing'
             why = f"{printable(name)} is {tuple(v.shape[1:])} in set 0 and {found} in set {i}"
             raise ValueError(f"{why}: take a method that sees both alike, such as probes")
-    joined = {name: torch.cat([one[name] for one in seen]) for name in seen[0]}
+    joined = {}
+    for name in seen[0]: joined[name] = torch.cat([one[name] for one in seen])
     facts = dict(stem=sets[0].stem) if 'stem' in method.knows else {}
     return method.fit(joined, torch.cat([models.labels for models in sets]), seed, **facts, **settings)
 

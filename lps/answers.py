@@ -85,7 +85,8 @@ def held_out_trials(
     if not can_hold_out(labels):
         raise ValueError("too few models to hold some back: give four tasks at least, with three models of each")
     by_fold = _folds(labels, folds, seed)
-    held = [fold == i for fold in by_fold for i in range(folds)]
+    held = []
+    for fold in by_fold: held += [fold == i for i in range(folds)]
     jobs = [dict(settings, train=np.flatnonzero(~out).tolist(), method=method, seed=seed) for out in held]
     fits, found = fit_many(models, jobs, workers, executor), []
     for fitted, out in zip(fits, held):

@@ -372,7 +372,9 @@ def _show_answer(answer):
     for sentence in answer.sentences: console.print(sentence, soft_wrap=True)
 
 # %% ../nbs/48_cli.ipynb #45474a18
-ASKED = "An index and a model file; or a fitted method, a model set and a model file. bundled stands for what comes with lps"
+ASKED = (
+    "An index and a model file; or a fitted method, a model set and a model file. bundled stands for what comes with lps"
+)
 
 @app.command(epilog="Example: lps query market my-model.pth -k 5")
 def query(
@@ -487,7 +489,7 @@ def _index_facts(index):
 @market.command('info', epilog="Example: lps index info market")
 def index_info(
     path: Market,
-    check: Annotated[bool, typer.Option('--check', help="Read all of it: is each byte the one that was written?")]=False,
+    check: Annotated[bool, typer.Option('--check', help='Read all of it: is each byte as it was written?')]=False,
     as_json: Annotated[bool, typer.Option('--json', help="As JSON, for programs")]=False,
 ):
     "What is in an index, what it could not read, and how far it can be trusted."

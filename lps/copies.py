@@ -93,7 +93,8 @@ def fine_tuning(
     recipe: Recipe,  # for training from the start
 ) -> Recipe:
     "How a network is trained further"
-    return replace(recipe, name=f'{recipe.name}, further', epochs=max(1, recipe.epochs//4), lr=recipe.lr/10, milestones=())
+    name, epochs = f'{recipe.name}, further', max(1, recipe.epochs//4)
+    return replace(recipe, name=name, epochs=epochs, lr=recipe.lr/10, milestones=())
 
 def train_copy(
     kind: str,            # one of `TRAINED`; anything else raises `ValueError`

@@ -52,7 +52,7 @@ class Experiment:
     claims: Callable|None = None  # (record, paper) → `Claim`s; None: the paper claims nothing that can be compared
     words: Callable|None = None   # record → Markdown: what it says beside the claims
     small: dict = field(default_factory=dict) # parameters that the tests run its notebook with
-    needs: tuple = ()             # of 'all layers', 'images', 'several kinds', 'shared classes' and 'copies': of the model set
+    needs: tuple = ()             # of 'all layers', 'images', 'several kinds', 'shared classes', 'copies'
     variant: str = ''             # what tells two of its files on one model set apart, with names of settings in braces
     notebook: str|Path = ''       # where its notebook is; default: among this project's
 
@@ -216,7 +216,8 @@ def shuffled_words(
         own, other = rows['to_its_task'][i], rows['to_other_tasks'][i]
         said.append(f"{method_title(name)} {own:.2f} and {other:.2f}")
     if not said: return ''
-    return f"Mean cosine of networks of shuffled labels to those of their task, and to those of others: {'; '.join(said)}."
+    what = 'Mean cosine of networks of shuffled labels to those of their task, and to those of others'
+    return f"{what}: {'; '.join(said)}."
 
 # %% ../nbs/38_experiments.ipynb #3d57fe25
 SMALL_ACROSS = dict(model_set='digits', n_models=2, zoo_epochs=1, n_boot=20, n_splits=1, workers=1)

@@ -153,7 +153,7 @@ def model_facts(
     model: TrainedModel,  # the model
     row: dict|None=None,  # what a table says about it; counts more than its own metadata
 ) -> dict:                # fit for JSON
-    "What an index keeps of a model beside its numbers; raises `ValueError` for metadata that are not what they should be"
+    "What an index keeps of a model beside its numbers; raises `ValueError` for metadata that do not fit"
     meta = dict(model.meta)
     if row: meta |= {**row, 'classes': [row.get('class_0'), row.get('class_1')]}
     known = checked(meta, _Known, item.file)
@@ -234,7 +234,8 @@ def _set_of(read):
     for item, model, fact in fit:
         metas.append(model.meta | dict(file=item.file, sha256='', digest=model.digest))
         rows.append(dict(fact, task=fact['label']))
-    stacked = {name: torch.stack([model.state[name] for _, model, _ in fit]) for name in first}
+    stacked = {}
+    for name in first: stacked[name] = torch.stack([model.state[name] for _, model, _ in fit])
     source = PackedSource(stacked, metas, {}, stem_of(shapes_of(first)))
     return ModelSet(Path(), pd.DataFrame(rows), rejected_table({}), shapes_of(first), source)
 

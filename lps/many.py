@@ -418,7 +418,8 @@ def train_models(
     recipe = _with_precision(get_recipe(recipe), device)
     _check_models(tasks, seeds, keep, kept)
     if recipe.architecture != 'resnet':
-        raise ValueError(f"architecture {recipe.architecture!r}: only networks of 'resnet' train as one: give at_once=1")
+        cure = "only networks of 'resnet' train as one: give at_once=1"
+        raise ValueError(f"architecture {recipe.architecture!r}: {cure}")
     trains = [t for t, _ in tasks]
     if stats is None: stats = [channel_stats(ImageSet(*xy, ['0', '1'], 'train')) for xy in trains]
     model, dl, generators = _fresh_networks(trains, recipe, seeds, stats, device)

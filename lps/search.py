@@ -128,7 +128,9 @@ def manifest(self: ModelIndex) -> pd.DataFrame: # file, task, class_0, class_1, 
     "What is known of the models, a row each"
     def read():
         facts = self.rows.facts(self.rows.places)
-        return _manifest([{name: v for name, v in fact.items() if name not in NOT_SHOWN} for fact in facts])
+        shown = []
+        for fact in facts: shown.append({name: v for name, v in fact.items() if name not in NOT_SHOWN})
+        return _manifest(shown)
     return self._once('manifest', read)
 
 @patch(as_prop=True)
@@ -506,7 +508,7 @@ def build(cls: ModelIndex,
     seed: int=0,            # decides everything random in the fit
     **settings,             # of the method that is to be fitted
 ) -> ModelIndex:            # files that gave no row stand in `.rejected`
-    "An index of all models that are there; raises `ValueError` where none can be read, or the index is of another method"
+    "An index of all models there; raises `ValueError` where none can be read, or the index is of another method"
     items, bad = find_models(sources)
     how = dict(names=names, table=read_table(table))
     if path is not None and (Path(path)/'header.json').exists():

@@ -38,7 +38,8 @@ def _check_names(recipe):
         if value not in known: raise ValueError(f"{field} is '{value}', known are {' and '.join(map(repr, known))}")
     kind = recipe.architecture
     if kind not in ARCHITECTURES:
-        raise ValueError(f"architecture is {kind!r}, known are {', '.join(ARCHITECTURES)}: register_architecture adds one")
+        known = ', '.join(ARCHITECTURES)
+        raise ValueError(f"architecture is {kind!r}, known are {known}: register_architecture adds one")
 
 def _check_numbers(recipe):
     "Raises `ValueError` for numbers that no training run can have"

@@ -252,7 +252,8 @@ def plan_build(
     check_stats((mean, std))
     disjoint = pair_classes(len(train.classes), check_seed(seed))
     pairs = disjoint if pairs is None else _checked_pairs(pairs, len(train.classes))
-    return BuildPlan(images, recipe_fields(recipe), seed, [list(p) for p in pairs], mean=mean.tolist(), std=std.tolist())
+    in_lists = [list(pair) for pair in pairs]
+    return BuildPlan(images, recipe_fields(recipe), seed, in_lists, mean=mean.tolist(), std=std.tolist())
 
 # %% ../nbs/15_zoo.ipynb #048bd419
 def _field_differences(old, new, under=''):

@@ -26,7 +26,8 @@ def unit(n, seed=0):
 def batch(first, n):
     "Rows, digests, labels and facts of n models from number `first`"
     numbers = range(first, first + n)
-    return unit(n, first), [f"{i:032x}" for i in numbers], [i % 3 for i in numbers], [dict(file=f"{i}é") for i in numbers]
+    digests = [f"{i:032x}" for i in numbers]
+    return unit(n, first), digests, [i % 3 for i in numbers], [dict(file=f"{i}é") for i in numbers]
 
 
 def state(folder):
