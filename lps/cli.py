@@ -373,7 +373,7 @@ def _show_answer(answer):
 
 # %% ../nbs/48_cli.ipynb #45474a18
 ASKED = (
-    "An index and a model file; or a fitted method, a model set and a model file. bundled stands for what comes with lps"
+    "An index and a model file; or a fitted method, a model set and a model file. bundled: what comes with lps"
 )
 
 @app.command(epilog="Example: lps query market my-model.pth -k 5")
