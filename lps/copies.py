@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANGED', 'TRAINED', 'pruned', 'quantised', 'noisy', 'answers', 'shuffled_labels', 'fine_tuning', 'train_copy',
-           'write_copy', 'write_copies']
+           'write_copies']
 
 # %% ../nbs/16_copies.ipynb #6f5c80e9
 from dataclasses import replace
@@ -113,7 +113,7 @@ def train_copy(
     if kind != 'distilled': raise ValueError(f"copy {kind!r} is unknown: known are {', '.join(TRAINED)}")
     return train_model((train[0], answers(model.net, train[0], stats)), valid, recipe, seed, stats)
 
-def write_copy(
+def _write_copy(
     path: Path,           # file to write
     model: TrainedModel,  # the original
     kind: str,            # of copy
@@ -137,7 +137,7 @@ def _write_trained(path, model, kind, images, recipe, seed):
     if kind == 'other-task':
         pair = meta['pairs'][numbers[1]]
         noted |= dict(task=numbers[1], pair=pair, classes=[train.classes[c] for c in pair])
-    write_copy(path, model, kind, net.state_dict(), **noted)
+    _write_copy(path, model, kind, net.state_dict(), **noted)
 
 def write_copies(
     folder: Path,         # gets a folder for each kind, and 'original'
@@ -149,9 +149,9 @@ def write_copies(
     "Every kind of copy of each of some models"
     kinds = [*CHANGED, *(TRAINED if images else ())]
     for model, file in zip(originals, originals.manifest.file):
-        write_copy(folder/'original'/file, model, 'original', model.state)
+        _write_copy(folder/'original'/file, model, 'original', model.state)
         for number, kind in enumerate(kinds):
             path, own = folder/kind/file, model_seed(seed, model.meta['task'], 100 + number)
             if path.exists(): continue
             if kind in TRAINED: _write_trained(path, model, kind, images, recipe, own)
-            else: write_copy(path, model, kind, CHANGED[kind](model.state, own), val_accuracy=None)
+            else: _write_copy(path, model, kind, CHANGED[kind](model.state, own), val_accuracy=None)
