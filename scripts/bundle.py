@@ -72,7 +72,9 @@ def kept_models(build: Path | None, epoch: int, added: list[Path]) -> ModelSet:
     return join_sets(sets)
 
 
-def bundle_kept(models: ModelSet, epoch: int, classes: Path | None, name: str, out: Path, stem: str) -> str:
+def bundle_kept(
+    models: ModelSet, epoch: int, classes: Path | None, name: str, out: Path, stem: str = "modelset500"
+) -> str:
     "Add the first layers of networks that were kept after some epochs; returns what they are in a line"
     names = class_names(classes)
     check_names(models, names, classes)

@@ -10,7 +10,8 @@ from conftest import ROOT
 from nbclient import NotebookClient
 
 from lps.claims import at_chance, reaches, stays_below, verdict
-from lps.experiments import (EXPERIMENTS, caption, claims_of, claims_table, in_words, kind_of, overview, result_files,
+from lps.experiments import (EXPERIMENTS, caption, claims_of, claims_table, in_words, kind_of, outcomes_text, overview,
+                             result_files,
                              same_networks)
 from lps.plots import ALIGNMENTS
 
@@ -62,8 +63,9 @@ def test_what_is_said_of_a_file_is_what_is_in_it(path):
 
 
 def test_page_opens_with_the_grid_of_all_claims():
-    kind, text = outputs(PAGE)[0]
-    assert kind == "text/html"
+    (kind, lines), (grid_kind, text) = outputs(PAGE)[:2]
+    assert (kind, lines) == ("text/markdown", outcomes_text(ROOT/"results"))
+    assert grid_kind == "text/html"
     grid = overview(ROOT/"results")
     assert text.count("<tr>") == 1 + len(grid)
     for name in grid:

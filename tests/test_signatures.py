@@ -149,7 +149,7 @@ def test_what_cannot_be_learned_is_refused(models, method):
 @pytest.mark.parametrize('method', METHODS)
 def test_weights_that_are_no_numbers_are_refused(models, fitted, method):
     observe = get_method(method).observe
-    weights = {name: v.clone() for name, v in models.weights(fitted[method].layers).items()}
+    weights = {name: v.clone() for name, v in models.weights(get_method(method).reads(models)).items()}
     for name in weights: weights[name][2] = float('nan')
     with expect_fail(ValueError, 'no finite'): get_method(method).fit(observe(weights), models.labels, 0)
     with expect_fail(ValueError, 'no finite embedding for model 2'): embed_models(fitted[method], observe(weights))
