@@ -210,6 +210,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                          'lps.cli.index_add': ('cli.html#index_add', 'lps/cli.py'),
                          'lps.cli.index_build': ('cli.html#index_build', 'lps/cli.py'),
                          'lps.cli.index_info': ('cli.html#index_info', 'lps/cli.py'),
+                         'lps.cli.index_map': ('cli.html#index_map', 'lps/cli.py'),
                          'lps.cli.index_remove': ('cli.html#index_remove', 'lps/cli.py'),
                          'lps.cli.main': ('cli.html#main', 'lps/cli.py'),
                          'lps.cli.query': ('cli.html#query', 'lps/cli.py'),

@@ -6,7 +6,7 @@
 __all__ = ['app', 'zoo', 'market', 'console', 'Models', 'Seed', 'TABLE', 'NAME_MAP', 'Layers', 'Epochs', 'Folded', 'ASKED',
            'Market', 'Sources', 'Names', 'TaskTable', 'Workers', 'NOT_CALIBRATED', 'REPORT_TITLE', 'HEADINGS',
            'EXPECTED', 'FromRegistries', 'zoo_build', 'zoo_datasheet', 'zoo_import', 'fit', 'evaluate', 'query',
-           'index_build', 'index_add', 'index_remove', 'index_info', 'demo', 'main']
+           'index_build', 'index_add', 'index_remove', 'index_info', 'index_map', 'demo', 'main']
 
 # %% ../nbs/48_cli.ipynb #015ebfd2
 import re, sys, time, warnings
@@ -502,6 +502,20 @@ def index_info(
     console.print(f"Architectures: {kinds or 'not known'}. {facts['numbers']} numbers a model.", soft_wrap=True)
     console.print(f"Probabilities: {index.calibration}." if index.calibration else NOT_CALIBRATED, soft_wrap=True)
     if check: console.print("Every byte is the one that was written.")
+
+# %% ../nbs/48_cli.ipynb #9b228832
+@market.command('map', epilog="Example: lps index map market --out market.html")
+def index_map(
+    path: Market,
+    out: Annotated[Path, typer.Option(parser=_place, help="HTML file to write")]=Path('market-map.html'),
+):
+    "Draw the models of an index as one HTML page, which works offline."
+    from lps.market_map import index_map as write_map
+    from lps.methods import method_title
+    if out.exists(): raise ValueError(f"{out} is there already: remove it, or give another file with --out")
+    index = _known_index(str(path))
+    with console.status(f"drawing {path}"): write_map({method_title(index.fitted.method): index}, out)
+    console.print(f"wrote {out}")
 
 # %% ../nbs/48_cli.ipynb #113615cf
 def _demo_photographs(out, settings, executor):

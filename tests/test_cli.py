@@ -17,7 +17,7 @@ from lps.zoo import build
 LPS = Path(sys.executable).parent/'lps'
 TINY = replace(recipes['digits'], name='tiny', epochs=1, milestones=(), depth=8, width=4)
 COMMANDS = ['zoo build', 'zoo import', 'zoo datasheet', 'fit', 'evaluate', 'query', 'demo']
-COMMANDS += ['index build', 'index add', 'index remove', 'index info']
+COMMANDS += ['index build', 'index add', 'index remove', 'index info', 'index map']
 MODEL = 'zoo/task00_run0.safetensors'
 
 
