@@ -172,12 +172,14 @@ def test_vmap_says_that_it_does_not_work(channels):
 BOUNDS = """
 import itertools, torch
 from lps.align import align_layer
+torch.manual_seed(0)
 for N, C, P, Q, k in itertools.product((1, 3), (1, 2, 257), (1, 5), (1, 3, 130), (1, 3)):
     weight = torch.randn(2, N, C, k, k, requires_grad=True)
     second_order = torch.randn(P, Q, k, k, requires_grad=True)
     scores = align_layer(weight, second_order)
     written_out = torch.einsum('bijuv,pquv->bijpq', weight, second_order).amax(2).sum(-1).sort(1, descending=True)[0]
-    torch.testing.assert_close(scores, written_out)
+    # two orders of summing up to 257 terms in float32, whose sum may be near zero
+    torch.testing.assert_close(scores, written_out, rtol=1e-5, atol=1e-4)
     scores.sum().backward()
 print('all shapes in bounds')
 """
