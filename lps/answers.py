@@ -261,6 +261,7 @@ class Answer:
     saw: str             # what that method sees of a model
     calibration: Calibration|None=None
     start: str = ''      # the model to start from
+    expected: str = ''   # what expected accuracies are, or why there are none
 
 @patch(as_prop=True)
 def sentences(self: Answer) -> list: # of str
@@ -270,6 +271,8 @@ def sentences(self: Answer) -> list: # of str
     else: said.append("Not calibrated: too few models here have a known task, so similarities stand alone.")
     if self.like is False: said.insert(0, "Nothing like it here.")
     elif self.start: said.insert(0, f"To start from: {self.start}.")
+    elif len(self.table): said.insert(0, "All of these are copies of it: a larger k may find another to start from.")
+    if self.expected: said.append(self.expected)
     return [printable(sentence) for sentence in said]
 
 @patch
@@ -289,5 +292,5 @@ def to_dict(self: Answer) -> dict:
     rows = table.astype(object).where(table.notna(), None).to_dict('records')
     calibration = None if self.calibration is None else dict(vars(self.calibration))
     like = None if self.like is None else bool(self.like)
-    return dict(query=self.query, like=like, start=self.start, method=self.method, saw=self.saw,
+    return dict(query=self.query, like=like, start=self.start, method=self.method, saw=self.saw, expected=self.expected,
                 models=rows, calibration=calibration)

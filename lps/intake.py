@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NESTED', 'MAX_SIDE', 'WEIGHT_FILES', 'CONFIGS', 'MAX_CONFIG', 'MAX_PREFIXES', 'SIDES', 'network_builder',
-           'needed_shapes', 'head_of', 'norms_after', 'register_network', 'probe_module', 'normalisation', 'input_size',
-           'ModelReport', 'why_not', 'read_model']
+           'needed_shapes', 'head_of', 'norms_after', 'channels_of', 'register_network', 'probe_module',
+           'normalisation', 'input_size', 'is_model_folder', 'is_elsewhere', 'ModelReport', 'why_not', 'read_model']
 
 # %% ../nbs/40_intake.ipynb #b089ab3f
 import copy, functools, importlib, math, re
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 import lps.all_methods  # noqa: F401  it makes every method known
 from .architectures import Architecture, convolutions, recognise, register_architecture, shapes_of, stem_of
 from .files import MAX_TENSORS, pluralise, printable, read_json
-from .foreign import SUFFIXES, Checkpoint, check_weights, own_names, read_checkpoint, rename, tidy_state
+from .foreign import (SUFFIXES, Checkpoint, check_weights, own_names, read_checkpoint, read_foreign, rename,
+                         tidy_state)
 from .jobs import one_thread
 from .methods import METHODS, embed_models, observations
 from .modelset import ModelSet, PackedSource, TrainedModel, rejected_table
@@ -100,6 +101,14 @@ def norms_after(
         if layer.num_features == last[1]: found[last[0]] = name
         last = None
     return found
+
+# %% ../nbs/40_intake.ipynb #11d70d96
+def channels_of(
+    state: dict,  # tensors by name
+) -> int:
+    "Channels of the images that a network reads; 3 where it has no convolution"
+    stem = stem_of(shapes_of(state))
+    return state[f'{stem}.weight'].shape[1] if stem else 3
 
 # %% ../nbs/40_intake.ipynb #1e4680f3
 def _loaded(template, state):
@@ -262,7 +271,10 @@ def _weights_in(folder):
         if (folder/f'{name}.index.json').is_file(): return _shards(folder, f'{name}.index.json')
     files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES]
     if len(files) == 1: return read_checkpoint(files[0])
-    raise ValueError(f"has {pluralise(len(files), 'file')} of weights, none of them {' or '.join(WEIGHT_FILES)}")
+    raise ValueError(
+        f"is a folder and has {pluralise(len(files), 'file')} of weights, none of them {' or '.join(WEIGHT_FILES)}:"
+        " ask about one file"
+    )
 
 # %% ../nbs/40_intake.ipynb #660881c8
 CONFIGS = 'preprocessor_config.json', 'config.json'
@@ -277,6 +289,13 @@ def _config_files(folder):
         if path.stat().st_size > MAX_CONFIG: raise ValueError(f"{name} has more than {MAX_CONFIG} bytes")
         found.append((name, read_json(path)))
     return found
+
+def is_model_folder(
+    files,   # names of the files in a folder
+) -> bool:
+    "Is a folder one model, as the Hub has them: in shards, or with a configuration beside the weights?"
+    sharded = any(f'{name}.index.json' in files for name in WEIGHT_FILES)
+    return sharded or any(name in files for name in WEIGHT_FILES) and any(name in files for name in CONFIGS)
 
 def _from_folder(folder):
     "A source that is a Hugging Face folder"
@@ -316,8 +335,10 @@ def _from_timm(source):
     return _Source(source, 'weights of timm', found.state, found.configs, net=net)
 
 # %% ../nbs/40_intake.ipynb #247944ba
-def _on_web(source):
-    "Is this a model on the web? A path that exists is none, and neither is one with the ending of a file"
+def is_elsewhere(
+    source,  # whatever a user gave
+) -> bool:
+    "Is this no path, but a name of timm, a model on the Hub or an address? A path that exists is none of them"
     if not isinstance(source, str) or Path(source).exists(): return False
     return source.startswith(('https://', 'http://')) or is_hub_name(source) and not source.lower().endswith(SUFFIXES)
 
@@ -343,11 +364,18 @@ def _opened(source, names, whole):
         raise TypeError(f"a {type(source).__name__} is no model: give a file, a folder, timm/NAME or an nn.Module")
     path = Path(source)
     if not path.exists() and str(source).startswith('timm/'): return _from_timm(str(source))
-    if _on_web(source): return _from_web(source, names, whole)
-    if not path.exists(): raise FileNotFoundError(f"no model at {printable(source)}")
+    if is_elsewhere(source): return _from_web(source, names, whole)
+    if not path.exists(): raise FileNotFoundError(f"no model file or folder {printable(source)}")
     shown = printable(path.name)
-    try: return _from_folder(path) if path.is_dir() else _from_checkpoint(shown, read_checkpoint(path))
+    try: return _from_folder(path) if path.is_dir() else _from_file(path, shown)
     except ValueError as e: raise ValueError(f"{shown}: {printable(e)}") from None
+
+def _from_file(path, shown):
+    "A source that is a file; raises `ValueError` with what it asks to be run, where that is all there is in it"
+    try: return _from_checkpoint(shown, read_checkpoint(path))
+    except ValueError as e:
+        if 'holds no state dict' in str(e): read_foreign(path)
+        raise
 
 # %% ../nbs/40_intake.ipynb #83dd5fef
 MAX_PREFIXES = 100  # places in a checkpoint where a known network is looked for
@@ -661,14 +689,11 @@ def _with_meta(found, part, hints, size, stats):
     here = {name: v for name, v in part.state.items() if not v.is_meta}
     lacks = [name for name in part.state if name not in here and name.endswith('.weight')]
     if lacks: meta['lacks'] = [name.removesuffix('.weight') for name in lacks]
+    known = recognise(shapes_of(part.state)) if lacks else None
+    if known: meta['architecture'] = known[0].name
     return TrainedModel(here, meta)
 
 # %% ../nbs/40_intake.ipynb #961bd2ad
-def _channels_of(state):
-    "Channels of the images that a network reads; 3 where it has no convolution"
-    stem = stem_of(shapes_of(state))
-    return state[f'{stem}.weight'].shape[1] if stem else 3
-
 def _input_said(part, configs, channels, known):
     "The size of a network's input where it can be run or a configuration says it, and the same in words"
     if part.net is not None:
@@ -700,7 +725,7 @@ def _read(found, arch, names, given):
     check_weights({name: v for name, v in part.state.items() if not v.is_meta})
     ignored, configs = _ignored(found, part), [('the call', given), *found.configs]
     for name in _whole_numbers(part.state): del part.state[name]
-    channels, known = _channels_of(part.state), recognise(shapes_of(part.state))
+    channels, known = channels_of(part.state), recognise(shapes_of(part.state))
     stats = normalisation(configs, channels)
     size, input_said = _input_said(part, configs, channels, known)
     hints = _settle(part, size) if part.net is not None else {}

@@ -162,7 +162,7 @@ MISTAKES = {
     f'query {MODEL} zoo {MODEL}': 'holds no fitted method',
     'query zoo-net.safetensors nowhere ' + MODEL: 'no model set at nowhere',
     'query zoo-net.safetensors empty ' + MODEL: 'no *.safetensors file in it',
-    'query zoo-net.safetensors zoo nowhere.pt': 'no model file nowhere.pt',
+    'query zoo-net.safetensors zoo nowhere.pt': 'no model file or folder nowhere.pt',
     'query zoo-net.safetensors zoo zoo': 'zoo is a folder',
     'query zoo-net.safetensors zoo half.safetensors': 'half.safetensors: truncated',
     'query zoo-net.safetensors zoo hello.json': 'hello.json: not a PyTorch file',

@@ -2,6 +2,7 @@
 import json
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -9,11 +10,13 @@ import torch
 from torch import nn
 
 from lps.architectures import ARCHITECTURES
+from lps.cli import main
 from lps.files import save_model
 from lps.intake import network_builder, probe_module, read_model, why_not
 from lps.modelset import TrainedModel
 from lps.probes import probe_outputs
 from lps.resnet import ResNet
+from lps.search import ModelIndex
 
 
 class Small(nn.Module):
@@ -122,6 +125,34 @@ def test_a_checkpoint_of_lightning(net, tmp_path):
     check_same(model, net)
     assert model.meta['mean'] == [.4, .5, .6] and report.normalisation.endswith('from the file, hyper_parameters')
     assert report.ignored['loss'] == '1 tensor outside of the network' and 'optimizer_states' in report.ignored
+
+
+def test_the_keys_of_a_checkpoint_of_lightning(net, tmp_path):
+    "Written by hand, with the keys that lightning 2 writes, so that it is read where lightning is not installed"
+    state = {f'net.{name}': tensor for name, tensor in net.state_dict().items()} | {'loss.weight': torch.ones(2)}
+    optimizer = torch.optim.SGD(net.parameters(), .1, momentum=.9)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    saved = {'dirpath': str(tmp_path), 'best_model_score': None, 'monitor': None}
+    torch.save({
+        'epoch': 3,
+        'global_step': 120,
+        'pytorch-lightning_version': '2.5.0',
+        'state_dict': state,
+        'loops': dict(fit_loop=dict(state_dict={}, epoch_progress=dict(total=dict(ready=4)))),
+        'callbacks': {"ModelCheckpoint{'monitor': None}": saved},
+        'optimizer_states': [optimizer.state_dict()],
+        'lr_schedulers': [schedule.state_dict()],
+        'hparams_name': 'kwargs',
+        'hyper_parameters': dict(lr=.1, mean=(.4, .5, .6), std=(.2, .2, .2)),
+    }, tmp_path/'epoch=3-step=120.ckpt')
+    model, report = read_model(tmp_path/'epoch=3-step=120.ckpt')
+    check_same(model, net)
+    check_runs(model, net)
+    assert model.meta['mean'] == [.4, .5, .6] and report.normalisation.endswith('from the file, hyper_parameters')
+    assert report.ignored['loss'] == '1 tensor outside of the network'
+    beside = {'epoch', 'global_step', 'pytorch-lightning_version', 'loops', 'callbacks', 'optimizer_states',
+              'lr_schedulers', 'hparams_name', 'hyper_parameters'}
+    assert set(report.ignored) == beside | {'loss'}
 
 
 @pytest.fixture
@@ -355,7 +386,7 @@ def test_an_index_of_shards_that_lies_is_refused(tmp_path, index, words):
 
 
 def test_what_is_no_model_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no model at'): read_model(tmp_path/'nowhere.pt')
+    with pytest.raises(FileNotFoundError, match='no model file or folder'): read_model(tmp_path/'nowhere.pt')
     with pytest.raises(TypeError, match='a dict is no model'): read_model({})
     with pytest.raises(ValueError, match='has 0 files of weights'): read_model(tmp_path)
     with pytest.raises(ValueError, match='give timm/NAME'): network_builder('os')
@@ -373,3 +404,48 @@ def test_a_model_can_say_why_a_fitted_method_cannot_compare_it(net):
         method, layers, folded = 'lps', ['conv1'], False
         def embed(self, weights): raise ValueError("stem has 16 filters")
     assert why_not(TrainedModel(net.state_dict(), {}), [Fitted()]) == {'lps': 'stem has 16 filters'}
+
+
+# Into an index
+
+def test_an_index_takes_in_what_is_not_a_file(net, small, tmp_path, monkeypatch):
+    "A folder of the Hub, one in shards, a named network, a name of timm; the same model is found again"
+    folder(tmp_path/'models/hub', net, config=dict(architectures=['ResNet']))
+    (tmp_path/'models/hub/training_args.bin').write_bytes(b'no weights')
+    torch.save(small.state_dict(), tmp_path/'models/small.pt')
+    torch.save(ResNet(depth=8, width=4, n_classes=3).state_dict(), tmp_path/'models/plain.pt')
+    index = ModelIndex.build([tmp_path/'models', 'timm/none'], arch=Small, n_images=16)
+    assert index.fitted.method == 'two-spectra-probes' and len(index) == 3, index.rejected
+    assert dict(zip([Path(file).name for file in index.manifest.file], index.manifest.architecture)) == {
+        'hub': 'resnet', 'plain.pt': 'resnet', 'small.pt': 'test_intake:Small(num_classes=3)'}
+    reasons = dict(zip(index.rejected.file, index.rejected.reason))
+    assert list(reasons) == ['timm/none'] and 'no network of timm is called none' in reasons['timm/none']
+    for asked in (tmp_path/'models/hub', str(tmp_path/'models/hub'), net):
+        assert index.answer(asked, 1).table.note[1] == 'copy'
+    assert index.answer(small, 1).table.note[1] == 'copy'
+    assert index.add(tmp_path/'models', arch=Small) == 0 and index.remove(tmp_path/'models/hub') == 1
+
+
+def test_an_index_says_why_a_model_cannot_be_compared(net, small, tmp_path):
+    torch.save(net.state_dict(), tmp_path/'a.pt')
+    torch.save(small.state_dict(), tmp_path/'b.pt')
+    index = ModelIndex.build(tmp_path, n_images=16)
+    assert len(index) == 1 and index.rejected.reason[0].endswith('arch names the network, --arch on the command line')
+    with pytest.raises(ValueError, match='b.pt: no known architecture has tensors .*--arch on the command line'):
+        index.query(tmp_path/'b.pt')
+    assert len(index.query(tmp_path/'b.pt', arch=Small)) == 1
+    with pytest.raises(ValueError, match='b.pt: not the weights of torchvision/resnet18'):
+        index.query(tmp_path/'b.pt', arch='torchvision/resnet18')
+
+
+def test_a_report_on_the_command_line(small, tmp_path, capsys):
+    torch.save(small.state_dict(), tmp_path/'b.pt')
+    assert main(['index', 'report', str(tmp_path/'b.pt')]) == 0
+    said = capsys.readouterr().out
+    assert 'architecture: not known: name it with arch' in said and 'cannot be compared by probes: ' in said
+    words = ['--arch', 'test_intake:Small', '--size', '20', '--stats', '.5,.5,.5', '.25,.25,.2']
+    assert main(['index', 'report', str(tmp_path/'b.pt'), *words]) == 0
+    said = capsys.readouterr().out
+    assert '3 × 20 × 20, from the call' in said and 'standard deviation 0.25, 0.25, 0.2, from the call' in said
+    assert 'cannot be compared by probes' not in said and 'beside the network: places: whole numbers' in said
+    assert main(['index', 'report', str(tmp_path/'b.pt'), '--stats', 'x', '1']) == 2

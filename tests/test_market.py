@@ -1,6 +1,7 @@
 """An index of whatever lies in a folder: broken files, stops, changes, copies, and what it says about a model"""
 import json
 import os
+import runpy
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,17 +10,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import ROOT
 
 import lps.gather as gather
+from lps.all_methods import LEADERS
 from lps.answers import Trials, calibrate, kinship, own_trials, sketch_correlation, weight_sketch
 from lps.cli import main
-from lps.files import save_model
+from lps.files import load_model, save_model
 from lps.modelset import TrainedModel, load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.resnet import ResNet
 from lps.search import ModelIndex
+from lps.sources import ExpectedAccuracy, transfer_score
 
-SPEC = resnet_spec(depth=8, width=4)
+SPEC, STEM = resnet_spec(depth=8, width=4), "stem-signature"
+STEM_TENSORS = "conv1.weight", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var"
 
 
 def network(task, run, noise=.2):
@@ -62,8 +67,13 @@ def models(tmp_path_factory):
 def market(models, tmp_path_factory):
     "A built index, not to be changed"
     path = tmp_path_factory.mktemp("market")/"market"
-    ModelIndex.build(models, path)
+    ModelIndex.build(models, path, STEM)
     return path
+
+
+def one_of(models, file):
+    "A model of a folder by its name"
+    return TrainedModel(*load_model(models/Path(file).name))
 
 
 def files(index): return sorted(Path(file).name for file in index.manifest.file)
@@ -72,7 +82,7 @@ def files(index): return sorted(Path(file).name for file in index.manifest.file)
 def test_broken_files_are_listed_and_the_rest_is_taken(models, tmp_path):
     folder = shutil.copytree(models, tmp_path/"models")
     n_bad = spoil(folder)
-    index = ModelIndex.build(folder, tmp_path/"market")
+    index = ModelIndex.build(folder, tmp_path/"market", STEM)
     assert len(index) == 20 and len(index.rejected) == n_bad
     assert {Path(file).name for file in index.rejected.file} >= {"cut.safetensors", "net.onnx", "gone.pt", "nan.pt"}
     assert not index.rejected.reason.str.contains("\n").any() and (index.rejected.reason.str.len() > 5).all()
@@ -83,35 +93,53 @@ def test_broken_files_are_listed_and_the_rest_is_taken(models, tmp_path):
 def test_a_stopped_build_goes_on(models, tmp_path, monkeypatch):
     "What is in the index is not read again, and what comes out is what one build gives"
     real, read = gather.embed_items, []
-    def stops(fitted, items, *args):
+    def stops(fitted, items, **how):
         if len(read) >= 8: raise KeyboardInterrupt
         read.extend(item.file for item in items)
-        return real(fitted, items, *args)
+        return real(fitted, items, **how)
     monkeypatch.setattr(gather, "BATCH", 4)
     monkeypatch.setattr(gather.embed_all, "__defaults__", (*gather.embed_all.__defaults__[:-1], 4))
     monkeypatch.setattr(gather, "embed_items", stops)
-    with pytest.raises(KeyboardInterrupt): ModelIndex.build(models, tmp_path/"market")
+    with pytest.raises(KeyboardInterrupt): ModelIndex.build(models, tmp_path/"market", STEM)
     assert len(ModelIndex.load(tmp_path/"market")) == len(read) - 1 == 8, "one was read for the width of a row"
     seen = set(read)
     read.clear()
-    monkeypatch.setattr(gather, "embed_items", lambda *args: read.extend(i.file for i in args[1]) or real(*args))
-    index = ModelIndex.build(models, tmp_path/"market")
+    monkeypatch.setattr(gather, "embed_items", lambda *args, **how: read.extend(i.file for i in args[1]) or real(*args, **how))
+    index = ModelIndex.build(models, tmp_path/"market", STEM)
     assert len(index) == 20 and not seen & set(read)
-    whole = ModelIndex.build(models)
+    whole = ModelIndex.build(models, method=STEM)
     order = np.argsort(index.manifest.file), np.argsort(whole.manifest.file)
     assert torch.equal(index.embedding[order[0]], whole.embedding[order[1]])
 
 
+def test_broken_files_among_many_are_listed_after_a_stop(tmp_path, monkeypatch):
+    "The folder of benchmarks/many_files.py, smaller: each kind of broken file, torch.save and safetensors"
+    bench = runpy.run_path(str(ROOT/"benchmarks/many_files.py"))
+    broken, table = bench["make_folder"](tmp_path/"models", 60, 6)
+    assert set(broken.values()) == set(bench["BREAK"])
+    real, calls = gather.embed_items, []
+    def stops(fitted, items, **how):
+        calls.append(len(items))
+        if len(calls) == 4: raise KeyboardInterrupt
+        return real(fitted, items, **how)
+    monkeypatch.setattr(gather, "embed_items", stops)
+    with pytest.raises(KeyboardInterrupt): ModelIndex.build(tmp_path/"models", tmp_path/"market", STEM, table)
+    assert 0 < len(ModelIndex.load(tmp_path/"market")) < 54
+    index = ModelIndex.build(tmp_path/"models", tmp_path/"market", STEM, table)
+    assert len(index) == 54 and {Path(file).name for file in index.rejected.file} == set(broken)
+    assert (index.rejected.reason.str.len() > 8).all() and not (tmp_path/"canary").exists()
+
+
 def test_any_executor_gives_the_same(models):
-    with ThreadPoolExecutor(3) as executor: index = ModelIndex.build(models, executor=executor)
-    one = ModelIndex.build(models)
+    with ThreadPoolExecutor(3) as executor: index = ModelIndex.build(models, None, STEM, executor=executor)
+    one = ModelIndex.build(models, None, STEM)
     pd.testing.assert_frame_equal(index.manifest.sort_values("file", ignore_index=True),
                                   one.manifest.sort_values("file", ignore_index=True))
 
 
 def test_changed_added_removed(models, tmp_path):
     folder = shutil.copytree(models, tmp_path/"models")
-    index = ModelIndex.build(folder, tmp_path/"market")
+    index = ModelIndex.build(folder, tmp_path/"market", STEM)
     assert index.add(folder) == 0
     torch.save(network(7, 0), folder/"new.pth")
     changed = folder/"t0_0.safetensors"
@@ -140,8 +168,36 @@ def test_what_an_answer_says(market, models):
     net = ResNet(depth=8, width=4)
     net.load_state_dict(state)
     assert index.answer(net, 1).table.note[1] == "copy"
-    assert index.query(net, 2, expected=lambda table: table.similarity).expected_accuracy.iloc[0] < 1
     assert json.loads(json.dumps(new.to_dict()))["models"][0]["task"] == 3
+
+
+def test_what_may_be_expected_after_transfer(market, models, tmp_path):
+    "Of whole networks a number in its interval; of what cannot be run none, and why"
+    relation = ExpectedAccuracy([0., 1.], [.5, .9], .1, .1, .8, .8, "a made-up set")
+    index, asked = ModelIndex.load(market), TrainedModel(network(3, 8), {})
+    answer = index.answer(asked, 3, expected=relation)
+    table = answer.table
+    assert table.expected_accuracy.between(.5, .9).all() and answer.start == table.file[table.expected_accuracy.idxmax()]
+    assert (table.expected_low < table.expected_accuracy).all() and (table.expected_accuracy < table.expected_high).all()
+    score = transfer_score(one_of(models, table.file[1]), asked)
+    assert table.expected_accuracy[1] == pytest.approx(.5 + .4*score, abs=1e-6)
+    assert "80 % of other targets; measured on a made-up set" in answer.sentences[-1]
+    stem = TrainedModel({name: w for name, w in asked.state.items() if name in STEM_TENSORS}, {})
+    cut = index.answer(stem, 2, expected=relation)
+    assert "expected_accuracy" not in cut.table and "architecture is not known" in cut.sentences[-1]
+    there = ModelIndex("stem-signature", load_modelset(models)).answer(asked, 2, expected=relation)
+    assert "the index does not know its file" in there.sentences[-1]
+
+
+def test_the_start_is_no_copy(market, models):
+    "Neither one with the same weights nor one that was fine-tuned from the query"
+    index, state = ModelIndex.load(market), load_modelset(models)[0].state
+    tuned = TrainedModel({name: w + .1*w.std()*torch.randn(w.shape) if w.ndim == 4 else w for name, w in state.items()}, {})
+    answer = index.answer(tuned, 3)
+    assert answer.table.note[1] == "fine-tuned copy" and answer.start == answer.table.file[2]
+    alone = index.answer(tuned, 1)
+    assert alone.start == "" and alone.sentences[0].startswith("All of these are copies of it")
+    assert ModelIndex(STEM, load_modelset(models)).answer(models/"t3_0.safetensors", 1).start == "", "not calibrated"
 
 
 def test_the_same_number_in_two_folders_is_not_the_same_task(models, tmp_path):
@@ -157,11 +213,23 @@ def test_the_same_number_in_two_folders_is_not_the_same_task(models, tmp_path):
 def test_without_tasks_probes_compare(models, tmp_path):
     for i in range(3): torch.save(network(i, 0), tmp_path/f"m{i}.pt")
     index = ModelIndex.build(tmp_path, n_images=16)
-    assert index.fitted.method == "probes" and index.calibration is None
+    assert index.fitted.method == "two-spectra-probes" and index.calibration is None
     answer = index.answer(tmp_path/"m1.pt", 2)
     assert answer.like is None and "Not calibrated" in str(answer) and Path(answer.table.file[1]).name == "m1.pt"
     with pytest.raises(ValueError, match="chain cannot be fitted on models of unknown tasks.*name the tasks"):
         ModelIndex.build(tmp_path, method="chain")
+
+
+def test_the_default_is_what_the_leaderboard_says(models, tmp_path):
+    "Probes for whole networks, whether their tasks are known or not; the stem's signature for first layers"
+    index = ModelIndex.build(models, n_images=16)
+    assert index.fitted.method == LEADERS["whole networks"] and index.calibration.held_out
+    one = load_modelset("bundled")
+    for i in (0, 1, 10, 11): save_model(tmp_path/f"s{i}.safetensors", one[i].state, dict(task=int(i > 9)))
+    assert ModelIndex.build(tmp_path).fitted.method == LEADERS["first layers"]
+    save_model(tmp_path/"unknown/s.safetensors", one[0].state, {})
+    with pytest.raises(ValueError, match="name the tasks in a table, or take a fitted method"):
+        ModelIndex.build(tmp_path/"unknown")
 
 
 def test_a_folder_and_a_file_keep_the_same(market, tmp_path):
@@ -212,7 +280,7 @@ def test_commands_one_after_another(models, tmp_path, monkeypatch, capsys):
     def says(*words):
         assert main(list(map(str, words))) == 0
         return " ".join(capsys.readouterr().out.split())
-    assert "1 file could not be taken in: runs/text.pt: " in says("index", "build", "market", "runs", "--workers", 1)
+    assert "1 file could not be taken in: runs/text.pt: " in says("index", "build", "market", "runs", "--method", STEM, "--workers", 1)
     torch.save(network(3, 8), "mine.pth")
     said = says("query", "market", "mine.pth", "-k", 3)
     assert "To start from: runs/t3_" in said and "no image of yours" in said and "probability" in said
