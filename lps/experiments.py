@@ -272,6 +272,7 @@ SMALL_SOURCES = dict(
     n_draws=2,
     n_more=4,
     n_bank=64,
+    fit_steps=2,
     n_finetune=1,
     n_boot=20,
     workers=1,

@@ -65,6 +65,7 @@ ADVISERS = dict(
     outputs=Adviser('squared correlation of outputs, noise', 'both networks'),
     score=Adviser('transfer score: mean of the two', 'both networks'),
     crops=Adviser('transfer score, crops of two photographs', 'both networks'),
+    fitted=Adviser('transfer score, images fitted to the networks', 'both networks'),
     photographs=Adviser('transfer score, photographs', 'both networks and photographs of other classes'),
     cka=Adviser('CKA', "the target's images"),
     neighbours=Adviser('nearest neighbours', "the target's images and labels"),
@@ -288,8 +289,8 @@ def other_networks(
 def _from_networks(seen, first, seed):
     "Tables of the advisers that read networks on a bank, and CPU seconds a source"
     noise, seconds = _explained(seen, 'noise', first, seed)
-    for bank, name in (('crops', 'crops'), ('photographs', 'photographs')):
-        if bank in seen[0]['answers']: noise[name] = _explained(seen, bank, first, seed)[0]['score']
+    for bank in ('crops', 'fitted', 'photographs'):
+        if bank in seen[0]['answers']: noise[bank] = _explained(seen, bank, first, seed)[0]['score']
     return noise, seconds
 
 def _cka_with(seen, first, targets):
@@ -633,6 +634,12 @@ def _gain_text(values):
     clear = 'clear of' if low > 0 or high < 0 else 'not told from'
     return f"{_text_of(values, 100, 1)} points, {clear} 0"
 
+def _tuned_words(tuned):
+    "What came of training every layer, as a list of sentences; none where it was not tried"
+    if not tuned: return []
+    n, ends = len(next(iter(tuned.values()))), [f"{STARTS[name]} {100*np.mean(v):.1f} %" for name, v in tuned.items()]
+    return [f"With every layer trained, mean of {n} targets: {', '.join(ends)}."]
+
 def sources_words(
     record: dict, # from `sources_record`, or a result file
 ) -> str:         # Markdown
@@ -648,6 +655,7 @@ def sources_words(
         f"Its gain over the source that is best for the other targets: {_gain_text(score['first_gain'])}.",
         f"ρ within targets is {_text_of(score['rho'])}, over all pairs {_text_of(score['pairs'])}; for the paper's ARI "
         f"it is {_text_of(known.worth_ari['score']['rho'])} within targets.",
+        *_tuned_words(known.tuned),
     ])
 
 # %% ../nbs/33_sources.ipynb #8c36f2d6

@@ -3,19 +3,18 @@ from inspect import signature
 
 import pytest
 import torch
-from test_signatures import flipped, scaled, shuffled, some_net
+from networks import flipped, scaled, shuffled, some_net, write_models
 
 import lps.evaluate  # noqa: F401  it registers all methods
-from lps.files import save_model
 from lps.methods import INVARIANCES, METHODS, embed_models, fit_method
-from lps.modelset import TrainedModel, load_modelset
+from lps.modelset import TrainedModel
 from lps.resnet import ResNet
 
 
 def small_fit(models, name):
     "A method, fitted in no time"
     named = signature(METHODS[name].fit).parameters
-    few = {key: value for key, value in dict(n_images=16, steps=2).items() if key in named}
+    few = {key: value for key, value in dict(n_images=16, steps=2, n_steps=20).items() if key in named}
     return fit_method(models, name, **dict(epochs=1, milestones=(), n_filters=4) | few)
 
 
@@ -29,14 +28,7 @@ CHANGES = dict(order=shuffled, norm=flipped, scales=scaled, classes=exchanged)
 
 
 @pytest.fixture(scope='module')
-def models(tmp_path_factory):
-    "Three tasks, three networks each"
-    folder = tmp_path_factory.mktemp('nets')
-    for task in range(3):
-        for run in range(3):
-            state = some_net(task, run).state_dict()
-            save_model(folder/f'task{task}_run{run}.safetensors', state, dict(task=task, run=run, shortcut='conv'))
-    return load_modelset(folder)
+def models(tmp_path_factory): return write_models(tmp_path_factory.mktemp('nets'), runs=3)
 
 
 def moved(fitted, change):

@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 from fastcore.test import expect_fail
-from test_signatures import CHANGES, WIDTH, models, scaled, some_net  # noqa: F401  models is a fixture
+from networks import CHANGES, WIDTH, scaled, some_net, write_models
 
 from lps import equivariant, experts, matching  # noqa: F401  they register their methods
 from lps.matching import match, matchable
@@ -13,20 +13,30 @@ from lps.modelset import TrainedModel, load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.search import ModelIndex
 
-METHODS = ['canonical-lps', 'weight-matching', 'equivariant', 'experts']
-QUICK = {'canonical-lps': dict(epochs=30, milestones=(), n_filters=8, lr=.01), 'equivariant': dict(hidden=16)}
+OF_STEM = ['canonical-lps', 'weight-matching', 'equivariant', 'experts']
+METHODS = [*OF_STEM, 'all-layer-equivariant']
+QUICK = {
+    'canonical-lps': dict(epochs=30, milestones=(), n_filters=8, lr=.01),
+    'equivariant': dict(hidden=16),
+    'all-layer-equivariant': dict(hidden=8, n_steps=20),
+}
 BRANCHES = ('conv1', 'layer1.0.conv2', 'layer2.0.conv1')
 
 
 @pytest.fixture(scope='module')
-def fitted(models):  # noqa: F811
+def models(tmp_path_factory): return write_models(tmp_path_factory.mktemp('nets'), runs=5)
+
+
+@pytest.fixture(scope='module')
+def fitted(models):
     found = {method: fit_method(models, method, **QUICK.get(method, {})) for method in METHODS}
     found['branches'] = fit_method(models, 'canonical-lps', layers=BRANCHES, shortcut='conv', **QUICK['canonical-lps'])
     return found
 
 
-HOLDS = [(method, change) for method in METHODS for change in ('shuffled', 'flipped')]
-HOLDS += [('branches', change) for change in CHANGES]  # of a whole network, the streams' scales are fixed too
+HOLDS = [(method, change) for method in OF_STEM for change in ('shuffled', 'flipped')]
+WHOLE = 'branches', 'all-layer-equivariant'  # of a whole network, the streams' scales are fixed too
+HOLDS += [(method, change) for method in WHOLE for change in CHANGES]
 
 
 @pytest.mark.parametrize('method, change', HOLDS)
@@ -40,7 +50,7 @@ def test_an_embedding_does_not_see_what_the_outputs_do_not_show(fitted, method, 
 def test_the_test_above_can_fail(fitted):
     "A stem alone does not show who else writes to its channels"
     net = some_net(1, 7)
-    for method in METHODS:
+    for method in OF_STEM:
         before, after = [embed_models(fitted[method], TrainedModel(s, {})) for s in (net.state_dict(), scaled(net))]
         assert (before - after).abs().max() > 1e-3
 
@@ -59,7 +69,7 @@ def test_matching_finds_any_order_through_any_scale():
 
 
 @pytest.mark.parametrize('method', [*METHODS, 'branches'])
-def test_a_fitted_method_comes_back_from_its_file_and_answers(models, fitted, method, tmp_path):  # noqa: F811
+def test_a_fitted_method_comes_back_from_its_file_and_answers(models, fitted, method, tmp_path):
     save_fitted(tmp_path/'fitted.safetensors', fitted[method])
     again = load_fitted(tmp_path/'fitted.safetensors')
     assert (again.method, again.tasks, again.config) == (fitted[method].method, [0, 1, 2], fitted[method].config)
@@ -71,7 +81,7 @@ def test_a_fitted_method_comes_back_from_its_file_and_answers(models, fitted, me
 
 
 @pytest.mark.parametrize('method', METHODS)
-def test_what_cannot_be_learned_is_refused(models, method):  # noqa: F811
+def test_what_cannot_be_learned_is_refused(models, method):
     with expect_fail(ValueError, 'two tasks at least'): fit_method(models[:5], method)
     with expect_fail(ValueError, 'leave out folded'): fit_method(models, method, folded=True)
 
@@ -92,7 +102,7 @@ def test_parts_that_do_not_fit_are_refused(fitted, method):
     with expect_fail(ValueError): refuse(state | {'more': torch.zeros(1)})
 
 
-def test_experts_weigh_what_they_got_right(models):  # noqa: F811
+def test_experts_weigh_what_they_got_right(models):
     "A task of two models leaves none to hold out: all members count alike"
     even = fit_method(models[[0, 1, 2, 5, 6]], 'experts')
     assert even.weights.tolist() == [1, 1, 1]
