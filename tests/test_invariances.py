@@ -3,12 +3,12 @@ from inspect import signature
 
 import pytest
 import torch
+from conftest import write_models
 from test_signatures import flipped, scaled, shuffled, some_net
 
 import lps.evaluate  # noqa: F401  it registers all methods
-from lps.files import save_model
 from lps.methods import INVARIANCES, METHODS, embed_models, fit_method
-from lps.modelset import TrainedModel, load_modelset
+from lps.modelset import TrainedModel
 from lps.resnet import ResNet
 
 
@@ -31,12 +31,7 @@ CHANGES = dict(order=shuffled, norm=flipped, scales=scaled, classes=exchanged)
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
     "Three tasks, three networks each"
-    folder = tmp_path_factory.mktemp('nets')
-    for task in range(3):
-        for run in range(3):
-            state = some_net(task, run).state_dict()
-            save_model(folder/f'task{task}_run{run}.safetensors', state, dict(task=task, run=run, shortcut='conv'))
-    return load_modelset(folder)
+    return write_models(tmp_path_factory.mktemp('nets'), lambda *place: some_net(*place).state_dict(), 3, 3)
 
 
 def moved(fitted, change):

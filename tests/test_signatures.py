@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import write_models
 from fastcore.test import expect_fail
 
 from lps import chain, signatures
@@ -31,12 +32,7 @@ def some_net(task, run, shortcut='conv'):
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
     "Three tasks, five networks each"
-    folder = tmp_path_factory.mktemp('nets')
-    for task in range(3):
-        for run in range(5):
-            state = some_net(task, run).state_dict()
-            save_model(folder/f'task{task}_run{run}.safetensors', state, dict(task=task, run=run))
-    return load_modelset(folder)
+    return write_models(tmp_path_factory.mktemp('nets'), lambda *place: some_net(*place).state_dict(), 3, 5)
 
 
 @pytest.fixture(scope='module')
