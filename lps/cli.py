@@ -688,7 +688,7 @@ def _demo_parts(out, settings, workers, live, start):
 def demo(
     out: Annotated[Path, typer.Option(parser=_place, help="Folder for all that it makes")]=Path('runs/demo'),
     models: Annotated[int, typer.Option(min=6, help="Models a task to train")]=8,
-    splits: Annotated[int, typer.Option(min=2, help="Random splits; for the bundled models no more than 3")]=5,
+    splits: Annotated[int, typer.Option(min=2, help="Random splits; for the bundled models no more than 2")]=5,
     epochs: Epochs=100,
     workers: Annotated[int, typer.Option(min=1, help="Processes that train and fit")]=2,
     seed: Seed=0,

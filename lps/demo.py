@@ -210,13 +210,13 @@ def demo_part(
 
 # %% ../nbs/47_demo.ipynb #55b3685b
 def photographs(
-    settings: DemoSettings,  # splits (3 at most), seed, epochs
+    settings: DemoSettings,  # splits (2 at most), seed, epochs
     executor: Executor,      # does the fits
 ) -> DemoPart:
     "The demo on the model set that comes with the package"
     models = load_modelset('bundled')
     indexes = [ModelIndex.bundled(method) for method in ('lps', leading_method(models))]
-    settings = DemoSettings(**vars(settings) | dict(splits=min(settings.splits, 3)))
+    settings = DemoSettings(**vars(settings) | dict(splits=min(settings.splits, 2)))
     return demo_part('Photographs', [about_bundled(models)], models, indexes, bundled_unseen(), settings, executor)
 
 def about_bundled(
@@ -243,7 +243,7 @@ def _about_digits(models):
     ]
 
 # %% ../nbs/47_demo.ipynb #7a762a31
-SHALLOW = replace(recipes['digits'], name='demo', depth=8, epochs=8, milestones=(5, 7), batch_size=64)
+SHALLOW = replace(recipes['digits'], name='demo', depth=8)
 
 def digits(
     folder: Path,            # where the networks are kept; an interrupted build goes on

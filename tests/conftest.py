@@ -37,14 +37,25 @@ def pytest_report_header(config):
     return f"fuzzing: {EXAMPLES} examples a property, --hypothesis-seed={config.option.hypothesis_seed}"
 
 
-# What shares something that is slow to make stays in one process; what is long starts first, so that the processes of a
-# run end together. Parts of names, the longest first
-TOGETHER = dict(site="test_site.py", cluster="test_cluster.py", experiments="test_experiment_runs_small")
-LONG = [
-    "test_demo_from_start_to_end", "tutorials/quickstart", "test_experiment_runs_small", "test_cluster.py",
-    "test_one_command_runs", "test_site.py", "test_fifty_kills", "tutorials/your_models", "test_ctrl_c_keeps",
-    "test_demo_without", "test_kernels_stay", "test_library_notebook",
+# The tests of a file share what is slow to make, so they stay in one process; so do experiments, which share a model
+# set. What is long is a unit of its own or comes early, and notebooks come last, so that processes end together
+TOGETHER = "test_experiment_runs_small"
+ALONE = [
+    "test_library_notebook[tutorials/", "test_demo_from_start_to_end", "test_one_command_runs", "test_fifty_kills",
+    "test_ctrl_c_keeps", "test_kernels_stay",
 ]
+EARLY = [
+    *ALONE, TOGETHER, "test_site.py", "test_cluster.py", "test_zoo.py", "test_survival.py", "test_cli.py",
+    "test_align.py", "test_bounds.py", "test_second_order.py", "test_transfer.py", "test_files.py",
+]
+LATE = "test_notebooks.py"
+
+
+def unit_of(nodeid: str) -> str:
+    "The name of what a process of a run takes at once: a test, or those of a file"
+    if TOGETHER in nodeid: return TOGETHER
+    alone = any(name in nodeid for name in [*ALONE, LATE])
+    return nodeid if alone else nodeid.partition("::")[0]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -53,19 +64,19 @@ def pytest_xdist_make_scheduler(config, log):
     if config.option.dist != "loadgroup": return None
     from xdist.scheduler import LoadScopeScheduling
     class InOrder(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            return next((group for group, name in TOGETHER.items() if name in nodeid), nodeid)
+        def _split_scope(self, nodeid): return unit_of(nodeid)
     config.option.loadscopereorder = False
     return InOrder(config, log)
 
 
-def length_rank(item) -> int:
-    "The place of a test among the long ones, and that of all others"
-    return next((i for i, name in enumerate(LONG) if name in item.nodeid), len(LONG))
+def place(item) -> int:
+    "The place of a test: early, in between, or late"
+    others = len(EARLY) + (LATE in item.nodeid)
+    return next((i for i, name in enumerate(EARLY) if name in item.nodeid), others)
 
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=length_rank)
+    items.sort(key=place)
     if config.getoption("--slow"): return
     skip = pytest.mark.skip(reason="slow: run with --slow")
     for item in items:
@@ -92,6 +103,17 @@ def browser():
         browser = p.chromium.launch(executable_path=path, args=SWITCHES)
         yield browser
         browser.close()
+
+
+def write_models(folder: Path, state_of, n_tasks: int, n_runs: int):
+    "A model set of the tensors that `state_of` gives for each task and run"
+    from lps.files import save_model
+    from lps.modelset import load_modelset
+    for task in range(n_tasks):
+        for run in range(n_runs):
+            about = dict(task=task, run=run, shortcut="conv")
+            save_model(folder/f"task{task}_run{run}.safetensors", state_of(task, run), about)
+    return load_modelset(folder)
 
 
 def copy_of_repo(dest: Path) -> Path:
@@ -122,6 +144,13 @@ def warm_kernels(tmp_path_factory):
             assert server.stdout.readline() == "ready\n", "the server of kernels did not start"
             yield
             server.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def processes():
+    "A pool of two processes, started once for all tests that only need one"
+    from lps.jobs import worker_pool
+    with worker_pool(2) as executor: yield executor
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -20,10 +20,7 @@ from lps.methods import fit_method
 from lps.modelset import load_modelset
 from lps.resnet import ResNet
 
-pytestmark = [
-    pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='the limits are those of Linux'),
-    pytest.mark.xdist_group('bounds'),
-]
+pytestmark = pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='the limits are those of Linux')
 
 
 def network(seed=0):

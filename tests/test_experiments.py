@@ -134,7 +134,7 @@ def test_an_experiment_from_outside_arrives_on_the_page(toys, registries, shown,
     assert "It was quick." in said and "figure" in shown
 
 
-def test_an_experiment_from_outside_arrives_in_the_runner(outside):
+def test_an_experiment_from_outside_arrives_in_the_runner(outside, warm_kernels):
     command = [sys.executable, ROOT/"scripts/experiments.py", "--load", "outside_of_lps", "--only", "hurried"]
     command += ["--uncommitted", "--model-set", "bundled", "--results", outside/"results"]
     command += ["--set", "hurried.n_splits=2"]

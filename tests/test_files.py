@@ -37,11 +37,12 @@ def written(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize('name', ['model', 'packed', 'net', 'index'])
-def test_each_bit_of_a_file_that_flips_is_noticed(written, name):
+@pytest.mark.parametrize('name, step', [('model', 1), ('packed', 5), ('net', 5), ('index', 5)])
+def test_each_bit_of_a_file_that_flips_is_noticed(written, name, step):
+    "All bits of the smallest file; every fifth of the others, which have the same reader and the same seal"
     whole = (written/f'{name}.safetensors').read_bytes()
     path, unnoticed = written/'flipped.safetensors', []
-    for bit in range(8*len(whole)):
+    for bit in range(0, 8*len(whole), step):
         data = bytearray(whole)
         data[bit//8] ^= 1 << bit % 8
         path.write_bytes(data)

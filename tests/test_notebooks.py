@@ -73,14 +73,14 @@ def test_one_command_runs_the_experiments(workdir, tmp_path, monkeypatch):
     monkeypatch.delenv("JUPYTER_PATH", raising=False)  # its times count processes of its own, no forks of a server
     small = [f"{k}={v}" for k, v in EXPERIMENTS["branches"].small.items()]
     command = [sys.executable, workdir/"scripts/experiments.py", "--uncommitted", "--results", tmp_path/"results"]
-    command += ["--times", tmp_path/"times.json", "--only", "alignment", "branches", "table1"]
-    command += ["--set", *small, "alignment.epochs=2"]
+    command += ["--times", tmp_path/"times.json", "--only", "branches", "table1"]
+    command += ["--set", *small, "branches.epochs=2"]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["table1", "branches", "alignment", "all"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["table1", "branches", "all"]
     records = {p.name: json.loads(p.read_text()) for p in (tmp_path/"results").iterdir()}
     epochs = {name: record["settings"]["epochs"] for name, record in records.items()}
-    assert epochs == {"table1-digits.json": 3, "branches-digits.json": 3, "alignment-digits.json": 2}
+    assert epochs == {"table1-digits.json": 3, "branches-digits.json": 2}
     times = json.loads((tmp_path/"times.json").read_text())
     assert str(tmp_path) not in json.dumps(times)
     for took in times["times"].values(): assert took["minutes"] > 0 and took["core_minutes"] > 0

@@ -1,7 +1,7 @@
 """The second-order network: order does not matter to any of the 19 branches, the fast loop is the plain loop, n = 1
 equals the plain case"""
 import pickle
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -113,8 +113,8 @@ def test_branches_of_one_network_learn_as_if_alone(models):
     assert same(both.branches[0], alone.branches[0])
 
 
-@pytest.mark.parametrize("pool", [None, ThreadPoolExecutor, ProcessPoolExecutor])
-def test_fits_at_once_have_the_weights_of_fits_one_by_one(models, pool):
+@pytest.mark.parametrize("where", ["here", "threads", "processes"])
+def test_fits_at_once_have_the_weights_of_fits_one_by_one(models, where, request):
     train, few, threads = [0, 1, 2, 6, 7, 8], dict(epochs=2, milestones=(1,), n_filters=6), torch.get_num_threads()
     jobs = [
         dict(layers=("layer3.1.conv1",), **few),
@@ -123,9 +123,9 @@ def test_fits_at_once_have_the_weights_of_fits_one_by_one(models, pool):
     ]
     one_by_one = [fit(models[train], **job) for job in jobs]
     jobs = [dict(job, train=train) for job in jobs]
-    if pool is ThreadPoolExecutor:
-        with pool(2) as ex: at_once = fit_many(models, jobs, executor=ex)
-    else: at_once = fit_many(models, jobs, workers=1 if pool is None else 2)
+    if where == "threads":
+        with ThreadPoolExecutor(2) as ex: at_once = fit_many(models, jobs, executor=ex)
+    else: at_once = fit_many(models, jobs, executor=request.getfixturevalue(where) if where == "processes" else None)
     assert all(same(a, b) and a.config == b.config for a, b in zip(at_once, one_by_one))
     assert torch.get_num_threads() == threads
 
@@ -136,9 +136,9 @@ def test_a_job_carries_only_the_layers_it_reads(models):
     assert list(some) == ["conv1"] and len(pickle.dumps(some)) < 4*some["conv1"].numel() + 2_000
 
 
-def test_a_fit_that_fails_at_once_with_others_says_why(models):
+def test_a_fit_that_fails_at_once_with_others_says_why(models, processes):
     jobs = [dict(train=range(12), epochs=2, n_filters=4), dict(train=range(12), lr=1e8, epochs=9, n_filters=4)]
-    with pytest.raises(Diverged, match="the loss is"): fit_many(models, jobs, workers=2)
+    with pytest.raises(Diverged, match="the loss is"): fit_many(models, jobs, executor=processes)
     with pytest.raises(ValueError, match="no layer 'conv9'"):
         fit_many(models, [dict(train=range(12), layers=("conv9",))])
 

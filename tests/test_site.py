@@ -97,21 +97,33 @@ def served(site) -> str:
     server.shutdown()
 
 
-def test_every_page_loads_without_a_console_error(browser, served, pages):
-    errors, blank = [], []
-    tab = browser.new_page()
+WIDTHS = 1280, 390  # of screens
+Visits = namedtuple("Visits", "errors blank wide")
+
+
+@pytest.fixture(scope="session")
+def visits(browser, served, pages) -> Visits:
+    "What a browser reports on its way through all pages, each of them on a wide screen and on a narrow one"
+    found, tab = Visits([], [], []), browser.new_page()
     def note_message(message):
-        if message.type == "error": errors.append(f"{tab.url}: {message.text}")
+        if message.type == "error": found.errors.append(f"{tab.url}: {message.text}")
     def note_failure(request):
-        if request.failure != "net::ERR_ABORTED": errors.append(f"{tab.url}: {request.url}: {request.failure}")
+        if request.failure == "net::ERR_ABORTED": return
+        found.errors.append(f"{tab.url}: {request.url}: {request.failure}")
     tab.on("console", note_message)
-    tab.on("pageerror", lambda e: errors.append(f"{tab.url}: {e}"))
+    tab.on("pageerror", lambda e: found.errors.append(f"{tab.url}: {e}"))
     tab.on("requestfailed", note_failure)
     for name in pages:
         tab.goto(f"{served}/{name}", wait_until="load")
-        blank += tab.evaluate(BLANK_IMAGES)
+        found.blank.extend(tab.evaluate(BLANK_IMAGES))
+        for width in WIDTHS:
+            tab.set_viewport_size({"width": width, "height": 800})
+            if tab.evaluate("document.documentElement.scrollWidth") > width: found.wide.append((name, width))
     tab.close()
-    assert not errors and not blank
+    return found
+
+
+def test_every_page_loads_without_a_console_error(visits): assert not visits.errors and not visits.blank
 
 
 def test_stored_pictures_are_on_the_pages(pages):
@@ -127,15 +139,7 @@ def test_every_experiment_shows_figures(pages):
     assert not [name for name, page in pages.items() if name.startswith("experiments/") and not page.images]
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_no_page_is_wider_than_the_screen(browser, served, pages, width):
-    tab = browser.new_page(viewport={"width": width, "height": 800})
-    wide = []
-    for name in pages:
-        tab.goto(f"{served}/{name}", wait_until="load")
-        if tab.evaluate("document.documentElement.scrollWidth") > width: wide.append(name)
-    tab.close()
-    assert not wide
+def test_no_page_is_wider_than_the_screen(visits): assert not visits.wide
 
 
 def test_search_finds_align_layer(browser, served):

@@ -130,8 +130,8 @@ def test_targets_by_other_names(zoo):
     with pytest.raises(ValueError, match="names="): task_targets(zoo, letters)
 
 
-def test_two_processes_give_what_one_gives(zoo, targets):
-    one, two = transfer(zoo, targets, n_init=2), transfer(zoo, targets, n_init=2, workers=2)
+def test_two_processes_give_what_one_gives(zoo, targets, processes):
+    one, two = transfer(zoo, targets, n_init=2), transfer(zoo, targets, n_init=2, executor=processes)
     for k in one: pd.testing.assert_frame_equal(one[k], two[k])
     assert one["ari"].shape == (10, 5) and by_task(one["ari"]).shape == (5, 5)
     t, i = zoo.tasks[1], 0
