@@ -414,7 +414,8 @@ Stats = Annotated[Optional[tuple[str, str]], typer.Option(
 
 # %% ../nbs/48_cli.ipynb #a4c56ae1
 def _reading(names, arch, size, stats):
-    "What is said of models that their files do not say"
+    "What is said of models that their files do not say; a module of the user's own may lie in the current folder"
+    if arch and ':' in arch and '' not in sys.path: sys.path.insert(0, '')
     return dict(names=_name_map(names), arch=arch, size=size, stats=_numbers_of(stats))
 
 def _numbers_of(stats):

@@ -11,6 +11,7 @@ __all__ = ['NESTED', 'MAX_SIDE', 'WEIGHT_FILES', 'CONFIGS', 'MAX_CONFIG', 'MAX_P
 import copy, functools, importlib, math, re
 from collections import Counter
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,6 +112,25 @@ def channels_of(
     return state[f'{stem}.weight'].shape[1] if stem else 3
 
 # %% ../nbs/40_intake.ipynb #1e4680f3
+def _logits(answer):
+    "The logits in whatever a network gives"
+    answer = getattr(answer, 'logits', answer)
+    if isinstance(answer, (tuple, list)) and answer: answer = answer[0]
+    if isinstance(answer, Tensor) and answer.ndim > 1: return answer.flatten(1)
+    raise ValueError(f"the network answers with {type(answer).__name__}, expected logits, `(B, K)`")
+
+def _resized(x, size):
+    "Images with the sides that a network wants"
+    return x if tuple(x.shape[2:]) == tuple(size[1:]) else F.interpolate(x, tuple(size[1:]), mode='bicubic')
+
+def _taking(net, size):
+    "The network, taking images of any size"
+    if size is None: return net
+    forward = net.forward
+    net.forward = lambda x: torch.cat([_logits(forward(_resized(xb, size))) for xb in x.split(32)])
+    return net
+
+# %% ../nbs/40_intake.ipynb #6084621b
 def _loaded(template, state):
     "A copy of a network with these weights, in float32 and evaluation mode"
     net = copy.deepcopy(template)
@@ -122,6 +142,7 @@ def _loaded(template, state):
 def register_network(
     name: str,       # what it is called
     net: nn.Module,  # the network; a copy of it is kept
+    size: tuple|None=None, # channels, height and width of its images, where they are known
 ) -> Architecture:   # the entry
     "Make a network known to the registry by the names and shapes of its tensors"
     template = copy.deepcopy(net).cpu().float().requires_grad_(False).eval()
@@ -132,7 +153,7 @@ def register_network(
         name=name,
         recognise=lambda found, **hints: {} if _without_counts(found) == shapes else None,
         build=lambda config: copy.deepcopy(template),
-        rebuild=lambda state, config: _loaded(template, state),
+        rebuild=lambda state, config: _taking(_loaded(template, state), size),
         branches=lambda config: layers,
         norms=lambda config: norms,
         spec=None,
@@ -147,14 +168,6 @@ def _without_counts(shapes):
     return {name: tuple(shape) for name, shape in shapes.items() if not name.endswith('num_batches_tracked')}
 
 # %% ../nbs/40_intake.ipynb #aadbc1c5
-def _answers(net, images):
-    "The logits in whatever a network gives"
-    answer = net(images)
-    answer = getattr(answer, 'logits', answer)
-    if isinstance(answer, (tuple, list)) and answer: answer = answer[0]
-    if isinstance(answer, Tensor) and answer.ndim > 1: return answer.flatten(1)
-    raise ValueError(f"the network answers with {type(answer).__name__}, expected logits, `(B, K)`")
-
 @torch.no_grad()
 def probe_module(
     net: nn.Module,       # any network, in evaluation mode
@@ -167,9 +180,7 @@ def probe_module(
     if net.training: raise ValueError("the network is in training mode: call net.eval() first")
     bank, answers = probe_images(n_images, probe_seed, channels=size[0]), []
     for xb in bank.split(bs):
-        same = tuple(xb.shape[2:]) == tuple(size[1:])
-        xb = xb if same else F.interpolate(xb, tuple(size[1:]), mode='bicubic')
-        with one_thread(): answers.append(_answers(net, xb))
+        with one_thread(): answers.append(_logits(net(_resized(xb, size))))
     z = centred_outputs(torch.cat(answers)[None])[0]
     if not z.isfinite().all(): raise ValueError("the network's answers are not finite: leave out what is broken")
     return z
@@ -503,7 +514,7 @@ SIDES = 32, 64, 96, 128, 224, 256, 299, 384, 512  # tried in turn where nothing 
 def _why_not_run(net, size):
     "Why a network cannot be run with images of a size, or None"
     try:
-        with one_thread(): _answers(net, torch.zeros(2, *size))
+        with one_thread(): _logits(net(torch.zeros(2, *size)))
     except Exception as e: return f'{type(e).__name__}: {printable(str(e).strip()[:200])}'
 
 def _published(title):
@@ -539,8 +550,9 @@ def _settle(part, size):
     "Make sure that the registry builds this network from its tensors; the hints that it needs for that"
     shapes = shapes_of(part.state)
     known = recognise(shapes)
-    if known is None: register_network(part.title, part.net)
-    if known is None or size is None: return {}
+    ours = known is None or known[0].name == part.title
+    if ours: register_network(part.title, part.net, size)
+    if ours or size is None: return {}
     own = _loaded(part.net, part.state)
     for hints in ({}, *(dict(shortcut=kind) for kind in SHORTCUTS)):
         found = recognise(shapes, **hints)
@@ -603,7 +615,13 @@ def _try_method(model, method):
     "Look at a model as a method does; raises where that fails"
     if hasattr(method, 'embed'): embed_models(method, model)
     elif method == 'read-out': _check_read_out(model)
-    else: observations(_set_of_one(model), SimpleNamespace(method=method, layers=(), folded=False, observing={}))
+    else: observations(_set_of_one(model), _unfitted(method))
+
+def _unfitted(method):
+    "Stands for a fitted method of this name; one that asks about images asks about few"
+    named = signature(METHODS[method].observe).parameters if METHODS[method].observe else {}
+    few = dict(n_images=4) if 'n_images' in named else {}
+    return SimpleNamespace(method=method, layers=(), folded=False, observing=few)
 
 def why_not(
     model: TrainedModel, # a model

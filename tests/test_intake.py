@@ -182,7 +182,7 @@ def test_networks_of_torchvision(tmp_path):
     net = network_builder('torchvision/shufflenet_v2_x0_5')(num_classes=7).eval()
     torch.save(net.state_dict(), tmp_path/'shuffle.pth')
     model, report = read_model(tmp_path/'shuffle.pth', 'torchvision/shufflenet_v2_x0_5', stats=(.5, .25))
-    check_runs(model, net)
+    check_runs(model, net, model.meta['size'])
     assert report.architecture == 'torchvision/shufflenet_v2_x0_5(num_classes=7)'
     assert model.meta['size'] == [3, 224, 224] and model.meta['mean'] == [.5]*3
     assert report.head == 'fc, 7 × 1024' and report.stem == 'conv1.0, 24 × 3 × 3 × 3'
@@ -203,7 +203,7 @@ def test_networks_of_timm(tmp_path):
     net = timm_net(num_classes=4)
     torch.save(net.state_dict(), tmp_path/'tuned.pth')
     model, report = read_model(tmp_path/'tuned.pth', 'timm/test_resnet')
-    check_runs(model, net)
+    check_runs(model, net, model.meta['size'])
     assert model.meta['architecture'] == 'timm/test_resnet(num_classes=4)' and "timm's recipe" in report.input
     assert 'mean' not in model.meta, 'a recipe of published weights says nothing of these'
 
@@ -213,7 +213,7 @@ def test_a_folder_that_timm_wrote(tmp_path):
     from timm.models import save_for_hf
     save_for_hf(net, tmp_path/'hub')
     model, report = read_model(tmp_path/'hub', 'timm/test_resnet')
-    check_runs(model, net)
+    check_runs(model, net, model.meta['size'])
     assert model.meta['std'] == pytest.approx([.5, .5, .5], abs=.3) and 'config.json' in report.normalisation
     assert "config.json says test_resnet: arch='timm/test_resnet'" in read_other(tmp_path/'hub').architecture
 
@@ -399,6 +399,17 @@ def test_a_missing_package_is_named(monkeypatch):
         network_builder('timm/resnet18')
 
 
+def test_a_network_for_larger_images_is_asked_in_its_size():
+    "A head that counts pixels cannot take 32 × 32; asked about those, it sees them enlarged, as if it had been told"
+    torch.manual_seed(0)
+    fixed = nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(4*11*11, 2)).eval()
+    model, report = read_model(fixed, size=48)
+    assert model.meta['size'] == [3, 48, 48] and 'probes' not in report.cannot
+    asked = probe_outputs({name: v[None] for name, v in model.state.items()}, [None], n_images=40)['outputs'][0]
+    torch.testing.assert_close(asked, probe_module(fixed, (3, 48, 48), n_images=40))
+    with pytest.raises(RuntimeError): fixed(torch.zeros(1, 3, 32, 32))
+
+
 def test_a_model_can_say_why_a_fitted_method_cannot_compare_it(net):
     class Fitted:
         method, layers, folded = 'lps', ['conv1'], False
@@ -410,6 +421,7 @@ def test_a_model_can_say_why_a_fitted_method_cannot_compare_it(net):
 
 def test_an_index_takes_in_what_is_not_a_file(net, small, tmp_path, monkeypatch):
     "A folder of the Hub, one in shards, a named network, a name of timm; the same model is found again"
+    (tmp_path/'models').mkdir()
     folder(tmp_path/'models/hub', net, config=dict(architectures=['ResNet']))
     (tmp_path/'models/hub/training_args.bin').write_bytes(b'no weights')
     torch.save(small.state_dict(), tmp_path/'models/small.pt')
