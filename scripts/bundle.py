@@ -2,7 +2,8 @@
 python scripts/bundle.py BUILD --classes classes.tsv [--name modelset500-tinyimagenet32]
 
 With --kept 80 it adds the networks that a build kept after 80 epochs, as many as there are, in a file of their own;
---add names packed sets of the same build, trained elsewhere or earlier, whose networks go into it too."""
+--add names packed sets of the same build, trained elsewhere or earlier, whose networks go into it too. With --answers it
+adds what the whole networks of a folder say to the images of `two-spectra-probes`."""
 import argparse
 import csv
 import shutil
@@ -10,14 +11,18 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lps.all_methods import LEADERS
+from lps.answers import weight_sketch
 from lps.datasheet import datasheet, write_datasheet
 from lps.evaluate import classification_splits
 from lps.files import load_model, save_model
+from lps.methods import fit_method, observations
 from lps.modelset import ModelSet, join_sets, load_modelset, pack
+from lps.search import ANSWERS
 from lps.second_order import fit
 
 DATA = Path(__file__).resolve().parent.parent/"lps/data"
-LIMIT = 4_000_000  # bytes, of all files together
+LIMIT = 5_000_000  # bytes, of all files together
 FILES = "modelset.safetensors", "net.safetensors", "DATASHEET.md", "datasheet.json"
 
 
@@ -89,6 +94,36 @@ def bundle_kept(
     return f"{load_modelset(file)}: {file.stat().st_size/1e6:.2f} MB"
 
 
+def network_facts(file: str, model, names: dict) -> dict:
+    "What an index says of a network"
+    first, second = (names.get(c, c) for c in model.meta["classes"])
+    return dict(
+        file=file,
+        task=model.meta["task"],
+        run=model.meta["run"],
+        class_0=first,
+        class_1=second,
+        val_accuracy=model.meta["val_accuracy"],
+        recipe=f"{model.meta['recipe']['name']}, {model.meta['epoch']} of {model.meta['recipe']['epochs']} epochs",
+        architecture="resnet",
+        parameters=sum(tensor.numel() for tensor in model.state.values()),
+        sketch=weight_sketch(model.state),
+    )
+
+
+def bundle_answers(models: ModelSet, classes: Path | None, out: Path) -> str:
+    "Add what whole networks for two classes say to synthetic images; returns what that is in a line"
+    names = class_names(classes)
+    check_names(models, names, classes)
+    fitted = fit_method(models[:2], LEADERS["whole networks"])
+    outputs = observations(models, fitted)["outputs"]
+    if outputs.shape[2] != 2: sys.exit(f"{models.path} holds networks for {outputs.shape[2]} classes, expected two")
+    facts = [network_facts(file, model, names) for file, model in zip(models.manifest.file, models)]
+    about = dict(method=fitted.method, facts=facts, digests=models.digests)
+    save_model(out/ANSWERS, dict(first=outputs[:, :, 0].half().contiguous()), dict(answers=about))
+    return f"{len(models)} networks, {outputs.shape[1]} images: {(out/ANSWERS).stat().st_size/1e6:.2f} MB"
+
+
 def bundle(build: Path, classes: Path | None, name: str, out: Path) -> str:
     "Write the four files, all or none; returns what they are in a line"
     models, names = load_modelset(build), class_names(classes)
@@ -115,9 +150,11 @@ if __name__ == "__main__":
     parser.add_argument("--kept", type=int, metavar="EPOCH", help="add the networks kept after so many epochs instead")
     parser.add_argument("--add", type=Path, nargs="+", default=[], help="packed sets of networks kept at that epoch")
     parser.add_argument("--file", default="modelset500", help="with --kept: the file is FILE-epochEPOCH.safetensors")
+    parser.add_argument("--answers", action="store_true", help="add what the whole networks of a folder say instead")
     args = parser.parse_args()
     if not args.kept and (args.add or not args.build): sys.exit("give the folder of a build, or --kept with --add")
-    if args.kept:
+    if args.answers: print(bundle_answers(load_modelset(args.build), args.classes, args.out))
+    elif args.kept:
         kept = kept_models(args.build, args.kept, args.add)
         print(bundle_kept(kept, args.kept, args.classes, args.name, args.out, args.file))
     else: print(bundle(args.build, args.classes, args.name, args.out))
