@@ -36,7 +36,7 @@ def test_killed_worker(tmp_path, client):
         building = ex.submit(
             build, folder, IMAGES, TINY, n_models=2, executor=client.get_executor(), progress=False, every=5
         )
-        end = time.time() + 120
+        end = time.time() + 300
         while len(list(folder.glob('complete/*.json'))) < 2 and time.time() < end and not building.done():
             time.sleep(0.01)
         early = models(folder)
