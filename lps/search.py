@@ -650,7 +650,7 @@ def _with_expected(self: ModelIndex, table, places, model, relation, reading):
     "The table with an expected accuracy and its interval where there is one, and a sentence on that"
     scores, why = self._transfer_scores(model, places, reading)
     none = printable('of {}: {}'.format(*next(iter(why.items()), ('', ''))))
-    if np.isnan(scores).all(): return table, f"No accuracy after transfer can be expected, {none}."
+    if np.isnan(scores).all(): return table, f"No accuracy after transfer can be expected {none}."
     known, table = relation.predict(scores), table.copy()
     for name, values in zip(('expected_accuracy', 'expected_low', 'expected_high'), known.to_numpy().T):
         table.insert(table.columns.get_loc('task'), name, values)

@@ -311,7 +311,10 @@ async function start() {
   matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => Promise.all([drawMap(), drawTree()]))
   drawLegend()
   await Promise.all([drawMap(), drawTree()])
-  byId('map').on('plotly_click', event => choose(event.points[0].pointIndex))
+  byId('map').on('plotly_click', event => {
+    choose(event.points[0].pointIndex)
+    Plotly.Fx.unhover(byId('map'))  // what is known stands in the panel now, and would hide the neighbours here
+  })
   byId('map').on('plotly_afterplot', () => drawAbove())
   byId('map').on('plotly_relayouting', dragged)
   byId('map').on('plotly_hover', () => byId('above').classList.add('hovered'))  // names make room for what is known
