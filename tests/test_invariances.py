@@ -56,6 +56,11 @@ def test_a_method_has_the_invariances_that_it_claims(models, name):
     for claimed in METHODS[name].invariances: assert moved(fitted, CHANGES[claimed]) < 1e-4, claimed
 
 
+def test_the_linear_chain_has_those_of_the_chain(models):
+    fitted = fit_method(models, 'chain', relu='linear')
+    for claimed in METHODS['chain'].invariances: assert moved(fitted, CHANGES[claimed]) < 1e-4, claimed
+
+
 @pytest.mark.parametrize('name, lacking', [('frobenius', 'order'), ('lps', 'norm'), ('stem-signature', 'scales')])
 def test_what_is_not_claimed_does_not_hold(models, name, lacking):
     assert lacking not in METHODS[name].invariances

@@ -167,10 +167,12 @@ def test_a_depth_of_any_kind_gives_as_many_numbers():
     assert len(sizes) == 1
 
 
-def test_a_depth_of_the_chain_is_a_setting_that_is_kept(models, tmp_path):
-    fitted = fit_method(models, 'chain', depth=3)
+def test_depth_and_version_of_the_chain_are_settings_that_are_kept(models, tmp_path):
+    fitted = fit_method(models, 'chain', depth=3, relu='linear')
     save_fitted(tmp_path/'chain.safetensors', fitted)
     again = load_fitted(tmp_path/'chain.safetensors')
-    assert again.observing == dict(depth=3)
+    assert again.observing == dict(depth=3, relu='linear')
     assert embed_models(again, models[2]).shape == (1, 378)
+    assert not embed_models(again, models).equal(embed_models(fit_method(models, 'chain', depth=3), models))
     with expect_fail(ValueError, 'take 0 to 18'): fit_method(models, 'chain', depth=19)
+    with expect_fail(ValueError, 'take one of gaussian, linear'): fit_method(models, 'chain', relu='tanh')
