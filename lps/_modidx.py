@@ -169,6 +169,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'lps.cli': { 'lps.cli.FromRegistries': ('cli.html#fromregistries', 'lps/cli.py'),
                          'lps.cli.FromRegistries.format_help': ('cli.html#fromregistries.format_help', 'lps/cli.py'),
                          'lps.cli._all_methods': ('cli.html#_all_methods', 'lps/cli.py'),
+                         'lps.cli._calibrated': ('cli.html#_calibrated', 'lps/cli.py'),
                          'lps.cli._cell': ('cli.html#_cell', 'lps/cli.py'),
                          'lps.cli._check_pairs': ('cli.html#_check_pairs', 'lps/cli.py'),
                          'lps.cli._check_patterns': ('cli.html#_check_patterns', 'lps/cli.py'),

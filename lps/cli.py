@@ -353,7 +353,10 @@ def _known_index(place):
     from lps.search import ModelIndex
     if place != 'bundled' and not _place(place).exists():
         raise ValueError(f"no index at {place}: build one with lps index build {place} FOLDER")
-    index = ModelIndex.load(place)
+    return _calibrated(ModelIndex.load(place))
+
+def _calibrated(index):
+    "An index that knows what its similarities mean, where that can be found out"
     if index.calibration is None: index.calibrate()
     return index
 
@@ -371,7 +374,7 @@ def _index_by(place, method):
     from lps.search import ModelIndex
     _all_methods()
     get_method(method)
-    if place == 'bundled': return ModelIndex.bundled(method)
+    if place == 'bundled': return _calibrated(ModelIndex.bundled(method))
     if not _is_index(_place(place)): return ModelIndex(method, _open(place))
     index = _known_index(place)
     if index.fitted.method == method: return index
