@@ -105,17 +105,6 @@ def browser():
         browser.close()
 
 
-def write_models(folder: Path, state_of, n_tasks: int, n_runs: int):
-    "A model set of the tensors that `state_of` gives for each task and run"
-    from lps.files import save_model
-    from lps.modelset import load_modelset
-    for task in range(n_tasks):
-        for run in range(n_runs):
-            about = dict(task=task, run=run, shortcut="conv")
-            save_model(folder/f"task{task}_run{run}.safetensors", state_of(task, run), about)
-    return load_modelset(folder)
-
-
 def copy_of_repo(dest: Path) -> Path:
     "The repository as it is on disk, without what git ignores"
     return Path(shutil.copytree(ROOT, dest, ignore=LEFT_OUT, symlinks=True))

@@ -1,11 +1,11 @@
 "Probes: what leaves a network's outputs as they are leaves its embedding; what cannot be run or read is refused"
 import pytest
 import torch
-from conftest import write_models
 from fastcore.test import expect_fail
 
+from lps.files import save_model
 from lps.methods import embed_models, fit_method, load_fitted, observations, save_fitted, score_models
-from lps.modelset import TrainedModel
+from lps.modelset import TrainedModel, load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.probes import probe_images, restore_probes
 from lps.resnet import SHORTCUTS, ResNet, bn_of, resnet_from_state
@@ -71,11 +71,13 @@ def shortcut(request): return request.param
 @pytest.fixture(scope='module')
 def models(tmp_path_factory):
     "Three tasks: two networks each, that differ by a little noise"
-    def state_of(task, run):
-        state = some_state(task)
-        state['fc.weight'] += .01*run
-        return state
-    return write_models(tmp_path_factory.mktemp('nets'), state_of, 3, 2)
+    folder = tmp_path_factory.mktemp('nets')
+    for task in range(3):
+        for run in range(2):
+            state = some_state(task)
+            state['fc.weight'] += .01*run
+            save_model(folder/f'task{task}_run{run}.safetensors', state, dict(task=task, run=run, shortcut='conv'))
+    return load_modelset(folder)
 
 
 @pytest.fixture(scope='module')
