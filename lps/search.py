@@ -69,9 +69,9 @@ def _ask(fitted, query, reading):
         files = query.manifest.file.tolist()
         return _Queries(embed_models(fitted, query, files), files, query.digests, [None]*len(files))
     model, name = _one_query(fitted, query, reading)
-    sketch = weight_sketch(model.state)
-    try: return _Queries(embed_models(fitted, model, [name]), [name], [model.digest], [sketch], model)
+    try: embedding = embed_models(fitted, model, [name])
     except ValueError as e: raise ValueError(_about_query(name, str(e))) from None
+    return _Queries(embedding, [name], [model.digest], [weight_sketch(model.state)], model)
 
 # %% ../nbs/43_search.ipynb #cb4f84b5
 def _facts(manifest):
