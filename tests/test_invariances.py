@@ -3,12 +3,7 @@ from inspect import signature
 
 import pytest
 import torch
-<<<<<<< HEAD
-from networks import flipped, scaled, shuffled, some_net, write_models
-=======
-from conftest import write_models
-from test_signatures import flipped, scaled, shuffled, some_net
->>>>>>> house
+from networks import flipped, scaled, shuffled, some_models, some_net
 
 import lps.evaluate  # noqa: F401  it registers all methods
 from lps.methods import INVARIANCES, METHODS, embed_models, fit_method
@@ -33,13 +28,7 @@ CHANGES = dict(order=shuffled, norm=flipped, scales=scaled, classes=exchanged)
 
 
 @pytest.fixture(scope='module')
-<<<<<<< HEAD
-def models(tmp_path_factory): return write_models(tmp_path_factory.mktemp('nets'), runs=3)
-=======
-def models(tmp_path_factory):
-    "Three tasks, three networks each"
-    return write_models(tmp_path_factory.mktemp('nets'), lambda *place: some_net(*place).state_dict(), 3, 3)
->>>>>>> house
+def models(tmp_path_factory): return some_models(tmp_path_factory.mktemp('nets'), runs=3)
 
 
 def moved(fitted, change):

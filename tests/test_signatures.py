@@ -3,9 +3,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import write_models
 from fastcore.test import expect_fail
-from networks import CHANGES, WIDTH, flipped, scaled, shuffled, some_net, write_models
+from networks import CHANGES, WIDTH, flipped, scaled, shuffled, some_models, some_net
 
 from lps import chain, signatures
 from lps.files import save_model
@@ -18,13 +17,7 @@ METHODS = ['stem-signature', 'all-layer-signature', 'image-statistics', 'weights
 
 
 @pytest.fixture(scope='module')
-<<<<<<< HEAD
-def models(tmp_path_factory): return write_models(tmp_path_factory.mktemp('nets'), runs=5)
-=======
-def models(tmp_path_factory):
-    "Three tasks, five networks each"
-    return write_models(tmp_path_factory.mktemp('nets'), lambda *place: some_net(*place).state_dict(), 3, 5)
->>>>>>> house
+def models(tmp_path_factory): return some_models(tmp_path_factory.mktemp('nets'), runs=5)
 
 
 @pytest.fixture(scope='module')
