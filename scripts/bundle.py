@@ -2,8 +2,8 @@
 python scripts/bundle.py BUILD --classes classes.tsv [--name modelset500-tinyimagenet32]
 
 With --kept 80 it adds the networks that a build kept after 80 epochs, as many as there are, in a file of their own;
---add names packed sets of the same build, trained elsewhere or earlier, whose networks go into it too. With --answers it
-adds what the whole networks of a folder say to the images of `two-spectra-probes`."""
+--add names packed sets of the same build, trained elsewhere or earlier, whose networks go into it too.
+With --answers it adds what the whole networks of a folder say to the images of `two-spectra-probes`."""
 import argparse
 import csv
 import shutil

@@ -2,9 +2,9 @@
 from pathlib import Path
 
 import torch
-from conftest import write_models
 
-from lps.modelset import ModelSet
+from lps.files import save_model
+from lps.modelset import ModelSet, load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.resnet import ResNet
 
@@ -22,9 +22,13 @@ def some_net(task, run, shortcut='conv'):
     return net
 
 
-def some_models(folder: Path, runs: int) -> ModelSet:
+def write_models(folder: Path, runs: int) -> ModelSet:
     "Three tasks, so many networks each"
-    return write_models(folder, lambda *place: some_net(*place).state_dict(), 3, runs)
+    for task in range(3):
+        for run in range(runs):
+            state = some_net(task, run).state_dict()
+            save_model(folder/f'task{task}_run{run}.safetensors', state, dict(task=task, run=run, shortcut='conv'))
+    return load_modelset(folder)
 
 
 def shuffled(net):

@@ -104,7 +104,12 @@ def test_a_stopped_build_goes_on(models, tmp_path, monkeypatch):
     assert len(ModelIndex.load(tmp_path/"market")) == len(read) - 1 == 8, "one was read for the width of a row"
     seen = set(read)
     read.clear()
-    monkeypatch.setattr(gather, "embed_items", lambda *args, **how: read.extend(i.file for i in args[1]) or real(*args, **how))
+
+    def embed_items(*args, **how):
+        read.extend(item.file for item in args[1])
+        return real(*args, **how)
+
+    monkeypatch.setattr(gather, "embed_items", embed_items)
     index = ModelIndex.build(models, tmp_path/"market", STEM)
     assert len(index) == 20 and not seen & set(read)
     whole = ModelIndex.build(models, method=STEM)
@@ -177,8 +182,9 @@ def test_what_may_be_expected_after_transfer(market, models, tmp_path):
     index, asked = ModelIndex.load(market), TrainedModel(network(3, 8), {})
     answer = index.answer(asked, 3, expected=relation)
     table = answer.table
-    assert table.expected_accuracy.between(.5, .9).all() and answer.start == table.file[table.expected_accuracy.idxmax()]
-    assert (table.expected_low < table.expected_accuracy).all() and (table.expected_accuracy < table.expected_high).all()
+    accuracy = table.expected_accuracy
+    assert accuracy.between(.5, .9).all() and answer.start == table.file[accuracy.idxmax()]
+    assert (table.expected_low < accuracy).all() and (accuracy < table.expected_high).all()
     score = transfer_score(one_of(models, table.file[1]), asked)
     assert table.expected_accuracy[1] == pytest.approx(.5 + .4*score, abs=1e-6)
     assert "80 % of other targets; measured on a made-up set" in answer.sentences[-1]
@@ -192,7 +198,8 @@ def test_what_may_be_expected_after_transfer(market, models, tmp_path):
 def test_the_start_is_no_copy(market, models):
     "Neither one with the same weights nor one that was fine-tuned from the query"
     index, state = ModelIndex.load(market), load_modelset(models)[0].state
-    tuned = TrainedModel({name: w + .1*w.std()*torch.randn(w.shape) if w.ndim == 4 else w for name, w in state.items()}, {})
+    tuned = {name: w + .1*w.std()*torch.randn(w.shape) if w.ndim == 4 else w for name, w in state.items()}
+    tuned = TrainedModel(tuned, {})
     answer = index.answer(tuned, 3)
     assert answer.table.note[1] == "fine-tuned copy" and answer.start == answer.table.file[2]
     alone = index.answer(tuned, 1)
@@ -280,7 +287,8 @@ def test_commands_one_after_another(models, tmp_path, monkeypatch, capsys):
     def says(*words):
         assert main(list(map(str, words))) == 0
         return " ".join(capsys.readouterr().out.split())
-    assert "1 file could not be taken in: runs/text.pt: " in says("index", "build", "market", "runs", "--method", STEM, "--workers", 1)
+    said = says("index", "build", "market", "runs", "--method", STEM, "--workers", 1)
+    assert "1 file could not be taken in: runs/text.pt: " in said
     torch.save(network(3, 8), "mine.pth")
     said = says("query", "market", "mine.pth", "-k", 3)
     assert "To start from: runs/t3_" in said and "no image of yours" in said and "probability" in said

@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 from fastcore.test import expect_fail
-from networks import CHANGES, WIDTH, scaled, some_models, some_net
+from networks import CHANGES, WIDTH, scaled, some_net, write_models
 
 from lps import equivariant, experts, matching  # noqa: F401  they register their methods
 from lps.matching import match, matchable
@@ -24,7 +24,7 @@ BRANCHES = ('conv1', 'layer1.0.conv2', 'layer2.0.conv1')
 
 
 @pytest.fixture(scope='module')
-def models(tmp_path_factory): return some_models(tmp_path_factory.mktemp('nets'), runs=5)
+def models(tmp_path_factory): return write_models(tmp_path_factory.mktemp('nets'), runs=5)
 
 
 @pytest.fixture(scope='module')
