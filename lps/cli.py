@@ -424,7 +424,8 @@ def _reading(names, arch, size, stats):
 def _numbers_of(stats):
     "Mean and standard deviation of each channel, from text"
     if stats is None: return None
-    try: return tuple([float(number) for number in text.split(',')] for text in stats)
+    def numbers(text): return [float(number) for number in text.split(',')]
+    try: return tuple(map(numbers, stats))
     except ValueError: raise ValueError(f"--stats {' '.join(stats)}: give numbers with commas between them") from None
 
 # %% ../nbs/48_cli.ipynb #98a68cd2
