@@ -236,7 +236,7 @@ REFUSED = {
     'net shape': '',
     'net branches': '50000 layers get a branch, 1000 may',
     'take many parts': 'its modules have no end',
-    'take many objects': 'holds no state dict',
+    'take many objects': 'refused and not executed',
     'take long names': 'its modules have no end',
     'take deflated': 'a compressed archive',
     'take index': 'config.json is not JSON',

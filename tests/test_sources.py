@@ -150,7 +150,7 @@ def seen_by_hand(tasks, targets, rng):
 def test_advice_has_a_table_for_each_adviser_that_has_what_it_needs(pairs):
     tasks = pairs[2]
     said = advice(seen_by_hand(tasks, range(6), np.random.default_rng(0)), tasks)
-    assert list(said["scores"]) == [name for name in ADVISERS if name not in ("crops", "photographs")]
+    assert list(said["scores"]) == [name for name in ADVISERS if name not in ("crops", "photographs", "fitted")]
     score = said["scores"]["score"]
     assert score[said["own"]].min() > score[~said["own"]].max()
     assert said["scores"]["cka"][[0, 2], [0, 1]] == pytest.approx(1)
