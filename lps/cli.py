@@ -42,8 +42,10 @@ def _show(df, title=''):
     "Print a table, its index as the first column"
     if title: console.print(f'\n{title}', style='bold')
     table = Table()
-    for i, column in enumerate([df.index.name or '', *df.columns]):
-        table.add_column(str(column), justify='right' if i else 'left', overflow='fold')
+    table.add_column(df.index.name or '')
+    for column in df:
+        number = df[column].dtype.kind in 'if'
+        table.add_column(str(column), justify='right', overflow='fold', no_wrap=number)  # texts give way to numbers
     for name, row in df.iterrows(): table.add_row(_cell(name), *[_cell(value) for value in row])
     console.print(table)
 
