@@ -10,6 +10,7 @@ import pytest
 
 from lps.files import not_as_marked
 from lps.modelset import load_modelset
+from lps.search import ModelIndex
 from lps.tasks import load_images
 from lps.train import recipes
 from lps.zoo import build
@@ -61,3 +62,12 @@ def test_error_on_the_cluster_is_the_builds_error(tmp_path, client):
         build(tmp_path, IMAGES, TINY, n_models=1, executor=client.get_executor(), progress=False, every=5)
     (tmp_path/'checkpoints').unlink()
     assert len(build(tmp_path, IMAGES, TINY, n_models=1, executor=client.get_executor(), progress=False)) == 5
+
+
+def test_an_index_built_on_the_cluster_is_that_of_one_process(tmp_path, client):
+    build(tmp_path/'zoo', IMAGES, TINY, n_models=2, workers=1, progress=False)
+    how = dict(method='stem-signature', workers=1)
+    index = ModelIndex.build(tmp_path/'zoo', tmp_path/'market', executor=client.get_executor(), **how)
+    one = ModelIndex.build(tmp_path/'zoo', **how)
+    assert len(index) == 10 and sorted(index.digests) == sorted(one.digests)
+    assert index.query(load_modelset(tmp_path/'zoo')[3], 5).equals(one.query(load_modelset(tmp_path/'zoo')[3], 5))
