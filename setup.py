@@ -9,6 +9,7 @@ here = Path(__file__).parent
 cfg = configparser.ConfigParser()
 cfg.read(here / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]
+EXTRAS = "cluster", "triplet", "hub", "approximate", "dev"
 
 setup(
     name=cfg["lib_name"],
@@ -25,6 +26,6 @@ setup(
     package_data={"lps": ["data/*"]},
     python_requires=f">={cfg['python_floor']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("cluster", "triplet", "hub", "dev")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in EXTRAS},
     entry_points={"console_scripts": ["lps=lps.cli:main"]},
 )

@@ -145,11 +145,12 @@ def probability(self: Calibration,
 
 @patch
 def __str__(self: Calibration):
-    how = 'models that the method was fitted without' if self.held_out else 'models that the method may have seen'
+    how = 'which the method was fitted without' if self.held_out else 'which the method may have seen'
     return (
-        f"measured on {pluralise(self.models, 'model')} of {pluralise(self.tasks, 'task')}, {how}; half of them asked"
-        f" without their task being there. Below {self.threshold:.3f} nothing is like a query: said wrongly of"
-        f" {100*self.false_alarms:.0f} %, rightly of {100*self.detected:.0f} % whose task is not there"
+        f"measured on {pluralise(self.models, 'model')} of {pluralise(self.tasks, 'task')}, {how}, with their task"
+        f" in the index and without it. Below a similarity of {self.threshold:.3f} the answer is that nothing here is"
+        f" like the query: a false alarm for {100*self.false_alarms:.0f} % of models whose task is there, right for"
+        f" {100*self.detected:.0f} % of those whose task is not"
     )
 
 # %% ../nbs/41_answers.ipynb #cae3331b

@@ -6,8 +6,8 @@
 __all__ = ['app', 'zoo', 'market', 'console', 'Models', 'Seed', 'TABLE', 'NAME_MAP', 'Layers', 'Epochs', 'Folded', 'Names',
            'Arch', 'Size', 'Stats', 'ASKED', 'Market', 'Sources', 'TaskTable', 'Workers', 'NOT_CALIBRATED',
            'REPORT_TITLE', 'HEADINGS', 'EXPECTED', 'FromRegistries', 'zoo_build', 'zoo_datasheet', 'zoo_import', 'fit',
-           'evaluate', 'query', 'index_build', 'index_add', 'index_remove', 'index_info', 'index_report', 'index_map',
-           'demo', 'main']
+           'evaluate', 'query', 'index_build', 'index_add', 'index_remove', 'index_info', 'index_report', 'index_graph',
+           'index_map', 'demo', 'main']
 
 # %% ../nbs/48_cli.ipynb #015ebfd2
 import re, sys, time, warnings
@@ -42,8 +42,10 @@ def _show(df, title=''):
     "Print a table, its index as the first column"
     if title: console.print(f'\n{title}', style='bold')
     table = Table()
-    for i, column in enumerate([df.index.name or '', *df.columns]):
-        table.add_column(str(column), justify='right' if i else 'left')
+    table.add_column(df.index.name or '')
+    for column in df:
+        number = df[column].dtype.kind in 'if'
+        table.add_column(str(column), justify='right', overflow='fold', no_wrap=number)  # texts give way to numbers
     for name, row in df.iterrows(): table.add_row(_cell(name), *[_cell(value) for value in row])
     console.print(table)
 
@@ -471,6 +473,8 @@ def query(
     method: Annotated[Optional[str], typer.Option(help="How models are compared: METHODS. Before a model set it is"
                                                   " fitted on that; an index must compare by it")]=None,
     expected: Annotated[bool, typer.Option(help="Also the accuracy to expect after transfer, a second a model")]=True,
+    approximate: Annotated[bool, typer.Option('--approximate', help="Look where the graph of lps index graph leads, not"
+                                              " at every model")]=False,
     as_json: Annotated[bool, typer.Option('--json', help="The answer as JSON, for programs")]=False,
     names: Names=None,
     arch: Arch=None,
@@ -482,9 +486,10 @@ def query(
     *where, model = words[:-1] + [_one_model(words[-1])]
     index, reading = _index_of(where, method), _reading(names, arch, size, stats)
     if len(where) == 1 or as_json:
-        answer = index.answer(model, k, expected=_relation() if expected else None, **reading)
+        relation = _relation() if expected else None
+        answer = index.answer(model, k, expected=relation, approximate=approximate, **reading)
         return print(_json(answer.to_dict())) if as_json else _show_answer(answer)
-    _show_answers(index.query(model, k, **reading), index.tasks(model, **reading), k)
+    _show_answers(index.query(model, k, approximate=approximate, **reading), index.tasks(model, **reading), k)
 
 # %% ../nbs/48_cli.ipynb #98197eed
 Market = Annotated[Path, typer.Argument(parser=_place, help="Folder of the index")]
@@ -616,6 +621,17 @@ def index_report(
     report = read_model(_source(model), whole=whole, **_reading(names, arch, size, stats))[1]
     for what, found in report.table().found.items(): console.print(f"{_cell(what)}: {_cell(found)}", soft_wrap=True)
     if not report.cannot: console.print("every method can compare it")
+
+# %% ../nbs/48_cli.ipynb #4acbec72
+@market.command('graph', epilog="Example: lps index graph market")
+def index_graph(
+    path: Market,
+    threads: Annotated[int, typer.Option(min=1, help="Processors that build it")]=1,
+):
+    "Prepare lps query --approximate, which pays for some hundred thousand models or more; run it again after adding."
+    index = _known_index(str(path))
+    with console.status(f"building a graph of {path}"): file = index.build_graph(threads)
+    console.print(f"{path}: a graph of {len(index)} models, {file.stat().st_size/1e6:.1f} MB, in {file.parent}")
 
 # %% ../nbs/48_cli.ipynb #9b228832
 @market.command('map', epilog="Example: lps index map market --out market.html")

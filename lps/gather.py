@@ -149,7 +149,7 @@ def _wants_rest(fitted, source, model):
     return not wanted or bool(wanted & lacks)
 
 # %% ../nbs/42_gather.ipynb #021b15a6
-NAME_IT = "; arch names the network, --arch on the command line"
+NAME_IT = "; arch names the network, or names renames its tensors (--arch, --names on the command line)"
 
 def name_it(
     why: str, # that a method cannot look at a model
@@ -312,7 +312,8 @@ def embed_items(
 
 def _reason(item, error):
     "Why a model gave no row, without its name"
-    why = printable(' '.join(str(error).split())) or type(error).__name__
+    said = getattr(error, 'strerror', None) or str(error)  # of an OSError without its number
+    why = printable(' '.join(said.split())) or type(error).__name__
     for name in (item.path, Path(item.path).name): why = why.removeprefix(f'{name}: ')
     return name_it(why)
 

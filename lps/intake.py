@@ -671,7 +671,7 @@ def _architecture_said(known, configs):
         name, names = said.get('architecture'), said.get('architectures')
         if isinstance(name, str): return printable(f"not known; {where} says {name}: arch='timm/{name}' builds it")
         if isinstance(names, list): return printable(f"not known; {where} says {names}: name it with arch")
-    return "not known: name it with arch, such as 'torchvision/resnet18'"
+    return "not known: name it with arch, such as 'torchvision/resnet18', or rename its tensors with names"
 
 def _ignored(found, part):
     "What of a source is no tensor of the network: key → what it is"

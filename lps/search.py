@@ -176,11 +176,23 @@ def _answers(tables, names, query):
 
 # %% ../nbs/43_search.ipynb #4bf577ad
 @patch
-def _nearest(self: ModelIndex, asked, k, with_self):
+def _search(self: ModelIndex, queries, k, approximate):
+    "The rows nearest to each query; raises `ValueError` for a graph of rows in memory"
+    if not approximate: return self.rows.search(queries, k)
+    return self._in_folder().search_graph(queries, k)
+
+@patch
+def _in_folder(self: ModelIndex):
+    "Its store; raises `ValueError` for rows in memory"
+    if isinstance(self.rows, Store): return self.rows
+    raise ValueError("an index in memory or in one file is searched exactly: save it to a folder, and load that")
+
+@patch
+def _nearest(self: ModelIndex, asked, k, with_self, approximate=False):
     "For each model that asks: similarities and numbers of rows, those with its own digest left out unless with_self"
     if k < 1: raise ValueError(f"k is {k}: ask for 1 model at least")
     own = [[] if with_self else self.rows.with_digest(digest) for digest in asked.digests]
-    found = self.rows.search(asked.embedding.numpy(), k + max(map(len, own)))
+    found = self._search(asked.embedding.numpy(), k + max(map(len, own)), approximate)
     for scores, places, left_out in zip(*found, own):
         keep = np.flatnonzero(~np.isin(places, left_out))[:k]
         yield scores[keep], places[keep]
@@ -206,11 +218,12 @@ def query(self: ModelIndex,
     k: int=10,             # how many models to find; all of the gallery if it has fewer
     with_self: bool=False, # also find the query itself, if the gallery holds it
     names=(),              # name map for a file with foreign names, as in `import_models`
+    approximate: bool=False, # look where the graph of `build_graph` leads, not at every model
     **told,                # `arch`, `size`, `stats`: what the file does not say, as in `read_model`
 ) -> pd.DataFrame:         # similarity, task, classes, val_accuracy, file by rank; for a set by query and rank
     "The nearest models of the gallery, most similar first; raises `ValueError` for a model that cannot be compared"
     asked = _ask(self.fitted, model, dict(names=names, **told))
-    found = self._nearest(asked, k, with_self)
+    found = self._nearest(asked, k, with_self, approximate)
     tables = [self._table(*near, *of) for near, of in zip(found, zip(asked.digests, asked.sketches))]
     return _answers(tables, asked.names, model)
 
@@ -219,10 +232,11 @@ def kneighbors(self: ModelIndex,
     X,                         # what `query` takes, or embeddings `(Q, E)`
     n_neighbors: int=5,        # how many models to find
     return_distance: bool=True, # False: numbers alone
+    approximate: bool=False,   # look where the graph of `build_graph` leads
 ):                             # cosine distances and numbers of rows in `manifest`, `(Q, n_neighbors)` each
     "The nearest models as scikit-learn's `NearestNeighbors` gives them; a model finds itself"
     if not isinstance(X, (np.ndarray, Tensor)): X = _ask(self.fitted, X, {}).embedding
-    similarity, places = self.rows.search(np.asarray(X), n_neighbors)
+    similarity, places = self._search(np.asarray(X), n_neighbors, approximate)
     numbers = np.searchsorted(self.rows.places, places)
     return (1 - similarity, numbers) if return_distance else numbers
 
@@ -425,9 +439,10 @@ def _fit(method, items, how, workers, executor, seed, settings):
 # %% ../nbs/43_search.ipynb #ff20dc90
 def _unknown_tasks(name, models, error):
     "Why a method cannot be fitted on models whose tasks are not known, and the cure"
-    other = 'a fitted method' if recognise(models.shapes) is None else 'probes or a fitted method'
     why = f"{printable(name)} cannot be fitted on models of unknown tasks: {error}"
-    return f"{why}; name the tasks in a table, or take {other}"
+    if recognise(models.shapes): return f"{why}; name the tasks in a table, or take probes or a fitted method"
+    known = "probes need no tasks, but a network that lps can run: name it with arch, or rename its tensors with names"
+    return f"{why}; name the tasks in a table, or take a fitted method; {known}"
 
 def _nothing_read(items, how):
     "Why no model of a folder can be read"
@@ -568,6 +583,14 @@ def _is_of(fact, name):
     path, wanted = Path(str(key[0])), Path(name).resolve()
     return path == wanted or wanted in path.parents
 
+# %% ../nbs/43_search.ipynb #e0819f92
+@patch
+def build_graph(self: ModelIndex,
+    threads: int=1,  # the graph is the same from run to run with one only
+) -> Path:           # its file, which is not in the index's folder
+    "A graph for approximate search; raises `ImportError` where usearch is not installed"
+    return self._in_folder().build_graph(threads)
+
 # %% ../nbs/43_search.ipynb #614bacc8
 @patch
 def calibrate(self: ModelIndex) -> Calibration|None: # None: too few models of known tasks
@@ -586,18 +609,20 @@ def answer(self: ModelIndex,
     k: int=5,      # how many models to find
     names=(),      # name map
     expected=None, # what goes with a transfer score, from `expected_accuracy`; None: no accuracy is expected
+    approximate: bool=False, # as for `query`
     **told,        # as for `query`
 ) -> Answer:
     "What the index says about one model; shows itself in a notebook, `to_dict` is for programs"
     asked = _ask(self.fitted, model, dict(names=names, **told))
     if len(asked.names) > 1: raise ValueError(f"{len(asked.names)} models ask: give one at a time, or take query")
-    (similarity, places), = self._nearest(asked, k, with_self=True)
+    (similarity, places), = self._nearest(asked, k, True, approximate)
     table, said = self._table(similarity, places, asked.digests[0], asked.sketches[0], notes=True), ''
     if expected is not None:
         whole = _whole_query(asked.model, model, dict(names=names, **told))
         table, said = self._with_expected(table, places, whole, expected, dict(names=names, **told))
     like = None if self.calibration is None else bool(similarity[0] >= self.calibration.threshold)
     method, saw = _said_by(self.fitted)
+    if approximate: saw += "; it was compared with those models that a graph leads to"
     return Answer(asked.names[0], table, like, method, saw, self.calibration, _start_from(table, like), said)
 
 # %% ../nbs/43_search.ipynb #77d437d0
@@ -659,7 +684,7 @@ def _with_expected(self: ModelIndex, table, places, model, relation, reading):
 def _relation_said(relation):
     "What an expected accuracy is"
     return (
-        f"Expected accuracy: of a linear probe on the model's features, with an interval that held"
+        f"Expected accuracy: of a linear probe on the model's features, with an interval that was right for"
         f" {100*relation.held:.0f} % of other targets; measured on {relation.measured}."
     )
 

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 
 from lps import remote
+from lps.gather import embed_items, find_models
 from lps.intake import read_model, why_not
 from lps.methods import embed_models, fit_method
 from lps.modelset import TrainedModel, load_modelset
@@ -211,3 +212,6 @@ def test_what_is_not_there_is_named(monkeypatch):
         with pytest.raises(ValueError, match='is not JSON'): remote_json(f'{address}/j')
     with pytest.raises(OSError, match='cannot be reached'): open_remote(f'{address}/m.safetensors')
     with pytest.raises(OSError, match='no file or folder org/net, and .* cannot be reached'): read_model('org/net')
+    known = fit_method(models_of_two(), 'stem-signature')
+    (bad,), = [embed_items(known, [item]).bad.values() for item in find_models(['org/net'])[0]]
+    assert bad.startswith('no file or folder org/net') and 'Errno 5' not in bad
