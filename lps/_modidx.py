@@ -1227,6 +1227,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'lps.search._unknown_tasks': ('search.html#_unknown_tasks', 'lps/search.py'),
                             'lps.search._whole_query': ('search.html#_whole_query', 'lps/search.py'),
                             'lps.search._width': ('search.html#_width', 'lps/search.py'),
+                            'lps.search.bundled_answers': ('search.html#bundled_answers', 'lps/search.py'),
                             'lps.search.bundled_unseen': ('search.html#bundled_unseen', 'lps/search.py')},
             'lps.second_order': { 'lps.second_order.Branch': ('second_order.html#branch', 'lps/second_order.py'),
                                   'lps.second_order.Branch.__init__': ('second_order.html#branch.__init__', 'lps/second_order.py'),
