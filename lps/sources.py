@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'ADVISERS', 'STARTS', 'RELATION', 'Adviser', 'output_agreement', 'explained_by', 'transfer_score', 'Protocol',
-           'Target', 'target_images', 'labelled_draws', 'probe_accuracy', 'neighbour_accuracy', 'source_banks',
-           'see_targets', 'other_targets', 'other_networks', 'advice', 'worth_by_target', 'worth', 'untrained',
-           'untrained_accuracy', 'fine_tuned_accuracy', 'ExpectedAccuracy', 'fit_expected_accuracy', 'sources_record',
-           'fine_tuned_starts', 'check_sources', 'sources_table', 'sources_words', 'relation_of', 'expected_accuracy']
+           'Target', 'target_images', 'target_images_of_sets', 'labelled_draws', 'probe_accuracy', 'neighbour_accuracy',
+           'source_banks', 'see_targets', 'other_targets', 'other_networks', 'advice', 'worth_by_target', 'worth',
+           'untrained', 'untrained_accuracy', 'fine_tuned_accuracy', 'ExpectedAccuracy', 'fit_expected_accuracy',
+           'sources_record', 'fine_tuned_starts', 'check_sources', 'sources_table', 'sources_words', 'relation_of',
+           'expected_accuracy']
 
 # %% ../nbs/33_sources.ipynb #c10c3dea
 import time
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .architectures import recognise, shapes_of
-from .files import checked, provenance, read_json
+from .files import checked, printable, provenance, read_json
 from .jobs import each_done, one_thread, seeded
 from .modelset import ModelSet, TrainedModel, bundled
 from .probes import centred_outputs, probe_images
@@ -148,6 +149,34 @@ def target_images(
         targets[task] = Target(torch.cat([images, x[few]]), torch.cat([labels, y[few]]), held)
     return targets
 
+# %% ../nbs/33_sources.ipynb #e8e22aa3
+def _same_classes(a, b):
+    "A task of one set whose two classes are those of a task of the other; None: there is none"
+    known = {frozenset(pair) for pair in zip(b.manifest.class_0, b.manifest.class_1)}
+    for task, *pair in zip(a.manifest.task, a.manifest.class_0, a.manifest.class_1):
+        if frozenset(pair) in known: return task, pair
+    return None
+
+def target_images_of_sets(
+    sets: list,              # `ModelSet`s that number their tasks each for itself
+    held_out: ImageSet,      # images that no network has seen
+    train: ImageSet,         # images that the networks of a task were trained on
+    n_more: int=50,          # of those, how many of each class
+) -> tuple:                  # task → its `Target`; for each set the tasks of its networks in the same numbers
+    "Images of the targets of several sets; raises `ValueError` for a task that two sets have"
+    targets, tasks = {}, []
+    for i, models in enumerate(sets):
+        for earlier in sets[:i]:
+            twice = _same_classes(models, earlier)
+            if twice: raise ValueError(printable(f"task {twice[0]} of {models.path} has the classes {twice[1]}, "
+                                                 f"which {earlier.path} has too: leave it out of one"))
+        first = 1 + max(targets) - min(models.tasks) if targets else 0
+        found = target_images(models, held_out, train, n_more)
+        targets |= {first + task: target for task, target in found.items()}
+        tasks.append(first + models.labels.numpy())
+    return targets, tasks
+
+
 # %% ../nbs/33_sources.ipynb #29148f1f
 def labelled_draws(
     target: Target,         # its images
@@ -216,8 +245,8 @@ def _on_target(z, target, own, protocol):
         labelled=z[labelled],
     )
 
-def _seen_by(i, source, file, targets, banks, stats, protocol):
-    "All that one source shows, and the CPU seconds that it took"
+def _seen_by(i, source, file, own, targets, banks, stats, protocol):
+    "All that one source of the task `own` shows, and the CPU seconds that it took"
     model, answers, seconds, on_targets = TrainedModel(*source.read(file)), {}, {}, {}
     for name, bank in banks.items():
         start = time.process_time()
@@ -226,7 +255,7 @@ def _seen_by(i, source, file, targets, banks, stats, protocol):
     start = time.process_time()
     for task, target in targets.items():
         z = features_and_outputs(model, target.images, stats)[0]
-        with threadpool_limits(1): on_targets[task] = _on_target(z, target, model.meta['task'] == task, protocol)
+        with threadpool_limits(1): on_targets[task] = _on_target(z, target, task == own, protocol)
     seconds['targets'] = time.process_time() - start
     return i, dict(targets=on_targets, answers=answers, seconds=seconds)
 
@@ -239,10 +268,12 @@ def see_targets(
     protocol: Protocol=Protocol(), # how sources are measured
     workers: int=1,         # processes
     progress: bool=False,   # show a bar
+    tasks: np.ndarray|None=None, # task of each network as the targets number it, `(M,)`; None: `models.labels`
 ) -> list:                  # one dict a source: targets, by task; answers to each bank; seconds for these
     "What each source shows on every target and to every bank"
-    files = models.manifest.file
-    units = ((i, models.source, f, targets, banks, stats, protocol) for i, f in enumerate(files))
+    tasks = models.labels.tolist() if tasks is None else list(tasks)
+    rows = enumerate(zip(models.manifest.file, tasks))
+    units = ((i, models.source, file, task, targets, banks, stats, protocol) for i, (file, task) in rows)
     done = each_done(_seen_by, units, len(models), workers)
     seen = dict(track(done, 'sources', total=len(models), disable=not progress, transient=True))
     return [seen[i] for i in range(len(models))]
@@ -302,12 +333,8 @@ def _cka_with(seen, first, targets):
     return np.transpose(columns)
 
 # %% ../nbs/33_sources.ipynb #f6990e25
-def advice(
-    seen: list,        # from `see_targets`
-    tasks: np.ndarray, # of the sources, `(S,)`
-    seed: int=0,       # of the regressions
-) -> dict:             # scores: adviser → `(S, T)`; accuracy, ari, own: `(S, T)`; seconds: CPU, a source
-    "What each adviser says of every source for every target, and what came of it"
+def _of_all(seen, tasks, seed):
+    "What each adviser says of every network for every target, and what came of it"
     targets = list(seen[0]['targets'])
     first, own = _first_of(tasks, targets), tasks[:, None] == np.array(targets)
     accuracy, (scores, seconds) = _column(seen, 'accuracy'), _from_networks(seen, first, seed)
@@ -322,7 +349,29 @@ def advice(
     )
     scores = {name: scores[name] for name in ADVISERS if name in scores}
     spent = pd.DataFrame([of_source['seconds'] for of_source in seen]).mean().to_dict() | dict(regressions=seconds)
-    return dict(scores=scores, accuracy=accuracy, ari=_column(seen, 'ari'), own=own, seconds=spent)
+    return dict(scores=scores, accuracy=accuracy, ari=_column(seen, 'ari'), own=own, targets=targets, seconds=spent)
+
+def _for_tasks(said, tasks):
+    "The columns of some targets alone"
+    columns = np.isin(said['targets'], tasks)
+    scores = {name: table[:, columns] for name, table in said['scores'].items()}
+    tables = {name: said[name][:, columns] for name in ('accuracy', 'ari', 'own')}
+    return said | tables | dict(scores=scores, targets=[task for task in said['targets'] if task in tasks])
+
+
+# %% ../nbs/33_sources.ipynb #ec6d0424
+def advice(
+    seen: list,        # from `see_targets`
+    tasks: np.ndarray, # of the networks, `(S,)`
+    seed: int=0,       # of the regressions
+    asking: np.ndarray|None=None, # bool `(S,)`: networks that stand for targets and are no sources; None: each is both
+) -> dict:             # scores: adviser → `(S, T)`; accuracy, ari, own, out: `(S, T)`; targets; seconds: CPU, a source
+    "What each adviser says of every source for every target, and what came of it; pairs in `out` do not count"
+    said = _of_all(seen, tasks, seed)
+    if asking is None: return said | dict(out=said['own'], source=np.ones(len(tasks), bool))
+    said = _for_tasks(said, np.unique(tasks[asking]))
+    return said | dict(out=said['own'] | asking[:, None], source=~asking)
+
 
 # %% ../nbs/33_sources.ipynb #1ca1c0ff
 def _of_target(score, accuracy):
@@ -511,16 +560,16 @@ def _digits_of(table):
 
 def _choices(said):
     "For each target, the accuracy of each adviser's first choice, and of the best source"
-    accuracy, own = said['accuracy'], said['own']
-    tables = {name: worth_by_target(score, accuracy, own) for name, score in said['scores'].items()}
-    best = np.where(own, -1, accuracy).max(0)
+    accuracy, own, out = said['accuracy'], said['own'], said['out']
+    tables = {name: worth_by_target(score, accuracy, out) for name, score in said['scores'].items()}
+    best = np.where(out, -1, accuracy).max(0)
     own_mean = (accuracy*own).sum(0)/own.sum(0)
     firsts = {name: _digits_of(table['first']) for name, table in tables.items()}
     return firsts | dict(best=_digits_of(best), own=_digits_of(own_mean))
 
 # %% ../nbs/33_sources.ipynb #b0416f13
 def sources_record(
-    models: ModelSet,   # the sources
+    models: ModelSet,   # the sources, without those that only ask
     said: dict,         # from `advice`
     none: np.ndarray,   # from `untrained_accuracy`
     n_boot: int=1000,   # bootstrap samples of the targets
@@ -528,16 +577,16 @@ def sources_record(
     **settings,         # how: name, images, n_labelled, …
 ) -> dict:              # for `write_json`
     "All that a reader needs to trust the result or to make it again"
-    scores, accuracy, own = (said[name] for name in ('scores', 'accuracy', 'own'))
+    scores, accuracy, out = (said[name] for name in ('scores', 'accuracy', 'out'))
     return dict(
         model_set=about_models(models),
         settings=settings | dict(n_boot=n_boot, seed=seed),
-        tasks=dict(sources=models.labels.tolist(), targets=models.tasks),
-        worth=worth(scores, accuracy, own, n_boot, seed),
-        worth_ari=worth(scores, said['ari'], own, n_boot, seed),
+        tasks=dict(sources=models.labels.tolist(), targets=[int(task) for task in said['targets']]),
+        worth=worth(scores, accuracy, out, n_boot, seed),
+        worth_ari=worth(scores, said['ari'], out, n_boot, seed),
         first=_choices(said) | dict(none=_digits_of(none)),
-        accuracy=_digits_of(accuracy),
-        score=_digits_of(scores['score']),
+        accuracy=_digits_of(accuracy[said['source']]),
+        score=_digits_of(scores['score'][said['source']]),
         seconds={name: round(value, 3) for name, value in said['seconds'].items()},
         **provenance(),
     )
@@ -554,7 +603,7 @@ STARTS = dict(
 
 def _start_of(name, t, said, rng):
     "Number of the source that is started from, None for a network that is not trained"
-    other, own = np.flatnonzero(~said['own'][:, t]), np.flatnonzero(said['own'][:, t])
+    other, own = np.flatnonzero(~said['out'][:, t]), np.flatnonzero(said['own'][:, t])
     if name == 'none': return None
     if name == 'own': return int(own[0])
     if name == 'random': return int(rng.choice(other))
@@ -563,9 +612,9 @@ def _start_of(name, t, said, rng):
 
 # %% ../nbs/33_sources.ipynb #32b2a517
 def fine_tuned_starts(
-    models: ModelSet,       # the sources
+    models: list,           # all networks, those that only ask too: a `ModelSet`, or a list of models
     said: dict,             # from `advice`
-    targets: dict,          # from `target_images`
+    targets: dict,          # of the targets that `said` is about, from `target_images`
     n: int,                 # targets to try, the first ones
     stats: tuple|None=None, # mean and standard deviation of each channel, for models whose metadata has none
     protocol: Protocol=Protocol(), # how sources are measured; the first draw counts
