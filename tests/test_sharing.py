@@ -1,8 +1,12 @@
 """Indexes, fitted methods and model sets in folders and on the Hub, and the cards that go with them"""
+import base64
+import hashlib
+import http.server
 import json
-import shutil
+import os
+import subprocess
 import sys
-from unittest.mock import create_autospec
+import threading
 
 import pytest
 import torch
@@ -94,22 +98,95 @@ def test_a_missing_package_is_named(things, monkeypatch):
         with pytest.raises(ImportError, match=r"not installed: pip install 'lps\[hub\]'"): call()
 
 
-def test_what_is_pushed_can_be_opened(things, models, tmp_path, monkeypatch):
-    "The calls that the real package takes; the upload lands in the cache that a download would fill"
+class Hub(http.server.BaseHTTPRequestHandler):
+    "As much of the Hub as it takes to push to a repository and to open it; files by repository, requests by path"
+    files, asked, commit = {}, {}, '0'*40
+
+    def log_message(self, *args): pass
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers['Content-Length']))
+        first, *rest = map(json.loads, body.splitlines())
+        self.asked.setdefault(self.path, []).append((self.headers.get('Authorization'), first))
+        if self.path == '/api/repos/create': return self.send(dict(url=self.address(f"org/{first['name']}")))
+        if '/preupload/' in self.path:
+            files = [dict(path=file['path'], uploadMode='regular', shouldIgnore=False) for file in first['files']]
+            return self.send(dict(files=files))
+        if '/commit/' not in self.path: return self.send({})
+        added = {line['value']['path']: base64.b64decode(line['value']['content']) for line in rest}
+        self.files[self.repo()] = added
+        self.send(dict(commitUrl=self.address(f'{self.repo()}/commit/{self.commit}'), commitOid=self.commit))
+
+    def do_GET(self):
+        self.asked.setdefault(self.path, []).append((self.headers.get('Authorization'), None))
+        files = self.files.get(self.repo(), {})
+        if '/revision/' in self.path: return self.send(dict(id=self.repo(), sha=self.commit))
+        if '/tree/' in self.path:
+            return self.send([dict(type='file', path=path, size=len(files[path]), oid=path) for path in files])
+        data = files.get(self.path.split('/', 5)[-1])
+        if data is None: return self.send_error(404)
+        self.send(data, ETag=hashlib.sha256(data).hexdigest(), **{'X-Repo-Commit': self.commit})
+
+    do_HEAD = do_GET
+
+    def repo(self): return '/'.join(self.path.removeprefix('/api/models').split('/')[1:3])
+
+    def address(self, place): return f"http://{self.headers['Host']}/{place}"
+
+    def send(self, body, **headers):
+        if not isinstance(body, bytes): body = json.dumps(body).encode()
+        self.send_response(200)
+        for name, value in {'Content-Length': len(body), **headers}.items(): self.send_header(name, str(value))
+        self.end_headers()
+        if self.command != 'HEAD': self.wfile.write(body)
+
+
+@pytest.fixture
+def server():
+    "A Hub on this machine, and its class with what it was sent"
+    kind = type('Kind', (Hub,), dict(files={}, asked={}))
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), kind)
+    threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=.01), daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}', kind
+    server.shutdown()
+    server.server_close()
+
+
+PUSH_AND_OPEN = """
+import sys
+from huggingface_hub import constants
+from lps.sharing import from_pretrained, push_to_hub, save_pretrained
+for kind in ('index', 'method', 'modelset'):
+    print(push_to_hub(from_pretrained(kind), f'org/{kind}', 'mit', [sys.argv[1]], private=True, token='hf_mine'))
+    save_pretrained(from_pretrained(f'org/{kind}', revision='v1', token='hf_mine'), f'opened/{kind}')
+constants.HF_HUB_OFFLINE = True
+for kind in ('index', 'method', 'modelset'): save_pretrained(from_pretrained(f'org/{kind}', 'v1'), f'cached/{kind}')
+"""
+
+
+def test_what_is_pushed_can_be_opened(things, models, tmp_path, server):
+    "At another address than the usual one; then from the cache, offline"
+    pytest.importorskip('huggingface_hub')
+    address, hub = server
+    for kind in things: save_pretrained(things[kind], tmp_path/kind, f'org/{kind}', 'mit', [RESULT])
+    there = dict(os.environ, HF_ENDPOINT=address, HF_HOME=str(tmp_path/'home'), PYTHONPATH=str(ROOT))
+    call = [sys.executable, '-c', PUSH_AND_OPEN, str(RESULT)]
+    done = subprocess.run(call, cwd=tmp_path, env=there, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [f'{address}/org/{kind}/commit/{Hub.commit}' for kind in things]
+    assert [said['visibility'] for _, said in hub.asked['/api/repos/create']] == ['private']*3
+    for path, requests in hub.asked.items():
+        if '/org/' in path: assert {token for token, _ in requests} == {'Bearer hf_mine'}, path
+    for kind, thing in things.items():
+        folder, sent = tmp_path/kind, hub.files[f'org/{kind}']
+        assert set(sent) == {path.name for path in folder.iterdir()}
+        for file in ('README.md', 'config.json', 'lps.json'): assert sent[file] == (folder/file).read_bytes()
+        assert sent['config.json'] == sent['lps.json'] and f'/api/models/org/{kind}/revision/v1' in hub.asked
+        for again in ('opened', 'cached'): check_same(thing, from_pretrained(tmp_path/again/kind), models)
+
+
+def test_what_cannot_be_shared_makes_no_repository(things, monkeypatch):
     hub = pytest.importorskip('huggingface_hub')
-    api = create_autospec(hub.HfApi, instance=True)
-    cached = tmp_path/'models--org--market'
-
-    def upload(repo_id, folder_path, **_):
-        (cached/'refs').mkdir(parents=True)
-        (cached/'refs/main').write_text('0'*40)
-        shutil.copytree(folder_path, cached/'snapshots'/('0'*40))
-        return 'https://hub/commit/0'
-
-    api.upload_folder.side_effect = upload
-    monkeypatch.setattr(hub, 'HfApi', create_autospec(hub.HfApi, return_value=api))
-    assert push_to_hub(things['index'], 'org/market', 'mit', private=True) == 'https://hub/commit/0'
-    api.create_repo.assert_called_once_with('org/market', private=True, exist_ok=True)
-    monkeypatch.setattr(hub.constants, 'HF_HUB_CACHE', str(tmp_path))
-    monkeypatch.setattr(hub.constants, 'HF_HUB_OFFLINE', True)
-    check_same(things['index'], from_pretrained('org/market'), models)
+    monkeypatch.setattr(hub.ModelHubMixin, 'push_to_hub', lambda *args, **kwargs: pytest.fail('sent'))
+    with pytest.raises(TypeError, match='cannot be shared'): push_to_hub({}, 'org/market')
+    with pytest.raises(FileNotFoundError): push_to_hub(things['method'], 'org/market', records=['none.json'])
