@@ -21,7 +21,7 @@ from lps.tasks import source_of
 
 QUICK = dict(n_filters=8, epochs=2, milestones=(1,))
 FILES = ['DATASHEET.md', 'datasheet.json', 'modelset.safetensors', 'net.safetensors']
-KEPT = [10, 20, 40, 60, 80]  # epochs after which networks of the paper's recipe were kept
+KEPT = [10, 20, 40, 60, 80, 100, 120, 140, 160]  # epochs after which networks of the paper's recipe were kept
 
 
 @pytest.fixture(scope='module')
