@@ -342,14 +342,17 @@ def test_wheel_holds_the_bundled_set(tmp_path):
 def test_networks_of_the_paper_s_recipe_say_how_far_they_are(epoch):
     kept = load_modelset(f'modelset500-epoch{epoch}')
     elsewhere = 'paper, first 80 epochs' if epoch == 80 else f'paper, first 80 epochs, after {epoch} of 80 epochs'
-    assert set(kept.manifest.recipe) <= {f'paper, after {epoch} of 160 epochs', elsewhere}
+    here = 'paper' if epoch == 160 else f'paper, after {epoch} of 160 epochs'
+    assert set(kept.manifest.recipe) <= {here, elsewhere}
     assert f'after {epoch} epochs' in kept.about['datasheet']['name']
-    assert kept.layers == ['conv1'] and kept.stack('conv1').isfinite().all() and len(kept.tasks) >= 10
+    assert kept.layers == ['conv1'] and kept.stack('conv1').isfinite().all() and len(kept.tasks) >= 8
 
 
 def test_networks_kept_later_are_the_same_networks():
     first, *others = [load_modelset(f'modelset500-epoch{n}').manifest.set_index('file').seed for n in KEPT]
-    for later in others: assert (first == later.reindex(first.index)).all()
+    for later in others:
+        shared = first.index.intersection(later.index)
+        assert len(shared) >= 8 and (first[shared] == later[shared]).all()
 
 
 def test_kept_networks_are_added_by_one_command(folder, tmp_path):
