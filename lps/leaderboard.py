@@ -33,12 +33,12 @@ def method_seconds(
 # %% ../nbs/39_leaderboard.ipynb #bacae31f
 def measured(
     folder: str|Path, # with result files
-) -> pd.DataFrame:    # one row a method and file: set, tasks, known, top-1 and its sd, rank-1, mAP, seconds
+) -> pd.DataFrame:    # one row a method and file: set, tasks, known, splits, top-1 and its sd, rank-1, mAP, seconds
     "What every method reached on every model set"
     rows = []
     for record in result_files(folder, 'leaderboard').values():
         for method, runs in record['runs'].items(): rows.append(_measured_row(record, method, runs))
-    columns = ['method', 'set', 'tasks', 'known', 'top-1', 'sd', 'rank-1', 'mAP', 'seconds']
+    columns = ['method', 'set', 'tasks', 'known', 'splits', 'top-1', 'sd', 'rank-1', 'mAP', 'seconds']
     return pd.DataFrame(rows, columns=columns)
 
 def _measured_row(record, method, runs):
@@ -51,6 +51,7 @@ def _measured_row(record, method, runs):
         set=settings['name'],
         tasks=record['model_set']['tasks'],
         known=settings['n_train'],
+        splits=len(top1),
         sd=top1.std(ddof=1) if len(top1) > 1 else np.nan,
         seconds=seconds,
     ) | {'top-1': top1.mean(), 'rank-1': unseen.get('rank-1', ''), 'mAP': unseen.get('mAP', '')}
