@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'LEAST', 'recipes', 'Recipe', 'recipe_fields', 'get_recipe', 'StepSchedule', 'check_stats', 'checked_stats',
-           'normalise', 'BatchLoader', 'best_precision', 'Autocast', 'Diverged', 'StopIfDiverged', 'init_model',
-           'make_learner', 'accuracy', 'both_accuracies', 'fit_silently', 'Checkpoint', 'resume',
+           'normalise', 'BatchLoader', 'best_precision', 'instruction_set', 'Autocast', 'Diverged', 'StopIfDiverged',
+           'init_model', 'make_learner', 'accuracy', 'both_accuracies', 'fit_silently', 'Checkpoint', 'resume',
            'fit_with_checkpoints', 'KeepEpochs', 'check_task', 'train_model']
 
 # %% ../nbs/13_train.ipynb #209de144
-import contextlib, math, time
+import contextlib, math, os, platform, time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -161,6 +161,21 @@ def best_precision() -> str: # 'bfloat16' or 'float32'
     "The precision that `'auto'` stands for on this processor"
     has = [getattr(torch.cpu, f'_is_{n}_supported', lambda: False) for n in ('avx512_bf16', 'amx_tile')]
     return 'bfloat16' if any(f() for f in has) else 'float32'
+
+# %% ../nbs/13_train.ipynb #f89547e6
+_instruction_sets = dict(amx_tile='amx_bf16', avx512_bf16='avx512_bf16', avx512='avx512', avx2='avx2')
+
+def instruction_set() -> str: # 'amx_bf16', 'avx512_bf16', 'avx512', 'avx2', or the kind of machine
+    "Return the widest instruction set that oneDNN uses here; `ONEDNN_MAX_CPU_ISA` lowers it"
+    highest = os.environ.get('ONEDNN_MAX_CPU_ISA', '').lower()
+    names = list(_instruction_sets)
+    if highest.startswith('avx512_core_bf16'): names.remove('amx_tile')
+    elif highest.startswith('avx512'): names = ['avx512', 'avx2']
+    elif highest.startswith('avx2'): names = ['avx2']
+    for name in names:
+        supported = getattr(torch.cpu, f'_is_{name}_supported', lambda: False)
+        if supported(): return _instruction_sets[name]
+    return platform.machine()
 
 # %% ../nbs/13_train.ipynb #c81a89f1
 class Autocast(Callback):

@@ -18,7 +18,7 @@ from .modelset import ModelSet, load_modelset
 from .datasheet import write_datasheet
 from .jobs import check_device, check_seed, each_done, one_thread
 from .train import (Diverged, KeepEpochs, Recipe, best_precision, both_accuracies, check_stats, get_recipe,
-                       init_model, recipe_fields, train_model)
+                       init_model, instruction_set, recipe_fields, train_model)
 from .many import train_models
 import numpy as np
 import torch
@@ -200,6 +200,7 @@ def train_unit(
     done = [p.finished(m['seed'], until) for p, m in zip(places, metas)]
     if all(done): return done
     known = dict(recipe=recipe, device=_device_name(device))
+    if device == 'cpu': known['instruction_set'] = instruction_set()
     if Recipe(**recipe).architecture == 'resnet': known['shortcut'] = 'conv'
     abouts, tasks = [m | known for m in metas], [_as_tensors(arrays[m['task']]) for m in metas]
     saving = dict(checkpoint=_checkpoint_file(path, metas), every=every)

@@ -13,12 +13,11 @@ import lps.transfer
 from lps.records import fingerprint
 from lps.modelset import TrainedModel
 from lps.resnet import ResNet
-from lps.tasks import ImageSet, channel_stats, load_images
+from lps.tasks import CIFAR100_SUPERCLASSES, ImageSet, channel_stats, load_images
 from lps.train import recipes
 from lps.plots import plot_transfer
 from lps.records import about_models
 from lps.transfer import (
-    CIFAR100_SUPERCLASSES,
     by_task,
     cluster_ari,
     features,
