@@ -32,8 +32,8 @@ docs: $(DEV_STAMP) ## build the documentation site into _docs/
 lab: $(DEV_STAMP) ## open JupyterLab on nbs/
 	@$(BIN)/jupyter lab --notebook-dir=nbs $(ARGS)
 
-sync: $(DEV_STAMP) ## write lps/ from the notebooks, clean them, and write README.md from nbs/index.ipynb
-	@$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python scripts/docs.py readme
+sync: $(DEV_STAMP) ## write lps/ from the notebooks, clean them, and write the sidebar's lists and README.md
+	@$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python scripts/docs.py sidebar && $(BIN)/python scripts/docs.py readme
 
 readme: $(DEV_STAMP) ## write README.md from nbs/index.ipynb
 	@$(BIN)/python scripts/docs.py readme

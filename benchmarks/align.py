@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from lps.align import align_layer
-from lps.files import provenance, write_json
+from lps.core.files import provenance, write_json
 
 SHAPE, P, Q, REPEATS = (8, 64, 64, 3, 3), 100, 64, 5
 

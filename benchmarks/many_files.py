@@ -27,9 +27,9 @@ import pandas as pd  # noqa: E402
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 
-from lps.files import provenance, write_json  # noqa: E402
-from lps.resnet import ResNet  # noqa: E402
-from lps.search import ModelIndex  # noqa: E402
+from lps.core.files import provenance, write_json  # noqa: E402
+from lps.nets.resnet import ResNet  # noqa: E402
+from lps.index.index import ModelIndex  # noqa: E402
 
 TASKS, METHOD = 50, "stem-signature"
 

@@ -3,8 +3,8 @@
     python benchmarks/search.py [ROWS]
     python benchmarks/search.py --graph
 
-Rows of 128 float32 in a store of `lps.store`, on one core, CPU time of this process. One query at a time, and 32 at
-once; in turn, five repeats. FAISS takes part where it is installed. The graph of lps.store, by usearch, has 100,000
+Rows of 128 float32 in a store of `lps.index.store`, on one core, CPU time of this process. One query at a time, and 32 at
+once; in turn, five repeats. FAISS takes part where it is installed. The graph of lps.index.store, by usearch, has 100,000
 rows; its recall is counted against exact search, for models of a task that is there and for others. Also: what opening
 a store and adding one model to it cost. Writes benchmarks/results/search.json; with --graph, the graph's part alone.
 """
@@ -21,8 +21,8 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"): os.e
 import numpy as np  # noqa: E402  the number of threads is read at import
 from sklearn.neighbors import NearestNeighbors  # noqa: E402
 
-from lps.files import provenance, write_json  # noqa: E402
-from lps.store import CONNECTIVITY, EXPANSION, EXPANSION_ADD, Store, create_store  # noqa: E402
+from lps.core.files import provenance, write_json  # noqa: E402
+from lps.index.store import CONNECTIVITY, EXPANSION, EXPANSION_ADD, Store, create_store  # noqa: E402
 
 WIDTH, K, REPEATS, MANY, CHUNK = 128, 10, 5, 32, 50_000
 GRAPH_ROWS = 100_000

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from lps.files import provenance, save_model, write_json
-from lps.modelset import load_modelset
+from lps.core.files import provenance, save_model, write_json
+from lps.models.modelset import load_modelset
 from lps.second_order import fit
 
 TASKS, MODELS, EPOCHS, PLAIN_EPOCHS, REPEATS = 50, 8, 100, 5, 3

@@ -42,10 +42,10 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms as T
 
-from lps.files import provenance, write_json
-from lps.resnet import ResNet
-from lps.train import BatchLoader, best_precision, init_model, make_learner, recipes
-from lps.jobs import start_worker
+from lps.core.files import provenance, write_json
+from lps.nets.resnet import ResNet
+from lps.zoo.train import BatchLoader, best_precision, init_model, make_learner, recipes
+from lps.core.jobs import start_worker
 
 STATS = (.48, .45, .40), (.28, .27, .28)
 FLOPS = 3*2*40.8e6

@@ -12,7 +12,7 @@ models share a task.
                        off), float32, one model
   lean                 images in memory, a torchvision-style dataset that transforms one PIL image at a time,
                        fastai's `DataLoader`, one model
-  fused_float32        `lps.many`: one network with grouped convolutions, channels last, TF32 off
+  fused_float32        `lps.zoo.many`: one network with grouped convolutions, channels last, TF32 off
   fused_tf32           the same with TF32
   fused_tf32_nchw      the same with TF32, channels first
   fused_bfloat16       the same with bfloat16 autocast, channels last: what `train_models` does on a GPU
@@ -52,10 +52,10 @@ from PIL import Image
 from torch import nn
 from zoo_cpu import STATS, PerItem, spread
 
-from lps.many import FusedModels, ManyLinear, MultiLoader, cuda_math, each, many_learner
-from lps.files import provenance, write_json
-from lps.resnet import ResNet
-from lps.train import Recipe, StopIfDiverged, init_model, make_learner, recipes
+from lps.zoo.many import FusedModels, ManyLinear, MultiLoader, cuda_math, each, many_learner
+from lps.core.files import provenance, write_json
+from lps.nets.resnet import ResNet
+from lps.zoo.train import Recipe, StopIfDiverged, init_model, make_learner, recipes
 
 MODELSET500 = 500*160*1000
 

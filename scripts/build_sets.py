@@ -15,11 +15,11 @@ from dataclasses import replace
 from itertools import chain, combinations
 from pathlib import Path
 
-from lps.copies import write_copies
-from lps.modelset import load_modelset
-from lps.tasks import load_images, pair_classes
-from lps.train import Recipe
-from lps.zoo import build, model_file
+from lps.lineage.benchmark import write_copies
+from lps.models.modelset import load_modelset
+from lps.zoo.tasks import load_images, pair_classes
+from lps.zoo.train import Recipe
+from lps.zoo.build import build, model_file
 
 BRIEF = Recipe("brief", epochs=10, lr=0.1, milestones=(5, 8))
 KINDS = {

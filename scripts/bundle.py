@@ -11,14 +11,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lps.all_methods import LEADERS
-from lps.answers import weight_sketch
-from lps.datasheet import datasheet, write_datasheet
-from lps.evaluate import classification_splits
-from lps.files import load_model, save_model
-from lps.methods import fit_method, observations
-from lps.modelset import ModelSet, join_sets, load_modelset, pack
-from lps.search import ANSWERS
+from lps.methods.all_methods import LEADERS
+from lps.index.answer import weight_sketch
+from lps.zoo.datasheet import datasheet, write_datasheet
+from lps.study.evaluate import classification_splits
+from lps.core.files import load_model, save_model
+from lps.methods.registry import fit_method, observations
+from lps.models.modelset import ModelSet, join_sets, load_modelset, pack
+from lps.index.index import ANSWERS
 from lps.second_order import fit
 
 DATA = Path(__file__).resolve().parent.parent/"lps/data"

@@ -1,4 +1,5 @@
-"""Build the documentation without Quarto: `docs.py site` writes _docs/, `docs.py readme` writes README.md
+"""Build the documentation without Quarto: `docs.py site` writes _docs/, `docs.py readme` writes README.md,
+`docs.py sidebar` writes the lists of notebooks and modules in _quarto.yml
 
 nbdev prepares the notebooks in _proc/ (it runs imports and exported cells only, and adds the signatures);
 smalldocs renders _proc/ as _quarto.yml says; formulas become MathML, so that a page loads nothing from elsewhere.
@@ -90,7 +91,7 @@ def mathml(page: str) -> str:
 
 def draw_map(staged: Path):
     "Put the map of the bundled models among the pictures of the prepared folder, where pages link to it"
-    from lps.market_map import bundled_map
+    from lps.index.map import bundled_map
     bundled_map(staged/"images/market-map.html", inline=False)
 
 
@@ -104,6 +105,50 @@ def site():
     shutil.move(built, ROOT/"_docs")
     print(f"{len(list((ROOT/'_docs').rglob('*.html')))} pages in _docs: open _docs/index.html")
     if warnings: sys.exit("\n".join(warnings))
+
+
+TITLES = dict(
+    core="Core", nets="Networks", models="Models", zoo="Zoo", methods="Methods", lineage="Lineage",
+    advice="Advice", study="Study", index="Index",
+)
+
+
+def library_sections() -> str:
+    "The sidebar's sections of library notebooks: those beside the folders first, then one section a folder"
+    lines = ["      - section: Method and commands", "        contents:"]
+    lines += [f"          - {path.name}" for path in sorted(ROOT.glob("nbs/[0-9]*.ipynb"))]
+    for folder, title in TITLES.items():
+        lines += [f"      - section: {title}", "        contents:"]
+        lines += [f"          - {folder}/{path.name}" for path in sorted(ROOT.glob(f"nbs/{folder}/[0-9]*.ipynb"))]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def api_names() -> list[str]:
+    "The API page of every module: its last name, as smalldocs has it, or all of it where two modules share that"
+    paths = [path.relative_to(ROOT/"lps").with_suffix("") for path in sorted(ROOT.glob("lps/**/*.py"))]
+    modules = [path for path in paths if not path.name.startswith("_")]
+    lasts = [path.name for path in modules] + [path.parent.name for path in paths if path.name == "__init__"]
+    return [
+        path.name if lasts.count(path.name) == 1 else "lps." + path.as_posix().replace("/", ".") for path in modules
+    ]
+
+
+def api_pages() -> str:
+    "The sidebar's list of modules"
+    return "".join(f"          - api/{name}.qmd\n" for name in api_names())
+
+
+def sidebar():
+    "Write the lists of notebooks and modules into _quarto.yml, between their two comments"
+    config = ROOT/"_quarto.yml"
+    text = config.read_text(encoding="utf-8")
+    for name, lists in dict(library=library_sections(), api=api_pages()).items():
+        text = re.sub(
+            rf"( *# {name}: .*\n)(?:.*\n)*?( *# end of {name}\n)",
+            lambda found: f"{found[1]}{lists}{found[2]}",
+            text,
+        )
+    config.write_text(text, encoding="utf-8")
 
 
 def as_text(source) -> str: return source if isinstance(source, str) else "".join(source)
@@ -149,6 +194,6 @@ def readme():
 
 
 if __name__ == "__main__":
-    commands = dict(site=site, readme=readme)
+    commands = dict(site=site, readme=readme, sidebar=sidebar)
     if sys.argv[1:2] and sys.argv[1] in commands: commands[sys.argv[1]]()
     else: sys.exit(f"usage: docs.py {'|'.join(commands)}")

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import papermill as pm
 
-from lps.experiments import EXPERIMENTS
-from lps.files import provenance, read_json, write_json
-from lps.modelset import bundled_sets
+from lps.study.registry import EXPERIMENTS
+from lps.core.files import provenance, read_json, write_json
+from lps.models.modelset import bundled_sets
 
 ROOT = Path(__file__).resolve().parent.parent
 

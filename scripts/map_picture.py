@@ -8,8 +8,8 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from lps.files import write_atomic
-from lps.market_map import bundled_map
+from lps.core.files import write_atomic
+from lps.index.map import bundled_map
 
 PICTURE = Path(__file__).resolve().parent.parent/"nbs/images/market-map.png"
 MODEL = "task07_run5"  # part of the name of the model that is chosen

@@ -6,9 +6,9 @@ from pathlib import Path
 import matplotlib
 import torch
 
-matplotlib.use("agg")  # before lps.plots imports pyplot
+matplotlib.use("agg")  # before lps.study.plots imports pyplot
 
-from lps.plots import plot_similarity
+from lps.study.plots import plot_similarity
 from lps.second_order import similarity
 
 ROOT = Path(__file__).resolve().parent.parent

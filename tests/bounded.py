@@ -10,11 +10,11 @@ import sys
 import warnings
 from pathlib import Path
 
-from lps.foreign import import_models
-from lps.intake import read_model
-from lps.methods import fit_method, load_fitted
-from lps.modelset import load_modelset
-from lps.search import ModelIndex
+from lps.models.checkpoint import import_models
+from lps.models.read import read_model
+from lps.methods.registry import fit_method, load_fitted
+from lps.models.modelset import load_modelset
+from lps.index.index import ModelIndex
 
 SECONDS, MEGABYTES = 5, 300
 

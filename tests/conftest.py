@@ -138,7 +138,7 @@ def warm_kernels(tmp_path_factory):
 @pytest.fixture(scope="session")
 def processes():
     "A pool of two processes, started once for all tests that only need one"
-    from lps.jobs import worker_pool
+    from lps.core.jobs import worker_pool
     with worker_pool(2) as executor: yield executor
 
 

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import torch
 
-from lps.files import save_model
-from lps.modelset import ModelSet, load_modelset
+from lps.core.files import save_model
+from lps.models.modelset import ModelSet, load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
-from lps.resnet import ResNet
+from lps.nets.resnet import ResNet
 
 WIDTH = 4
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from lps.architectures import (ARCHITECTURES, Architecture, branch_layers, convolutions, net_from_state, norms_of,
+from lps.nets.architectures import (ARCHITECTURES, Architecture, branch_layers, convolutions, net_from_state, norms_of,
                                recognise, register_architecture, shapes_of, stem_of)
-from lps.files import save_model
-from lps.methods import embed_models, fit_method
-from lps.modelset import load_modelset
+from lps.core.files import save_model
+from lps.methods.registry import embed_models, fit_method
+from lps.models.modelset import load_modelset
 from lps.order_chain import PermutationSpec, permute, random_perms
-from lps.resnet import MAX_DEPTH, SHORTCUTS, ResNet, resnet_config
+from lps.nets.resnet import MAX_DEPTH, SHORTCUTS, ResNet, resnet_config
 
 
 class Plain(nn.Module):

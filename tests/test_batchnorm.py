@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lps.batchnorm import FusedResNet, bn_relu
-from lps.resnet import ResNet
-from lps.tasks import load_images, pair_classes, task_images
-from lps.train import Recipe, train_model
+from lps.zoo.batchnorm import FusedResNet, bn_relu
+from lps.nets.resnet import ResNet
+from lps.zoo.tasks import load_images, pair_classes, task_images
+from lps.zoo.train import Recipe, train_model
 
 
 def step(dtype, shape, shortcut, seed=0):

@@ -15,10 +15,10 @@ import torch
 from conftest import ROOT
 from torch._utils import _rebuild_tensor_v2
 
-from lps.files import save_model
-from lps.methods import fit_method
-from lps.modelset import load_modelset
-from lps.resnet import ResNet
+from lps.core.files import save_model
+from lps.methods.registry import fit_method
+from lps.models.modelset import load_modelset
+from lps.nets.resnet import ResNet
 
 pytestmark = pytest.mark.skipif(not Path('/proc/self/statm').exists(), reason='the limits are those of Linux')
 

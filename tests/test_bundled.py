@@ -9,15 +9,15 @@ import torch
 from conftest import ROOT, copy_of_repo
 
 from lps.cli import main
-from lps.datasheet import datasheet, datasheet_text, write_datasheet
-from lps.evaluate import classification_splits, rank_k, table1, table2
-from lps.files import load_model, mark_complete, save_model
-from lps.modelset import bundled, digest, load_modelset, pack
-from lps.resnet import ResNet
-from lps.search import ModelIndex
-from lps.methods import score_models
+from lps.zoo.datasheet import datasheet, datasheet_text, write_datasheet
+from lps.study.evaluate import classification_splits, rank_k, table1, table2
+from lps.core.files import load_model, mark_complete, save_model
+from lps.models.modelset import bundled, digest, load_modelset, pack
+from lps.nets.resnet import ResNet
+from lps.index.index import ModelIndex
+from lps.methods.registry import score_models
 from lps.second_order import embed, fit, load_net
-from lps.tasks import source_of
+from lps.zoo.tasks import source_of
 
 QUICK = dict(n_filters=8, epochs=2, milestones=(1,))
 FILES = ['DATASHEET.md', 'datasheet.json', 'modelset.safetensors', 'net.safetensors']

@@ -10,11 +10,11 @@ from conftest import heed_ctrl_c
 
 from lps.cli import console, main
 from lps.demo import digits
-from lps.files import load_model
-from lps.modelset import load_modelset
+from lps.core.files import load_model
+from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
-from lps.train import recipes
-from lps.zoo import build
+from lps.zoo.train import recipes
+from lps.zoo.build import build
 
 LPS = Path(sys.executable).parent/'lps'
 TINY = replace(recipes['digits'], name='tiny', epochs=1, milestones=(), depth=8, width=4)
@@ -334,7 +334,7 @@ SMALL = """
 import sys
 from dataclasses import replace
 from lps.cli import main
-from lps.train import recipes
+from lps.zoo.train import recipes
 recipes['digits'] = replace(recipes['digits'], depth=8, width=4)
 sys.exit(main(sys.argv[1:]))
 """  # the command, which trains small networks
@@ -401,7 +401,7 @@ def test_escape_sequences_do_not_reach_the_terminal(world, tmp_path, monkeypatch
 
 def test_a_bug_shows_where_it_is(monkeypatch):
     def broken(*args, **kwargs): raise KeyError('a bug')
-    monkeypatch.setattr('lps.modelset.load_modelset', broken)
+    monkeypatch.setattr('lps.models.modelset.load_modelset', broken)
     with pytest.raises(KeyError): main(['fit', 'bundled'])
 
 
@@ -410,7 +410,7 @@ def test_a_bug_shows_where_it_is(monkeypatch):
 )
 def test_what_a_bad_machine_does_is_one_line(error, monkeypatch, capsys):
     def fails(*args, **kwargs): raise error
-    monkeypatch.setattr('lps.modelset.load_modelset', fails)
+    monkeypatch.setattr('lps.models.modelset.load_modelset', fails)
     assert main(['fit', 'bundled', '--out', 'nowhere.safetensors']) == 2
     assert capsys.readouterr().err.count('\n') == 1
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from lps.files import not_as_marked
-from lps.modelset import load_modelset
-from lps.search import ModelIndex
-from lps.tasks import load_images
-from lps.train import recipes
-from lps.zoo import build
+from lps.core.files import not_as_marked
+from lps.models.modelset import load_modelset
+from lps.index.index import ModelIndex
+from lps.zoo.tasks import load_images
+from lps.zoo.train import recipes
+from lps.zoo.build import build
 
 distributed = pytest.importorskip('distributed', reason="needs the extra lps[cluster]")
 TINY = replace(recipes['digits'], name='tiny', epochs=10, milestones=(6,), depth=8, width=2, batch_size=512)

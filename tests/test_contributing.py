@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from lps.architectures import ARCHITECTURES, recognise, shapes_of
+from lps.nets.architectures import ARCHITECTURES, recognise, shapes_of
 from lps.cli import main
-from lps.datasheet import datasheet, datasheet_text
-from lps.evaluate import summary, table1
-from lps.experiments import EXPERIMENTS, overview, result_path, show_overview
-from lps.files import save_model, write_json
-from lps.methods import METHODS, embed_models, fit_method, load_fitted
-from lps.modelset import load_modelset
+from lps.zoo.datasheet import datasheet, datasheet_text
+from lps.study.evaluate import summary, table1
+from lps.study.registry import EXPERIMENTS, overview, result_path, show_overview
+from lps.core.files import save_model, write_json
+from lps.methods.registry import METHODS, embed_models, fit_method, load_fitted
+from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms
-from lps.records import result_record
-from lps.search import ModelIndex
-from lps.tasks import DATASETS
-from lps.train import recipes
-from lps.zoo import build
+from lps.study.records import result_record
+from lps.index.index import ModelIndex
+from lps.zoo.tasks import DATASETS
+from lps.zoo.train import recipes
+from lps.zoo.build import build
 
 PAGE = (Path(__file__).parent.parent/'CONTRIBUTING.md').read_text(encoding='utf-8')
 CODE = r'^```python\n(.*?)^```$'

@@ -4,12 +4,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lps.curves import curve_record, curve_splits, curve_table, curve_text, learning_curves, other_epochs, top1
-from lps.plots import plot_curves
-from lps.evaluate import classify
-from lps.modelset import load_modelset
-from lps.train import recipes
-from lps.zoo import build
+from lps.study.curves import curve_record, curve_splits, curve_table, curve_text, learning_curves, other_epochs, top1
+from lps.study.plots import plot_curves
+from lps.study.evaluate import classify
+from lps.models.modelset import load_modelset
+from lps.zoo.train import recipes
+from lps.zoo.build import build
 
 HOW = dict(n_filters=4, epochs=2, milestones=())
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import lps.probes  # noqa: F401  it registers its methods
-import lps.signatures  # noqa: F401
-from lps.files import save_model
-from lps.methods import embed_models, fit_method
-from lps.modelset import load_modelset
-from lps.resnet import ResNet
+import lps.methods.probes  # noqa: F401  it registers its methods
+import lps.methods.signatures  # noqa: F401
+from lps.core.files import save_model
+from lps.methods.registry import embed_models, fit_method
+from lps.models.modelset import load_modelset
+from lps.nets.resnet import ResNet
 
 STORED = Path(__file__).with_name("equal_numbers.json")
 SETTINGS = {

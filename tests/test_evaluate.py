@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from lps.evaluate import READ_OUTS, classification_splits, classify, rank_k, summary, table1, table2, top_k
-from lps.fusion import FUSIONS, fuse, learn_alpha
-from lps.records import find_record, result_record
-from lps.files import save_model, write_json
-from lps.modelset import load_modelset
-from lps.methods import score_models
+from lps.study.evaluate import READ_OUTS, classification_splits, classify, rank_k, summary, table1, table2, top_k
+from lps.methods.fusion import FUSIONS, fuse, learn_alpha
+from lps.study.records import find_record, result_record
+from lps.core.files import save_model, write_json
+from lps.models.modelset import load_modelset
+from lps.methods.registry import score_models
 from lps.second_order import fit
 
 FEW = dict(epochs=2, milestones=(1,), n_filters=6)

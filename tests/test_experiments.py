@@ -13,13 +13,13 @@ from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_notebook
 
 from lps import experiments
-from lps.evaluate import table1
-from lps.experiments import (EXPERIMENTS, claims_table, kind_of, open_models, overview, register_experiment,
+from lps.study.evaluate import table1
+from lps.study.registry import (EXPERIMENTS, claims_table, kind_of, open_models, overview, register_experiment,
                              result_files, result_path, show_overview, show_results)
-from lps.files import save_model, write_json
-from lps.methods import METHODS, Method
-from lps.modelset import load_modelset
-from lps.records import result_record
+from lps.core.files import save_model, write_json
+from lps.methods.registry import METHODS, Method
+from lps.models.modelset import load_modelset
+from lps.study.records import result_record
 from lps.second_order import fit
 
 SCRIPT = runpy.run_path(str(ROOT/"scripts/experiments.py"))
@@ -30,10 +30,10 @@ FEW = dict(epochs=2, milestones=(1,), n_filters=6)
 OUTSIDE = '''
 from pathlib import Path
 
-from lps.claims import Claim, mean_sd, verdict
-from lps.experiments import Experiment, plot_table, register_experiment, runs_table
-from lps.plots import chance_percent, percent
-from lps.records import runs_of
+from lps.study.claims import Claim, mean_sd, verdict
+from lps.study.registry import Experiment, plot_table, register_experiment, runs_table
+from lps.study.plots import chance_percent, percent
+from lps.study.records import runs_of
 
 def claims(record, paper):
     top1 = percent(runs_of(record), 'lps')
@@ -56,10 +56,10 @@ hurried = register_experiment(Experiment(
 PARAMETERS = "model_set = 'bundled'\nn_splits = 3\nresults = 'results'"
 RUN = '''
 import outside_of_lps
-from lps.evaluate import table1
-from lps.experiments import open_models, result_path
-from lps.files import write_json
-from lps.records import result_record
+from lps.study.evaluate import table1
+from lps.study.registry import open_models, result_path
+from lps.core.files import write_json
+from lps.study.records import result_record
 
 models = open_models(model_set)[:40]
 how = dict(n_splits=n_splits, seed=0, epochs=2, n_filters=6, momentum=.9, folded=False)

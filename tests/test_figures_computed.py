@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lps.evaluate import table1
-from lps.modelset import bundled, load_modelset
+from lps.study.evaluate import table1
+from lps.models.modelset import bundled, load_modelset
 
 RECORD = Path(__file__).resolve().parent.parent/'results/table1-bundled.json'
 

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lps.files import (MAX_TENSORS, checked, load_model, mark_complete, marker_file, not_as_marked, printable,
+from lps.core.files import (MAX_TENSORS, checked, load_model, mark_complete, marker_file, not_as_marked, printable,
                        read_header, read_json, read_marker, read_model, read_tensors, save_model, write_json)
-from lps.foreign import read_query
-from lps.methods import fit_method, load_fitted, save_fitted
-from lps.modelset import load_modelset, pack
-from lps.search import ModelIndex
+from lps.models.checkpoint import read_query
+from lps.methods.registry import fit_method, load_fitted, save_fitted
+from lps.models.modelset import load_modelset, pack
+from lps.index.index import ModelIndex
 
 
 def tiny(seed):

@@ -8,11 +8,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lps.files import load_model, mark_complete, save_model, write_json
-from lps.foreign import check_weights, import_models, own_names, read_foreign, read_query, read_table, rename
-from lps.methods import fit_method
-from lps.modelset import load_modelset
-from lps.search import ModelIndex
+from lps.core.files import load_model, mark_complete, save_model, write_json
+from lps.models.checkpoint import check_weights, import_models, own_names, read_foreign, read_query, read_table, rename
+from lps.methods.registry import fit_method
+from lps.models.modelset import load_modelset
+from lps.index.index import ModelIndex
 
 
 def tiny(seed=0):

@@ -7,13 +7,13 @@ import pytest
 import torch
 from test_store import WIDTH, batch, unit
 
-import lps.store as store
+import lps.index.store as store
 from lps.cli import main
-from lps.files import save_model
-from lps.resnet import ResNet
-from lps.search import ModelIndex
-from lps.sharing import save_pretrained
-from lps.store import Rows, Store, create_store
+from lps.core.files import save_model
+from lps.nets.resnet import ResNet
+from lps.index.index import ModelIndex
+from lps.index.share import save_pretrained
+from lps.index.store import Rows, Store, create_store
 
 pytest.importorskip("usearch")
 

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch._utils import _rebuild_tensor_v2
 
-from lps.datasheet import datasheet, datasheet_text
-from lps.files import mark_complete, not_as_marked, provenance, read_header, read_json, read_marker, save_model
-from lps.foreign import check_weights, import_models, read_query, read_table, rename
-from lps.methods import embed_models, fit_method, load_fitted, save_fitted, score_models
-from lps.modelset import TrainedModel, load_modelset, pack, task_names
-from lps.resnet import ResNet
-from lps.search import ModelIndex
-from lps.tasks import load_images
+from lps.zoo.datasheet import datasheet, datasheet_text
+from lps.core.files import mark_complete, not_as_marked, provenance, read_header, read_json, read_marker, save_model
+from lps.models.checkpoint import check_weights, import_models, read_query, read_table, rename
+from lps.methods.registry import embed_models, fit_method, load_fitted, save_fitted, score_models
+from lps.models.modelset import Model, load_modelset, pack, task_names
+from lps.nets.resnet import ResNet
+from lps.index.index import ModelIndex
+from lps.zoo.tasks import load_images
 
 PROCESSES = 'subprocess.Popen', 'os.system', 'os.exec', 'os.posix_spawn', 'os.spawn', 'os.fork', 'pty.spawn'
 FORBIDDEN = *PROCESSES, 'socket.', 'pickle.find_class', 'ctypes.dlopen'
@@ -108,13 +108,13 @@ def place(root):
     save_model(root/'foreign.safetensors', tiny(3), {})
     known = provenance()  # asks git for the commit, which is a process that no file started
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('lps.datasheet.provenance', lambda: known)
+        patch.setattr('lps.zoo.datasheet.provenance', lambda: known)
         yield root
 
 
 class Asked:
     "A valid method and index, and the model that asks"
-    fitted, index, query = None, None, TrainedModel(tiny(5), {})
+    fitted, index, query = None, None, Model(tiny(5), {})
 
 
 def shown(models):

@@ -9,14 +9,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lps.architectures import ARCHITECTURES
+from lps.nets.architectures import ARCHITECTURES
 from lps.cli import main
-from lps.files import save_model
-from lps.intake import network_builder, probe_module, read_model, why_not
-from lps.modelset import TrainedModel
-from lps.probes import probe_outputs
-from lps.resnet import ResNet
-from lps.search import ModelIndex
+from lps.core.files import save_model
+from lps.models.read import network_builder, probe_module, read_model, why_not
+from lps.models.modelset import Model
+from lps.methods.probes import probe_outputs
+from lps.nets.resnet import ResNet
+from lps.index.index import ModelIndex
 
 
 class Small(nn.Module):
@@ -414,7 +414,7 @@ def test_a_model_can_say_why_a_fitted_method_cannot_compare_it(net):
     class Fitted:
         method, layers, folded = 'lps', ['conv1'], False
         def embed(self, weights): raise ValueError("stem has 16 filters")
-    assert why_not(TrainedModel(net.state_dict(), {}), [Fitted()]) == {'lps': 'stem has 16 filters'}
+    assert why_not(Model(net.state_dict(), {}), [Fitted()]) == {'lps': 'stem has 16 filters'}
 
 
 # Into an index

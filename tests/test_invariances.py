@@ -5,10 +5,10 @@ import pytest
 import torch
 from networks import flipped, scaled, shuffled, some_net, write_models
 
-import lps.evaluate  # noqa: F401  it registers all methods
-from lps.methods import INVARIANCES, METHODS, embed_models, fit_method
-from lps.modelset import TrainedModel
-from lps.resnet import ResNet
+import lps.study.evaluate  # noqa: F401  it registers all methods
+from lps.methods.registry import INVARIANCES, METHODS, embed_models, fit_method
+from lps.models.modelset import Model
+from lps.nets.resnet import ResNet
 
 
 def small_fit(models, name):
@@ -35,7 +35,7 @@ def moved(fitted, change):
     "How far a change of a network moves its embedding, the longest entry being 1"
     net = some_net(1, 7)
     states = net.state_dict(), change(net)
-    a, b = (embed_models(fitted, TrainedModel(s, dict(shortcut='conv'))) for s in states)
+    a, b = (embed_models(fitted, Model(s, dict(shortcut='conv'))) for s in states)
     return ((a - b).abs().max()/a.abs().max()).item()
 
 

@@ -2,10 +2,10 @@
 import pytest
 from conftest import ROOT
 
-from lps.leaderboard import leaderboard, measured
-from lps.all_methods import LEADERS, leading_method
-from lps.methods import METHODS, method_title
-from lps.modelset import load_modelset
+from lps.study.leaderboard import leaderboard, measured
+from lps.methods.all_methods import LEADERS, leading_method
+from lps.methods.registry import METHODS, method_title
+from lps.models.modelset import load_modelset
 
 FOUND = measured(ROOT/'results')
 

@@ -11,14 +11,14 @@ from conftest import ROOT
 from fastai.callback.core import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lps.many as many
-import lps.train as single
-from lps.many import FusedModels, MultiLoader, SummedLoss, accuracies, each, train_models
-from lps.files import load_model
-from lps.jobs import one_thread
-from lps.resnet import ResNet
-from lps.tasks import augment, channel_stats, load_images, pair_classes, task_images
-from lps.train import BatchLoader, Diverged, KeepEpochs, accuracy, init_model, recipes, train_model
+import lps.zoo.many as many
+import lps.zoo.train as single
+from lps.zoo.many import FusedModels, MultiLoader, SummedLoss, accuracies, each, train_models
+from lps.core.files import load_model
+from lps.core.jobs import one_thread
+from lps.nets.resnet import ResNet
+from lps.zoo.tasks import augment, channel_stats, load_images, pair_classes, task_images
+from lps.zoo.train import BatchLoader, Diverged, KeepEpochs, accuracy, init_model, recipes, train_model
 
 TINY = replace(recipes['digits'], name='tiny', epochs=3, milestones=(2,), depth=8, width=4, batch_size=64)
 SEEDS = [11, 12, 13]

@@ -12,16 +12,16 @@ import pytest
 import torch
 from conftest import ROOT
 
-import lps.gather as gather
-from lps.all_methods import LEADERS
-from lps.answers import Trials, calibrate, kinship, own_trials, sketch_correlation, weight_sketch
+import lps.index.gather as gather
+from lps.methods.all_methods import LEADERS
+from lps.index.answer import Trials, calibrate, kinship, own_trials, sketch_correlation, weight_sketch
 from lps.cli import main
-from lps.files import load_model, save_model
-from lps.modelset import TrainedModel, load_modelset
+from lps.core.files import load_model, save_model
+from lps.models.modelset import Model, load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
-from lps.resnet import ResNet
-from lps.search import ModelIndex
-from lps.sources import ExpectedAccuracy, transfer_score
+from lps.nets.resnet import ResNet
+from lps.index.index import ModelIndex
+from lps.advice.advisers import ExpectedAccuracy, transfer_score
 
 SPEC, STEM = resnet_spec(depth=8, width=4), "stem-signature"
 STEM_TENSORS = "conv1.weight", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var"
@@ -73,7 +73,7 @@ def market(models, tmp_path_factory):
 
 def one_of(models, file):
     "A model of a folder by its name"
-    return TrainedModel(*load_model(models/Path(file).name))
+    return Model(*load_model(models/Path(file).name))
 
 
 def files(index): return sorted(Path(file).name for file in index.manifest.file)
@@ -159,7 +159,7 @@ def test_changed_added_removed(models, tmp_path):
 
 def test_what_an_answer_says(market, models):
     index = ModelIndex.load(market)
-    new = index.answer(TrainedModel(network(3, 8), {}), k=3)
+    new = index.answer(Model(network(3, 8), {}), k=3)
     assert new.table.task.tolist() == [3]*3 and new.like and not new.table.note.any()
     assert new.table.probability.between(0, 1).all() and new.table.probability.is_monotonic_decreasing
     own = index.answer(models/"t3_0.safetensors", k=2)
@@ -167,9 +167,9 @@ def test_what_an_answer_says(market, models):
     state = load_modelset(models)[0].state
     tuned = {name: w + .1*w.std()*torch.randn(w.shape) if w.ndim == 4 else w for name, w in state.items()}
     tuned["fc.weight"], tuned["fc.bias"] = torch.randn(5, 16), torch.zeros(5)
-    assert index.answer(TrainedModel(tuned, {}), 1).table.note[1] == "fine-tuned copy"
+    assert index.answer(Model(tuned, {}), 1).table.note[1] == "fine-tuned copy"
     mixed = permute(state, SPEC, random_perms(SPEC, 5))
-    assert index.answer(TrainedModel(mixed, {}), 1).table.note[1] == "the same as far as read"
+    assert index.answer(Model(mixed, {}), 1).table.note[1] == "the same as far as read"
     net = ResNet(depth=8, width=4)
     net.load_state_dict(state)
     assert index.answer(net, 1).table.note[1] == "copy"
@@ -179,7 +179,7 @@ def test_what_an_answer_says(market, models):
 def test_what_may_be_expected_after_transfer(market, models, tmp_path):
     "Of whole networks a number in its interval; of what cannot be run none, and why"
     relation = ExpectedAccuracy([0., 1.], [.5, .9], .1, .1, .8, .8, "a made-up set")
-    index, asked = ModelIndex.load(market), TrainedModel(network(3, 8), {})
+    index, asked = ModelIndex.load(market), Model(network(3, 8), {})
     answer = index.answer(asked, 3, expected=relation)
     table = answer.table
     accuracy = table.expected_accuracy
@@ -188,7 +188,7 @@ def test_what_may_be_expected_after_transfer(market, models, tmp_path):
     score = transfer_score(one_of(models, table.file[1]), asked)
     assert table.expected_accuracy[1] == pytest.approx(.5 + .4*score, abs=1e-6)
     assert "80 % of other targets; measured on a made-up set" in answer.sentences[-1]
-    stem = TrainedModel({name: w for name, w in asked.state.items() if name in STEM_TENSORS}, {})
+    stem = Model({name: w for name, w in asked.state.items() if name in STEM_TENSORS}, {})
     cut = index.answer(stem, 2, expected=relation)
     assert "expected_accuracy" not in cut.table and "architecture is not known" in cut.sentences[-1]
     there = ModelIndex("stem-signature", load_modelset(models)).answer(asked, 2, expected=relation)
@@ -199,7 +199,7 @@ def test_the_start_is_no_copy(market, models):
     "Neither one with the same weights nor one that was fine-tuned from the query"
     index, state = ModelIndex.load(market), load_modelset(models)[0].state
     tuned = {name: w + .1*w.std()*torch.randn(w.shape) if w.ndim == 4 else w for name, w in state.items()}
-    tuned = TrainedModel(tuned, {})
+    tuned = Model(tuned, {})
     answer = index.answer(tuned, 3)
     assert answer.table.note[1] == "fine-tuned copy" and answer.start == answer.table.file[2]
     alone = index.answer(tuned, 1)
@@ -243,7 +243,7 @@ def test_a_folder_and_a_file_keep_the_same(market, tmp_path):
     index = ModelIndex.load(market)
     index.save(tmp_path/"index.safetensors")
     ModelIndex.load(tmp_path/"index.safetensors").save(tmp_path/"again")
-    asked = TrainedModel(network(2, 8), {})
+    asked = Model(network(2, 8), {})
     for place in ("index.safetensors", "again"):
         other = ModelIndex.load(tmp_path/place)
         assert other.calibration == index.calibration

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lps.market_map import LIMIT, SEVERAL, market_map
+from lps.index.map import LIMIT, SEVERAL, market_map
 
 EVIL = [
     "</script><script>window.hit = 1</script>",

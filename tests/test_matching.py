@@ -7,11 +7,11 @@ from fastcore.test import expect_fail
 from networks import CHANGES, WIDTH, scaled, some_net, write_models
 
 from lps import equivariant, experts, matching  # noqa: F401  they register their methods
-from lps.matching import match, matchable
-from lps.methods import embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
-from lps.modelset import TrainedModel, load_modelset
+from lps.methods.matching import match, matchable
+from lps.methods.registry import embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
+from lps.models.modelset import Model, load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
-from lps.search import ModelIndex
+from lps.index.index import ModelIndex
 
 OF_STEM = ['canonical-lps', 'weight-matching', 'equivariant', 'experts']
 METHODS = [*OF_STEM, 'all-layer-equivariant']
@@ -42,8 +42,8 @@ HOLDS += [(method, change) for method in WHOLE for change in CHANGES]
 @pytest.mark.parametrize('method, change', HOLDS)
 def test_an_embedding_does_not_see_what_the_outputs_do_not_show(fitted, method, change):
     net = some_net(1, 7)
-    before = embed_models(fitted[method], TrainedModel(net.state_dict(), {}))
-    after = embed_models(fitted[method], TrainedModel(CHANGES[change](net), {}))
+    before = embed_models(fitted[method], Model(net.state_dict(), {}))
+    after = embed_models(fitted[method], Model(CHANGES[change](net), {}))
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
@@ -51,7 +51,7 @@ def test_the_test_above_can_fail(fitted):
     "A stem alone does not show who else writes to its channels"
     net = some_net(1, 7)
     for method in OF_STEM:
-        before, after = [embed_models(fitted[method], TrainedModel(s, {})) for s in (net.state_dict(), scaled(net))]
+        before, after = [embed_models(fitted[method], Model(s, {})) for s in (net.state_dict(), scaled(net))]
         assert (before - after).abs().max() > 1e-3
 
 

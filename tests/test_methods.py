@@ -6,8 +6,8 @@ import torch
 from fastcore.test import expect_fail
 from hypothesis import given, strategies as st
 
-from lps.files import save_model
-from lps.methods import METHODS, embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
+from lps.core.files import save_model
+from lps.methods.registry import METHODS, embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
 from lps.second_order import fit
 
 SHAPE = 6, 4, 3, 3

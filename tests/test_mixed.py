@@ -8,20 +8,20 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from lps.across import (KindSets, OverlapPairs, across_kinds, across_summary, embed_sets, fit_sets, is_reversed,
+from lps.study.across import (KindSets, OverlapPairs, across_kinds, across_summary, embed_sets, fit_sets, is_reversed,
                         load_kinds, overlap_pairs, readable_kinds)
-from lps.architectures import net_from_state, norms_of, recognise, shapes_of, stem_of
-from lps.copies import CHANGED, TRAINED, noisy, pruned, quantised, train_copy, write_copies
-from lps.files import save_model
-from lps.methods import embed_models, fit_method, load_fitted, save_fitted
-from lps.modelset import load_modelset
+from lps.nets.architectures import net_from_state, norms_of, recognise, shapes_of, stem_of
+from lps.lineage.benchmark import CHANGED, TRAINED, noisy, pruned, quantised, train_copy, write_copies
+from lps.core.files import save_model
+from lps.methods.registry import embed_models, fit_method, load_fitted, save_fitted
+from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms
-from lps.plain import PlainNet
-from lps.resnet import ResNet
-from lps.search import ModelIndex
-from lps.tasks import load_images, task_images
-from lps.train import Recipe, init_model, recipe_fields, recipes, train_model
-from lps.zoo import build, plan_build, plan_differences
+from lps.nets.plain import PlainNet
+from lps.nets.resnet import ResNet
+from lps.index.index import ModelIndex
+from lps.zoo.tasks import load_images, task_images
+from lps.zoo.train import Recipe, init_model, recipe_fields, recipes, train_model
+from lps.zoo.build import build, plan_build, plan_differences
 
 TINY = replace(recipes["digits"], name="tiny", epochs=1, milestones=(), depth=8, width=4)
 

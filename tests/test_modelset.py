@@ -7,12 +7,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from lps.files import digest, load_model, save_model, write_json
-from lps.foreign import FOREIGNZOO_NAMES, import_models
-from lps.methods import fit_method
-from lps.modelset import load_modelset, pack
-from lps.resnet import ResNet, branch_layers
-from lps.train import accuracy
+from lps.core.files import digest, load_model, save_model, write_json
+from lps.models.checkpoint import FOREIGNZOO_NAMES, import_models
+from lps.methods.registry import fit_method
+from lps.models.modelset import load_modelset, pack
+from lps.nets.resnet import ResNet, branch_layers
+from lps.zoo.train import accuracy
 
 SHARED = Path(os.environ.get('LPS_SHARED') or Path(__file__).resolve().parents[1].parent/'shared'/'data')
 

@@ -12,10 +12,11 @@ from conftest import ROOT
 from nbclient import NotebookClient
 from nbdev.test import nb_test_cells
 
-from lps.experiments import EXPERIMENTS
+from lps.study.registry import EXPERIMENTS
 
 NBS = ROOT/"nbs"
-LIBRARY = sorted(p.relative_to(NBS).as_posix() for p in [*NBS.glob("*.ipynb"), *NBS.glob("tutorials/*.ipynb")])
+APART = {"experiments", ".ipynb_checkpoints"}
+LIBRARY = sorted(p.relative_to(NBS).as_posix() for p in NBS.glob("**/*.ipynb") if not APART & set(p.parts))
 WRITTEN = sorted(p.stem for p in NBS.glob("experiments/*.ipynb"))
 pytestmark = pytest.mark.usefixtures("warm_kernels")
 

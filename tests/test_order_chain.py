@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lps.order_chain import PermutationSpec, fold_bn, folded_resnet, inverse, permute, random_perms, resnet_spec
-from lps.resnet import SHORTCUTS, ResNet, bn_of, resnet_from_state
+from lps.nets.resnet import SHORTCUTS, ResNet, bn_of, resnet_from_state
 
 CASES = [
     (d, w, s, seed) for d, w, s, seed in product((8, 20), (4, 16), SHORTCUTS, (0, 1)) if (d, w) != (20, 16) or seed == 0

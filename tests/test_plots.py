@@ -9,8 +9,8 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from lps.methods import METHODS, Method, method_title, register_method
-from lps.plots import (
+from lps.methods.registry import METHODS, Method, method_title, register_method
+from lps.study.plots import (
     ALIGNMENTS,
     alignment_table,
     plot_alignment,

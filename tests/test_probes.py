@@ -3,13 +3,13 @@ import pytest
 import torch
 from fastcore.test import expect_fail
 
-from lps.files import save_model
-from lps.methods import embed_models, fit_method, load_fitted, observations, save_fitted, score_models
-from lps.modelset import TrainedModel, load_modelset
+from lps.core.files import save_model
+from lps.methods.registry import embed_models, fit_method, load_fitted, observations, save_fitted, score_models
+from lps.models.modelset import Model, load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
-from lps.probes import probe_images, restore_probes
-from lps.resnet import SHORTCUTS, ResNet, bn_of, resnet_from_state
-from lps.search import ModelIndex
+from lps.methods.probes import probe_images, restore_probes
+from lps.nets.resnet import SHORTCUTS, ResNet, bn_of, resnet_from_state
+from lps.index.index import ModelIndex
 
 
 def some_state(seed=0, shortcut='conv', depth=8, **kwargs):
@@ -25,7 +25,7 @@ def some_state(seed=0, shortcut='conv', depth=8, **kwargs):
     return {name: v.clone() for name, v in net.state_dict().items()}
 
 
-def model(state, shortcut='conv'): return TrainedModel(state, dict(shortcut=shortcut))
+def model(state, shortcut='conv'): return Model(state, dict(shortcut=shortcut))
 
 
 def shuffled(state, shortcut):

@@ -6,7 +6,7 @@ import re
 import pytest
 from conftest import ROOT
 
-LIBRARY = sorted(ROOT.glob("nbs/[0-9]*.ipynb"))
+LIBRARY = sorted(ROOT.glob("nbs/**/[0-9]*.ipynb"))
 COMPREHENSIONS = ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
 DEFINITIONS = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
 per_notebook = pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)

@@ -5,10 +5,10 @@ import torch
 from fastcore.test import expect_fail
 from test_probes import CHANGES, model, some_state
 
-from lps.files import save_model
-from lps.modelset import load_modelset
-from lps.probes import probe_images
-from lps.readout import features_and_outputs, photograph_crops, read_out, read_out_table
+from lps.core.files import save_model
+from lps.models.modelset import load_modelset
+from lps.methods.probes import probe_images
+from lps.advice.score import features_and_outputs, photograph_crops, read_out, read_out_table
 
 BANK = probe_images(60)
 

@@ -9,11 +9,11 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lps.evaluate import table1
-from lps.experiments import claims_of, result_files
-from lps.files import write_json
-from lps.modelset import load_modelset
-from lps.records import (MEASURED_BY, computed_by, find_record, from_uncommitted, is_current, plain_source, read_record,
+from lps.study.evaluate import table1
+from lps.study.registry import claims_of, result_files
+from lps.core.files import write_json
+from lps.models.modelset import load_modelset
+from lps.study.records import (MEASURED_BY, computed_by, find_record, from_uncommitted, is_current, plain_source, read_record,
                          record_marks, result_record, source_hash)
 
 RECORD = json.loads((ROOT/"results/table1-bundled.json").read_text(encoding="utf-8"))

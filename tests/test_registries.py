@@ -8,15 +8,15 @@ from torch.nn.functional import normalize
 
 from lps import methods, tasks
 from lps.cli import main
-from lps.datasheet import datasheet, datasheet_text
-from lps.evaluate import summary, table1
-from lps.methods import Method, fit_method, load_fitted, register_method, save_fitted
-from lps.modelset import load_modelset
-from lps.records import result_record
-from lps.search import ModelIndex
-from lps.tasks import DataSet, ImageSet, register_dataset
-from lps.train import recipes
-from lps.zoo import build
+from lps.zoo.datasheet import datasheet, datasheet_text
+from lps.study.evaluate import summary, table1
+from lps.methods.registry import Method, fit_method, load_fitted, register_method, save_fitted
+from lps.models.modelset import load_modelset
+from lps.study.records import result_record
+from lps.index.index import ModelIndex
+from lps.zoo.tasks import DataSet, ImageSet, register_dataset
+from lps.zoo.train import recipes
+from lps.zoo.build import build
 
 
 class Strength:

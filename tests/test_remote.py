@@ -10,12 +10,12 @@ import safetensors.torch
 import torch
 
 from lps import remote
-from lps.gather import embed_items, find_models
-from lps.intake import read_model, why_not
-from lps.methods import embed_models, fit_method
-from lps.modelset import TrainedModel, load_modelset
-from lps.remote import open_model, open_remote, remote_json
-from lps.resnet import ResNet
+from lps.index.gather import embed_items, find_models
+from lps.models.read import read_model, why_not
+from lps.methods.registry import embed_models, fit_method
+from lps.models.modelset import Model, load_modelset
+from lps.models.web import open_model, open_remote, remote_json
+from lps.nets.resnet import ResNet
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -96,7 +96,7 @@ def test_a_model_is_indexed_for_kilobytes(net, file, monkeypatch):
     assert read < 60_000 < len(file) and report.norms == '21 batch normalisations' and report.head == 'fc, 2 × 64'
     assert all(path.startswith('/cdn') or wanted is None or wanted.startswith('bytes=') for path, wanted in kind.asked)
     fitted = fit_method(models_of_two(), 'lps', n_filters=4, epochs=1, milestones=())
-    assert torch.equal(embed_models(fitted, model), embed_models(fitted, TrainedModel(net.state_dict(), {})))
+    assert torch.equal(embed_models(fitted, model), embed_models(fitted, Model(net.state_dict(), {})))
     assert {'probes', 'chain'} <= set(why_not(model)) and 'stem-signature' not in why_not(model)
     with pytest.raises(ValueError, match='only conv1.weight, bn1.weight'): model.net
 
@@ -113,7 +113,7 @@ def models_of_two():
 def test_all_of_a_model_where_it_is_asked_for(net, file):
     with serving({'/m.safetensors': file}) as (address, _):
         model, report = read_model(f'{address}/m.safetensors', whole=True)
-    assert model.digest == TrainedModel(net.state_dict(), {}).digest and 'lacks' not in model.meta
+    assert model.digest == Model(net.state_dict(), {}).digest and 'lacks' not in model.meta
     x = torch.zeros(1, 3, 32, 32)
     assert torch.equal(model.net(x), net(x))
 
@@ -130,7 +130,7 @@ def test_shards_and_configurations(net, monkeypatch):
     with serving(files) as (address, _):
         monkeypatch.setenv('HF_ENDPOINT', address)
         model, report = read_model('org/net', whole=True)
-    assert model.digest == TrainedModel(state, {}).digest
+    assert model.digest == Model(state, {}).digest
     assert model.meta['std'] == [.2]*3 and model.meta['classes'] == ['cat', 'dog']
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lps.plots import map_2d, plot_embedding, plot_rank_k, plot_similarity
-from lps.report import html_report
+from lps.study.plots import map_2d, plot_embedding, plot_rank_k, plot_similarity
+from lps.study.report import html_report
 
 EVIL = [
     "<script>alert(1)</script>",

@@ -9,11 +9,11 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
-from lps.claims import at_chance, reaches, stays_below, verdict
-from lps.experiments import (EXPERIMENTS, caption, claims_of, claims_table, in_words, kind_of, outcomes_text, overview,
+from lps.study.claims import at_chance, reaches, stays_below, verdict
+from lps.study.registry import (EXPERIMENTS, caption, claims_of, claims_table, in_words, kind_of, outcomes_text, overview,
                              result_files,
                              same_networks)
-from lps.plots import ALIGNMENTS
+from lps.study.plots import ALIGNMENTS
 
 PAGE = json.loads((ROOT/"nbs/results.ipynb").read_text(encoding="utf-8"))
 FILES = result_files(ROOT/"results")

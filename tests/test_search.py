@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lps.files import load_model, save_model
-from lps.modelset import TrainedModel, load_modelset
+from lps.core.files import load_model, save_model
+from lps.models.modelset import Model, load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
-from lps.resnet import ResNet
-from lps.files import digest
-from lps.search import ModelIndex
+from lps.nets.resnet import ResNet
+from lps.core.files import digest
+from lps.index.index import ModelIndex
 from lps.second_order import fit, load_net, save_net
 
 ROW = [("manifest", column) for column in ("file", "task", "class_0", "class_1", "val_accuracy")]
@@ -66,7 +66,7 @@ def written(models, tmp_path_factory):
 
 def test_every_model_finds_its_permuted_copy(models, index):
     "To a method that aligns, the copy is the model itself; to the baseline it is another"
-    copies = [TrainedModel(permute(m.state, SPEC, random_perms(SPEC, i)), {}) for i, m in enumerate(models)]
+    copies = [Model(permute(m.state, SPEC, random_perms(SPEC, i)), {}) for i, m in enumerate(models)]
     found = [index.query(c, 1) for c in copies]
     similarity = np.array([f.similarity[1] for f in found])
     if index.fitted.method == "fc":
@@ -141,9 +141,9 @@ def test_files_that_are_no_index(models, index, tmp_path):
 def test_queries_that_cannot_be_answered(models, index, tmp_path):
     state = models[0].state
     wide = r"\(6, 3, 3, 3\), its branch was built for \(4, 3, 3, 3\)"
-    for bad, match in ((TrainedModel(ResNet(depth=8, width=6).state_dict(), {}), wide),
-                       (TrainedModel(state | {"fc.bias": torch.tensor([0, torch.inf])}, {}), "fc.bias holds inf"),
-                       (TrainedModel({"fc.weight": torch.zeros(2, 4)}, {}), "no layer 'conv1'.*known are fc")):
+    for bad, match in ((Model(ResNet(depth=8, width=6).state_dict(), {}), wide),
+                       (Model(state | {"fc.bias": torch.tensor([0, torch.inf])}, {}), "fc.bias holds inf"),
+                       (Model({"fc.weight": torch.zeros(2, 4)}, {}), "no layer 'conv1'.*known are fc")):
         for ask in (index.query, index.tasks):
             with pytest.raises(ValueError, match=match): ask(bad)
     with pytest.raises(ValueError, match="k is 0"): index.query(models[0], 0)
@@ -181,6 +181,6 @@ def test_a_query_that_overflows_is_refused(models, index):
     huge = {name: weight.float()*1e30 if weight.is_floating_point() else weight
             for name, weight in models[0].state.items()}
     for ask in (index.query, index.tasks):
-        with pytest.raises(ValueError, match="no finite embedding"): ask(TrainedModel(huge, {}))
+        with pytest.raises(ValueError, match="no finite embedding"): ask(Model(huge, {}))
     with pytest.raises(ValueError, match="0 models"): index.query(models[[]])
     with pytest.raises(ValueError, match="0 models"): index.tasks(models[[]])

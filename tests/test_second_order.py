@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from lps.files import save_model
-from lps.modelset import load_modelset
-from lps.methods import fit_many, some_weights
+from lps.core.files import save_model
+from lps.models.modelset import load_modelset
+from lps.methods.registry import fit_many, some_weights
 from lps.order_chain import permute, random_perms, resnet_spec
-from lps.resnet import ResNet, branch_layers
+from lps.nets.resnet import ResNet, branch_layers
 from lps.second_order import VARIANTS, SecondOrderNet, embed, fit, load_net, save_net, similarity
-from lps.train import Diverged
+from lps.zoo.train import Diverged
 
 
 def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))

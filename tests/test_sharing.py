@@ -12,12 +12,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from lps.files import save_model
-from lps.methods import embed_models, fit_method
-from lps.modelset import load_modelset
-from lps.resnet import ResNet
-from lps.search import ModelIndex
-from lps.sharing import card, from_pretrained, push_to_hub, save_pretrained
+from lps.core.files import save_model
+from lps.methods.registry import embed_models, fit_method
+from lps.models.modelset import load_modelset
+from lps.nets.resnet import ResNet
+from lps.index.index import ModelIndex
+from lps.index.share import card, from_pretrained, push_to_hub, save_pretrained
 
 RESULT = ROOT/'results/table1-bundled.json'
 
@@ -155,7 +155,7 @@ def server():
 PUSH_AND_OPEN = """
 import sys
 from huggingface_hub import constants
-from lps.sharing import from_pretrained, push_to_hub, save_pretrained
+from lps.index.share import from_pretrained, push_to_hub, save_pretrained
 for kind in ('index', 'method', 'modelset'):
     print(push_to_hub(from_pretrained(kind), f'org/{kind}', 'mit', [sys.argv[1]], private=True, token='hf_mine'))
     save_pretrained(from_pretrained(f'org/{kind}', revision='v1', token='hf_mine'), f'opened/{kind}')

@@ -7,11 +7,11 @@ from fastcore.test import expect_fail
 from networks import CHANGES, WIDTH, flipped, scaled, shuffled, some_net, write_models
 
 from lps import chain, signatures
-from lps.files import save_model
-from lps.methods import embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
-from lps.modelset import TrainedModel, load_modelset
-from lps.resnet import ResNet
-from lps.search import ModelIndex
+from lps.core.files import save_model
+from lps.methods.registry import embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
+from lps.models.modelset import Model, load_modelset
+from lps.nets.resnet import ResNet
+from lps.index.index import ModelIndex
 
 METHODS = ['stem-signature', 'all-layer-signature', 'image-statistics', 'weights-fusion', 'chain']
 
@@ -41,19 +41,19 @@ def test_the_changes_leave_the_outputs_as_they_are(change):
 @pytest.mark.parametrize('method, change', HOLDS)
 def test_an_embedding_does_not_see_what_the_outputs_do_not_show(fitted, method, change):
     net, method = some_net(1, 7), fitted[method]
-    before = embed_models(method, TrainedModel(net.state_dict(), {}))
-    after = embed_models(method, TrainedModel(CHANGES[change](net), {}))
+    before = embed_models(method, Model(net.state_dict(), {}))
+    after = embed_models(method, Model(CHANGES[change](net), {}))
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
 def test_the_tests_above_can_fail(models, fitted):
     "The stem's γ does depend on the scale of its stream, and a method that reads filters in order sees any change"
     net, stem = some_net(1, 7), fitted['stem-signature']
-    before, after = [embed_models(stem, TrainedModel(s, {})) for s in (net.state_dict(), scaled(net))]
+    before, after = [embed_models(stem, Model(s, {})) for s in (net.state_dict(), scaled(net))]
     assert (before - after).abs().max() > 1e-2
     ordered = fit_method(models, 'fc', epochs=1, milestones=())
     for change in (shuffled, flipped):
-        before, after = [embed_models(ordered, TrainedModel(s, {})) for s in (net.state_dict(), change(net))]
+        before, after = [embed_models(ordered, Model(s, {})) for s in (net.state_dict(), change(net))]
         assert (before - after).abs().max() > 1e-2
 
 
@@ -101,7 +101,7 @@ def test_weights_that_are_no_numbers_are_refused(models, fitted, method):
 def test_a_pruned_filter_counts_for_nothing(fitted):
     state = some_net(0, 0).state_dict()
     state['conv1.weight'][1] = 0
-    for method in METHODS: assert embed_models(fitted[method], TrainedModel(state, {})).isfinite().all()
+    for method in METHODS: assert embed_models(fitted[method], Model(state, {})).isfinite().all()
 
 
 def without_statistics(net):

@@ -2,6 +2,7 @@
 import functools
 import http.server
 import json
+import runpy
 import subprocess
 import sys
 import threading
@@ -56,7 +57,8 @@ def pages(site) -> dict[str, Page]:
 
 def test_one_page_for_every_notebook_and_module(pages):
     wanted = {p.relative_to(ROOT/"nbs").with_suffix(".html").as_posix() for p in NOTEBOOKS}
-    wanted |= {f"api/{p.stem}.html" for p in ROOT.glob("lps/*.py") if not p.stem.startswith("_")}
+    docs = runpy.run_path(str(ROOT/"scripts/docs.py"))
+    wanted |= {f"api/{name}.html" for name in docs["api_names"]()}
     assert wanted <= set(pages)
 
 

@@ -8,14 +8,14 @@ import torch
 from conftest import ROOT
 from sklearn.isotonic import IsotonicRegression
 
-from lps.experiments import result_files
-from lps.files import write_json
-from lps.modelset import TrainedModel
-from lps.plots import plot_sources
-from lps.probes import centred_outputs, probe_images
-from lps.readout import features_and_outputs, read_out
-from lps.resnet import ResNet
-from lps.sources import (
+from lps.study.registry import result_files
+from lps.core.files import write_json
+from lps.models.modelset import Model
+from lps.study.plots import plot_sources
+from lps.methods.probes import centred_outputs, probe_images
+from lps.advice.score import features_and_outputs, read_out
+from lps.nets.resnet import ResNet
+from lps.advice.advisers import (
     ADVISERS,
     Protocol,
     Target,
@@ -36,17 +36,17 @@ from lps.sources import (
     worth,
     worth_by_target,
 )
-from lps.transfer import linear_cka
+from lps.study.transfer import linear_cka
 
 FILES = result_files(ROOT/"results", "start_from")
 
 
-def network(seed, classes=2) -> TrainedModel:
+def network(seed, classes=2) -> Model:
     "An untrained network"
     torch.manual_seed(seed)
     state = {name: v.clone() for name, v in ResNet(8, 4).state_dict().items()}
     stats = dict(mean=[.5] * 3, std=[.25] * 3)
-    return TrainedModel(state, dict(task=seed, shortcut="conv") | stats)
+    return Model(state, dict(task=seed, shortcut="conv") | stats)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_score_knows_no_order_of_classes_and_has_a_direction(pair):
     bank, turned = probe_images(96), dict(target.state)
     for name in ("fc.weight", "fc.bias"): turned[name] = 3*target.state[name].flip(0)
     score = transfer_score(source, target, bank)
-    assert transfer_score(source, TrainedModel(turned, target.meta), bank) == pytest.approx(score, abs=1e-4)
+    assert transfer_score(source, Model(turned, target.meta), bank) == pytest.approx(score, abs=1e-4)
     assert transfer_score(target, source, bank) != pytest.approx(score, abs=1e-3)
     assert transfer_score(source, source, bank) > .99
 

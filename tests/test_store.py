@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import lps.files as files
-import lps.store as store
-from lps.store import RECORD, Rows, Store, create_store, nearest
+import lps.core.files as files
+import lps.index.store as store
+from lps.index.store import RECORD, Rows, Store, create_store, nearest
 
 WIDTH = 8
 
@@ -123,7 +123,7 @@ def test_opening_reads_only_what_it_needs(tmp_path):
 DIES = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
-import lps.files as files, lps.store as store
+import lps.core.files as files, lps.index.store as store
 from test_store import batch
 def die(): os.kill(os.getpid(), signal.SIGKILL)
 class DyingOs:

@@ -18,15 +18,15 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 
-import lps.files as files
-import lps.train as train
-import lps.zoo as zoo
-from lps.files import load_model, not_as_marked
-from lps.jobs import one_thread
-from lps.modelset import load_modelset
-from lps.tasks import ImageSet, load_images, pair_classes, task_images
-from lps.train import recipes, train_model
-from lps.zoo import build, train_unit
+import lps.core.files as files
+import lps.zoo.train as train
+import lps.zoo.build as zoo
+from lps.core.files import load_model, not_as_marked
+from lps.core.jobs import one_thread
+from lps.models.modelset import load_modelset
+from lps.zoo.tasks import ImageSet, load_images, pair_classes, task_images
+from lps.zoo.train import recipes, train_model
+from lps.zoo.build import build, train_unit
 
 TINY = replace(recipes['digits'], name='tiny', epochs=6, milestones=(4,), depth=8, width=2, batch_size=128)
 QUICK = replace(TINY, batch_size=512)  # one batch an epoch: most of the time goes to files
@@ -56,7 +56,7 @@ import os, signal, sys, time
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-import lps.files, lps.zoo as zoo
+import lps.core.files, lps.zoo.build as zoo
 from fastai.callback.core import Callback
 from test_survival import HOW, IMAGES, QUICK
 
@@ -87,7 +87,7 @@ def child(n_ops, n_models):
     def logged(*a, cbs, checkpoint, **kw):
         return real(*a, cbs=[*cbs, Log(checkpoint.name)], checkpoint=checkpoint, **kw)
     zoo.train_model = logged
-    if n_ops: lps.files.os = DyingOs(n_ops)
+    if n_ops: lps.core.files.os = DyingOs(n_ops)
     zoo.build({folder!r}, IMAGES, QUICK, n_models=n_models, **HOW)
 
 zoo.build({folder!r} + ' before', IMAGES, QUICK, n_models=1, **HOW)  # what is loaded at first use is loaded now
@@ -311,7 +311,7 @@ def test_disk_space_is_checked_before(tmp_path, monkeypatch):
 
 def synthetic():
     "A hundred classes of photographs' shape, without photographs"
-    from lps.tasks import ImageSet
+    from lps.zoo.tasks import ImageSet
     return [
         ImageSet(
             torch.randint(0, 256, (200, 3, 32, 32), dtype=torch.uint8),

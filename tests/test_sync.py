@@ -54,10 +54,17 @@ def test_stored_outputs_are_presentable(path):
         assert not re.findall(r"[^\w.~]/(?:root|home|tmp|Users|var)/\S*", text)
 
 
+MODULES = [p for p in sorted(ROOT.glob("lps/**/*.py")) if not p.name.startswith("_")]
+
+
+def dotted(path: Path) -> str:
+    "The name of a module of the library, such as zoo.train"
+    return path.relative_to(ROOT/"lps").with_suffix("").as_posix().replace("/", ".")
+
+
 def test_every_module_comes_from_a_notebook():
-    written = {p.name for p in ROOT.glob("lps/*.py")} - {"__init__.py", "_modidx.py"}
-    notebooks = "".join(p.read_text(encoding="utf-8") for p in ROOT.glob("nbs/*.ipynb"))
-    assert written == {f"{name}.py" for name in re.findall(r"#\| ?default_exp (\w+)", notebooks)}
+    notebooks = "".join(p.read_text(encoding="utf-8") for p in NOTEBOOKS)
+    assert {dotted(p) for p in MODULES} == set(re.findall(r"#\| ?default_exp ([\w.]+)", notebooks))
 
 
 def test_readme_is_the_front_page():
@@ -106,7 +113,8 @@ def test_sidebar_names_every_page():
     config = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))
     named = {p for p in sidebar(config["website"]["sidebar"]["contents"]) if not p.endswith(".md")}
     notebooks = {p.relative_to(ROOT/"nbs").as_posix() for p in NOTEBOOKS}
-    modules = {f"api/{p.stem}.qmd" for p in ROOT.glob("lps/*.py") if not p.stem.startswith("_")}
+    docs = runpy.run_path(str(ROOT/"scripts/docs.py"))
+    modules = {f"api/{name}.qmd" for name in docs["api_names"]()}
     assert named == notebooks | modules
 
 

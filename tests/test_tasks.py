@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lps.tasks import (DATASETS, DataSet, ImageSet, channel_stats, check_splits, load_images, pair_classes,
+from lps.zoo.tasks import (DATASETS, DataSet, ImageSet, channel_stats, check_splits, load_images, pair_classes,
                        register_dataset, source_of, task_images)
-from lps.zoo import build
+from lps.zoo.build import build
 
 
 @pytest.fixture

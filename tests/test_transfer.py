@@ -9,15 +9,15 @@ import torch
 from scipy.optimize import minimize
 from scipy.stats import multivariate_normal, spearmanr
 
-import lps.transfer
-from lps.records import fingerprint
-from lps.modelset import TrainedModel
-from lps.resnet import ResNet
-from lps.tasks import CIFAR100_SUPERCLASSES, ImageSet, channel_stats, load_images
-from lps.train import recipes
-from lps.plots import plot_transfer
-from lps.records import about_models
-from lps.transfer import (
+import lps.study.transfer
+from lps.study.records import fingerprint
+from lps.models.modelset import Model
+from lps.nets.resnet import ResNet
+from lps.zoo.tasks import CIFAR100_SUPERCLASSES, ImageSet, channel_stats, load_images
+from lps.zoo.train import recipes
+from lps.study.plots import plot_transfer
+from lps.study.records import about_models
+from lps.study.transfer import (
     by_task,
     cluster_ari,
     features,
@@ -37,7 +37,7 @@ from lps.transfer import (
     unseen_similarity,
     weight_similarity,
 )
-from lps.zoo import build
+from lps.zoo.build import build
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_ari_of_clear_and_of_no_clusters():
 
 def test_features_are_normalised_as_the_model_was_trained(zoo):
     x, model = load_images("digits", "test").images[:5], zoo[0]
-    other = TrainedModel(model.state, {k: v for k, v in model.meta.items() if k not in ("mean", "std")})
+    other = Model(model.state, {k: v for k, v in model.meta.items() if k not in ("mean", "std")})
     own = model.meta["mean"], model.meta["std"]
     torch.testing.assert_close(features(model, x, stats=([0.], [9.])), features(other, x, own))
     torch.testing.assert_close(features(model, x, bs=2), features(model, x))
@@ -113,7 +113,7 @@ def test_float16_weights_give_float32_features():
     torch.manual_seed(0)
     half = {k: v.half() if v.ndim == 4 else v for k, v in ResNet(8, 4).state_dict().items()}
     z = features(
-        TrainedModel(half, dict(shortcut="conv")),
+        Model(half, dict(shortcut="conv")),
         torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8),
         ([0.5] * 3, [0.3] * 3),
     )
@@ -153,9 +153,9 @@ def test_too_few_tasks_left_to_learn_from(n, groups):
 
 
 def test_no_network_compares_what_it_has_seen(zoo, monkeypatch):
-    seen, compared, embed = [], [], lps.transfer.embed_models
+    seen, compared, embed = [], [], lps.study.transfer.embed_models
     def spy(net, models): seen.append(set(net.tasks)); compared.append(set(models.tasks)); return embed(net, models)
-    monkeypatch.setattr(lps.transfer, "embed_models", spy)
+    monkeypatch.setattr(lps.study.transfer, "embed_models", spy)
     table = unseen_similarity(zoo, epochs=1, n_filters=4, n_splits=2)
     assert len(seen) == 20 and not any(s & c for s, c in zip(seen, compared))
     assert all(s | c == set(zoo.tasks) for s, c in zip(seen, compared))

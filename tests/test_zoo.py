@@ -10,21 +10,21 @@ from conftest import ROOT, heed_ctrl_c
 from fastai.callback.core import Callback
 from PIL import Image
 
-import lps.many as many
-import lps.train as train
-import lps.zoo as zoo
-from lps.files import load_model, read_json, read_marker, write_json
-from lps.modelset import load_modelset
-from lps.tasks import ImageSet, load_images, pair_classes, task_images
-from lps.train import Diverged, Recipe, best_precision, recipes, train_model
-from lps.zoo import BuildPlan, build
+import lps.zoo.many as many
+import lps.zoo.train as train
+import lps.zoo.build as zoo
+from lps.core.files import load_model, read_json, read_marker, write_json
+from lps.models.modelset import load_modelset
+from lps.zoo.tasks import ImageSet, load_images, pair_classes, task_images
+from lps.zoo.train import Diverged, Recipe, best_precision, recipes, train_model
+from lps.zoo.build import BuildPlan, build
 
 TINY = replace(recipes['digits'], name='tiny', epochs=4, milestones=(3,), depth=8, width=4, batch_size=256)
 SCRIPT = """
 import sys
 from dataclasses import replace
-from lps.train import recipes
-from lps.zoo import build
+from lps.zoo.train import recipes
+from lps.zoo.build import build
 tiny = replace(recipes['digits'], name='tiny', epochs=4, milestones=(3,), depth=8, width=4, batch_size=256)
 if __name__ == '__main__': build(sys.argv[1], 'digits', tiny, n_models=int(sys.argv[2]), workers=2)
 """
@@ -308,8 +308,8 @@ PAIRS = """
 import json, os, sys
 import torch
 torch.set_num_threads(1)
-import lps.zoo as zoo
-from lps.tasks import load_images
+import lps.zoo.build as zoo
+from lps.zoo.tasks import load_images
 from multiprocessing import get_context
 sys.path.insert(0, {tests!r})
 from test_zoo import QUICK

@@ -1,0 +1,1 @@
+"""Files, jobs and optional packages: what everything else is built on"""

@@ -1,0 +1,1 @@
+"""A searchable collection of models"""

@@ -1,0 +1,1 @@
+"""Copies and derived models: what was made from what"""

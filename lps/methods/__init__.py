@@ -1,0 +1,1 @@
+"""Methods that compare models by their weights or their outputs"""

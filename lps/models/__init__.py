@@ -1,0 +1,1 @@
+"""Trained models: read one from anywhere, or many as a model set"""

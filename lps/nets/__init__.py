@@ -1,0 +1,1 @@
+"""First-order networks and the registry of architectures"""

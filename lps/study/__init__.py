@@ -1,0 +1,1 @@
+"""Experiments: registry, result files, statistics and pages"""

@@ -1,0 +1,1 @@
+"""Train model sets: tasks, training, builds and datasheets"""
