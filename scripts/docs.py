@@ -127,7 +127,7 @@ def api_names() -> list[str]:
     "The API page of every module: its last name, as smalldocs has it, or all of it where two modules share that"
     paths = [path.relative_to(ROOT/"lps").with_suffix("") for path in sorted(ROOT.glob("lps/**/*.py"))]
     modules = [path for path in paths if not path.name.startswith("_")]
-    lasts = [path.name for path in modules] + [path.parent.name for path in paths if path.name == "__init__"]
+    lasts = [path.name for path in modules]
     return [
         path.name if lasts.count(path.name) == 1 else "lps." + path.as_posix().replace("/", ".") for path in modules
     ]
