@@ -50,12 +50,12 @@ from lps.core.jobs import start_worker
 STATS = (.48, .45, .40), (.28, .27, .28)
 FLOPS = 3*2*40.8e6
 KINDS = dict(
-    convolution=('aten::mkldnn_convolution', 'aten::convolution_backward'),
+    convolution=("aten::mkldnn_convolution", "aten::convolution_backward"),
     norm_and_relu=(
-        '_BatchNormReLU',
-        '_BatchNormReLUBackward',
-        'aten::native_batch_norm',
-        'aten::native_batch_norm_backward',
+        "_BatchNormReLU",
+        "_BatchNormReLUBackward",
+        "aten::native_batch_norm",
+        "aten::native_batch_norm_backward",
     ),
 )
 
@@ -89,9 +89,9 @@ def data(batches):
 def write_files(root, batches):
     "The same images as PNG files, one folder a class; the validation set, which is not timed, is two of them"
     for i, (x, y) in enumerate(zip(*data(batches))):
-        for split in ('train', 'valid') if i < 2 else ('train',):
-            (folder := Path(root)/split/f'class{y}').mkdir(parents=True, exist_ok=True)
-            Image.fromarray(x.permute(1, 2, 0).numpy()).save(folder/f'{i}.png')
+        for split in ("train", "valid") if i < 2 else ("train",):
+            (folder := Path(root)/split/f"class{y}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(x.permute(1, 2, 0).numpy()).save(folder/f"{i}.png")
 
 
 def fit(dls, **kwargs):
@@ -121,7 +121,7 @@ def lean_loop(root, batches, num_workers):
 
 
 def zoo_loop(root, batches, num_workers, precision=None):
-    r = replace(recipes['paper'], precision=precision or best_precision())
+    r = replace(recipes["paper"], precision=precision or best_precision())
     model = init_model(0, r).to(memory_format=torch.channels_last)
     make_learner(
         model, BatchLoader(*data(batches), r, STATS, torch.Generator().manual_seed(0)), r, [clock := Clock()]
@@ -155,7 +155,7 @@ SIDES = dict(
     fastai=fastai_loop,
     lean=lean_loop,
     zoo=zoo_loop,
-    zoo_float32=partial(zoo_loop, precision='float32'),
+    zoo_float32=partial(zoo_loop, precision="float32"),
     peak=peak,
     step_shares=step_shares,
 )
@@ -168,7 +168,7 @@ def serve(pipe, side, threads):
     multiprocessing.set_start_method(
         None, force=True
     )  # loading workers start as they do by default, not as this process did
-    if side in ('fastai', 'lean'): torch.set_num_threads(threads)
+    if side in ("fastai", "lean"): torch.set_num_threads(threads)
     else: start_worker()
     while job := pipe.recv(): pipe.send(SIDES[side](*job))
 
@@ -176,7 +176,7 @@ def serve(pipe, side, threads):
 @contextlib.contextmanager
 def processes(*sides, threads=1):
     "A process for each side named"
-    ctx, pipes = multiprocessing.get_context('spawn'), []
+    ctx, pipes = multiprocessing.get_context("spawn"), []
     for s in sides:
         here, there = ctx.Pipe()
         ctx.Process(target=serve, args=(there, s, threads)).start()
@@ -205,32 +205,32 @@ def compare(repeats, sides):
 
 def table(rates):
     "Images per second, and ratios to both fastai loops"
-    out = {k: spread(v, 1) for k, v in rates.items() if k != 'peak'}
-    for peer in ('fastai', 'lean'):
-        for k in ('zoo', 'zoo_float32'):
-            if k in rates: out[f'{k} / {peer}'] = spread([a/b for a, b in zip(rates[k], rates[peer])])
+    out = {k: spread(v, 1) for k, v in rates.items() if k != "peak"}
+    for peer in ("fastai", "lean"):
+        for k in ("zoo", "zoo_float32"):
+            if k in rates: out[f"{k} / {peer}"] = spread([a/b for a, b in zip(rates[k], rates[peer])])
     return out
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--repeats', type=int, default=5, help="times that each side runs")
-    p.add_argument('--batches', type=int, default=6, help="timed batches of 128 images a run")
-    p.add_argument('--out', type=Path, default=Path(__file__).parent/'results'/'zoo_cpu.json')
+    p.add_argument("--repeats", type=int, default=5, help="times that each side runs")
+    p.add_argument("--batches", type=int, default=6, help="timed batches of 128 images a run")
+    p.add_argument("--out", type=Path, default=Path(__file__).parent/"results"/"zoo_cpu.json")
     a, load = p.parse_args(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as root:
         write_files(root, a.batches)
-        one, two, names = (root, a.batches, 0), (root, a.batches, 2), ('fastai', 'lean', 'zoo', 'zoo_float32', 'peak')
+        one, two, names = (root, a.batches, 0), (root, a.batches, 2), ("fastai", "lean", "zoo", "zoo_float32", "peak")
         with processes(*names) as pipes: wall, cpu = compare(a.repeats, {k: ([p], one) for k, p in zip(names, pipes)})
         machine = None
         if load < 1:
-            with processes('fastai', 'lean', 'zoo', 'zoo', threads=torch.get_num_threads()) as (f, l, *z):
+            with processes("fastai", "lean", "zoo", "zoo", threads=torch.get_num_threads()) as (f, l, *z):
                 machine = table(compare(a.repeats, dict(fastai=([f], two), lean=([l], two), zoo=(z, one)))[0])
-        with processes('step_shares') as (p,): p.send(one); shares = p.recv()
+        with processes("step_shares") as (p,): p.send(one); shares = p.recv()
 
-    core = dict(operations_per_image=FLOPS, matrix_product_gflops=spread([v/1e9 for v in cpu['peak']], 0),
-                zoo_gflops=spread([v*FLOPS/1e9 for v in cpu['zoo']], 0),
-                zoo_share=spread([v*FLOPS/b for v, b in zip(cpu['zoo'], cpu['peak'])]), step_shares=shares)
+    core = dict(operations_per_image=FLOPS, matrix_product_gflops=spread([v/1e9 for v in cpu["peak"]], 0),
+                zoo_gflops=spread([v*FLOPS/1e9 for v in cpu["zoo"]], 0),
+                zoo_share=spread([v*FLOPS/b for v, b in zip(cpu["zoo"], cpu["peak"])]), step_shares=shares)
     tables = dict(one_process=table(wall), one_process_cpu_time=table(cpu), machine=machine)
     write_json(
         a.out,
@@ -251,4 +251,4 @@ def main():
     print(core)
 
 
-if __name__ == '__main__': main()
+if __name__ == "__main__": main()

@@ -64,11 +64,11 @@ MODELSET500 = 500*160*1000
 class Setup:
     "What all sides train, and where"
     device: torch.device
-    recipe: Recipe = recipes['paper']
+    recipe: Recipe = recipes["paper"]
     images: int = 1000
     epochs: int = 3   # timed, after one that is not
     workers: int = 8  # for loading, in the two plain loops
-    root: str = ''    # folder with the images of the plain loop
+    root: str = ""    # folder with the images of the plain loop
 
     def task(self, t=0):
         g = torch.Generator().manual_seed(t)
@@ -91,9 +91,9 @@ class Setup:
     def write_files(self):
         "The images of one task as PNG files, one folder a class; the validation set is two of them"
         for i, (x, y) in enumerate(zip(*self.task())):
-            for split in ('train', 'valid') if i < 2 else ('train',):
-                (folder := Path(self.root)/split/f'class{y}').mkdir(parents=True, exist_ok=True)
-                Image.fromarray(x.permute(1, 2, 0).numpy()).save(folder/f'{i}.png')
+            for split in ("train", "valid") if i < 2 else ("train",):
+                (folder := Path(self.root)/split/f"class{y}").mkdir(parents=True, exist_ok=True)
+                Image.fromarray(x.permute(1, 2, 0).numpy()).save(folder/f"{i}.png")
 
 
 class Clock(Callback):
@@ -101,7 +101,7 @@ class Clock(Callback):
     order = 99
     def __init__(self, setup, M=1): self.setup, self.images, self.seconds = setup, M*setup.images, []
     def now(self):
-        if self.setup.device.type == 'cuda': torch.cuda.synchronize()
+        if self.setup.device.type == "cuda": torch.cuda.synchronize()
         return time.perf_counter()
     def before_train(self): self.start = self.now()
     def after_train(self): self.seconds.append(self.now() - self.start)
@@ -125,7 +125,7 @@ def fastai_loop(setup, M):
             num_workers=setup.workers,
             device=setup.device,
             item_tfms=[CropPad(40), RandomCrop(32), FlipItem()],
-            batch_tfms=Normalize.from_stats(*STATS, cuda=setup.device.type == 'cuda'),
+            batch_tfms=Normalize.from_stats(*STATS, cuda=setup.device.type == "cuda"),
         ),
         setup,
     )
@@ -176,7 +176,7 @@ class Patches(FusedModels):
     def forward(self, x): return self.nets(x.flatten(1, 2).transpose(0, 1).contiguous())
 
 
-def together(nets, dl, setup, epochs=1, clock=None, model=FusedModels, precision='float32', tf32=False):
+def together(nets, dl, setup, epochs=1, clock=None, model=FusedModels, precision="float32", tf32=False):
     "Train the networks as one, by one `Learner`"
     net = model(nets).to(setup.device)
     with cuda_math(tf32):
@@ -196,11 +196,11 @@ class Graphed:
         before = copy.deepcopy(net.state_dict())
         for x, y in batches: self.capture(x.clone(memory_format=torch.channels_last), y.clone())
         net.load_state_dict(before)
-        for s in self.opt.state.values(): s['momentum_buffer'].zero_()
+        for s in self.opt.state.values(): s["momentum_buffer"].zero_()
 
     def step(self, x, y):
         self.opt.zero_grad()
-        with torch.autocast('cuda', torch.bfloat16, enabled=self.precision == 'bfloat16', cache_enabled=False):
+        with torch.autocast("cuda", torch.bfloat16, enabled=self.precision == "bfloat16", cache_enabled=False):
             pred = self.net(x)
         F.cross_entropy(pred.float(), y).backward()
         self.opt.step()
@@ -221,7 +221,7 @@ class Graphed:
         graph.replay()
 
 
-def graphs(nets, dl, setup, epochs=1, clock=None, precision='float32', tf32=False, n_streams=8):
+def graphs(nets, dl, setup, epochs=1, clock=None, precision="float32", tf32=False, n_streams=8):
     "Train the networks apart, each by its own graphs, several at the same time on streams"
     with cuda_math(tf32):
         sizes = {len(yb): (xb, yb) for xb, yb in dl}
@@ -245,14 +245,14 @@ CANDIDATES = dict(
     fused_float32=together,
     fused_tf32=partial(together, tf32=True),
     fused_tf32_nchw=partial(together, model=ChannelsFirst, tf32=True),
-    fused_bfloat16=partial(together, precision='bfloat16'),
-    fused_bfloat16_nchw=partial(together, model=ChannelsFirst, precision='bfloat16'),
+    fused_bfloat16=partial(together, precision="bfloat16"),
+    fused_bfloat16_nchw=partial(together, model=ChannelsFirst, precision="bfloat16"),
     patches_tf32=partial(together, model=Patches, tf32=True),
-    patches_bfloat16=partial(together, model=Patches, precision='bfloat16'),
+    patches_bfloat16=partial(together, model=Patches, precision="bfloat16"),
     graphs_tf32=partial(graphs, tf32=True),
-    graphs_bfloat16=partial(graphs, precision='bfloat16'),
+    graphs_bfloat16=partial(graphs, precision="bfloat16"),
 )
-ON_CUDA = {'graphs_tf32', 'graphs_bfloat16'}
+ON_CUDA = {"graphs_tf32", "graphs_bfloat16"}
 
 
 class OneBatch(list):
@@ -275,7 +275,7 @@ def first_steps(setup, M=4):
     with cuda_math():
         for m, net in enumerate(alone):
             make_learner(
-                net, OneBatch((xb[:, m], yb[:, m]), setup.device), replace(setup.recipe, precision='float32')
+                net, OneBatch((xb[:, m], yb[:, m]), setup.device), replace(setup.recipe, precision="float32")
             ).remove_cb(StopIfDiverged).fit(1)
     return OneBatch((xb, yb), setup.device), setup.nets(M), [net.cpu() for net in alone]
 
@@ -287,10 +287,10 @@ def check(fit, batch, before, alone, setup):
         ((weights(a) - weights(b)).norm() / (weights(b) - weights(c)).norm()).item()
         for a, b, c in zip(after, alone, before)
     )
-    (spoilt := copy.deepcopy(before))[1].layer1[0].conv1.weight.data[:] = float('nan')
+    (spoilt := copy.deepcopy(before))[1].layer1[0].conv1.weight.data[:] = float("nan")
     rest = fit(spoilt, batch, setup)
     same = [torch.allclose(weights(a), weights(b), rtol=1e-2, atol=1e-2) for a, b in zip(rest, after)]
-    return dict(step_difference=float(f'{difference:.2g}'), isolated=all(v for m, v in enumerate(same) if m != 1))
+    return dict(step_difference=float(f"{difference:.2g}"), isolated=all(v for m, v in enumerate(same) if m != 1))
 
 
 def tried(f, *args):
@@ -304,7 +304,7 @@ def turn(sides, M, setup):
     rates = {}
     for name, side in sides.items():
         rates[name] = tried(side, setup, M)
-        if setup.device.type == 'cuda': gc.collect(), torch.cuda.empty_cache()
+        if setup.device.type == "cuda": gc.collect(), torch.cuda.empty_cache()
     return rates
 
 
@@ -315,8 +315,8 @@ def rows(turns):
         rates = [t[name] for t in turns]
         if failed := [r for r in rates if isinstance(r, dict)]: out[name] = failed[0]; continue
         ratios = {
-            f'over_{p}': spread([t[name] / t[p] for t in turns])
-            for p in ('fastai', 'lean')
+            f"over_{p}": spread([t[name] / t[p] for t in turns])
+            for p in ("fastai", "lean")
             if not any(isinstance(t[p], dict) for t in turns)
         }
         out[name] = dict(
@@ -329,7 +329,7 @@ def measure(setup, models, repeats):
     "Checks of all candidates, and for each number of models the rows of the table"
     with tempfile.TemporaryDirectory() as root:
         (setup := replace(setup, root=root)).write_files()
-        todo = {k: f for k, f in CANDIDATES.items() if setup.device.type == 'cuda' or k not in ON_CUDA}
+        todo = {k: f for k, f in CANDIDATES.items() if setup.device.type == "cuda" or k not in ON_CUDA}
         steps = first_steps(setup)
         checks = {k: tried(check, f, *steps, setup) for k, f in todo.items()}
         sides = dict(fastai=fastai_loop, lean=lean_loop) | {k: partial(candidate_rate, f) for k, f in todo.items()}
@@ -341,15 +341,15 @@ def show(checks, table):
         print(
             f"{k:20}"
             + (
-                v.get('failed')
+                v.get("failed")
                 or f"step differs by {v['step_difference']:<8} {'isolated' if v['isolated'] else 'NaN SPREADS'}"
             )
         )
     for M, sides in table.items():
         print(f"\n{M} models{'images/s':>24}{'over fastai':>14}{'(range)':>18}{'minutes for ModelSet500':>26}")
         for k, v in sides.items():
-            if 'failed' in v: print(f"{k:20}{v['failed']}"); continue
-            r = v.get('over_fastai', dict.fromkeys(('median', 'min', 'max'), float('nan')))
+            if "failed" in v: print(f"{k:20}{v['failed']}"); continue
+            r = v.get("over_fastai", dict.fromkeys(("median", "min", "max"), float("nan")))
             print(
                 f"{k:20}{v['images_per_second']['median']:>12.0f}{r['median']:>14.2f}{r['min']:>10.2f} to"
                 f" {r['max']:<8.2f}{v['minutes']['median']:>20.1f}"
@@ -358,30 +358,30 @@ def show(checks, table):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--device', default='cuda', help="cuda, or cpu to see that the script works")
-    p.add_argument('--models', type=int, nargs='+', default=[8, 32, 100], help="how many models at the same time")
-    p.add_argument('--repeats', type=int, default=5, help="times that each side runs")
-    p.add_argument('--epochs', type=int, default=3, help="timed epochs a run")
-    p.add_argument('--images', type=int, default=1000, help="training images of a task")
-    p.add_argument('--batch-size', type=int, default=128, help="images of a model in a batch")
-    p.add_argument('--depth', type=int, default=20, help="layers of the ResNet")
-    p.add_argument('--width', type=int, default=16, help="channels of its first stage")
-    p.add_argument('--workers', type=int, default=8, help="loading processes of the plain loops")
+    p.add_argument("--device", default="cuda", help="cuda, or cpu to see that the script works")
+    p.add_argument("--models", type=int, nargs="+", default=[8, 32, 100], help="how many models at the same time")
+    p.add_argument("--repeats", type=int, default=5, help="times that each side runs")
+    p.add_argument("--epochs", type=int, default=3, help="timed epochs a run")
+    p.add_argument("--images", type=int, default=1000, help="training images of a task")
+    p.add_argument("--batch-size", type=int, default=128, help="images of a model in a batch")
+    p.add_argument("--depth", type=int, default=20, help="layers of the ResNet")
+    p.add_argument("--width", type=int, default=16, help="channels of its first stage")
+    p.add_argument("--workers", type=int, default=8, help="loading processes of the plain loops")
     p.add_argument(
-        '--out', type=Path, help="results file; default: results/zoo_gpu.json beside this script, none on a CPU"
+        "--out", type=Path, help="results file; default: results/zoo_gpu.json beside this script, none on a CPU"
     )
     a = p.parse_args(argv)
     device = torch.device(a.device)
-    if device.type == 'cuda' and not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available():
         p.error("torch sees no GPU here: --device cpu shows that the script works, at a small size")
-    recipe = replace(recipes['paper'], batch_size=a.batch_size, depth=a.depth, width=a.width)
+    recipe = replace(recipes["paper"], batch_size=a.batch_size, depth=a.depth, width=a.width)
     checks, table = measure(Setup(device, recipe, a.images, a.epochs, a.workers), a.models, a.repeats)
     gpu = (
         dict(name=torch.cuda.get_device_name(), cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
-        if device.type == 'cuda'
+        if device.type == "cuda"
         else None
     )
-    out = a.out or (Path(__file__).parent/'results'/'zoo_gpu.json' if gpu else None)
+    out = a.out or (Path(__file__).parent/"results"/"zoo_gpu.json" if gpu else None)
     what = (
         f"training images per second, ResNet{a.depth} of width {a.width}, batch {a.batch_size}, {a.images} random"
         " 32x32x3 images a task"
@@ -403,4 +403,4 @@ def main(argv=None):
     show(checks, table)
 
 
-if __name__ == '__main__': main()
+if __name__ == "__main__": main()

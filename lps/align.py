@@ -22,7 +22,7 @@ def frobenius_scores(
     second_order: Tensor,  # second-order filters, `(P, Q, k, k)`
 ) -> Tensor:               # inner products of all pairs of maps, `(..., N, C, P, Q)`
     "All Frobenius inner products of filter maps and second-order filter maps, eq. (5)"
-    return torch.einsum('...ijuv,pquv->...ijpq', weight, second_order)
+    return torch.einsum("...ijuv,pquv->...ijpq", weight, second_order)
 
 # %% ../nbs/01_align.ipynb #e2ffa8ca
 WIDTH = 128  # second-order maps (p, q) that are looked at together
@@ -31,12 +31,14 @@ WIDTH = 128  # second-order maps (p, q) that are looked at together
 @functools.cache
 def _scores_kernel(d):
     "Eq. (6) for maps of `d` numbers, a constant so that the loop over them can be unrolled"
-    @njit(fastmath={'contract', 'nsz'}, error_model='numpy', cache=True)
+    @njit(fastmath={"contract", "nsz"}, error_model="numpy", cache=True)
     def scores(W, Vt, of, s, best):
         # Adds to s (R, P), for W (R, C, d), Vt (d, P·Q) and of (P·Q), the p of each map.
         # Notes the channel that was found in best (R, P·Q), unless that is empty.
-        m, at = np.empty(WIDTH, W.dtype), np.empty(WIDTH, W.dtype)
-        v, number = np.zeros((d, WIDTH), W.dtype), np.empty(1, W.dtype)
+        m = np.empty(WIDTH, W.dtype)
+        at = np.empty(WIDTH, W.dtype)
+        v = np.zeros((d, WIDTH), W.dtype)
+        number = np.empty(1, W.dtype)
         for c in range(0, len(of), WIDTH):
             n = min(WIDTH, len(of) - c)
             v[:, :n] = Vt[:, c:c + n]
@@ -44,7 +46,8 @@ def _scores_kernel(d):
                 m[:], at[:] = -np.inf, 0
                 for j in range(W.shape[1]):
                     number[0] = j
-                    w, jj = W[i, j], number[0]
+                    w = W[i, j]
+                    jj = number[0]
                     for l in range(WIDTH):
                         x = w[0]*v[0, l]
                         for e in range(1, d): x += w[e]*v[e, l]  # eq. (5)
@@ -59,13 +62,14 @@ def _scores_kernel(d):
 @functools.cache
 def _gradient_kernels(d):
     "Gradients of eq. (6) for maps of `d` numbers"
-    @njit(error_model='numpy', cache=True)
+    @njit(error_model="numpy", cache=True)
     def to_second_order(W, of, g, best, gV):
         total = np.zeros(d, W.dtype)
         for c in range(len(of)):
             total[:] = 0
             for i in range(len(W)):
-                x, w = g[i, of[c]], W[i, best[i, c]]
+                x = g[i, of[c]]
+                w = W[i, best[i, c]]
                 for e in range(d): total[e] += x*w[e]
             gV[c] = total
 
@@ -91,9 +95,12 @@ class _ChannelAlign(torch.autograd.Function):
     @staticmethod
     def forward(ctx, W, V):
         (R, C, d), (P, Q) = W.shape, V.shape[:2]
-        w, v, of = _array(W), _array(V.flatten(0, 1)), np.arange(P*Q)//Q
+        w = _array(W)
+        v = _array(V.flatten(0, 1))
+        of = np.arange(P*Q)//Q
         noted = (R, P*Q) if any(ctx.needs_input_grad) else (0, 0)
-        s, best = np.zeros((R, P), w.dtype), np.empty(noted, np.min_scalar_type(C - 1))
+        s = np.zeros((R, P), w.dtype)
+        best = np.empty(noted, np.min_scalar_type(C - 1))
         _scores_kernel(d)(w, np.ascontiguousarray(v.T), of, s, best)
         ctx.arrays = w, v, of, best
         ctx.save_for_backward(W, V)
@@ -107,7 +114,8 @@ class _ChannelAlign(torch.autograd.Function):
         (W, V), (w, v, of, best) = ctx.saved_tensors, ctx.arrays
         to_second_order, to_filters = _gradient_kernels(W.shape[2])
         g, (wants_w, wants_v) = _array(grad), ctx.needs_input_grad
-        gW, gV = np.zeros_like(w) if wants_w else None, np.empty_like(v) if wants_v else None
+        gW = np.zeros_like(w) if wants_w else None
+        gV = np.empty_like(v) if wants_v else None
         if wants_w: to_filters(v, of, g, best, gW)
         if wants_v: to_second_order(w, of, g, best, gV)
         return _tensor(gW, W), _tensor(gV, V)
@@ -128,7 +136,7 @@ def _check_kind(name, t):
 # %% ../nbs/01_align.ipynb #5d6a0cc4
 def _check_pair(weight, second_order):
     "Raises `TypeError` or `ValueError` for tensors that do not fit together"
-    for name, t in (('weight', weight), ('second_order', second_order)): _check_kind(name, t)
+    for name, t in (("weight", weight), ("second_order", second_order)): _check_kind(name, t)
     if second_order.ndim not in (2, 4) or weight.ndim < second_order.ndim:
         shapes = f"weight {tuple(weight.shape)} and second_order {tuple(second_order.shape)}"
         raise ValueError(f"{shapes}: give (..., N, C, k, k) and (P, Q, k, k)")
@@ -144,8 +152,8 @@ def _check_dtypes(own, theirs):
 # %% ../nbs/01_align.ipynb #031464b9
 def _check_sizes(weight, second_order):
     "Raises `ValueError` where there is nothing to compare, or maps of two sizes"
-    own = dict(zip(('filters', 'channels', 'rows', 'columns'), weight.shape[-second_order.ndim:]))
-    theirs = dict(zip(('second-order filters', 'second-order channels'), second_order.shape))
+    own = dict(zip(("filters", "channels", "rows", "columns"), weight.shape[-second_order.ndim:]))
+    theirs = dict(zip(("second-order filters", "second-order channels"), second_order.shape))
     shapes = f"weight {tuple(weight.shape)} and second_order {tuple(second_order.shape)}"
     for what, n in (own | theirs).items():
         if n == 0: raise ValueError(f"0 {what}: {shapes} need one at least")
@@ -172,12 +180,13 @@ def _stem_scores(W, V):
 def align_layer(
     weight: Tensor,               # filters of a layer of any number of models, `(..., N, C, k, k)`; or `(..., N, C)`
     second_order: Tensor,         # second-order filters, `(P, Q, k, k)`; `(P, Q)` for a linear layer
-    align_filters: bool=True,     # sort each second-order filter's scores, eq. (8); off for the ablation of §5.5
-    align_channels: bool=True,    # match channels by the best score, eq. (6); off at the stem, eq. (7), where Q = C
+    align_filters: bool = True,     # sort each second-order filter's scores, eq. (8); off for the ablation of §5.5
+    align_channels: bool = True,    # match channels by the best score, eq. (6); off at the stem, eq. (7), where Q = C
 ) -> Tensor:                      # aligned scores, `(..., N, P)`, each column from best match to worst
     "Aligned scores of a layer, §4: raises `ValueError` where shapes do not fit and `TypeError` where dtypes differ"
     _check_pair(weight, second_order)
-    lead, V = weight.shape[:weight.ndim - second_order.ndim + 1], second_order
+    lead = weight.shape[:weight.ndim - second_order.ndim + 1]
+    V = second_order
     W = weight.reshape(lead.numel(), *weight.shape[len(lead):])
     s = _channel_scores(W, V) if align_channels else _stem_scores(W, V)
     s = s.view(*lead, len(V))

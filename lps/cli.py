@@ -27,25 +27,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 zoo = typer.Typer(help="Build a model set, or take one in from elsewhere.", no_args_is_help=True)
-app.add_typer(zoo, name='zoo')
+app.add_typer(zoo, name="zoo")
 market = typer.Typer(help="An index of models in a folder: build it, add to it, remove from it.", no_args_is_help=True)
-app.add_typer(market, name='index')
+app.add_typer(market, name="index")
 console = Console(highlight=False, markup=False)
 
 # %% ../nbs/04_cli.ipynb #75a2881a
 def _cell(value):
     "A table's cell as text"
     from lps.core.files import printable
-    return f'{value:.3f}' if isinstance(value, float) else printable(value)
+    return f"{value:.3f}" if isinstance(value, float) else printable(value)
 
-def _show(df, title=''):
+def _show(df, title=""):
     "Print a table, its index as the first column"
-    if title: console.print(f'\n{title}', style='bold')
+    if title: console.print(f"\n{title}", style="bold")
     table = Table()
-    table.add_column(df.index.name or '')
+    table.add_column(df.index.name or "")
     for column in df:
-        number = df[column].dtype.kind in 'if'
-        table.add_column(str(column), justify='right', overflow='fold', no_wrap=number)  # texts give way to numbers
+        number = df[column].dtype.kind in "if"
+        table.add_column(str(column), justify="right", overflow="fold", no_wrap=number)  # texts give way to numbers
     for name, row in df.iterrows(): table.add_row(_cell(name), *[_cell(value) for value in row])
     console.print(table)
 
@@ -69,16 +69,16 @@ def _registered():
     baselines = [name for name, method in METHODS.items() if method.baseline]
     methods = [name for name in METHODS if name not in baselines]
     return dict(
-        METHODS=', '.join(methods) + '; baselines: ' + ', '.join(baselines),
-        DATASETS=', '.join(DATASETS),
-        RECIPES=', '.join(f'{name} ({recipe.epochs} epochs)' for name, recipe in recipes.items()),
+        METHODS=", ".join(methods) + "; baselines: " + ", ".join(baselines),
+        DATASETS=", ".join(DATASETS),
+        RECIPES=", ".join(f"{name} ({recipe.epochs} epochs)" for name, recipe in recipes.items()),
     )
 
 class FromRegistries(TyperCommand):
     "A step whose help says what is registered"
     def format_help(self, ctx, formatter):
         for param in self.params:
-            for word, known in _registered().items(): param.help = (param.help or '').replace(word, known)
+            for word, known in _registered().items(): param.help = (param.help or "").replace(word, known)
         super().format_help(ctx, formatter)
 
 # %% ../nbs/04_cli.ipynb #0d3d0835
@@ -114,7 +114,7 @@ def _is_tables(file):
     "Did `lps evaluate` write this file?"
     from lps.core.files import read_json
     read = read_json(file)
-    return isinstance(read, dict) and set(read) == {'table1', 'table2'}
+    return isinstance(read, dict) and set(read) == {"table1", "table2"}
 
 Models = Annotated[
     str, typer.Argument(help="A model set: its folder, a packed file, or the one that comes with lps: bundled")
@@ -125,28 +125,28 @@ Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Decides everythin
 def _open(modelset):
     "A model set by its place"
     from lps.models.modelset import load_modelset
-    return load_modelset(modelset if modelset == 'bundled' else _place(modelset))
+    return load_modelset(modelset if modelset == "bundled" else _place(modelset))
 
 # %% ../nbs/04_cli.ipynb #1d68e11f
 @zoo.command(
-    'build', cls=FromRegistries, epilog="Example: lps zoo build runs/digits --images digits --recipe digits --models 10"
+    "build", cls=FromRegistries, epilog="Example: lps zoo build runs/digits --images digits --recipe digits --models 10"
 )
 def zoo_build(
     path: Annotated[Path, typer.Argument(parser=_place, help="Folder for the models; an interrupted build goes on")],
-    images: Annotated[str, typer.Option(help="DATASETS, or a folder with train/ and val/ or test/")]='digits',
-    recipe: Annotated[str, typer.Option(help="How each network is trained: RECIPES")]='digits',
-    tasks: Annotated[Optional[int], typer.Option(min=1, help="How many pairs of classes; all if not given")]=None,
-    models: Annotated[int, typer.Option(min=1, help="Models a task")]=10,
-    seed: Seed=0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that train models")]=2,
-    device: Annotated[str, typer.Option(help="cpu, or cuda: the GPU, a hundred models at a time (experimental)")]='cpu',
-    keep: Annotated[str, typer.Option(help="Epochs after which each network is kept as well, such as 10,40,80")]='',
-    until: Annotated[Optional[int], typer.Option(min=1, help="Stop after so many epochs; without it, go on")]=None,
-    size: Annotated[Optional[int], typer.Option(min=1, help="Side in pixels to bring a folder's images to")]=None,
+    images: Annotated[str, typer.Option(help="DATASETS, or a folder with train/ and val/ or test/")] = "digits",
+    recipe: Annotated[str, typer.Option(help="How each network is trained: RECIPES")] = "digits",
+    tasks: Annotated[int | None, typer.Option(min=1, help="How many pairs of classes; all if not given")] = None,
+    models: Annotated[int, typer.Option(min=1, help="Models a task")] = 10,
+    seed: Seed = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that train models")] = 2,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: the GPU, a hundred models at a time (experimental)")] = "cpu",
+    keep: Annotated[str, typer.Option(help="Epochs after which each network is kept as well, such as 10,40,80")] = "",
+    until: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs; without it, go on")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Side in pixels to bring a folder's images to")] = None,
 ):
     "Train a model set: several networks for each pair of classes."
     from lps.zoo.build import build
-    if not re.fullmatch(r'(\d+(,\d+)*)?', keep):
+    if not re.fullmatch(r"(\d+(,\d+)*)?", keep):
         raise ValueError(f"--keep is '{keep}': give epochs with commas between them, such as 10,40,80")
     built = build(
         path,
@@ -157,22 +157,22 @@ def zoo_build(
         seed=seed,
         workers=workers,
         device=device,
-        keep=tuple(map(int, keep.split(','))) if keep else (),
+        keep=tuple(map(int, keep.split(","))) if keep else (),
         until=until,
         size=size,
     )
     _tell(built)
 
 # %% ../nbs/04_cli.ipynb #1a417977
-@zoo.command('datasheet', epilog="Example: lps zoo datasheet runs/digits")
+@zoo.command("datasheet", epilog="Example: lps zoo datasheet runs/digits")
 def zoo_datasheet(
     modelset: Models,
-    out: Annotated[Optional[Path], typer.Option(parser=_place, help="Folder for the sheet, if not the set's own")]=None,
-    name: Annotated[Optional[str], typer.Option(help="What the set is called; as its folder if not given")]=None,
+    out: Annotated[Path | None, typer.Option(parser=_place, help="Folder for the sheet, if not the set's own")] = None,
+    name: Annotated[str | None, typer.Option(help="What the set is called; as its folder if not given")] = None,
 ):
     "Say what a model set is, where it comes from, and what it must not be used for."
     from lps.zoo.datasheet import datasheet, datasheet_text, write_datasheet
-    _writable(out and out/'DATASHEET.md')
+    _writable(out and out/"DATASHEET.md")
     models = _open(modelset)
     keep = out or models.path.is_dir()
     sheet = write_datasheet(models, out, name=name) if keep else datasheet(models, name)
@@ -185,7 +185,7 @@ def _name_map(names):
     from lps.core.files import read_json
     from lps.models.checkpoint import FOREIGNZOO_NAMES
     if names is None: return ()
-    if names == 'foreignzoo': return FOREIGNZOO_NAMES
+    if names == "foreignzoo": return FOREIGNZOO_NAMES
     read = read_json(names)
     _check_pairs(names, list(read.items()) if isinstance(read, dict) else read)
     if isinstance(read, list): _check_patterns(names, read)
@@ -196,7 +196,7 @@ def _check_pairs(names, pairs):
     "Raises `ValueError` unless these are pairs of texts"
     if isinstance(pairs, list) and all(map(_is_pair, pairs)): return
     cure = 'give a list of ["pattern", "replacement"] or an object {"old": "new"}'
-    raise ValueError(f'{names} is no name map: {cure}')
+    raise ValueError(f"{names} is no name map: {cure}")
 
 def _is_pair(pair):
     "Are these two texts?"
@@ -205,29 +205,29 @@ def _is_pair(pair):
 def _check_patterns(names, pairs):
     "Raises `ValueError` for a pattern that is no regular expression"
     try:
-        for pattern, replacement in pairs: re.sub(pattern, replacement, '')
+        for pattern, replacement in pairs: re.sub(pattern, replacement, "")
     except (re.error, IndexError) as e:
         raise ValueError(f"{names} has a pattern that is no regular expression, or a wrong replacement: {e}") from None
 
 # %% ../nbs/04_cli.ipynb #24b950f4
-TABLE = 'csv or tsv with columns file, task and, if known, run, class_0, class_1, val_accuracy'
+TABLE = "csv or tsv with columns file, task and, if known, run, class_0, class_1, val_accuracy"
 NAME_MAP = r'JSON file: a list of \["pattern", "replacement"], or an object {"old": "new"}'
 
 @zoo.command(
-    'import', epilog="Example: lps zoo import downloads/resnets runs/theirs --names names.json --table models.tsv"
+    "import", epilog="Example: lps zoo import downloads/resnets runs/theirs --names names.json --table models.tsv"
 )
 def zoo_import(
     src: Annotated[Path, typer.Argument(parser=_place, help="Folder of .pt, .pth or .safetensors state dicts")],
     dst: Annotated[Path, typer.Argument(parser=_place, help="Folder for the model set")],
-    names: Annotated[Optional[str], typer.Option(help=NAME_MAP)]=None,
-    table: Annotated[Optional[Path], typer.Option(parser=_place, help=TABLE)]=None,
-    shortcut: Annotated[str, typer.Option(help="Shortcuts without weights: pad_end or pad_both")]='pad_end',
-    data: Annotated[Optional[str], typer.Option(help="Name of the data set, kept with every model")]=None,
-    recipe: Annotated[Optional[str], typer.Option(help="How they were trained, kept with every model")]=None,
+    names: Annotated[str | None, typer.Option(help=NAME_MAP)] = None,
+    table: Annotated[Path | None, typer.Option(parser=_place, help=TABLE)] = None,
+    shortcut: Annotated[str, typer.Option(help="Shortcuts without weights: pad_end or pad_both")] = "pad_end",
+    data: Annotated[str | None, typer.Option(help="Name of the data set, kept with every model")] = None,
+    recipe: Annotated[str | None, typer.Option(help="How they were trained, kept with every model")] = None,
 ):
     "Take in models that were trained elsewhere."
     from lps.models.checkpoint import import_models
-    if shortcut not in ('pad_end', 'pad_both'):
+    if shortcut not in ("pad_end", "pad_both"):
         raise ValueError(f"unknown shortcut '{shortcut}': known are pad_end, pad_both")
     known = {k: v for k, v in dict(data=data, recipe=recipe).items() if v}
     _tell(import_models(src, dst, _name_map(names), table, shortcut, known))
@@ -249,30 +249,30 @@ Folded = Annotated[bool, typer.Option(help="Fold batch normalisation into the we
 def _fit_settings(layers, epochs, folded):
     "Settings of a fit from those of the command line"
     settings = dict(epochs=epochs, milestones=(epochs*2//5, epochs*4//5), folded=folded)
-    if layers: settings['layers'] = tuple(dict.fromkeys(layer.strip() for layer in layers.split(',')))
+    if layers: settings["layers"] = tuple(dict.fromkeys(layer.strip() for layer in layers.split(",")))
     return settings
 
 # %% ../nbs/04_cli.ipynb #7ca7326f
 @app.command(cls=FromRegistries, epilog="Example: lps fit runs/digits --out runs/digits-net.safetensors")
 def fit(
     modelset: Models,
-    out: Annotated[Path, typer.Option(parser=_place, help="File for the fitted method")]=Path('lps-net.safetensors'),
-    method: Annotated[str, typer.Option(help="How models are compared: METHODS")]='lps',
-    layers: Layers='',
-    epochs: Epochs=100,
-    folded: Folded=False,
-    seed: Seed=0,
+    out: Annotated[Path, typer.Option(parser=_place, help="File for the fitted method")] = Path("lps-net.safetensors"),
+    method: Annotated[str, typer.Option(help="How models are compared: METHODS")] = "lps",
+    layers: Layers = "",
+    epochs: Epochs = 100,
+    folded: Folded = False,
+    seed: Seed = 0,
 ):
     "Learn from a model set how to compare models."
     from lps.methods.registry import fit_method, get_method, save_fitted
     _all_methods()
     get_method(method)
-    _replaceable(out, _is_fitted, 'a method that lps fit wrote')
+    _replaceable(out, _is_fitted, "a method that lps fit wrote")
     models = _open(modelset)
     with console.status(f"fitting {method} on {len(models)} models"):
         fitted = fit_method(models, method, seed, **_fit_settings(layers, epochs, folded))
     save_fitted(out, fitted)
-    read = ', '.join(fitted.layers) or 'all layers'
+    read = ", ".join(fitted.layers) or "all layers"
     console.print(f"{out}: {method} on {read} of {len(models)} models, {len(fitted.tasks)} tasks")
 
 # %% ../nbs/04_cli.ipynb #5233efd9
@@ -305,7 +305,8 @@ def _retrieve(models, splits, test_tasks, how):
     from lps.demo import n_right_answers
     from lps.study.evaluate import summary, table2
     from lps.study.records import result_record
-    runs, n_right = table2(models, splits, test_tasks, progress=console.is_terminal, **how), n_right_answers(models)
+    runs = table2(models, splits, test_tasks, progress=console.is_terminal, **how)
+    n_right = n_right_answers(models)
     _show(summary(runs, n_right), f"Table 2, task retrieval, % over {splits} splits")
     return result_record(models, runs, n_right, n_test_tasks=test_tasks, n_splits=splits, **how)
 
@@ -313,25 +314,26 @@ def _retrieve(models, splits, test_tasks, how):
 @app.command(cls=FromRegistries, epilog="Example: lps evaluate runs/digits --splits 20 --out runs/digits-results.json")
 def evaluate(
     modelset: Models,
-    splits: Annotated[int, typer.Option(min=2, help="Random splits")]=10,
-    train: Annotated[int, typer.Option(min=1, help="Models of each task to learn from, in Table 1")]=8,
-    test_tasks: Annotated[Optional[int], typer.Option(min=2, help="Tasks held out in Table 2; default: a fifth")]=None,
-    method: Annotated[Optional[list[str]], typer.Option(help="A row of the tables; may be given several times: METHODS;"
-                                                        " the paper's three if not given")]=None,
-    layers: Layers='',
-    epochs: Epochs=100,
-    folded: Folded=False,
-    seed: Seed=0,
-    out: Annotated[Optional[Path], typer.Option(parser=_place, help="JSON file for the results")]=None,
+    splits: Annotated[int, typer.Option(min=2, help="Random splits")] = 10,
+    train: Annotated[int, typer.Option(min=1, help="Models of each task to learn from, in Table 1")] = 8,
+    test_tasks: Annotated[int | None, typer.Option(min=2, help="Tasks held out in Table 2; default: a fifth")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="A row of the tables; may be given several times: METHODS;"
+                                                        " the paper's three if not given")] = None,
+    layers: Layers = "",
+    epochs: Epochs = 100,
+    folded: Folded = False,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(parser=_place, help="JSON file for the results")] = None,
 ):
     "Tables 1 and 2 of the paper for a model set: its methods or others, and chance."
     from lps.core.files import write_json
-    _replaceable(out, _is_tables, 'a file of results that lps evaluate wrote')
+    _replaceable(out, _is_tables, "a file of results that lps evaluate wrote")
     from lps.methods.registry import get_method
     _all_methods()
     for name in method or (): get_method(name)
-    models, how = _open(modelset), dict(seed=seed, **_fit_settings(layers, epochs, folded))
-    if method: how['methods'] = tuple(method)
+    models = _open(modelset)
+    how = dict(seed=seed, **_fit_settings(layers, epochs, folded))
+    if method: how["methods"] = tuple(method)
     _check_splits(models, train, test_tasks)
     records = dict(
         table1=_classify(models, splits, train, how),
@@ -342,7 +344,7 @@ def evaluate(
 # %% ../nbs/04_cli.ipynb #787bbfb2
 def _show_answers(near, tasks, k):
     "Print the nearest models and tasks"
-    columns = 'similarity', 'classes', 'task', 'val_accuracy', 'models', 'file'
+    columns = "similarity", "classes", "task", "val_accuracy", "models", "file"
     _show(near[[c for c in columns if c in near]], "Closest models")
     _show(
         tasks[[c for c in columns[:3] + columns[4:5] if c in tasks]].head(k),
@@ -353,7 +355,7 @@ def _show_answers(near, tasks, k):
 def _known_index(place):
     "An index by its place; one that is not calibrated is, if it can be"
     from lps.index.index import ModelIndex
-    if place != 'bundled' and not _place(place).exists():
+    if place != "bundled" and not _place(place).exists():
         raise ValueError(f"no index at {place}: build one with lps index build {place} FOLDER")
     return _calibrated(ModelIndex.load(place))
 
@@ -368,7 +370,7 @@ def _gallery_index(net, gallery):
     from lps.methods.registry import load_fitted
     from lps.models.modelset import bundled
     from lps.index.index import ModelIndex
-    return ModelIndex(load_fitted(bundled('net.safetensors') if net == 'bundled' else net), _open(gallery))
+    return ModelIndex(load_fitted(bundled("net.safetensors") if net == "bundled" else net), _open(gallery))
 
 def _index_by(place, method):
     "An index that compares by a method: one that does, or of a model set that it is fitted on"
@@ -376,7 +378,7 @@ def _index_by(place, method):
     from lps.index.index import ModelIndex
     _all_methods()
     get_method(method)
-    if place == 'bundled': return _calibrated(ModelIndex.bundled(method))
+    if place == "bundled": return _calibrated(ModelIndex.bundled(method))
     if not _is_index(_place(place)): return ModelIndex(method, _open(place))
     index = _known_index(place)
     if index.fitted.method == method: return index
@@ -386,47 +388,48 @@ def _index_by(place, method):
 def _is_index(place):
     "Is this an index, and no model set?"
     from lps.core.files import read_header
-    if place.is_dir(): return (place/'header.json').exists()
-    return place.is_file() and 'index' in read_header(place).meta
+    if place.is_dir(): return (place/"header.json").exists()
+    return place.is_file() and "index" in read_header(place).meta
 
 # %% ../nbs/04_cli.ipynb #8e42edfe
 def _expected_cells(table):
     "Expected accuracies with their intervals as text"
-    columns = table[['expected_accuracy', 'expected_low', 'expected_high']]
-    return [f'{mean:.2f} [{low:.2f}, {high:.2f}]' if mean == mean else '' for mean, low, high in columns.to_numpy()]
+    columns = table[["expected_accuracy", "expected_low", "expected_high"]]
+    return [f"{mean:.2f} [{low:.2f}, {high:.2f}]" if mean == mean else "" for mean, low, high in columns.to_numpy()]
 
 def _show_answer(answer):
     "Print what an index says about a model"
-    columns = 'similarity', 'probability', 'expected accuracy', 'task', 'note', 'file'
-    table, number = answer.table, answer.table.task.astype(str)
-    if 'expected_accuracy' in table: table = table.assign(**{'expected accuracy': _expected_cells(table)})
-    table = table.assign(task=table.classes.where(table.classes != '', number.where(table.task >= 0, '')))
+    columns = "similarity", "probability", "expected accuracy", "task", "note", "file"
+    table = answer.table
+    number = answer.table.task.astype(str)
+    if "expected_accuracy" in table: table = table.assign(**{"expected accuracy": _expected_cells(table)})
+    table = table.assign(task=table.classes.where(table.classes != "", number.where(table.task >= 0, "")))
     _show(table[[c for c in columns if c in table]], "Closest models")
     for sentence in answer.sentences: console.print(sentence, soft_wrap=True)
 
 # %% ../nbs/04_cli.ipynb #45474a18
-Names = Annotated[Optional[str], typer.Option(help=NAME_MAP)]
+Names = Annotated[str | None, typer.Option(help=NAME_MAP)]
 
-Arch = Annotated[Optional[str], typer.Option(
+Arch = Annotated[str | None, typer.Option(
     help="The network, where lps does not know it by its tensors: timm/NAME, torchvision/NAME, package.module:function"
 )]
 
-Size = Annotated[Optional[int], typer.Option(min=1, help="Side of its images in pixels, where no file says it")]
+Size = Annotated[int | None, typer.Option(min=1, help="Side of its images in pixels, where no file says it")]
 
-Stats = Annotated[Optional[tuple[str, str]], typer.Option(
-    metavar='MEAN SD', help="How its images were normalised, where no file says it: .5,.5,.5 .25,.25,.25"
+Stats = Annotated[tuple[str, str] | None, typer.Option(
+    metavar="MEAN SD", help="How its images were normalised, where no file says it: .5,.5,.5 .25,.25,.25"
 )]
 
 # %% ../nbs/04_cli.ipynb #a4c56ae1
 def _reading(names, arch, size, stats):
     "What is said of models that their files do not say; a module of the user's own may lie in the current folder"
-    if arch and ':' in arch and '' not in sys.path: sys.path.insert(0, '')
+    if arch and ":" in arch and "" not in sys.path: sys.path.insert(0, "")
     return dict(names=_name_map(names), arch=arch, size=size, stats=_numbers_of(stats))
 
 def _numbers_of(stats):
     "Mean and standard deviation of each channel, from text"
     if stats is None: return None
-    def numbers(text): return [float(number) for number in text.split(',')]
+    def numbers(text): return [float(number) for number in text.split(",")]
     try: return tuple(map(numbers, stats))
     except ValueError: raise ValueError(f"--stats {' '.join(stats)}: give numbers with commas between them") from None
 
@@ -468,23 +471,24 @@ ASKED = (
 
 @app.command(cls=FromRegistries, epilog="Example: lps query market my-model.pth -k 5")
 def query(
-    words: Annotated[list[str], typer.Argument(metavar='INDEX MODEL', help=ASKED)],
-    k: Annotated[int, typer.Option('-k', min=1, help="How many models to show")]=5,
-    method: Annotated[Optional[str], typer.Option(help="How models are compared: METHODS. Before a model set it is"
-                                                  " fitted on that; an index must compare by it")]=None,
-    expected: Annotated[bool, typer.Option(help="Also the accuracy to expect after transfer, a second a model")]=True,
-    approximate: Annotated[bool, typer.Option('--approximate', help="Look where the graph of lps index graph leads, not"
-                                              " at every model")]=False,
-    as_json: Annotated[bool, typer.Option('--json', help="The answer as JSON, for programs")]=False,
-    names: Names=None,
-    arch: Arch=None,
-    size: Size=None,
-    stats: Stats=None,
+    words: Annotated[list[str], typer.Argument(metavar="INDEX MODEL", help=ASKED)],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many models to show")] = 5,
+    method: Annotated[str | None, typer.Option(help="How models are compared: METHODS. Before a model set it is"
+                                                  " fitted on that; an index must compare by it")] = None,
+    expected: Annotated[bool, typer.Option(help="Also the accuracy to expect after transfer, a second a model")] = True,
+    approximate: Annotated[bool, typer.Option("--approximate", help="Look where the graph of lps index graph leads, not"
+                                              " at every model")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The answer as JSON, for programs")] = False,
+    names: Names = None,
+    arch: Arch = None,
+    size: Size = None,
+    stats: Stats = None,
 ):
     "Which trained models are closest to this one, and how sure is that?"
     if not 2 <= len(words) <= 3: raise ValueError(f"{len(words)} arguments: give an index and a model file")
     *where, model = words[:-1] + [_one_model(words[-1])]
-    index, reading = _index_of(where, method), _reading(names, arch, size, stats)
+    index = _index_of(where, method)
+    reading = _reading(names, arch, size, stats)
     if len(where) == 1 or as_json:
         relation = _relation() if expected else None
         answer = index.answer(model, k, expected=relation, approximate=approximate, **reading)
@@ -496,7 +500,7 @@ Market = Annotated[Path, typer.Argument(parser=_place, help="Folder of the index
 Sources = Annotated[list[str], typer.Argument(
     help="Folders, model files, packed sets, timm/NAME, org/name on the Hub; bundled: what comes with lps"
 )]
-TaskTable = Annotated[Optional[Path], typer.Option(parser=_place, help=TABLE)]
+TaskTable = Annotated[Path | None, typer.Option(parser=_place, help=TABLE)]
 Workers = Annotated[int, typer.Option(min=1, help="Processes that read models")]
 
 def _tell_index(index, path):
@@ -508,22 +512,22 @@ def _tell_index(index, path):
     for row in index.rejected.itertuples(): console.print(f"  {_cell(row.file)}: {_cell(row.reason)}", soft_wrap=True)
 
 # %% ../nbs/04_cli.ipynb #e490b367
-@market.command('build', cls=FromRegistries, epilog="Example: lps index build market runs/my-models downloads")
+@market.command("build", cls=FromRegistries, epilog="Example: lps index build market runs/my-models downloads")
 def index_build(
     path: Market,
     sources: Sources,
     method: Annotated[str, typer.Option(help="How models are compared: METHODS; a file from lps fit; bundled; or auto")
-                      ]='auto',
-    table: TaskTable=None,
-    names: Names=None,
-    layers: Layers='',
-    epochs: Epochs=100,
-    folded: Folded=False,
-    workers: Workers=2,
-    seed: Seed=0,
-    arch: Arch=None,
-    size: Size=None,
-    stats: Stats=None,
+                      ] = "auto",
+    table: TaskTable = None,
+    names: Names = None,
+    layers: Layers = "",
+    epochs: Epochs = 100,
+    folded: Folded = False,
+    workers: Workers = 2,
+    seed: Seed = 0,
+    arch: Arch = None,
+    size: Size = None,
+    stats: Stats = None,
 ):
     "Take in models, learn how to compare them from those whose tasks are known, and keep all in a folder."
     from lps.index.index import ModelIndex
@@ -544,16 +548,16 @@ def index_build(
 NOT_CALIBRATED = "Not calibrated: give two models at least of two tasks, named in their files or by --table."
 
 # %% ../nbs/04_cli.ipynb #e7bfd81a
-@market.command('add', epilog="Example: lps index add market downloads/new-model.pth")
+@market.command("add", epilog="Example: lps index add market downloads/new-model.pth")
 def index_add(
     path: Market,
     sources: Sources,
-    table: TaskTable=None,
-    names: Names=None,
-    workers: Workers=2,
-    arch: Arch=None,
-    size: Size=None,
-    stats: Stats=None,
+    table: TaskTable = None,
+    names: Names = None,
+    workers: Workers = 2,
+    arch: Arch = None,
+    size: Size = None,
+    stats: Stats = None,
 ):
     "Take in models that the index does not have yet, or that were changed since."
     index = _known_index(str(path))
@@ -562,7 +566,7 @@ def index_add(
     console.print(f"{n} more")
     _tell_index(index, path)
 
-@market.command('remove', epilog="Example: lps index remove market downloads/old-model.pth")
+@market.command("remove", epilog="Example: lps index remove market downloads/old-model.pth")
 def index_remove(
     path: Market,
     models: Annotated[list[str], typer.Argument(help="Models as the index calls them, their files, or folders")],
@@ -577,44 +581,44 @@ def index_remove(
 def _index_facts(index):
     "What there is to say about an index, by name"
     manifest = index.manifest
-    kinds = manifest.architecture.value_counts() if 'architecture' in manifest else {}
+    kinds = manifest.architecture.value_counts() if "architecture" in manifest else {}
     return dict(
         models=len(index),
         tasks=len(set(index.rows.labels(index.rows.places).tolist()) - {-1}),
         method=index.fitted.method,
         layers=list(index.fitted.layers),
         numbers=index.rows.width,
-        architectures={name or 'unknown': int(n) for name, n in kinds.items()},
-        rejected=index.rejected.to_dict('records'),
+        architectures={name or "unknown": int(n) for name, n in kinds.items()},
+        rejected=index.rejected.to_dict("records"),
         calibration=None if index.calibration is None else vars(index.calibration),
     )
 
-@market.command('info', epilog="Example: lps index info market")
+@market.command("info", epilog="Example: lps index info market")
 def index_info(
     path: Market,
-    check: Annotated[bool, typer.Option('--check', help='Read all of it: is each byte as it was written?')]=False,
-    as_json: Annotated[bool, typer.Option('--json', help="As JSON, for programs")]=False,
+    check: Annotated[bool, typer.Option("--check", help="Read all of it: is each byte as it was written?")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs")] = False,
 ):
     "What is in an index, what it could not read, and how far it can be trusted."
     index = _known_index(str(path))
-    if check and hasattr(index.rows, 'check'): index.rows.check()
+    if check and hasattr(index.rows, "check"): index.rows.check()
     facts = _index_facts(index)
     if as_json: return print(_json(facts))
     _tell_index(index, path)
-    kinds = ', '.join(f'{_cell(name)} ({n})' for name, n in facts['architectures'].items())
+    kinds = ", ".join(f"{_cell(name)} ({n})" for name, n in facts["architectures"].items())
     console.print(f"Architectures: {kinds or 'not known'}. {facts['numbers']} numbers a model.", soft_wrap=True)
     console.print(f"Probabilities: {index.calibration}." if index.calibration else NOT_CALIBRATED, soft_wrap=True)
     if check: console.print("Every byte is the one that was written.")
 
 # %% ../nbs/04_cli.ipynb #8d1dfaba
-@market.command('report', epilog="Example: lps index report my-model.pth --arch timm/resnet18")
+@market.command("report", epilog="Example: lps index report my-model.pth --arch timm/resnet18")
 def index_report(
     model: Annotated[str, typer.Argument(help="A model file, a Hugging Face folder, timm/NAME, org/name on the Hub")],
-    names: Names=None,
-    arch: Arch=None,
-    size: Size=None,
-    stats: Stats=None,
-    whole: Annotated[bool, typer.Option('--whole', help="Of a model on the web, read all, not the first layer")]=False,
+    names: Names = None,
+    arch: Arch = None,
+    size: Size = None,
+    stats: Stats = None,
+    whole: Annotated[bool, typer.Option("--whole", help="Of a model on the web, read all, not the first layer")] = False,
 ):
     "What is read of a model: layers, norms, input, head, what is ignored, and which methods cannot compare it."
     from lps.models.read import read_model
@@ -623,10 +627,10 @@ def index_report(
     if not report.cannot: console.print("every method can compare it")
 
 # %% ../nbs/04_cli.ipynb #4acbec72
-@market.command('graph', epilog="Example: lps index graph market")
+@market.command("graph", epilog="Example: lps index graph market")
 def index_graph(
     path: Market,
-    threads: Annotated[int, typer.Option(min=1, help="Processors that build it")]=1,
+    threads: Annotated[int, typer.Option(min=1, help="Processors that build it")] = 1,
 ):
     "Prepare lps query --approximate, which pays for some hundred thousand models or more; run it again after adding."
     index = _known_index(str(path))
@@ -634,10 +638,10 @@ def index_graph(
     console.print(f"{path}: a graph of {len(index)} models, {file.stat().st_size/1e6:.1f} MB, in {file.parent}")
 
 # %% ../nbs/04_cli.ipynb #9b228832
-@market.command('map', epilog="Example: lps index map market --out market.html")
+@market.command("map", epilog="Example: lps index map market --out market.html")
 def index_map(
     path: Market,
-    out: Annotated[Path, typer.Option(parser=_place, help="HTML file to write")]=Path('market-map.html'),
+    out: Annotated[Path, typer.Option(parser=_place, help="HTML file to write")] = Path("market-map.html"),
 ):
     "Draw the models of an index as one HTML page, which works offline."
     from lps.index.map import index_map as write_map
@@ -661,7 +665,7 @@ def _demo_digits(out, settings, executor):
     from lps.demo import digits
     what = f"{settings.n_models} networks for each of 5 tasks (two digits each)"
     console.print(f"\nTraining {what}; what is finished is kept in {out/'digits'}")
-    part = digits(out/'digits', settings, executor)
+    part = digits(out/"digits", settings, executor)
     _tell_part(part, out)
     return part
 
@@ -671,54 +675,55 @@ def _write_demo(out, parts):
     from lps.demo import report_section
     from lps.core.files import write_json
     from lps.study.report import html_report
-    write_json(out/'results.json', {name: part.record for name, part in parts.items()})
+    write_json(out/"results.json", {name: part.record for name, part in parts.items()})
     sections = [report_section(part, HEADINGS[name]) for name, part in parts.items()]
-    return html_report(out/'report.html', REPORT_TITLE, sections)
+    return html_report(out/"report.html", REPORT_TITLE, sections)
 
-REPORT_TITLE = 'Learnable Parameter Similarity: demo'
+REPORT_TITLE = "Learnable Parameter Similarity: demo"
 
-HEADINGS = {'bundled': 'Networks that saw photographs', 'digits': 'Networks trained live, on digits'}
+HEADINGS = {"bundled": "Networks that saw photographs", "digits": "Networks trained live, on digits"}
 
 # %% ../nbs/04_cli.ipynb #cbdc90fb
 def _is_report(file):
     "Did `lps demo` write this file?"
-    return f'<title>{REPORT_TITLE}</title>' in file.read_text(encoding='utf-8')
+    return f"<title>{REPORT_TITLE}</title>" in file.read_text(encoding="utf-8")
 
 # %% ../nbs/04_cli.ipynb #d5b549f1
 def _tell_part(part, folder):
     "Print a part of the demo, and keep its figures"
-    console.print('\n' + ' '.join(part.about))
+    console.print("\n" + " ".join(part.about))
     for table, title, _ in part.tables: _show(table, title)
     console.print(part.asked)
     _show_answers(*[table for table, _ in part.answers], 5)
     for name, figure in part.figures.items():
-        figure.savefig(folder/f'{part.name.lower()}-{name}.png', dpi=150, bbox_inches='tight')
+        figure.savefig(folder/f"{part.name.lower()}-{name}.png", dpi=150, bbox_inches="tight")
 
 # %% ../nbs/04_cli.ipynb #3c9b807a
 def _demo_parts(out, settings, workers, live, start):
     "Name → part of the demo: the bundled networks and, if live, those trained here; start is when the demo began"
     from lps.core.jobs import worker_pool
     with worker_pool(workers) as executor:
-        parts = {'bundled': _demo_photographs(out, settings, executor)}
+        parts = {"bundled": _demo_photographs(out, settings, executor)}
         console.print(f"{time.perf_counter() - start:.0f} s so far")
-        if live: parts['digits'] = _demo_digits(out, settings, executor)
+        if live: parts["digits"] = _demo_digits(out, settings, executor)
     return parts
 
 # %% ../nbs/04_cli.ipynb #1db95efd
 @app.command(epilog="Example: lps demo --out runs/demo")
 def demo(
-    out: Annotated[Path, typer.Option(parser=_place, help="Folder for all that it makes")]=Path('runs/demo'),
-    models: Annotated[int, typer.Option(min=6, help="Models a task to train")]=8,
-    splits: Annotated[int, typer.Option(min=2, help="Random splits; for the bundled models no more than 2")]=5,
-    epochs: Epochs=100,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that train and fit")]=2,
-    seed: Seed=0,
-    live: Annotated[bool, typer.Option(help="Also train networks here, on digits")]=True,
+    out: Annotated[Path, typer.Option(parser=_place, help="Folder for all that it makes")] = Path("runs/demo"),
+    models: Annotated[int, typer.Option(min=6, help="Models a task to train")] = 8,
+    splits: Annotated[int, typer.Option(min=2, help="Random splits; for the bundled models no more than 2")] = 5,
+    epochs: Epochs = 100,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that train and fit")] = 2,
+    seed: Seed = 0,
+    live: Annotated[bool, typer.Option(help="Also train networks here, on digits")] = True,
 ):
     "Tables 1 and 2 and a query, on the bundled models and on some trained here; writes a report."
     from lps.demo import DemoSettings
-    start, settings = time.perf_counter(), DemoSettings(splits=splits, seed=seed, epochs=epochs, n_models=models)
-    _replaceable(out/'report.html', _is_report, 'a report that lps demo wrote')
+    start = time.perf_counter()
+    settings = DemoSettings(splits=splits, seed=seed, epochs=epochs, n_models=models)
+    _replaceable(out/"report.html", _is_report, "a report that lps demo wrote")
     out.mkdir(parents=True, exist_ok=True)
     report = _write_demo(out, _demo_parts(out, settings, workers, live, start))
     console.print(f"{report}: the report, with every table and figure ({time.perf_counter() - start:.0f} s in all)")
@@ -727,11 +732,11 @@ def demo(
 def _one_line(error):
     "An error as one line, without control characters; empty where typer has said it all"
     from lps.core.files import printable
-    if hasattr(error, 'format_message'): why = error.format_message()
+    if hasattr(error, "format_message"): why = error.format_message()
     elif isinstance(error, OSError) and error.filename and error.strerror: why = f"{error.filename}: {error.strerror}"
     elif isinstance(error, MemoryError): why = f"not enough memory{': ' + str(error) if str(error) else ''}"
     else: why = str(error)
-    return '' if why.lstrip().startswith('Usage') else printable(' '.join(why.split()))
+    return "" if why.lstrip().startswith("Usage") else printable(" ".join(why.split()))
 
 def _show_warning(message, *args, **kwargs):
     "A warning as one line"
@@ -742,7 +747,7 @@ def _prepare_terminal():
     "Warnings in one line, and no error where a terminal knows ASCII only"
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
 
 EXPECTED = (
     OSError,
@@ -754,19 +759,19 @@ EXPECTED = (
 
 # %% ../nbs/04_cli.ipynb #015c10c9
 def main(
-    args: list|None=None,  # words of the command line; None: those of the process
+    args: list|None = None,  # words of the command line; None: those of the process
 ) -> int:                  # exit code
     "The `lps` command"
     _prepare_terminal()
     try:
-        code = app(args, prog_name='lps', standalone_mode=False) or 0
+        code = app(args, prog_name="lps", standalone_mode=False) or 0
         if code != 130: return code
         raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
         print("lps: stopped; models that were finished are kept", file=sys.stderr)
         return 130
     except Exception as e:
-        if not isinstance(e, EXPECTED) and not hasattr(e, 'format_message'): raise
+        if not isinstance(e, EXPECTED) and not hasattr(e, "format_message"): raise
         why = _one_line(e)
     if why: print(f"lps: {why}", file=sys.stderr)
     return 2

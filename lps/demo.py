@@ -69,7 +69,8 @@ def measure_tables(
 ) -> tuple:                  # runs of Table 1 and Table 2
     "Tables 1 and 2 by every method"
     args = {table1: (models, settings.splits, n_right_answers(models)), table2: (models, settings.splits)}
-    how, jobs = dict(seed=settings.seed, **settings.fit), {}
+    how = dict(seed=settings.seed, **settings.fit)
+    jobs = {}
     with ctrl_c_waits():
         for method in reversed(default_methods()):
             for table, given in args.items():
@@ -90,11 +91,11 @@ def demo_figures(
 ) -> dict:                # name → figure
     "The demo's figures"
     args = dict(labels=unseen.labels, names=task_names(unseen))
-    chance = chance_curves(n_right, int(runs2.columns.str.startswith('rank').sum()))
+    chance = chance_curves(n_right, int(runs2.columns.str.startswith("rank").sum()))
     return {
-        'similarity': plot_similarity(similarity(z), title=f'{name}: similarity of unseen models', **args).figure,
-        'embedding': plot_embedding(z, title=f'{name}: map of unseen models', **args).figure,
-        'rank_k': plot_rank_k(runs2, chance, title=f'{name}: retrieval of unseen tasks').figure,
+        "similarity": plot_similarity(similarity(z), title=f"{name}: similarity of unseen models", **args).figure,
+        "embedding": plot_embedding(z, title=f"{name}: map of unseen models", **args).figure,
+        "rank_k": plot_rank_k(runs2, chance, title=f"{name}: retrieval of unseen tasks").figure,
     }
 
 # %% ../nbs/03_demo.ipynb #34de8326
@@ -121,26 +122,27 @@ def side_by_side(
     k: int = 3,         # how many
 ) -> pd.DataFrame:      # text; one row a rank, then the share of all queries whose nearest model is right
     "What several methods answer"
-    task, columns = int(queries.manifest.task.iloc[number]), {}
+    task = int(queries.manifest.task.iloc[number])
+    columns = {}
     for index in indexes:
         found = index.query(queries[number], k)
         rows = [f"{_sign(row.task == task)} {row.classes or f'task {row.task}'}" for row in found.itertuples()]
         share = nearest_right(index, queries).mean()
         columns[method_title(index.fitted.method)] = [*rows, f"{100*share:.0f} %"]
     rows = [*map(str, found.index), f"nearest is right, all {len(queries)} queries"]
-    return pd.DataFrame(columns, index=pd.Index(rows, name='rank'))
+    return pd.DataFrame(columns, index=pd.Index(rows, name="rank"))
 
 def _sign(right):
     "A tick, or a cross"
-    return '✓' if right else '✗'
+    return "✓" if right else "✗"
 
 # %% ../nbs/03_demo.ipynb #943f47bf
 CAPTIONS = {
-    'table1': (
+    "table1": (
         "Table 1: which task does a new model solve? {n} models of each task to learn from, two to be classified"
         " (paper, §5.1). Percent, mean ± standard deviation over {splits} random splits."
     ),
-    'table2': (
+    "table2": (
         "Table 2: find the models of a task never seen. Rank-k: a model of the query's task is among the first k of the"
         " gallery (paper, §5.2)."
     ),
@@ -151,7 +153,7 @@ def _demo_tables(name, runs, n_right, splits, ks):
     texts = dict(n=n_right, splits=splits)
     titles = f"{name}, Table 1, task classification", f"{name}, Table 2, retrieval of unseen tasks"
     tables = summary(runs[0], ks=ks), summary(runs[1], n_right, ks=ks)
-    captions = [CAPTIONS[key].format(**texts) for key in ('table1', 'table2')]
+    captions = [CAPTIONS[key].format(**texts) for key in ("table1", "table2")]
     return [(t, f"{title}: % over {splits} splits", caption) for t, title, caption in zip(tables, titles, captions)]
 
 # %% ../nbs/03_demo.ipynb #cf2903dc
@@ -196,7 +198,8 @@ def demo_part(
     ks: tuple = (1, 5, 10),  # the places k to show
 ) -> DemoPart:
     "Tables, figures and a query on one model set"
-    runs, n_right = measure_tables(models, settings, executor), n_right_answers(models)
+    runs = measure_tables(models, settings, executor)
+    n_right = n_right_answers(models)
     tables = _demo_tables(name, runs, n_right, settings.splits, ks) + [_two_methods(name, indexes, unseen)]
     return DemoPart(
         name=name,
@@ -214,17 +217,19 @@ def photographs(
     executor: Executor,      # does the fits
 ) -> DemoPart:
     "The demo on the model set that comes with the package"
-    models = load_modelset('bundled')
-    indexes = [ModelIndex.bundled(method) for method in ('lps', leading_method(models))]
+    models = load_modelset("bundled")
+    indexes = [ModelIndex.bundled(method) for method in ("lps", leading_method(models))]
     settings = DemoSettings(**vars(settings) | dict(splits=min(settings.splits, 2)))
-    return demo_part('Photographs', [about_bundled(models)], models, indexes, bundled_unseen(), settings, executor)
+    return demo_part("Photographs", [about_bundled(models)], models, indexes, bundled_unseen(), settings, executor)
 
 def about_bundled(
     models: ModelSet,  # the bundled set
 ) -> str:              # a sentence
     "What the bundled networks are"
-    sheet = models.about['datasheet']
-    data, recipe, accuracy = ', '.join(sheet['data']), sheet['recipes'][0]['name'], sheet['val_accuracy']['mean']
+    sheet = models.about["datasheet"]
+    data = ", ".join(sheet["data"])
+    recipe = sheet["recipes"][0]["name"]
+    accuracy = sheet["val_accuracy"]["mean"]
     what = f"{len(models)} ResNet20s that come with lps, {len(models.tasks)} tasks of two classes of photographs each"
     return (
         f"{what} ({data}, recipe {recipe}), mean validation accuracy {accuracy:.3f}. LPS reads nothing but the filters"
@@ -243,7 +248,7 @@ def _about_digits(models):
     ]
 
 # %% ../nbs/03_demo.ipynb #7a762a31
-SHALLOW = replace(recipes['digits'], name='demo', depth=8)
+SHALLOW = replace(recipes["digits"], name="demo", depth=8)
 
 def digits(
     folder: Path,            # where the networks are kept; an interrupted build goes on
@@ -252,12 +257,13 @@ def digits(
     recipe=SHALLOW,          # of the networks
 ) -> DemoPart:
     "The demo on networks trained here, on scikit-learn's handwritten digits"
-    models = build(folder, 'digits', recipe, n_models=settings.n_models, seed=settings.seed, executor=executor)
-    nth = models.manifest.groupby('task').cumcount().to_numpy()
-    known, unseen = models[nth % 2 == 0], models[nth % 2 == 1]
+    models = build(folder, "digits", recipe, n_models=settings.n_models, seed=settings.seed, executor=executor)
+    nth = models.manifest.groupby("task").cumcount().to_numpy()
+    known = models[nth % 2 == 0]
+    unseen = models[nth % 2 == 1]
     fitted = fit_method(known, seed=settings.seed, **settings.fit), as_fitted(None, known, n_images=PROBES)
     indexes = [ModelIndex(method, unseen) for method in fitted]
-    return demo_part('Digits', _about_digits(models), models, indexes, unseen, settings, executor, ks=(1, 2, 3))
+    return demo_part("Digits", _about_digits(models), models, indexes, unseen, settings, executor, ks=(1, 2, 3))
 
 PROBES = 64  # images that the networks trained here are asked about
 

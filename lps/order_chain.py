@@ -51,7 +51,7 @@ def perm_to_axes(self: PermutationSpec) -> dict:  # for each group a list of (pa
 # %% ../nbs/00_order_chain.ipynb #2fa2c59a
 def random_perms(
     spec: PermutationSpec,  # the groups
-    seed: int=0,            # the same seed gives the same permutations
+    seed: int = 0,            # the same seed gives the same permutations
 ) -> dict:                  # a permutation for each group, LongTensors
     "A random permutation of every group"
     g = torch.Generator().manual_seed(seed)
@@ -102,7 +102,8 @@ def permute(
     _check_perms(spec, perms)
     for name in state:
         if name in spec.axes_to_perm: continue
-        n, first = len(spec.axes_to_perm), next(iter(spec.axes_to_perm))
+        n = len(spec.axes_to_perm)
+        first = next(iter(spec.axes_to_perm))
         raise ValueError(f"{name!r} is not among the spec's {n} parameters ({first!r}, …): rename it, or add it")
     return {name: _permuted(name, tensor, spec, perms) for name, tensor in state.items()}
 
@@ -121,56 +122,59 @@ def _permuted(name, old, spec, perms):
 # %% ../nbs/00_order_chain.ipynb #c7579866
 def _widen(stream, name, n_new, shortcut):
     "Groups of the next stream, which has `n_new` more channels than `stream`, and the sizes of those that are new"
-    if shortcut == 'conv': return (name,), {name: 2*n_new}
-    if shortcut == 'pad_end': return (*stream, name), {name: n_new}
-    front, back = f'{name}.front', f'{name}.back'
+    if shortcut == "conv": return (name,), {name: 2*n_new}
+    if shortcut == "pad_end": return (*stream, name), {name: n_new}
+    front = f"{name}.front"
+    back = f"{name}.back"
     return (front, *stream, back), {front: n_new//2, back: n_new - n_new//2}
 
 # %% ../nbs/00_order_chain.ipynb #88c39c07
 def _conv_axes(conv, filters, channels):
     "Axes of a convolution and its BN"
     bn = bn_of(conv)
-    axes = {f'{conv}.weight': (filters, channels), f'{conv}.bias': (filters,)}
-    for vector in ('weight', 'bias', 'running_mean', 'running_var'): axes[f'{bn}.{vector}'] = (filters,)
-    return axes | {f'{bn}.num_batches_tracked': ()}
+    axes = {f"{conv}.weight": (filters, channels), f"{conv}.bias": (filters,)}
+    for vector in ("weight", "bias", "running_mean", "running_var"): axes[f"{bn}.{vector}"] = (filters,)
+    return axes | {f"{bn}.num_batches_tracked": ()}
 
 # %% ../nbs/00_order_chain.ipynb #f27a4e03
 def resnet_spec(
-    depth: int=20,         # layers, `6n + 2`
-    width: int=16,         # channels of the first stage
-    shortcut: str='conv',  # `'conv'`, `'pad_end'` or `'pad_both'`, as in `ResNet`
+    depth: int = 20,         # layers, `6n + 2`
+    width: int = 16,         # channels of the first stage
+    shortcut: str = "conv",  # `'conv'`, `'pad_end'` or `'pad_both'`, as in `ResNet`
 ) -> PermutationSpec:      # 12 groups for a ResNet20: 3 streams and 9 inner orders
     "The spec of a CIFAR ResNet, for its `state_dict()` and for its folded weights"
     check_depth(depth)
     if shortcut not in SHORTCUTS: raise ValueError(f"shortcut {shortcut!r} is unknown: take one of {SHORTCUTS}")
-    stream, sizes = ('stream1',), {'stream1': width}
-    axes = _conv_axes('conv1', stream, None)
+    stream = ("stream1",)
+    sizes = {"stream1": width}
+    axes = _conv_axes("conv1", stream, None)
     for stage in (1, 2, 3):
-        read, block_width = stream, width * 2**(stage - 1)
+        read = stream
+        block_width = width * 2**(stage - 1)
         if stage > 1:
-            stream, new = _widen(read, f'stream{stage}', block_width//2, shortcut)
+            stream, new = _widen(read, f"stream{stage}", block_width//2, shortcut)
             sizes |= new
-            if shortcut == 'conv': axes |= _conv_axes(f'layer{stage}.0.downsample.0', stream, read)
+            if shortcut == "conv": axes |= _conv_axes(f"layer{stage}.0.downsample.0", stream, read)
         for b in range((depth - 2)//6):
-            axes |= _block_axes(f'layer{stage}.{b}', read if b == 0 else stream, stream)
-            sizes[f'layer{stage}.{b}.inner'] = block_width
-    return PermutationSpec(sizes, axes | {'fc.weight': (None, stream), 'fc.bias': (None,)})
+            axes |= _block_axes(f"layer{stage}.{b}", read if b == 0 else stream, stream)
+            sizes[f"layer{stage}.{b}.inner"] = block_width
+    return PermutationSpec(sizes, axes | {"fc.weight": (None, stream), "fc.bias": (None,)})
 
 # %% ../nbs/00_order_chain.ipynb #ca8af763
 def _block_axes(block, read, stream):
     "Axes of a block's two convolutions: the inner order is its own, the outer ones are the streams'"
-    inner = (f'{block}.inner',)
-    return _conv_axes(f'{block}.conv1', inner, read) | _conv_axes(f'{block}.conv2', stream, inner)
+    inner = (f"{block}.inner",)
+    return _conv_axes(f"{block}.conv1", inner, read) | _conv_axes(f"{block}.conv2", stream, inner)
 
 # %% ../nbs/00_order_chain.ipynb #eb956444
 def fold_conv(
     weight: Tensor,           # of a convolution, `(N, C, k, k)`
     bias: Tensor|None,        # of the convolution, `(N,)`
     norm: dict,               # BN's vectors by name: weight, bias, running_mean, running_var, `(N,)` each
-    eps: float=1e-5,          # the BN's ε
+    eps: float = 1e-5,          # the BN's ε
 ) -> tuple[Tensor, Tensor]:   # weight and bias that do the work of both
     "A convolution with the BN that follows it folded in"
-    stats = norm['running_mean'], norm['running_var'], eps, norm.get('weight'), norm.get('bias')
+    stats = norm["running_mean"], norm["running_var"], eps, norm.get("weight"), norm.get("bias")
     folded = fuse_conv_bn_weights(weight, bias, *stats)
     return folded[0].detach(), folded[1].detach()
 
@@ -179,8 +183,8 @@ def norm_vectors(
     norm: str,    # name of a BN
 ) -> dict:        # its vectors, by their last name
     "The vectors of a BN"
-    names = ('weight', 'bias', 'running_mean', 'running_var')
-    return {v: state[f'{norm}.{v}'] for v in names if f'{norm}.{v}' in state}
+    names = ("weight", "bias", "running_mean", "running_var")
+    return {v: state[f"{norm}.{v}"] for v in names if f"{norm}.{v}" in state}
 
 # %% ../nbs/00_order_chain.ipynb #bc2fc089
 def _at_least_float32(tensor):
@@ -189,8 +193,8 @@ def _at_least_float32(tensor):
 
 def _folds(state):
     "Name of the BN of each convolution that has one; raises `ValueError` for a BN that follows none"
-    norms = {name.removesuffix('.running_var') for name in state if name.endswith('.running_var')}
-    layers = [name.removesuffix('.weight') for name in state if name.endswith('.weight')]
+    norms = {name.removesuffix(".running_var") for name in state if name.endswith(".running_var")}
+    layers = [name.removesuffix(".weight") for name in state if name.endswith(".weight")]
     convs = {layer: bn_of(layer) for layer in layers if layer not in norms and bn_of(layer) in norms}
     lost = sorted(norms - set(convs.values()))
     if lost:
@@ -202,17 +206,17 @@ def _folds(state):
 # %% ../nbs/00_order_chain.ipynb #68dcaaa7
 def fold_bn(
     state: dict,      # tensors by parameter name, as `ResNet.state_dict()` names them
-    eps: float=1e-5,  # the BN's ε
+    eps: float = 1e-5,  # the BN's ε
 ) -> dict:            # weight and bias of each convolution, and the head; float16 and bfloat16 become float32
     "Put each BN into the convolution before it; raises `ValueError` for a BN that follows no convolution"
     state, convs, folded = {k: _at_least_float32(v) for k, v in state.items()}, _folds(state), {}
     for name, tensor in state.items():
-        layer, _, what = name.rpartition('.')
+        layer, _, what = name.rpartition(".")
         if layer in convs.values(): continue
         if layer not in convs: folded[name] = tensor.clone()
-        elif what == 'weight':
-            weight, bias = fold_conv(tensor, state.get(f'{layer}.bias'), norm_vectors(state, convs[layer]), eps)
-            folded |= {name: weight, f'{layer}.bias': bias}
+        elif what == "weight":
+            weight, bias = fold_conv(tensor, state.get(f"{layer}.bias"), norm_vectors(state, convs[layer]), eps)
+            folded |= {name: weight, f"{layer}.bias": bias}
     return folded
 
 # %% ../nbs/00_order_chain.ipynb #c4f51e84
@@ -223,7 +227,7 @@ def folded_resnet(
     model = deepcopy(model).eval()
     modules = dict(model.named_modules())
     def put(name, new):
-        parent, _, leaf = name.rpartition('.')
+        parent, _, leaf = name.rpartition(".")
         setattr(modules[parent], leaf, new)
     for name, m in modules.items():
         if not isinstance(m, nn.Conv2d): continue

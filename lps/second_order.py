@@ -28,9 +28,9 @@ from .zoo.train import Diverged, StepSchedule, StopIfDiverged, fit_silently
 
 # %% ../nbs/02_second_order.ipynb #3dc1e4ec
 VARIANTS = {
-    'lps': {},                                                     # scores, aligned: the paper's method
-    'frobenius': dict(align_filters=False, align_channels=False),  # scores, not aligned
-    'fc': dict(scores=False),                                      # the weights themselves
+    "lps": {},                                                     # scores, aligned: the paper's method
+    "frobenius": dict(align_filters=False, align_channels=False),  # scores, not aligned
+    "fc": dict(scores=False),                                      # the weights themselves
 }
 
 # %% ../nbs/02_second_order.ipynb #5238e5c9
@@ -40,15 +40,16 @@ class Branch(nn.Module):
         self,
         shape: tuple,               # `(N, C, k, k)` of the layer
         n_tasks: int,               # tasks to tell apart
-        n_filters: int=100,         # second-order filters P
-        n_channels: int|None=None,  # their channels Q; as many as the layer has (C) if None
-        scores: bool=True,          # score against second-order filters; else one FC on the weights
-        align_filters: bool=True,   # sort, eq. (8)
-        align_channels: bool=True,  # match channels, eq. (6); else eq. (7), which needs Q = C
+        n_filters: int = 100,         # second-order filters P
+        n_channels: int|None = None,  # their channels Q; as many as the layer has (C) if None
+        scores: bool = True,          # score against second-order filters; else one FC on the weights
+        align_filters: bool = True,   # sort, eq. (8)
+        align_channels: bool = True,  # match channels, eq. (6); else eq. (7), which needs Q = C
     ):
         super().__init__()
         N, C, k, _ = shape
-        self.scores, self.align = scores, dict(align_filters=align_filters, align_channels=align_channels)
+        self.scores = scores
+        self.align = dict(align_filters=align_filters, align_channels=align_channels)
         if scores: self.second_order = nn.Parameter(nn.Conv2d(n_channels or C, n_filters, k).weight.detach())
         self.fc = nn.Linear(N*n_filters if scores else N*C*k*k, n_tasks)
 
@@ -80,7 +81,7 @@ def triplet(
     """
     return _triplet_margin()(embeddings, targets)
 
-LOSSES = {'cross-entropy': F.cross_entropy, 'triplet': triplet}
+LOSSES = {"cross-entropy": F.cross_entropy, "triplet": triplet}
 
 # %% ../nbs/02_second_order.ipynb #bdba8bfd
 MAX_BRANCHES = 1000  # of one network; a file may claim any number
@@ -92,11 +93,11 @@ class SecondOrderNet(nn.Module):
         self,
         shapes: dict,            # `(N, C, k, k)` of each layer that gets a branch, by name
         tasks: list,             # labels of the tasks to tell apart
-        method: str='lps',       # `'lps'`, `'frobenius'` or `'fc'`; an unknown one raises `ValueError`
-        alpha: list|None=None,   # weight of each branch in the loss, α of eq. (9); None: equal, summing to 1
-        stem: str='conv1',       # the layer whose channels are the image's, eq. (7)
-        folded: bool=False,      # reads weights with their batch normalisation folded in
-        loss: str='cross-entropy', # or `'triplet'`; an unknown one raises `ValueError`
+        method: str = "lps",       # `'lps'`, `'frobenius'` or `'fc'`; an unknown one raises `ValueError`
+        alpha: list|None = None,   # weight of each branch in the loss, α of eq. (9); None: equal, summing to 1
+        stem: str = "conv1",       # the layer whose channels are the image's, eq. (7)
+        folded: bool = False,      # reads weights with their batch normalisation folded in
+        loss: str = "cross-entropy", # or `'triplet'`; an unknown one raises `ValueError`
         **kwargs,                # of `Branch`: n_filters, n_channels, align_filters, align_channels
     ):
         super().__init__()
@@ -113,7 +114,7 @@ class SecondOrderNet(nn.Module):
             **kwargs,
         )
         self.branches = nn.ModuleList(self._branch(layer, **kwargs) for layer in shapes)
-        self.register_buffer('alpha', torch.tensor(alpha, dtype=torch.float))
+        self.register_buffer("alpha", torch.tensor(alpha, dtype=torch.float))
 
 # %% ../nbs/02_second_order.ipynb #bf06ecae
 @patch
@@ -130,31 +131,31 @@ def _check(self: SecondOrderNet, shapes, method, loss, alpha):
 @patch
 def _branch(self: SecondOrderNet, layer, **kwargs):
     "The branch of a layer; that of the stem does not match channels"
-    switches = kwargs | VARIANTS[self.config['method']]
-    if layer == self.config['stem']: switches |= dict(align_channels=False, n_channels=None)
-    return Branch(self.config['shapes'][layer], len(self.tasks), **switches)
+    switches = kwargs | VARIANTS[self.config["method"]]
+    if layer == self.config["stem"]: switches |= dict(align_channels=False, n_channels=None)
+    return Branch(self.config["shapes"][layer], len(self.tasks), **switches)
 
 # %% ../nbs/02_second_order.ipynb #b3a35544
 @patch(as_prop=True)
 def layers(self: SecondOrderNet) -> list: # names
     "The layers with a branch"
-    return list(self.config['shapes'])
+    return list(self.config["shapes"])
 
 @patch(as_prop=True)
 def method(self: SecondOrderNet) -> str: # `'lps'`, `'frobenius'` or `'fc'`
     "The method that it was fitted by"
-    return self.config['method']
+    return self.config["method"]
 
 # %% ../nbs/02_second_order.ipynb #f6de6856
 @patch(as_prop=True)
 def folded(self: SecondOrderNet) -> bool:
     "Does it read weights with their batch normalisation folded in?"
-    return self.config['folded']
+    return self.config["folded"]
 
 @patch(as_prop=True)
 def tasks(self: SecondOrderNet) -> list: # of int, in the order of the logits
     "Labels of the tasks it was built for"
-    return self.config['tasks']
+    return self.config["tasks"]
 
 # %% ../nbs/02_second_order.ipynb #1c8ec7bc
 @patch
@@ -179,8 +180,8 @@ def loss(
     targets: Tensor,  # place of each model's task in `tasks`, `(B,)`
 ) -> Tensor:          # scalar
     "Losses of the branches, weighted by α, eq. (9)"
-    loss = LOSSES[self.config['loss']]
-    return sum(alpha*loss(branch, targets) for alpha, branch in zip(self.config['alpha'], logits))
+    loss = LOSSES[self.config["loss"]]
+    return sum(alpha*loss(branch, targets) for alpha, branch in zip(self.config["alpha"], logits))
 
 # %% ../nbs/02_second_order.ipynb #09db983a
 def _order(y, per_task, g):
@@ -197,7 +198,11 @@ class _Models:
     loader
     """
     def __init__(self, xs, y, bs, per_task, seed):
-        self.xs, self.y, self.bs, self.per_task, self.n_inp = xs, y, bs, per_task, len(xs)
+        self.xs = xs
+        self.y = y
+        self.bs = bs
+        self.per_task = per_task
+        self.n_inp = len(xs)
         self.g = torch.Generator().manual_seed(seed)
 
     def __len__(self): return -(-len(self.y)//self.bs)
@@ -219,15 +224,15 @@ def _sgd(params, velocities, lr, momentum):
 class SmallSteps(Callback):
     "Take a batch as minibatches of `bs` models, one step of SGD each"
     def __init__(self,
-        bs: int=1,  # models a minibatch
+        bs: int = 1,  # models a minibatch
     ): self.bs = bs
 
     def before_fit(self):
         self.group, = self.opt.opt.param_groups
-        self.velocities = [torch.zeros_like(p) for p in self.group['params']]
+        self.velocities = [torch.zeros_like(p) for p in self.group["params"]]
 
     def before_batch(self):
-        how = self.group['params'], self.velocities, self.group['lr'], self.group['momentum']
+        how = self.group["params"], self.velocities, self.group["lr"], self.group["momentum"]
         for *xs, y in zip(*[t.split(self.bs) for t in (*self.xb, *self.yb)]):
             loss = self.loss_func(self.model.logits(*xs), y)
             loss.backward()
@@ -248,7 +253,7 @@ class FitRecipe:
     seed: int = 0                 # decides initialisation and order
 
     def __post_init__(self):
-        for name in ('epochs', 'bs', 'per_task'):
+        for name in ("epochs", "bs", "per_task"):
             value = getattr(self, name)
             if value < 1: raise ValueError(f"{name} is {value}: give 1 at least")
         if not self.lr > 0: raise ValueError(f"lr is {self.lr}: give a number above 0")
@@ -257,7 +262,7 @@ class FitRecipe:
     def noted(self): # dict
         "The recipe as a network's configuration keeps it"
         noted = dict(vars(self), milestones=list(self.milestones))
-        if self.per_task == 1: del noted['per_task']
+        if self.per_task == 1: del noted["per_task"]
         return noted
 
 # %% ../nbs/02_second_order.ipynb #53236bd5
@@ -281,7 +286,7 @@ def _fit_loop(net, xs, y, recipe, plain):
 # %% ../nbs/02_second_order.ipynb #f82d92c6
 def _read_set(models, layers, labels, stem, folded):
     "Weights by layer, labels and stem: those of a model set, or those given"
-    if not isinstance(models, ModelSet): return dict(models), labels, stem or 'conv1'
+    if not isinstance(models, ModelSet): return dict(models), labels, stem or "conv1"
     layers = (models.stem,) if layers is None else tuple(layers)
     return models.weights(layers, folded), models.labels, stem or models.stem
 
@@ -305,7 +310,7 @@ def _fit_recipe(kwargs):
     names = FitRecipe.__dataclass_fields__
     recipe = FitRecipe(**{name: value for name, value in kwargs.items() if name in names})
     others = {name: value for name, value in kwargs.items() if name not in names}
-    if others.get('loss') == 'triplet' and min(recipe.bs, recipe.per_task) < 2:
+    if others.get("loss") == "triplet" and min(recipe.bs, recipe.per_task) < 2:
         held = f"minibatches of {recipe.bs} models with {recipe.per_task} of a task hold no triplet"
         raise ValueError(f"{held}: take for example bs=16, per_task=4")
     return recipe, others
@@ -313,12 +318,12 @@ def _fit_recipe(kwargs):
 # %% ../nbs/02_second_order.ipynb #db813955
 def fit(
     models: ModelSet|dict, # trained models of two tasks at least; or their weights by layer, `(M, N, C, k, k)` each
-    layers: tuple|None=None,     # layers of a model set that get a branch; None: the stem
-    method: str='lps',           # `'lps'`, or a baseline: `'frobenius'`, `'fc'`
-    labels: Tensor|None=None,    # task of each model, `(M,)`; None: those of the model set
-    stem: str|None=None,         # the layer that reads the image; None: the model set's, or 'conv1'
-    folded: bool=False,          # fold the batch normalisation into the weights first; the paper reads them raw
-    plain: bool=False,           # one Learner batch a minibatch: same result, slower
+    layers: tuple|None = None,     # layers of a model set that get a branch; None: the stem
+    method: str = "lps",           # `'lps'`, or a baseline: `'frobenius'`, `'fc'`
+    labels: Tensor|None = None,    # task of each model, `(M,)`; None: those of the model set
+    stem: str|None = None,         # the layer that reads the image; None: the model set's, or 'conv1'
+    folded: bool = False,          # fold the batch normalisation into the weights first; the paper reads them raw
+    plain: bool = False,           # one Learner batch a minibatch: same result, slower
     **kwargs,                    # of `FitRecipe`: epochs, lr, seed, …; of `SecondOrderNet`: alpha, loss, n_filters, …
 ) -> SecondOrderNet:             # the trained network, in evaluation mode
     """Learn the second-order filters and the projection that tell the models' tasks apart, §4, eq. (2)
@@ -333,14 +338,14 @@ def fit(
         with seeded(recipe.seed):
             net = SecondOrderNet(shapes, tasks, method, stem=stem, folded=folded, **kwargs)
         _fit_loop(net, list(weights.values()), targets, recipe, plain)
-    net.config['recipe'] = recipe.noted
+    net.config["recipe"] = recipe.noted
     return net.eval()
 
 # %% ../nbs/02_second_order.ipynb #6d4b161f
 @patch
 def _inputs(self: SecondOrderNet, weights):
     "The layers with a branch; raises `ValueError` if they have another shape than it was built for"
-    for layer, shape in self.config['shapes'].items():
+    for layer, shape in self.config["shapes"].items():
         found = tuple(weights[layer].shape[1:])
         if list(found) == list(shape): continue
         raise ValueError(
@@ -380,7 +385,7 @@ def check_embedding(
     unfit = ~((z.norm(dim=1) - 1).abs() < 1e-3)
     if not unfit.any(): return z
     places = unfit.nonzero()[:3, 0].tolist()
-    bad = ', '.join(printable(names[i]) if names is not None else f'model {i}' for i in places)
+    bad = ", ".join(printable(names[i]) if names is not None else f"model {i}" for i in places)
     raise ValueError(
         f"no finite embedding for {bad}: the weights are zero or so large that the scores overflow; leave out what is"
         " broken"
@@ -391,13 +396,13 @@ def embed(
     models: ModelSet|dict,  # M models of the architecture it was trained on, or their weights by layer
 ) -> Tensor:                # embeddings of length 1, `(M, tasks · branches)`
     "Embed models by their weights alone; raises `ValueError` for another architecture and for weights that overflow"
-    weights = models if isinstance(models, dict) else models.weights(net.layers, net.config['folded'])
+    weights = models if isinstance(models, dict) else models.weights(net.layers, net.config["folded"])
     return check_embedding(net.embed(weights))
 
 # %% ../nbs/02_second_order.ipynb #4b4f33a8
 def similarity(
     a: Tensor,            # embeddings, `(A, E)`
-    b: Tensor|None=None,  # embeddings, `(B, E)`; None: `a` again
+    b: Tensor|None = None,  # embeddings, `(B, E)`; None: `a` again
 ) -> Tensor:              # cosines, `(A, B)`, from -1 to 1
     "Cosine similarity of embedded models"
     return F.normalize(a, dim=-1) @ F.normalize(a if b is None else b, dim=-1).T
@@ -410,9 +415,9 @@ class NetConfig:
     tasks: list[int]
     method: str
     alpha: list[float]
-    stem: str = 'conv1'
+    stem: str = "conv1"
     folded: bool = False
-    loss: str = 'cross-entropy'
+    loss: str = "cross-entropy"
     n_filters: int = 100
     n_channels: int | None = None
     align_filters: bool = True
@@ -422,12 +427,12 @@ class NetConfig:
 # %% ../nbs/02_second_order.ipynb #0313e43b
 def _blank_net(config):
     "A second-order network without memory, on meta, as a file describes it"
-    checked(config, NetConfig, 'second_order')
-    known = {name: config[name] for name in NetConfig.__dataclass_fields__ if name in config and name != 'recipe'}
-    if any(len(shape) != 4 for shape in known['shapes'].values()):
+    checked(config, NetConfig, "second_order")
+    known = {name: config[name] for name in NetConfig.__dataclass_fields__ if name in config and name != "recipe"}
+    if any(len(shape) != 4 for shape in known["shapes"].values()):
         raise ValueError("second_order: shapes need four numbers each")
     try:
-        with torch.device('meta'): return SecondOrderNet(**known)
+        with torch.device("meta"): return SecondOrderNet(**known)
     except (RuntimeError, TypeError, OverflowError) as e: raise ValueError(f"second_order: {printable(e)}") from None
 
 # %% ../nbs/02_second_order.ipynb #9ec3d3fe
@@ -439,18 +444,19 @@ def restore(
     net = _blank_net(config)
     _check_tensors(net.state_dict(), tensors)
     net.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
-    if 'recipe' in config: net.config['recipe'] = config['recipe']
+    if "recipe" in config: net.config["recipe"] = config["recipe"]
     return net.eval()
 
 # %% ../nbs/02_second_order.ipynb #22ab0f2f
 def _check_tensors(expected, tensors):
     "Raises `ValueError` where the tensors of a file are not those of the network that it describes"
     if set(expected) != set(tensors):
-        odd = ', '.join(sorted(set(expected) ^ set(tensors))[:3])
+        odd = ", ".join(sorted(set(expected) ^ set(tensors))[:3])
         raise ValueError(f"second_order: {printable(odd)} are in the network or in the file, not in both")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape or tensor.dtype != torch.float32:
-            found, needed = tuple(tensor.shape), tuple(expected[name].shape)
+            found = tuple(tensor.shape)
+            needed = tuple(expected[name].shape)
             raise ValueError(f"second_order: {printable(name)} is {tensor.dtype} {found}, expected float32 {needed}")
 
 def save_net(
@@ -468,7 +474,7 @@ def load_net(
     "Read a second-order network; raises `FileNotFoundError`, or `ValueError` for a file that holds none"
     state, meta = load_model(path)
     name = printable(Path(path).name)
-    if 'second_order' not in meta:
+    if "second_order" not in meta:
         raise ValueError(printable(f"{name} holds no second-order network: its metadata has {', '.join(meta)}"))
-    try: return restore(meta['second_order'], state)
+    try: return restore(meta["second_order"], state)
     except ValueError as e: raise ValueError(f"{name}: {e}") from None

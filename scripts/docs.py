@@ -86,7 +86,7 @@ def mathml(page: str) -> str:
     def formula(m):
         return convert(html.unescape(m[2]), display="block" if m[1] == "display" else "inline")
     page = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', formula, page, flags=re.S)
-    return re.sub(r'<(?:link|script)[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(?:</script>)?', "", page)
+    return re.sub(r"<(?:link|script)[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(?:</script>)?", "", page)
 
 
 def draw_map(staged: Path):

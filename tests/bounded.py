@@ -21,7 +21,7 @@ SECONDS, MEGABYTES = 5, 300
 
 def address_space():
     "Bytes that this process has"
-    return int(Path('/proc/self/statm').read_text().split()[0])*resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text().split()[0])*resource.getpagesize()
 
 
 def limit(n_bytes):
@@ -40,14 +40,14 @@ def what_comes_of(ask, n_bytes):
     child = os.fork()
     if not child:
         limit(n_bytes)
-        try: said = f'{ask()}'
-        except Exception as e: said = f'{type(e).__name__}: {e}'
+        try: said = f"{ask()}"
+        except Exception as e: said = f"{type(e).__name__}: {e}"
         os.write(write, said.encode()[:4000])
         os._exit(0)
     os.close(write)
     status = os.waitpid(child, 0)[1]
-    with open(read, 'rb') as pipe: said = pipe.read().decode()
-    return f'killed by {signal.Signals(os.WTERMSIG(status)).name}' if os.WIFSIGNALED(status) else said
+    with open(read, "rb") as pipe: said = pipe.read().decode()
+    return f"killed by {signal.Signals(os.WTERMSIG(status)).name}" if os.WIFSIGNALED(status) else said
 
 
 def greedy(n_bytes):
@@ -61,21 +61,21 @@ def endless():
 
 
 def main(folder):
-    warnings.simplefilter('ignore')
-    models = load_modelset(folder/'zoo')
-    index = ModelIndex(fit_method(models, 'lps', n_filters=4, epochs=1, milestones=()), models)
+    warnings.simplefilter("ignore")
+    models = load_modelset(folder/"zoo")
+    index = ModelIndex(fit_method(models, "lps", n_filters=4, epochs=1, milestones=()), models)
     readers = dict(query=index.query, net=load_fitted, index=ModelIndex.load, packed=load_modelset)
-    readers['import'] = lambda path: import_models(path, folder/'taken in').rejected.to_string()
-    readers['take'] = lambda path: read_model(path)[1].architecture
-    index.query(folder/'query normal.pt')  # what it loads is loaded now
+    readers["import"] = lambda path: import_models(path, folder/"taken in").rejected.to_string()
+    readers["take"] = lambda path: read_model(path)[1].architecture
+    index.query(folder/"query normal.pt")  # what it loads is loaded now
     said = {}
-    for path in sorted(folder.glob('* *')):
+    for path in sorted(folder.glob("* *")):
         read = readers[path.name.split()[0]]
         said[path.stem] = what_comes_of(lambda: read(path), path.stat().st_size)
-    said['greedy'] = what_comes_of(lambda: greedy(1_000_000_000), 0)
-    said['modest'] = what_comes_of(lambda: greedy(100_000_000), 0)
-    said['endless'] = what_comes_of(endless, 0)
+    said["greedy"] = what_comes_of(lambda: greedy(1_000_000_000), 0)
+    said["modest"] = what_comes_of(lambda: greedy(100_000_000), 0)
+    said["endless"] = what_comes_of(endless, 0)
     print(json.dumps(said))
 
 
-if __name__ == '__main__': main(Path(sys.argv[1]))
+if __name__ == "__main__": main(Path(sys.argv[1]))

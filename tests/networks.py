@@ -11,7 +11,7 @@ from lps.nets.resnet import ResNet
 WIDTH = 4
 
 
-def some_net(task, run, shortcut='conv'):
+def some_net(task, run, shortcut="conv"):
     "A small network with BN vectors that depend on its task and vary with its run"
     torch.manual_seed(100*task + run)
     net = ResNet(8, width=WIDTH, shortcut=shortcut).eval()
@@ -27,7 +27,7 @@ def write_models(folder: Path, runs: int) -> ModelSet:
     for task in range(3):
         for run in range(runs):
             state = some_net(task, run).state_dict()
-            save_model(folder/f'task{task}_run{run}.safetensors', state, dict(task=task, run=run, shortcut='conv'))
+            save_model(folder/f"task{task}_run{run}.safetensors", state, dict(task=task, run=run, shortcut="conv"))
     return load_modelset(folder)
 
 
@@ -45,8 +45,8 @@ def scaled(net):
     scales = {group: torch.rand(n, generator=g)*2 + .3 for group, n in spec.sizes.items()}
     for name, axes in spec.axes_to_perm.items():
         if name not in state: continue
-        of_bn = '.bn' in name or name.startswith('bn') or 'downsample.1' in name
-        if of_bn and name.endswith(('weight', 'bias')): state[name] *= torch.cat([scales[g] for g in axes[0]])
+        of_bn = ".bn" in name or name.startswith("bn") or "downsample.1" in name
+        if of_bn and name.endswith(("weight", "bias")): state[name] *= torch.cat([scales[g] for g in axes[0]])
         if len(axes) > 1 and axes[1]:
             read = torch.cat([scales[g] for g in axes[1]])
             state[name] /= read.view(1, -1, *(1,)*(state[name].ndim - 2))
@@ -57,14 +57,14 @@ def flipped(net):
     "Every filter multiplied by a number of any sign, with its BN made to fit"
     state = {k: v.clone() for k, v in net.state_dict().items()}
     g = torch.Generator().manual_seed(2)
-    for bn in [name.removesuffix('.running_var') for name in state if name.endswith('.running_var')]:
-        conv = bn.replace('bn', 'conv').replace('downsample.1', 'downsample.0')
-        a = torch.randn(len(state[f'{bn}.weight']), generator=g)
+    for bn in [name.removesuffix(".running_var") for name in state if name.endswith(".running_var")]:
+        conv = bn.replace("bn", "conv").replace("downsample.1", "downsample.0")
+        a = torch.randn(len(state[f"{bn}.weight"]), generator=g)
         a = a.sign()*(a.abs() + .5)
-        state[f'{conv}.weight'] *= a[:, None, None, None]
-        state[f'{bn}.running_mean'] *= a
-        state[f'{bn}.running_var'] *= a**2
-        state[f'{bn}.weight'] *= a.sign()
+        state[f"{conv}.weight"] *= a[:, None, None, None]
+        state[f"{bn}.running_mean"] *= a
+        state[f"{bn}.running_var"] *= a**2
+        state[f"{bn}.weight"] *= a.sign()
     return state
 
 

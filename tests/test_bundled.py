@@ -20,15 +20,15 @@ from lps.second_order import embed, fit, load_net
 from lps.zoo.tasks import source_of
 
 QUICK = dict(n_filters=8, epochs=2, milestones=(1,))
-FILES = ['DATASHEET.md', 'datasheet.json', 'modelset.safetensors', 'net.safetensors']
-KEPT = {epoch: f'modelset500-epoch{epoch}' for epoch in (10, 20, 40, 60, 80)}  # networks of the paper's recipe
-KEPT |= {epoch: f'modelset500-late-epoch{epoch}' for epoch in (100, 120, 140, 160)}  # a few of them, trained on
+FILES = ["DATASHEET.md", "datasheet.json", "modelset.safetensors", "net.safetensors"]
+KEPT = {epoch: f"modelset500-epoch{epoch}" for epoch in (10, 20, 40, 60, 80)}  # networks of the paper's recipe
+KEPT |= {epoch: f"modelset500-late-epoch{epoch}" for epoch in (100, 120, 140, 160)}  # a few of them, trained on
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "A folder as a build leaves it: four tasks of four models, one model set aside"
-    path = tmp_path_factory.mktemp('packed')/'zoo'
+    path = tmp_path_factory.mktemp("packed")/"zoo"
     for i in range(15):
         torch.manual_seed(i)
         net = ResNet(depth=8, width=4)
@@ -37,43 +37,43 @@ def folder(tmp_path_factory):
         meta = dict(
             task=i // 4,
             run=i % 4,
-            classes=[f'n{i//4}0', f'n{i//4}1'],
+            classes=[f"n{i//4}0", f"n{i//4}1"],
             seed=i,
             build_seed=3,
-            data='digits',
+            data="digits",
             val_accuracy=0.8 + i / 100,
             train_accuracy=0.9,
-            recipe=dict(name='short', epochs=40, depth=8, width=4),
-            shortcut='conv',
-            precision='float32',
+            recipe=dict(name="short", epochs=40, depth=8, width=4),
+            shortcut="conv",
+            precision="float32",
             mean=[0.5],
             std=[0.25],
         )
-        save_model(path/f'task{i//4:02d}_run{i % 4}.safetensors', net.state_dict(), meta)
-        mark_complete(path/f'task{i//4:02d}_run{i % 4}.safetensors', seconds=3600)
-    (path/'build.json').write_text(json.dumps(dict(pairs=[[0, 1]]*5)))
-    (path/'set_aside').mkdir()
-    (path / 'set_aside/task03_run3.json').write_text(
-        json.dumps(dict(task=3, run=3, seed=15, reason='diverged: the loss is nan in epoch 2'))
+        save_model(path/f"task{i//4:02d}_run{i % 4}.safetensors", net.state_dict(), meta)
+        mark_complete(path/f"task{i//4:02d}_run{i % 4}.safetensors", seconds=3600)
+    (path/"build.json").write_text(json.dumps(dict(pairs=[[0, 1]]*5)))
+    (path/"set_aside").mkdir()
+    (path / "set_aside/task03_run3.json").write_text(
+        json.dumps(dict(task=3, run=3, seed=15, reason="diverged: the loss is nan in epoch 2"))
     )
     return path
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def whole(folder): return load_modelset(folder)
 
 
-@pytest.fixture(scope='module')
-def packed(whole): return pack(whole, whole.path.parent/'packed.safetensors', datasheet=datasheet(whole))
+@pytest.fixture(scope="module")
+def packed(whole): return pack(whole, whole.path.parent/"packed.safetensors", datasheet=datasheet(whole))
 
 
-@pytest.fixture(scope='module')
-def ours(): return load_modelset('bundled')
+@pytest.fixture(scope="module")
+def ours(): return load_modelset("bundled")
 
 
 @pytest.mark.parametrize(
-    'how',
-    [dict(layer='conv1'), dict(layer='conv1', folded=True), dict(layer='bn1.running_mean'), dict(layer='bn1.bias')],
+    "how",
+    [dict(layer="conv1"), dict(layer="conv1", folded=True), dict(layer="bn1.running_mean"), dict(layer="bn1.bias")],
 )
 def test_stack_is_that_of_the_folder(whole, packed, how):
     assert torch.equal(packed.stack(**how), whole.stack(**how)) and packed.stack(**how).dtype == torch.float32
@@ -85,12 +85,12 @@ def test_manifest_labels_and_models_are_those_of_the_folder(whole, packed):
     assert (
         torch.equal(packed.labels, whole.labels)
         and packed.tasks == whole.tasks
-        and packed.layers == ['conv1']
+        and packed.layers == ["conv1"]
         and packed.hashes == whole.hashes
     )
     for a, b in zip(packed, whole, strict=True):
         assert all(torch.equal(v, b.state[k]) for k, v in a.state.items()) and a.digest == b.digest == digest(b.state)
-        assert {k: v for k, v in b.meta.items() if k != 'layers'}.items() <= a.meta.items()
+        assert {k: v for k, v in b.meta.items() if k != "layers"}.items() <= a.meta.items()
 
 
 def test_fit_embed_and_tables_are_those_of_the_folder(whole, packed):
@@ -102,48 +102,48 @@ def test_fit_embed_and_tables_are_those_of_the_folder(whole, packed):
 
 def test_search_takes_packed_and_whole_for_the_same_models(whole, packed, folder):
     net = fit(whole, **QUICK)
-    queries = whole, packed, whole[2], packed[2], folder/'task00_run2.safetensors'
+    queries = whole, packed, whole[2], packed[2], folder/"task00_run2.safetensors"
     for q, with_self in ((q, w) for q in queries for w in (False, True)):
         found = [ModelIndex(net, g).query(q, 3, with_self) for g in (whole, packed)]
         pd.testing.assert_frame_equal(*found)
-    assert 'task00_run2.safetensors' not in set(
-        ModelIndex(net, packed).query(folder / 'task00_run2.safetensors', 14).file
+    assert "task00_run2.safetensors" not in set(
+        ModelIndex(net, packed).query(folder / "task00_run2.safetensors", 14).file
     )
 
 
 def test_only_the_network_cannot_be_had(packed, whole):
     with pytest.raises(
-        ValueError, match=r'task00_run0.safetensors: only conv1.weight, bn1.weight.* 9 layers are not .*lps zoo build'
+        ValueError, match=r"task00_run0.safetensors: only conv1.weight, bn1.weight.* 9 layers are not .*lps zoo build"
     ):
         packed[0].net
-    assert pack(whole, packed.path.with_name('all.safetensors'), whole.layers)[0].net(
+    assert pack(whole, packed.path.with_name("all.safetensors"), whole.layers)[0].net(
         torch.zeros(1, 3, 8, 8)
     ).shape == (1, 2)
 
 
 def test_models_of_a_packed_set_are_copies(packed):
-    packed[0].state['conv1.weight'].zero_()
-    assert packed[0].state['conv1.weight'].any()
+    packed[0].state["conv1.weight"].zero_()
+    assert packed[0].state["conv1.weight"].any()
 
 
 def test_packing_a_packed_set_changes_nothing(packed, tmp_path):
-    again = pack(packed[2:9], tmp_path/'again.safetensors', classes=dict(n00='cat'))
+    again = pack(packed[2:9], tmp_path/"again.safetensors", classes=dict(n00="cat"))
     assert (
-        torch.equal(again.stack('conv1', True), packed[2:9].stack('conv1', True)) and again.hashes == packed[2:9].hashes
+        torch.equal(again.stack("conv1", True), packed[2:9].stack("conv1", True)) and again.hashes == packed[2:9].hashes
     )
     assert (
-        again[0].meta['classes'] == ['cat', 'n01']
-        and again[0].meta['class_ids'] == ['n00', 'n01']
+        again[0].meta["classes"] == ["cat", "n01"]
+        and again[0].meta["class_ids"] == ["n00", "n01"]
         and again[0].digest == packed[2].digest
     )
     with pytest.raises(ValueError, match="no layer 'fc' in these models: known are conv1"):
-        pack(packed, tmp_path / 'x.safetensors', ['fc'])
+        pack(packed, tmp_path / "x.safetensors", ["fc"])
 
 
 def rewritten(packed, path, tensors=lambda t: t, meta=lambda m: m):
     "A packed file with other contents"
     t, m = load_model(packed.path)
-    save_model(path, tensors(t), meta({k: v for k, v in m.items() if k not in ('layers', 'content')}))
+    save_model(path, tensors(t), meta({k: v for k, v in m.items() if k not in ("layers", "content")}))
     return path
 
 
@@ -154,126 +154,126 @@ def spoil(name, value):
 
 def with_models(change, **other):
     "Other metadata of the models"
-    def meta(m): return m | {'packed': m['packed'] | dict(models=list(map(change, m['packed']['models']))) | other}
+    def meta(m): return m | {"packed": m["packed"] | dict(models=list(map(change, m["packed"]["models"]))) | other}
     return dict(meta=meta)
 
 
-def without_task(o): return {k: v for k, v in o.items() if k != 'task'}
+def without_task(o): return {k: v for k, v in o.items() if k != "task"}
 
 
 BROKEN = {
-    'NaN': (spoil('bn1.bias', float('nan')), 'bn1.bias holds NaN'),
-    'inf': (spoil('conv1.weight', float('inf')), 'conv1.weight holds inf'),
-    'models and rows': (dict(tensors=lambda t: t | {'bn1.bias': t['bn1.bias'][1:]}), r'shape \(14, 4\) for 15 models'),
-    'no models': (dict(meta=lambda m: m | {'packed': dict(common={}, models=[])}), 'does not say which models'),
-    'nonsense': (dict(meta=lambda m: m | {'packed': 'yes'}), "packed holds 'yes', expected fields by name"),
-    'no common': (dict(meta=lambda m: m | {'packed': dict(models=[{}])}), "field 'common' is missing"),
-    'no task': (with_models(without_task), "field 'task' is missing"),
-    'task is text': (with_models(lambda o: o | dict(task='3')), "field 'task' is '3'"),
-    'no hash': (with_models(lambda o: o | dict(sha256=None)), "field 'sha256' is None"),
-    'two of a name': (with_models(lambda o: o | dict(file='a')), 'have one name'),
-    'no packed set': (dict(meta=lambda m: dict(purpose='?')), 'is no packed model set: its metadata has'),
-    'one model': (dict(meta=lambda m: dict(task=0)), 'it is one model, give the folder'),
+    "NaN": (spoil("bn1.bias", float("nan")), "bn1.bias holds NaN"),
+    "inf": (spoil("conv1.weight", float("inf")), "conv1.weight holds inf"),
+    "models and rows": (dict(tensors=lambda t: t | {"bn1.bias": t["bn1.bias"][1:]}), r"shape \(14, 4\) for 15 models"),
+    "no models": (dict(meta=lambda m: m | {"packed": dict(common={}, models=[])}), "does not say which models"),
+    "nonsense": (dict(meta=lambda m: m | {"packed": "yes"}), "packed holds 'yes', expected fields by name"),
+    "no common": (dict(meta=lambda m: m | {"packed": dict(models=[{}])}), "field 'common' is missing"),
+    "no task": (with_models(without_task), "field 'task' is missing"),
+    "task is text": (with_models(lambda o: o | dict(task="3")), "field 'task' is '3'"),
+    "no hash": (with_models(lambda o: o | dict(sha256=None)), "field 'sha256' is None"),
+    "two of a name": (with_models(lambda o: o | dict(file="a")), "have one name"),
+    "no packed set": (dict(meta=lambda m: dict(purpose="?")), "is no packed model set: its metadata has"),
+    "one model": (dict(meta=lambda m: dict(task=0)), "it is one model, give the folder"),
 }
 
 
-@pytest.mark.parametrize('case', BROKEN)
+@pytest.mark.parametrize("case", BROKEN)
 def test_broken_packed_file_gives_one_error(packed, tmp_path, case):
     how, words = BROKEN[case]
-    with pytest.raises(ValueError, match=words): load_modelset(rewritten(packed, tmp_path/'bad.safetensors', **how))
+    with pytest.raises(ValueError, match=words): load_modelset(rewritten(packed, tmp_path/"bad.safetensors", **how))
 
 
-@pytest.mark.parametrize('cut', [0, 5, 300, 3000, -1])
+@pytest.mark.parametrize("cut", [0, 5, 300, 3000, -1])
 def test_truncated_packed_file_gives_one_error(packed, tmp_path, cut):
-    (bad := tmp_path/'bad.safetensors').write_bytes(packed.path.read_bytes()[:cut])
-    with pytest.raises(ValueError, match=r'bad.safetensors is (not a safetensors file|truncated)'): load_modelset(bad)
+    (bad := tmp_path/"bad.safetensors").write_bytes(packed.path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"bad.safetensors is (not a safetensors file|truncated)"): load_modelset(bad)
 
 
 def test_datasheet_of_a_build(folder, packed):
     sheet = write_datasheet(folder)
-    assert sheet == json.loads((folder/'datasheet.json').read_text()) and len(load_modelset(folder)) == 15
+    assert sheet == json.loads((folder/"datasheet.json").read_text()) and len(load_modelset(folder)) == 15
     assert (
-        sheet['planned_tasks'] == 5
-        and sheet['training_hours'] == 15
-        and [a['reason'] for a in sheet['set_aside']] == ['diverged: the loss is nan in epoch 2']
+        sheet["planned_tasks"] == 5
+        and sheet["training_hours"] == 15
+        and [a["reason"] for a in sheet["set_aside"]] == ["diverged: the loss is nan in epoch 2"]
     )
     assert (
-        sheet['recipes'][0]['epochs'] == 40
-        and sheet['source'] == [source_of('digits')]
-        and [t['models'] for t in sheet['tasks']] == [4, 4, 4, 3]
+        sheet["recipes"][0]["epochs"] == 40
+        and sheet["source"] == [source_of("digits")]
+        and [t["models"] for t in sheet["tasks"]] == [4, 4, 4, 3]
     )
-    text = (folder/'DATASHEET.md').read_text()
-    assert all(m['sha256'] in text for m in sheet['members']) and 'task 3 run 3: diverged' in text and 'digits' in text
+    text = (folder/"DATASHEET.md").read_text()
+    assert all(m["sha256"] in text for m in sheet["members"]) and "task 3 run 3: diverged" in text and "digits" in text
     of_packed = datasheet(packed)
     assert {k for k in sheet if sheet[k] != of_packed[k]} <= {
-        'name',
-        'not_for',
-        'written',
-        'planned_tasks',
-    } and 'Anything that needs whole networks' in of_packed['not_for'][-1]
-    with pytest.raises(ValueError, match='say in which folder'): write_datasheet(packed)
+        "name",
+        "not_for",
+        "written",
+        "planned_tasks",
+    } and "Anything that needs whole networks" in of_packed["not_for"][-1]
+    with pytest.raises(ValueError, match="say in which folder"): write_datasheet(packed)
 
 
 def test_datasheet_of_models_about_which_nothing_is_known(tmp_path):
-    save_model(tmp_path/'a.safetensors', ResNet(depth=8, width=4).state_dict(), dict(task=-1))
+    save_model(tmp_path/"a.safetensors", ResNet(depth=8, width=4).state_dict(), dict(task=-1))
     text = datasheet_text(write_datasheet(tmp_path))
-    assert '1 model of 1 task\n' in text and 'not known' in text and 'whoever passes the models on has to say' in text
+    assert "1 model of 1 task\n" in text and "not known" in text and "whoever passes the models on has to say" in text
 
 
 def test_bundled_set_loads_without_a_network(monkeypatch):
-    def no(*args, **kw): raise OSError('no network')
-    monkeypatch.setattr(socket, 'socket', no)
-    models, net = load_modelset('bundled'), load_net(bundled('net.safetensors'))
+    def no(*args, **kw): raise OSError("no network")
+    monkeypatch.setattr(socket, "socket", no)
+    models, net = load_modelset("bundled"), load_net(bundled("net.safetensors"))
     assert len(models) >= 4*len(models.tasks) and embed(net, models).isfinite().all()
 
 
 def test_bundled_set_is_small_and_holds_no_image(ours):
     data = bundled().parent
-    kept = [f'{name}.safetensors' for name in KEPT.values()]
-    kept += ['modelset500-fan-in-epoch20.safetensors', 'answers-modelset500.safetensors']
-    small = ['expected_accuracy.json', 'market_map.css', 'market_map.html', 'market_map.js']
+    kept = [f"{name}.safetensors" for name in KEPT.values()]
+    kept += ["modelset500-fan-in-epoch20.safetensors", "answers-modelset500.safetensors"]
+    small = ["expected_accuracy.json", "market_map.css", "market_map.html", "market_map.js"]
     assert sorted(p.name for p in data.iterdir()) == sorted([*FILES, *kept, *small])
     assert sum(p.stat().st_size for p in data.iterdir()) <= 5_000_000
     shapes = {k: tuple(v.shape[1:]) for k, v in load_model(bundled())[0].items()}
     assert shapes == {
-        'conv1.weight': (16, 3, 3, 3),
-        **{f'bn1.{k}': (16,) for k in ('weight', 'bias', 'running_mean', 'running_var')},
+        "conv1.weight": (16, 3, 3, 3),
+        **{f"bn1.{k}": (16,) for k in ("weight", "bias", "running_mean", "running_var")},
     }
     assert all(
         v.dtype == torch.float32 and v.ndim < 5 and (v.ndim < 3 or v.shape[-1] == 3)
-        for v in load_model(bundled('net.safetensors'))[0].values()
+        for v in load_model(bundled("net.safetensors"))[0].values()
     )
 
 
 def test_bundled_datasheet_is_complete(ours):
-    sheet = json.loads(bundled('datasheet.json').read_text())
-    assert [k for k, v in sheet.items() if v in (None, [], {}, '') and k not in ('set_aside', 'rejected')] == []
+    sheet = json.loads(bundled("datasheet.json").read_text())
+    assert [k for k, v in sheet.items() if v in (None, [], {}, "") and k not in ("set_aside", "rejected")] == []
     assert (
-        sheet['models'] == len(ours)
-        and [m['file'] for m in sheet['members']] == ours.manifest.file.tolist()
-        and [m['sha256'] for m in sheet['members']] == ours.hashes
+        sheet["models"] == len(ours)
+        and [m["file"] for m in sheet["members"]] == ours.manifest.file.tolist()
+        and [m["sha256"] for m in sheet["members"]] == ours.hashes
     )
-    assert all(re.fullmatch('[0-9a-f]{64}', h) for h in ours.hashes) and len(set(ours.hashes)) == len(ours)
-    assert [t['task'] for t in sheet['tasks']] == ours.tasks == list(range(len(ours.tasks)))
-    names, ids = ([c for t in sheet['tasks'] for c in t[k]] for k in ('classes', 'class_ids'))
+    assert all(re.fullmatch("[0-9a-f]{64}", h) for h in ours.hashes) and len(set(ours.hashes)) == len(ours)
+    assert [t["task"] for t in sheet["tasks"]] == ours.tasks == list(range(len(ours.tasks)))
+    names, ids = ([c for t in sheet["tasks"] for c in t[k]] for k in ("classes", "class_ids"))
     assert (
-        all(re.fullmatch(r'n\d{8}', i) for i in ids)
-        and not any(re.fullmatch(r'n\d{8}', n) for n in names)
+        all(re.fullmatch(r"n\d{8}", i) for i in ids)
+        and not any(re.fullmatch(r"n\d{8}", n) for n in names)
         and len(set(names)) == len(names) == 2 * len(ours.tasks)
     )
     assert set(names) == set(ours.manifest.class_0) | set(ours.manifest.class_1)
-    words = ['CIFAR-100', 'ImageNet', 'research', 'no image', 'Reconstructing', 'other architectures', 'two classes']
-    assert [w for w in words if w not in bundled('DATASHEET.md').read_text()] == []
+    words = ["CIFAR-100", "ImageNet", "research", "no image", "Reconstructing", "other architectures", "two classes"]
+    assert [w for w in words if w not in bundled("DATASHEET.md").read_text()] == []
 
 
 def test_bundled_net_saw_its_training_split_only_and_knows_the_others(ours):
-    about, net = load_model(bundled('net.safetensors'))[1]['trained_on'], load_net(bundled('net.safetensors'))
-    n_train = int(re.search(r'n_train=(\d+)', about['split'])[1])
+    about, net = load_model(bundled("net.safetensors"))[1]["trained_on"], load_net(bundled("net.safetensors"))
+    n_train = int(re.search(r"n_train=(\d+)", about["split"])[1])
     train, test = classification_splits(ours.labels, n_train, n_splits=1, seed=0)[0]
-    assert about['files'] == sorted(ours.manifest.file[train]) and about['held_out'] == sorted(ours.manifest.file[test])
+    assert about["files"] == sorted(ours.manifest.file[train]) and about["held_out"] == sorted(ours.manifest.file[test])
     assert (
-        not set(about['files']) & set(about['held_out'])
-        and len(about['files']) + len(about['held_out']) == len(ours)
+        not set(about["files"]) & set(about["held_out"])
+        and len(about["files"]) + len(about["held_out"]) == len(ours)
         and net.tasks == ours.tasks
     )
     curve = rank_k(score_models(net, ours[test]), ours.labels[test], torch.tensor(net.tasks))
@@ -281,93 +281,93 @@ def test_bundled_net_saw_its_training_split_only_and_knows_the_others(ours):
 
 
 def test_bundling_is_one_command(folder, tmp_path, capsys):
-    script = runpy.run_path(str(ROOT/'scripts/bundle.py'))
-    assert '15 models of 4 tasks' in script['bundle'](folder, None, 'toys', tmp_path/'out')
+    script = runpy.run_path(str(ROOT/"scripts/bundle.py"))
+    assert "15 models of 4 tasks" in script["bundle"](folder, None, "toys", tmp_path/"out")
     assert (
-        sorted(p.name for p in (tmp_path / 'out').iterdir()) == FILES
-        and load_modelset(tmp_path / 'out/modelset.safetensors').about['datasheet']['name'] == 'toys'
+        sorted(p.name for p in (tmp_path / "out").iterdir()) == FILES
+        and load_modelset(tmp_path / "out/modelset.safetensors").about["datasheet"]["name"] == "toys"
     )
-    script['bundle'].__globals__['LIMIT'] = 10_000
-    with pytest.raises(SystemExit, match='nothing was bundled: .* bytes, 10000 are allowed'):
-        script['bundle'](folder, None, 'toys', tmp_path / 'new')
-    (tmp_path/'classes.tsv').write_text('wnid\tname\nn00\tcat, house cat\n')
-    with pytest.raises(SystemExit, match='does not name'):
-        script['bundle'](folder, tmp_path / 'classes.tsv', 'toys', tmp_path / 'new')
-    assert not (tmp_path/'new').exists()
+    script["bundle"].__globals__["LIMIT"] = 10_000
+    with pytest.raises(SystemExit, match="nothing was bundled: .* bytes, 10000 are allowed"):
+        script["bundle"](folder, None, "toys", tmp_path / "new")
+    (tmp_path/"classes.tsv").write_text("wnid\tname\nn00\tcat, house cat\n")
+    with pytest.raises(SystemExit, match="does not name"):
+        script["bundle"](folder, tmp_path / "classes.tsv", "toys", tmp_path / "new")
+    assert not (tmp_path/"new").exists()
 
 
 def test_commands_take_the_bundled_set(tmp_path, monkeypatch, capsys, ours):
     monkeypatch.chdir(tmp_path)
-    assert main(['fit', 'bundled', '--epochs', '1', '--method', 'fc', '--out', 'net.safetensors']) == 0
-    save_model('mine.safetensors', ResNet().state_dict(), {})
-    assert main(['query', 'bundled', 'bundled', 'mine.safetensors', '-k', '2']) == 0
-    assert main(['zoo', 'datasheet', 'bundled']) == 0
+    assert main(["fit", "bundled", "--epochs", "1", "--method", "fc", "--out", "net.safetensors"]) == 0
+    save_model("mine.safetensors", ResNet().state_dict(), {})
+    assert main(["query", "bundled", "bundled", "mine.safetensors", "-k", "2"]) == 0
+    assert main(["zoo", "datasheet", "bundled"]) == 0
     out, err = capsys.readouterr()
     assert (
-        not err and 'Closest models' in out and ours.manifest.class_0[0] in out and '## It must not be used for' in out
+        not err and "Closest models" in out and ours.manifest.class_0[0] in out and "## It must not be used for" in out
     )
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ['mine.safetensors', 'net.safetensors']
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["mine.safetensors", "net.safetensors"]
 
 
 def has_setuptools():
-    try: return int(version('setuptools').split('.')[0]) >= 77
+    try: return int(version("setuptools").split(".")[0]) >= 77
     except PackageNotFoundError: return False
 
 
 def test_wheel_holds_the_bundled_set(tmp_path):
     command = [
         sys.executable,
-        '-m',
-        'pip',
-        'wheel',
-        '.',
-        '--no-deps',
-        '--quiet',
-        '-w',
-        str(tmp_path / 'out'),
-        *(['--no-build-isolation'] if has_setuptools() else []),
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--quiet",
+        "-w",
+        str(tmp_path / "out"),
+        *(["--no-build-isolation"] if has_setuptools() else []),
     ]
-    run = subprocess.run(command, cwd=copy_of_repo(tmp_path/'lps'), capture_output=True, text=True)
-    if run.returncode and not has_setuptools() and 'No matching distribution' in run.stderr:
+    run = subprocess.run(command, cwd=copy_of_repo(tmp_path/"lps"), capture_output=True, text=True)
+    if run.returncode and not has_setuptools() and "No matching distribution" in run.stderr:
         pytest.skip("setuptools>=77 is not here and cannot be downloaded")
     assert run.returncode == 0, run.stderr
-    with zipfile.ZipFile(next((tmp_path/'out').glob('lps-*.whl'))) as wheel:
+    with zipfile.ZipFile(next((tmp_path/"out").glob("lps-*.whl"))) as wheel:
         sizes = {o.filename: o.file_size for o in wheel.infolist()}
-    assert {n: sizes.get(f'lps/data/{n}') for n in FILES} == {
+    assert {n: sizes.get(f"lps/data/{n}") for n in FILES} == {
         n: bundled(n).stat().st_size for n in FILES
-    } and 'lps/cli.py' in sizes
-    assert not [n for n in sizes if n.endswith(('.png', '.jpg', '.pt', '.npz'))]
+    } and "lps/cli.py" in sizes
+    assert not [n for n in sizes if n.endswith((".png", ".jpg", ".pt", ".npz"))]
 
 
-@pytest.mark.parametrize('epoch', KEPT)
+@pytest.mark.parametrize("epoch", KEPT)
 def test_networks_of_the_paper_s_recipe_say_how_far_they_are(epoch):
     kept = load_modelset(KEPT[epoch])
-    elsewhere = 'paper, first 80 epochs' if epoch == 80 else f'paper, first 80 epochs, after {epoch} of 80 epochs'
-    here = 'paper' if epoch == 160 else f'paper, after {epoch} of 160 epochs'
+    elsewhere = "paper, first 80 epochs" if epoch == 80 else f"paper, first 80 epochs, after {epoch} of 80 epochs"
+    here = "paper" if epoch == 160 else f"paper, after {epoch} of 160 epochs"
     assert set(kept.manifest.recipe) <= {here, elsewhere}
-    assert f'after {epoch} epochs' in kept.about['datasheet']['name']
-    assert kept.layers == ['conv1'] and kept.stack('conv1').isfinite().all() and len(kept.tasks) >= 8
+    assert f"after {epoch} epochs" in kept.about["datasheet"]["name"]
+    assert kept.layers == ["conv1"] and kept.stack("conv1").isfinite().all() and len(kept.tasks) >= 8
 
 
 def test_networks_kept_later_are_the_same_networks():
-    first, *others = [load_modelset(name).manifest.set_index('file').seed for name in KEPT.values()]
+    first, *others = [load_modelset(name).manifest.set_index("file").seed for name in KEPT.values()]
     for later in others:
         shared = first.index.intersection(later.index)
         assert len(shared) >= 8 and (first[shared] == later[shared]).all()
 
 
 def test_kept_networks_are_added_by_one_command(folder, tmp_path):
-    script = runpy.run_path(str(ROOT/'scripts/bundle.py'))
-    kept = folder/'epochs/003'
+    script = runpy.run_path(str(ROOT/"scripts/bundle.py"))
+    kept = folder/"epochs/003"
     for i in range(4):
         torch.manual_seed(i)
-        about = dict(task=i//2, run=i % 2, epoch=3, recipe=dict(name='tiny', epochs=6))
-        save_model(kept/f'task0{i//2}_run{i % 2}.safetensors', ResNet(8, 4, in_channels=1).state_dict(), about)
-    script['bundle_kept'](script['kept_models'](folder, 3, []), 3, None, 'toys', tmp_path)
-    packed = load_modelset(tmp_path/'modelset500-epoch3.safetensors')
-    assert len(packed) == 4 and set(packed.manifest.recipe) == {'tiny, after 3 of 6 epochs'}
-    (kept/'task01_run1.safetensors').unlink()
-    again = script['kept_models'](folder, 3, [packed.path])
+        about = dict(task=i//2, run=i % 2, epoch=3, recipe=dict(name="tiny", epochs=6))
+        save_model(kept/f"task0{i//2}_run{i % 2}.safetensors", ResNet(8, 4, in_channels=1).state_dict(), about)
+    script["bundle_kept"](script["kept_models"](folder, 3, []), 3, None, "toys", tmp_path)
+    packed = load_modelset(tmp_path/"modelset500-epoch3.safetensors")
+    assert len(packed) == 4 and set(packed.manifest.recipe) == {"tiny, after 3 of 6 epochs"}
+    (kept/"task01_run1.safetensors").unlink()
+    again = script["kept_models"](folder, 3, [packed.path])
     assert again.digests == packed.digests
-    with pytest.raises(SystemExit, match='after .3. epochs, not 4'): script['kept_models'](None, 4, [packed.path])
-    assert packed.about['datasheet']['name'] == 'toys, after 3 epochs'
+    with pytest.raises(SystemExit, match="after .3. epochs, not 4"): script["kept_models"](None, 4, [packed.path])
+    assert packed.about["datasheet"]["name"] == "toys, after 3 epochs"

@@ -15,59 +15,59 @@ from lps.zoo.tasks import load_images
 from lps.zoo.train import recipes
 from lps.zoo.build import build
 
-distributed = pytest.importorskip('distributed', reason="needs the extra lps[cluster]")
-TINY = replace(recipes['digits'], name='tiny', epochs=10, milestones=(6,), depth=8, width=2, batch_size=512)
-IMAGES = tuple(load_images('digits', s) for s in ('train', 'test'))
+distributed = pytest.importorskip("distributed", reason="needs the extra lps[cluster]")
+TINY = replace(recipes["digits"], name="tiny", epochs=10, milestones=(6,), depth=8, width=2, batch_size=512)
+IMAGES = tuple(load_images("digits", s) for s in ("train", "test"))
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def client():
-    how = dict(n_workers=2, threads_per_worker=1, processes=True, host='127.0.0.1', dashboard_address=None)
+    how = dict(n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None)
     with distributed.LocalCluster(**how, silence_logs=50) as cluster, distributed.Client(cluster) as c: yield c
 
 
-def models(path): return {f.name: f.read_bytes() for f in path.glob('*.safetensors')}
+def models(path): return {f.name: f.read_bytes() for f in path.glob("*.safetensors")}
 
 
 def test_killed_worker(tmp_path, client):
     "The set ends complete and without duplicates, and is the one that a single process builds"
-    folder, pids = tmp_path/'cluster', list(client.run(os.getpid).values())
+    folder, pids = tmp_path/"cluster", list(client.run(os.getpid).values())
     assert len(set(pids)) == 2 and os.getpid() not in pids
     with ThreadPoolExecutor(1) as ex:
         building = ex.submit(
             build, folder, IMAGES, TINY, n_models=2, executor=client.get_executor(), progress=False, every=5
         )
         end = time.time() + 300
-        while len(list(folder.glob('complete/*.json'))) < 2 and time.time() < end and not building.done():
+        while len(list(folder.glob("complete/*.json"))) < 2 and time.time() < end and not building.done():
             time.sleep(0.01)
         early = models(folder)
         os.kill(pids[0], signal.SIGKILL)
         with warnings.catch_warnings():
-            warnings.simplefilter('error', UserWarning)
+            warnings.simplefilter("error", UserWarning)
             ms = building.result(300)
     assert 2 <= len(early) < 10, "the worker was killed in the middle"
     assert pids[0] not in client.run(os.getpid).values()
-    assert len(ms) == 10 and not ms.manifest.duplicated(['task', 'run']).any() and ms.manifest.seed.is_unique
-    assert len(list(folder.glob('complete/*.json'))) == 10 and not any(
-        not_as_marked(f) for f in folder.glob('*.safetensors')
+    assert len(ms) == 10 and not ms.manifest.duplicated(["task", "run"]).any() and ms.manifest.seed.is_unique
+    assert len(list(folder.glob("complete/*.json"))) == 10 and not any(
+        not_as_marked(f) for f in folder.glob("*.safetensors")
     )
-    build(tmp_path/'straight', IMAGES, TINY, n_models=2, workers=1, progress=False)
-    assert models(folder) == models(tmp_path/'straight') and early.items() <= models(folder).items()
+    build(tmp_path/"straight", IMAGES, TINY, n_models=2, workers=1, progress=False)
+    assert models(folder) == models(tmp_path/"straight") and early.items() <= models(folder).items()
     assert len(load_modelset(folder)) == 10
 
 
 def test_error_on_the_cluster_is_the_builds_error(tmp_path, client):
-    (tmp_path/'checkpoints').write_text('in the way')
-    with pytest.raises(OSError, match='checkpoints.* could not be written'):
+    (tmp_path/"checkpoints").write_text("in the way")
+    with pytest.raises(OSError, match="checkpoints.* could not be written"):
         build(tmp_path, IMAGES, TINY, n_models=1, executor=client.get_executor(), progress=False, every=5)
-    (tmp_path/'checkpoints').unlink()
+    (tmp_path/"checkpoints").unlink()
     assert len(build(tmp_path, IMAGES, TINY, n_models=1, executor=client.get_executor(), progress=False)) == 5
 
 
 def test_an_index_built_on_the_cluster_is_that_of_one_process(tmp_path, client):
-    build(tmp_path/'zoo', IMAGES, TINY, n_models=2, workers=1, progress=False)
-    how = dict(method='stem-signature', workers=1)
-    index = ModelIndex.build(tmp_path/'zoo', tmp_path/'market', executor=client.get_executor(), **how)
-    one = ModelIndex.build(tmp_path/'zoo', **how)
+    build(tmp_path/"zoo", IMAGES, TINY, n_models=2, workers=1, progress=False)
+    how = dict(method="stem-signature", workers=1)
+    index = ModelIndex.build(tmp_path/"zoo", tmp_path/"market", executor=client.get_executor(), **how)
+    one = ModelIndex.build(tmp_path/"zoo", **how)
     assert len(index) == 10 and sorted(index.digests) == sorted(one.digests)
-    assert index.query(load_modelset(tmp_path/'zoo')[3], 5).equals(one.query(load_modelset(tmp_path/'zoo')[3], 5))
+    assert index.query(load_modelset(tmp_path/"zoo")[3], 5).equals(one.query(load_modelset(tmp_path/"zoo")[3], 5))

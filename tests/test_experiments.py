@@ -27,7 +27,7 @@ HOW = dict(name="toys", n_splits=2, seed=0, layers=["conv1"], momentum=.9, folde
 FEW = dict(epochs=2, milestones=(1,), n_filters=6)
 
 # an experiment from outside, whole: does LPS need more than two epochs?
-OUTSIDE = '''
+OUTSIDE = """
 from pathlib import Path
 
 from lps.study.claims import Claim, mean_sd, verdict
@@ -52,9 +52,9 @@ hurried = register_experiment(Experiment(
     small=dict(n_splits=2),
     notebook=Path(__file__).with_name('hurried.ipynb'),
 ))
-'''
+"""
 PARAMETERS = "model_set = 'bundled'\nn_splits = 3\nresults = 'results'"
-RUN = '''
+RUN = """
 import outside_of_lps
 from lps.study.evaluate import table1
 from lps.study.registry import open_models, result_path
@@ -66,7 +66,7 @@ how = dict(n_splits=n_splits, seed=0, epochs=2, n_filters=6, momentum=.9, folded
 table = table1(models, n_splits, methods=('lps',), milestones=(1,), epochs=2, n_filters=6)
 record = result_record(models, table, name=model_set, layers=['conv1'], **how)
 write_json(result_path(results, 'hurried', model_set), record)
-'''
+"""
 
 
 @pytest.fixture(scope="module")

@@ -7,22 +7,22 @@ import pytest
 from lps.study.evaluate import table1
 from lps.models.modelset import bundled, load_modelset
 
-RECORD = Path(__file__).resolve().parent.parent/'results/table1-bundled.json'
+RECORD = Path(__file__).resolve().parent.parent/"results/table1-bundled.json"
 
 
-@pytest.mark.parametrize('method', ['fc', 'frobenius', 'lps'])
+@pytest.mark.parametrize("method", ["fc", "frobenius", "lps"])
 def test_table1_of_the_bundled_models_is_what_was_stored(method):
-    record = json.loads(RECORD.read_text(encoding='utf-8'))
-    settings = dict(record['settings'])
-    for name in ('name', 'n_splits', 'n_train', 'seed'): settings.pop(name)
-    settings['layers'] = tuple(settings['layers'])
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    settings = dict(record["settings"])
+    for name in ("name", "n_splits", "n_train", "seed"): settings.pop(name)
+    settings["layers"] = tuple(settings["layers"])
     table = table1(
         load_modelset(bundled()),
         n_splits=1,
-        n_train=record['settings']['n_train'],
+        n_train=record["settings"]["n_train"],
         methods=(method,),
-        seed=record['settings']['seed'],
+        seed=record["settings"]["seed"],
         **settings,
     )
-    stored = {k: runs[0] for k, runs in record['runs'][method].items()}
+    stored = {k: runs[0] for k, runs in record["runs"][method].items()}
     assert table.loc[method].iloc[0].to_dict() == pytest.approx(stored, abs=1e-7)

@@ -28,9 +28,9 @@ from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex
 from lps.zoo.tasks import load_images
 
-PROCESSES = 'subprocess.Popen', 'os.system', 'os.exec', 'os.posix_spawn', 'os.spawn', 'os.fork', 'pty.spawn'
-FORBIDDEN = *PROCESSES, 'socket.', 'pickle.find_class', 'ctypes.dlopen'
-CANARY = 'lps_canary'  # code that a file brings along names it
+PROCESSES = "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.spawn"
+FORBIDDEN = *PROCESSES, "socket.", "pickle.find_class", "ctypes.dlopen"
+CANARY = "lps_canary"  # code that a file brings along names it
 
 
 class Watch:
@@ -40,14 +40,14 @@ class Watch:
     @classmethod
     def hook(cls, event, args):
         if not cls.armed: return
-        code = event in ('compile', 'exec', 'import') and CANARY in repr(args)
+        code = event in ("compile", "exec", "import") and CANARY in repr(args)
         if code or event.startswith(FORBIDDEN) and not in_numba(): cls.seen.append(event)
 
 
 def in_numba():
     "Is a kernel of ours compiled, or read from numba's cache? That happens when it is first called"
     frame = sys._getframe()
-    while frame is not None and '/numba/' not in frame.f_code.co_filename: frame = frame.f_back
+    while frame is not None and "/numba/" not in frame.f_code.co_filename: frame = frame.f_back
     return frame is not None
 
 
@@ -59,7 +59,7 @@ def attempt(read, *args):
     Watch.seen, Watch.armed = [], True
     try:
         with warnings.catch_warnings(), suppress(ValueError, OSError):
-            warnings.simplefilter('ignore')
+            warnings.simplefilter("ignore")
             return read(*args)
     finally:
         Watch.armed = False
@@ -69,46 +69,46 @@ def attempt(read, *args):
 def tiny(seed):
     "Weights of a network of one convolution"
     g = torch.Generator().manual_seed(seed)
-    shapes = {'conv1.weight': (2, 3, 3, 3), 'fc.weight': (2, 2)}
-    shapes |= {f'bn1.{name}': (2,) for name in ('weight', 'bias', 'running_mean', 'running_var')}
+    shapes = {"conv1.weight": (2, 3, 3, 3), "fc.weight": (2, 2)}
+    shapes |= {f"bn1.{name}": (2,) for name in ("weight", "bias", "running_mean", "running_var")}
     return {name: torch.rand(shape, generator=g) + .1 for name, shape in shapes.items()}
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def root():
     "A folder in memory, where the system has one"
-    memory = Path('/dev/shm')
+    memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder: yield Path(folder)
 
 
 def write_zoo(folder):
     "Three models of two tasks, with all that can be known of them"
-    known = dict(classes=['a', 'b'], val_accuracy=.9, train_accuracy=1., recipe=dict(name='short', epochs=2), epoch=1,
-                 data='digits', precision='float32', seconds=3., shortcut='pad_end', build_seed=0, lacks=['layer1'],
+    known = dict(classes=["a", "b"], val_accuracy=.9, train_accuracy=1., recipe=dict(name="short", epochs=2), epoch=1,
+                 data="digits", precision="float32", seconds=3., shortcut="pad_end", build_seed=0, lacks=["layer1"],
                  mean=[.5]*3, std=[.2]*3)
     for i in range(3):
-        save_model(folder/f'm{i}.safetensors', tiny(i), dict(task=i % 2, run=i//2, seed=i) | known)
-        mark_complete(folder/f'm{i}.safetensors', seconds=3)
+        save_model(folder/f"m{i}.safetensors", tiny(i), dict(task=i % 2, run=i//2, seed=i) | known)
+        mark_complete(folder/f"m{i}.safetensors", seconds=3)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def place(root):
     "A gallery, all that is made of it, and checkpoints from elsewhere: valid files, by kind"
-    write_zoo(root/'zoo')
-    models = load_modelset(root/'zoo')
-    pack(models, root/'packed.safetensors', datasheet=datasheet(models))
-    Asked.fitted = fit_method(models, 'lps', n_filters=2, epochs=1, milestones=())
-    save_fitted(root/'net.safetensors', Asked.fitted)
+    write_zoo(root/"zoo")
+    models = load_modelset(root/"zoo")
+    pack(models, root/"packed.safetensors", datasheet=datasheet(models))
+    Asked.fitted = fit_method(models, "lps", n_filters=2, epochs=1, milestones=())
+    save_fitted(root/"net.safetensors", Asked.fitted)
     Asked.index = ModelIndex(Asked.fitted, models)
-    Asked.index.save(root/'index.safetensors')
-    torch.save(dict(state_dict=tiny(0), epoch=3), root/'new.pt')
-    torch.save(tiny(0), root/'old.pth', _use_new_zipfile_serialization=False)
-    torch.save(ResNet(depth=8, width=1).state_dict(), root/'deep.ckpt')
-    torch.save({name: torch.nn.Parameter(weight) for name, weight in tiny(0).items()}, root/'parameters.bin')
-    save_model(root/'foreign.safetensors', tiny(3), {})
+    Asked.index.save(root/"index.safetensors")
+    torch.save(dict(state_dict=tiny(0), epoch=3), root/"new.pt")
+    torch.save(tiny(0), root/"old.pth", _use_new_zipfile_serialization=False)
+    torch.save(ResNet(depth=8, width=1).state_dict(), root/"deep.ckpt")
+    torch.save({name: torch.nn.Parameter(weight) for name, weight in tiny(0).items()}, root/"parameters.bin")
+    save_model(root/"foreign.safetensors", tiny(3), {})
     known = provenance()  # asks git for the commit, which is a process that no file started
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('lps.zoo.datasheet.provenance', lambda: known)
+        patch.setattr("lps.zoo.datasheet.provenance", lambda: known)
         yield root
 
 
@@ -162,23 +162,23 @@ def use_foreign(path):
 
 
 READERS = {
-    'zoo/m2.safetensors': use_in_gallery,
-    'packed.safetensors': use_set,
-    'net.safetensors': use_net,
-    'index.safetensors': use_index,
-    'foreign.safetensors': use_foreign,
-    'new.pt': use_foreign,
-    'old.pth': use_foreign,
-    'deep.ckpt': use_foreign,
-    'parameters.bin': use_foreign,
+    "zoo/m2.safetensors": use_in_gallery,
+    "packed.safetensors": use_set,
+    "net.safetensors": use_net,
+    "index.safetensors": use_index,
+    "foreign.safetensors": use_foreign,
+    "new.pt": use_foreign,
+    "old.pth": use_foreign,
+    "deep.ckpt": use_foreign,
+    "parameters.bin": use_foreign,
 }
-SEALED = [name for name in READERS if name.endswith('safetensors')]
+SEALED = [name for name in READERS if name.endswith("safetensors")]
 
 
 def with_bytes(place, name, data):
     "What is made of a file with other contents; the old ones are put back"
     path = place/name
-    whole, marker = path.read_bytes(), path.parent/'complete'/f'{path.stem}.json'
+    whole, marker = path.read_bytes(), path.parent/"complete"/f"{path.stem}.json"
     mark = marker.read_bytes() if marker.exists() else None
     path.write_bytes(data)
     if mark: mark_complete(path)
@@ -197,17 +197,17 @@ def flipped(data, flips, cut=0):
 
 def taken_apart(data):
     "Header, metadata as JSON and tensors' bytes of a safetensors file, without its seal"
-    end = 8 + int.from_bytes(data[:8], 'little')
+    end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    texts = header.pop('__metadata__')
-    return header, {key: json.loads(text) for key, text in texts.items() if key not in ('seal', 'sealed')}, data[end:]
+    texts = header.pop("__metadata__")
+    return header, {key: json.loads(text) for key, text in texts.items() if key not in ("seal", "sealed")}, data[end:]
 
 
 def put_together(header, meta, body):
     "A safetensors file"
     texts = {key: json.dumps(value) for key, value in meta.items()} if isinstance(meta, dict) else meta
     text = json.dumps(dict(__metadata__=texts) | header if isinstance(header, dict) else header).encode()
-    return len(text).to_bytes(8, 'little') + text + body
+    return len(text).to_bytes(8, "little") + text + body
 
 
 def places_in(value, at=()):
@@ -233,7 +233,7 @@ def replaced_somewhere(value, where, new):
 
 
 NUMBERS = st.integers(-2**70, 2**70) | st.floats() | st.sampled_from([0, -1, 2**31, 2**63, 2**64, 1e400])
-ODD_TEXTS = '\x1b[2J', '../../x', 'conv1', 'F4', '|', '\ud800', 'x'*300, '__metadata__'
+ODD_TEXTS = "\x1b[2J", "../../x", "conv1", "F4", "|", "\ud800", "x"*300, "__metadata__"
 TEXTS = st.text(max_size=6) | st.sampled_from(ODD_TEXTS)
 JSON = st.recursive(
     st.none() | st.booleans() | NUMBERS | TEXTS,
@@ -245,34 +245,34 @@ CUTS = st.just(0) | st.floats(0, 1)
 PLACES = st.floats(0, 1, exclude_max=True)
 
 
-@pytest.mark.parametrize('name', READERS)
+@pytest.mark.parametrize("name", READERS)
 @given(flips=FLIPS, cut=CUTS)
 def test_flipped_bits_and_cut_files(place, name, flips, cut):
     with_bytes(place, name, flipped((place/name).read_bytes(), flips, cut))
 
 
-@pytest.mark.parametrize('name', SEALED)
+@pytest.mark.parametrize("name", SEALED)
 @given(flips=FLIPS)
 def test_flipped_bits_where_no_seal_tells(place, name, flips):
     whole = put_together(*taken_apart((place/name).read_bytes()))
     with_bytes(place, name, flipped(whole, flips))
 
 
-@pytest.mark.parametrize('name', SEALED)
+@pytest.mark.parametrize("name", SEALED)
 @given(where=PLACES, new=JSON)
 def test_other_metadata(place, name, where, new):
     header, meta, body = taken_apart((place/name).read_bytes())
     with_bytes(place, name, put_together(header, replaced_somewhere(meta, where, new), body))
 
 
-@pytest.mark.parametrize('name', SEALED)
+@pytest.mark.parametrize("name", SEALED)
 @given(where=PLACES, new=JSON)
 def test_other_headers(place, name, where, new):
     header, meta, body = taken_apart((place/name).read_bytes())
     with_bytes(place, name, put_together(replaced_somewhere(header, where, new), meta, body))
 
 
-@pytest.mark.parametrize('name', SEALED)
+@pytest.mark.parametrize("name", SEALED)
 @given(seed=st.integers(0, 2**32), at=PLACES, n=st.integers(1, 40))
 def test_other_numbers(place, name, seed, at, n):
     "Weights that are any floats, NaN and infinity among them"
@@ -297,26 +297,26 @@ def with_json(path, value, *reads):
 
 @given(new=JSON, where=PLACES, whole=st.booleans())
 def test_markers(place, new, where, whole):
-    model, marker = place/'zoo/m2.safetensors', place/'zoo/complete/m2.json'
+    model, marker = place/"zoo/m2.safetensors", place/"zoo/complete/m2.json"
     value = new if whole else replaced_somewhere(json.loads(marker.read_bytes()), where, new)
     with_json(marker, value, (read_marker, model), (not_as_marked, model), (use_in_gallery, model))
 
 
-SHEET = dict(task=0, run=0, reason='', seed=0)
-PLAN = dict(pairs=[['a', 'b'], ['a', 'c']], data='digits', seed=0, recipe=dict(name='short'))
+SHEET = dict(task=0, run=0, reason="", seed=0)
+PLAN = dict(pairs=[["a", "b"], ["a", "c"]], data="digits", seed=0, recipe=dict(name="short"))
 
 
-@pytest.mark.parametrize('name, value', [('build.json', PLAN), ('set_aside/m9.json', SHEET)])
+@pytest.mark.parametrize("name, value", [("build.json", PLAN), ("set_aside/m9.json", SHEET)])
 @given(new=JSON, where=PLACES, whole=st.booleans())
 def test_what_a_build_left(place, name, value, new, where, whole):
     value = new if whole else replaced_somewhere(value, where, new)
-    reads = (read_json, place/'zoo'/name), (lambda: datasheet_text(datasheet(load_modelset(place/'zoo'))),)
-    with_json(place/'zoo'/name, value, *reads)
+    reads = (read_json, place/"zoo"/name), (lambda: datasheet_text(datasheet(load_modelset(place/"zoo"))),)
+    with_json(place/"zoo"/name, value, *reads)
 
 
-CELLS = st.none() | st.booleans() | NUMBERS | TEXTS | st.sampled_from(['x.pt', 'y.pt', 0, 1, .5])
-COLUMN = st.sampled_from(['file', 'task', 'run', 'val_accuracy', 'class_0', 'seed', 'lacks'])
-ROW = st.dictionaries(COLUMN, CELLS, max_size=4) | st.fixed_dictionaries(dict(file=st.just('x.pt'), task=CELLS))
+CELLS = st.none() | st.booleans() | NUMBERS | TEXTS | st.sampled_from(["x.pt", "y.pt", 0, 1, .5])
+COLUMN = st.sampled_from(["file", "task", "run", "val_accuracy", "class_0", "seed", "lacks"])
+ROW = st.dictionaries(COLUMN, CELLS, max_size=4) | st.fixed_dictionaries(dict(file=st.just("x.pt"), task=CELLS))
 
 
 @given(rows=st.lists(ROW, max_size=4))
@@ -325,55 +325,55 @@ def test_tables(rows): attempt(read_table, pd.DataFrame(rows))
 
 @given(text=st.text(alphabet='filetask,;\t\n"\'0x.p\x00\x1b', max_size=60) | st.binary(max_size=40))
 def test_tables_in_files(root, text):
-    (root/'table.csv').write_bytes(b'file,task\n' + (text if isinstance(text, bytes) else text.encode()))
-    attempt(read_table, root/'table.csv')
+    (root/"table.csv").write_bytes(b"file,task\n" + (text if isinstance(text, bytes) else text.encode()))
+    attempt(read_table, root/"table.csv")
 
 
-PATTERNS = TEXTS | st.sampled_from(['^', '.*', 'conv1', '(', r'\1', r'\g<x>', '(?P<a>c)', '[', 'weight$', '^(.*)$'])
+PATTERNS = TEXTS | st.sampled_from(["^", ".*", "conv1", "(", r"\1", r"\g<x>", "(?P<a>c)", "[", "weight$", "^(.*)$"])
 MAPS = st.dictionaries(PATTERNS, PATTERNS, max_size=3) | st.lists(st.tuples(PATTERNS, PATTERNS), max_size=3)
 
 
 @given(names=MAPS)
-def test_name_maps(names): attempt(rename, dict.fromkeys(['conv1.weight', 'bn1.bias']), names)
+def test_name_maps(names): attempt(rename, dict.fromkeys(["conv1.weight", "bn1.bias"]), names)
 
 
 @given(rows=st.none() | st.lists(ROW, min_size=1, max_size=3), names=MAPS)
 def test_imports(root, rows, names):
     "What is taken in with any table and name map is a model set"
     with tempfile.TemporaryDirectory(dir=root) as folder:
-        src, dst = Path(folder)/'src', Path(folder)/'dst'
+        src, dst = Path(folder)/"src", Path(folder)/"dst"
         src.mkdir()
-        torch.save(tiny(0), src/'x.pt')
+        torch.save(tiny(0), src/"x.pt")
         models = attempt(import_models, src, dst, names, None if rows is None else pd.DataFrame(rows))
-        left = list(dst.glob('*'))
+        left = list(dst.glob("*"))
         assert len(left) == (0 if models is None else 1)
         if models is not None: assert len(load_modelset(dst)) == len(models) == 1
 
 
-@given(data=st.binary(max_size=200), start=st.sampled_from([b'', b'PK\x03\x04', b'\x80\x02', b'\x10' + b'\0'*7 + b'{']))
-@pytest.mark.parametrize('suffix', ['.pt', '.safetensors'])
+@given(data=st.binary(max_size=200), start=st.sampled_from([b"", b"PK\x03\x04", b"\x80\x02", b"\x10" + b"\0"*7 + b"{"]))
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_any_bytes(root, suffix, data, start):
-    path = root/f'any{suffix}'
+    path = root/f"any{suffix}"
     path.write_bytes(start + data)
     for read in (read_query, read_header, load_modelset, load_fitted, ModelIndex.load, read_json): attempt(read, path)
 
 
-CALLS = ['builtins eval', 'builtins exec', 'builtins __import__', 'importlib import_module', 'operator attrgetter']
-CALLS += ['os system', 'subprocess Popen', 'socket socket', 'pty spawn', 'torch load', 'torch.hub load', 'ctypes CDLL']
-OPCODES = [bytes([code]) for code in b'Ro\x81bsu.Q}])(tae021']
+CALLS = ["builtins eval", "builtins exec", "builtins __import__", "importlib import_module", "operator attrgetter"]
+CALLS += ["os system", "subprocess Popen", "socket socket", "pty spawn", "torch load", "torch.hub load", "ctypes CDLL"]
+OPCODES = [bytes([code]) for code in b"Ro\x81bsu.Q}])(tae021"]
 
 
 def asks_for(call, argument):
     "A pickle that calls something with one argument"
     module, name = call.split()
-    return b'\x80\x02c' + f'{module}\n{name}\n'.encode() + pickle.dumps((argument,), 2)[2:-1] + b'R'
+    return b"\x80\x02c" + f"{module}\n{name}\n".encode() + pickle.dumps((argument,), 2)[2:-1] + b"R"
 
 
-@given(call=st.sampled_from(CALLS), argument=st.sampled_from([CANARY, f'{CANARY}()', 'true']) | st.integers(0, 9),
+@given(call=st.sampled_from(CALLS), argument=st.sampled_from([CANARY, f"{CANARY}()", "true"]) | st.integers(0, 9),
        rest=st.lists(st.sampled_from(OPCODES), max_size=12), zipped=st.booleans())
 def test_pickles_that_ask_for_code(place, call, argument, rest, zipped):
-    data = asks_for(call, argument) + b''.join(rest) + b'.'
-    path = place/'code.pt'
+    data = asks_for(call, argument) + b"".join(rest) + b"."
+    path = place/"code.pt"
     if zipped: path.write_bytes(zip_with(data))
     else: path.write_bytes(pickle.dumps(0x1950a86a20f9469cfc6c, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + data)
     assert attempt(read_query, path) is None
@@ -382,19 +382,19 @@ def test_pickles_that_ask_for_code(place, call, argument, rest, zipped):
 def zip_with(pickled):
     "A PyTorch archive with any pickle in it"
     file = io.BytesIO()
-    with zipfile.ZipFile(file, 'w') as archive:
-        archive.writestr('x/data.pkl', pickled)
-        archive.writestr('x/data/0', bytes(64))
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x/data.pkl", pickled)
+        archive.writestr("x/data/0", bytes(64))
     return file.getvalue()
 
 
-VIEW = b'ctorch._utils\n_rebuild_tensor_v2\n(ctorch\nFloatStorage\n'
+VIEW = b"ctorch._utils\n_rebuild_tensor_v2\n(ctorch\nFloatStorage\n"
 
 
 @given(rest=st.lists(st.sampled_from(OPCODES) | st.binary(max_size=3), max_size=20))
 def test_pickles_of_any_operations(place, rest):
-    path = place/'operations.pt'
-    path.write_bytes(zip_with(b'\x80\x02}X\x01\x00\x00\x00a' + VIEW + b''.join(rest) + b'.'))
+    path = place/"operations.pt"
+    path.write_bytes(zip_with(b"\x80\x02}X\x01\x00\x00\x00a" + VIEW + b"".join(rest) + b"."))
     attempt(use_foreign, path)
 
 
@@ -414,7 +414,7 @@ class StatePickler(pickle.Pickler):
         self.n = n
 
     def persistent_id(self, o):
-        return ('storage', torch.FloatStorage, '0', 'cpu', self.n) if isinstance(o, Storage) else None
+        return ("storage", torch.FloatStorage, "0", "cpu", self.n) if isinstance(o, Storage) else None
 
 
 ENTRY = st.sampled_from([0, 1, 2, 3, 16, 2**31, 2**62, -1]) | st.integers(-4, 70)
@@ -424,8 +424,8 @@ ENTRY = st.sampled_from([0, 1, 2, 3, 16, 2**31, 2**62, -1]) | st.integers(-4, 70
 def test_views_of_any_shape(place, size, stride, offset, n):
     "A tensor that leaves its storage, or repeats it"
     file = io.BytesIO()
-    StatePickler(file, n).dump({'conv1.weight': Claimed(offset, tuple(size), tuple(stride))})
-    path = place/'view.pt'
+    StatePickler(file, n).dump({"conv1.weight": Claimed(offset, tuple(size), tuple(stride))})
+    path = place/"view.pt"
     path.write_bytes(zip_with(file.getvalue()))
     attempt(use_foreign, path)
 
@@ -433,22 +433,22 @@ def test_views_of_any_shape(place, size, stride, offset, n):
 def one_image(suffix, **how):
     "A small image, as a file of some kind"
     file = io.BytesIO()
-    Image.new('RGB', (4, 4), (200, 100, 0)).save(file, suffix, **how)
+    Image.new("RGB", (4, 4), (200, 100, 0)).save(file, suffix, **how)
     return file.getvalue()
 
 
-IMAGES = {kind: one_image(kind) for kind in ('png', 'jpeg', 'gif', 'bmp', 'tiff', 'webp')}
+IMAGES = {kind: one_image(kind) for kind in ("png", "jpeg", "gif", "bmp", "tiff", "webp")}
 
 
-@pytest.mark.parametrize('kind', IMAGES)
+@pytest.mark.parametrize("kind", IMAGES)
 @given(flips=FLIPS, cut=CUTS)
 def test_images(root, kind, flips, cut):
     "One that cannot be read is listed, and the others come in"
-    for name in 'cat', 'dog':
-        folder = root/'pets'/kind/'train'/name
+    for name in "cat", "dog":
+        folder = root/"pets"/kind/"train"/name
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder/'0.png').exists(): (folder/'0.png').write_bytes(IMAGES['png'])
-    suffix = dict(jpeg='jpg', tiff='tif').get(kind, kind)
-    (root/'pets'/kind/'train/cat'/f'1.{suffix}').write_bytes(flipped(IMAGES[kind], flips, cut))
-    images = attempt(load_images, root/'pets'/kind, 'train')
+        if not (folder/"0.png").exists(): (folder/"0.png").write_bytes(IMAGES["png"])
+    suffix = dict(jpeg="jpg", tiff="tif").get(kind, kind)
+    (root/"pets"/kind/"train/cat"/f"1.{suffix}").write_bytes(flipped(IMAGES[kind], flips, cut))
+    images = attempt(load_images, root/"pets"/kind, "train")
     if images is not None: assert len(images) + len(images.rejected) >= 3

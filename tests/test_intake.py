@@ -24,7 +24,7 @@ class Small(nn.Module):
     def __init__(self, num_classes=2, width=4):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
-        self.register_buffer('places', torch.arange(3))
+        self.register_buffer("places", torch.arange(3))
         self.out = nn.Linear(width, num_classes)
 
     def forward(self, x): return self.out(self.norm(self.conv(x)).relu().mean((2, 3)))
@@ -69,40 +69,40 @@ def loop(net): return dict(epoch=3, model_state_dict=net.state_dict(), optimizer
 
 
 TORCH = {
-    'state.pt': lambda net: net.state_dict(),
-    'state.pth': lambda net: net.state_dict(),
-    'state.bin': lambda net: net.state_dict(),
-    'parallel.pt': lambda net: nn.DataParallel(net).state_dict(),
-    'whole.pt': lambda net: net,
-    'whole parallel.pt': lambda net: dict(model=nn.DataParallel(net), epoch=3),
-    'loop.ckpt': loop,
+    "state.pt": lambda net: net.state_dict(),
+    "state.pth": lambda net: net.state_dict(),
+    "state.bin": lambda net: net.state_dict(),
+    "parallel.pt": lambda net: nn.DataParallel(net).state_dict(),
+    "whole.pt": lambda net: net,
+    "whole parallel.pt": lambda net: dict(model=nn.DataParallel(net), epoch=3),
+    "loop.ckpt": loop,
 }
 
 
-@pytest.mark.parametrize('name', TORCH)
-@pytest.mark.parametrize('new', [True, False])
+@pytest.mark.parametrize("name", TORCH)
+@pytest.mark.parametrize("new", [True, False])
 def test_files_of_torch(net, tmp_path, name, new):
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+        warnings.simplefilter("ignore")
         torch.save(TORCH[name](net), tmp_path/name, _use_new_zipfile_serialization=new)
     model, report = read_model(tmp_path/name)
     check_same(model, net)
     check_runs(model, net)
-    assert report.architecture.startswith('resnet, depth 8, width 4') and report.source == name
-    assert ('optimizer' in report.ignored) == (name == 'loop.ckpt')
+    assert report.architecture.startswith("resnet, depth 8, width 4") and report.source == name
+    assert ("optimizer" in report.ignored) == (name == "loop.ckpt")
 
 
 def test_safetensors_and_own_files(net, tmp_path):
-    safetensors.torch.save_file(net.state_dict(), tmp_path/'theirs.safetensors', dict(format='pt'))
-    save_model(tmp_path/'own.safetensors', net.state_dict(), dict(task=3, mean=[.5]*3, std=[.25]*3, shortcut='conv'))
-    theirs, own = read_model(tmp_path/'theirs.safetensors')[0], read_model(tmp_path/'own.safetensors')[0]
+    safetensors.torch.save_file(net.state_dict(), tmp_path/"theirs.safetensors", dict(format="pt"))
+    save_model(tmp_path/"own.safetensors", net.state_dict(), dict(task=3, mean=[.5]*3, std=[.25]*3, shortcut="conv"))
+    theirs, own = read_model(tmp_path/"theirs.safetensors")[0], read_model(tmp_path/"own.safetensors")[0]
     for model in (theirs, own): check_same(model, net)
-    assert (own.meta['task'], own.meta['std']) == (3, [.25]*3) and 'std' not in theirs.meta
+    assert (own.meta["task"], own.meta["std"]) == (3, [.25]*3) and "std" not in theirs.meta
 
 
 def test_a_checkpoint_of_lightning(net, tmp_path):
     "With the names of an attribute, hyperparameters of a class of its own, a metric and a loss"
-    lightning = pytest.importorskip('lightning')
+    lightning = pytest.importorskip("lightning")
 
     class Task(lightning.LightningModule):
         def __init__(self, lr=.1, mean=(.4, .5, .6), std=(.2, .2, .2)):
@@ -115,44 +115,44 @@ def test_a_checkpoint_of_lightning(net, tmp_path):
 
     data = torch.utils.data.TensorDataset(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))
     trainer = lightning.Trainer(
-        max_epochs=1, accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=tmp_path, enable_checkpointing=True)
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
+        warnings.simplefilter("ignore")
         trainer.fit(Task(), torch.utils.data.DataLoader(data, batch_size=4))
-        trainer.save_checkpoint(tmp_path/'last.ckpt')
-    model, report = read_model(tmp_path/'last.ckpt')
+        trainer.save_checkpoint(tmp_path/"last.ckpt")
+    model, report = read_model(tmp_path/"last.ckpt")
     check_same(model, net)
-    assert model.meta['mean'] == [.4, .5, .6] and report.normalisation.endswith('from the file, hyper_parameters')
-    assert report.ignored['loss'] == '1 tensor outside of the network' and 'optimizer_states' in report.ignored
+    assert model.meta["mean"] == [.4, .5, .6] and report.normalisation.endswith("from the file, hyper_parameters")
+    assert report.ignored["loss"] == "1 tensor outside of the network" and "optimizer_states" in report.ignored
 
 
 def test_the_keys_of_a_checkpoint_of_lightning(net, tmp_path):
     "Written by hand, with the keys that lightning 2 writes, so that it is read where lightning is not installed"
-    state = {f'net.{name}': tensor for name, tensor in net.state_dict().items()} | {'loss.weight': torch.ones(2)}
+    state = {f"net.{name}": tensor for name, tensor in net.state_dict().items()} | {"loss.weight": torch.ones(2)}
     optimizer = torch.optim.SGD(net.parameters(), .1, momentum=.9)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 10)
-    saved = {'dirpath': str(tmp_path), 'best_model_score': None, 'monitor': None}
+    saved = {"dirpath": str(tmp_path), "best_model_score": None, "monitor": None}
     torch.save({
-        'epoch': 3,
-        'global_step': 120,
-        'pytorch-lightning_version': '2.5.0',
-        'state_dict': state,
-        'loops': dict(fit_loop=dict(state_dict={}, epoch_progress=dict(total=dict(ready=4)))),
-        'callbacks': {"ModelCheckpoint{'monitor': None}": saved},
-        'optimizer_states': [optimizer.state_dict()],
-        'lr_schedulers': [schedule.state_dict()],
-        'hparams_name': 'kwargs',
-        'hyper_parameters': dict(lr=.1, mean=(.4, .5, .6), std=(.2, .2, .2)),
-    }, tmp_path/'epoch=3-step=120.ckpt')
-    model, report = read_model(tmp_path/'epoch=3-step=120.ckpt')
+        "epoch": 3,
+        "global_step": 120,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": state,
+        "loops": dict(fit_loop=dict(state_dict={}, epoch_progress=dict(total=dict(ready=4)))),
+        "callbacks": {"ModelCheckpoint{'monitor': None}": saved},
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [schedule.state_dict()],
+        "hparams_name": "kwargs",
+        "hyper_parameters": dict(lr=.1, mean=(.4, .5, .6), std=(.2, .2, .2)),
+    }, tmp_path/"epoch=3-step=120.ckpt")
+    model, report = read_model(tmp_path/"epoch=3-step=120.ckpt")
     check_same(model, net)
     check_runs(model, net)
-    assert model.meta['mean'] == [.4, .5, .6] and report.normalisation.endswith('from the file, hyper_parameters')
-    assert report.ignored['loss'] == '1 tensor outside of the network'
-    beside = {'epoch', 'global_step', 'pytorch-lightning_version', 'loops', 'callbacks', 'optimizer_states',
-              'lr_schedulers', 'hparams_name', 'hyper_parameters'}
-    assert set(report.ignored) == beside | {'loss'}
+    assert model.meta["mean"] == [.4, .5, .6] and report.normalisation.endswith("from the file, hyper_parameters")
+    assert report.ignored["loss"] == "1 tensor outside of the network"
+    beside = {"epoch", "global_step", "pytorch-lightning_version", "loops", "callbacks", "optimizer_states",
+              "lr_schedulers", "hparams_name", "hyper_parameters"}
+    assert set(report.ignored) == beside | {"loss"}
 
 
 @pytest.fixture
@@ -162,16 +162,16 @@ def learner(net, tmp_path):
     images = [PILImage.create(torch.full((8, 8, 3), 60*i, dtype=torch.uint8).numpy()) for i in range(4)]
     block = DataBlock((ImageBlock, CategoryBlock), get_x=lambda i: images[i], get_y=lambda i: i % 2)
     dls = block.dataloaders([0, 1, 2, 3], bs=2, num_workers=0)
-    return Learner(dls, net, loss_func=nn.CrossEntropyLoss(), path=tmp_path, model_dir='.')
+    return Learner(dls, net, loss_func=nn.CrossEntropyLoss(), path=tmp_path, model_dir=".")
 
 
 def test_what_fastai_saves_and_exports(net, learner, tmp_path):
     learner.create_opt()
-    learner.save('saved')
+    learner.save("saved")
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        learner.export('export.pkl')
-    for name in ('saved.pth', 'export.pkl'):
+        warnings.simplefilter("ignore")
+        learner.export("export.pkl")
+    for name in ("saved.pth", "export.pkl"):
         model, report = read_model(tmp_path/name)
         check_same(model, net)
         assert report.ignored, name
@@ -179,48 +179,48 @@ def test_what_fastai_saves_and_exports(net, learner, tmp_path):
 
 def test_networks_of_torchvision(tmp_path):
     torch.manual_seed(0)
-    net = network_builder('torchvision/shufflenet_v2_x0_5')(num_classes=7).eval()
-    torch.save(net.state_dict(), tmp_path/'shuffle.pth')
-    model, report = read_model(tmp_path/'shuffle.pth', 'torchvision/shufflenet_v2_x0_5', stats=(.5, .25))
-    check_runs(model, net, model.meta['size'])
-    assert report.architecture == 'torchvision/shufflenet_v2_x0_5(num_classes=7)'
-    assert model.meta['size'] == [3, 224, 224] and model.meta['mean'] == [.5]*3
-    assert report.head == 'fc, 7 × 1024' and report.stem == 'conv1.0, 24 × 3 × 3 × 3'
-    why = why_not(model, ['chain', 'stem-signature'])
-    assert list(why) == ['chain'] and 'not registered with a permutation spec: take stem-signature' in why['chain']
-    again, _ = read_model(tmp_path/'shuffle.pth', 'torchvision/shufflenet_v2_x0_5')
-    assert again.digest == model.digest and 'mean' not in again.meta
+    net = network_builder("torchvision/shufflenet_v2_x0_5")(num_classes=7).eval()
+    torch.save(net.state_dict(), tmp_path/"shuffle.pth")
+    model, report = read_model(tmp_path/"shuffle.pth", "torchvision/shufflenet_v2_x0_5", stats=(.5, .25))
+    check_runs(model, net, model.meta["size"])
+    assert report.architecture == "torchvision/shufflenet_v2_x0_5(num_classes=7)"
+    assert model.meta["size"] == [3, 224, 224] and model.meta["mean"] == [.5]*3
+    assert report.head == "fc, 7 × 1024" and report.stem == "conv1.0, 24 × 3 × 3 × 3"
+    why = why_not(model, ["chain", "stem-signature"])
+    assert list(why) == ["chain"] and "not registered with a permutation spec: take stem-signature" in why["chain"]
+    again, _ = read_model(tmp_path/"shuffle.pth", "torchvision/shufflenet_v2_x0_5")
+    assert again.digest == model.digest and "mean" not in again.meta
 
 
 def timm_net(**settings):
     "A small network of timm"
-    timm = pytest.importorskip('timm')
+    timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    return timm.create_model('test_resnet', **settings).eval()
+    return timm.create_model("test_resnet", **settings).eval()
 
 
 def test_networks_of_timm(tmp_path):
     net = timm_net(num_classes=4)
-    torch.save(net.state_dict(), tmp_path/'tuned.pth')
-    model, report = read_model(tmp_path/'tuned.pth', 'timm/test_resnet')
-    check_runs(model, net, model.meta['size'])
-    assert model.meta['architecture'] == 'timm/test_resnet(num_classes=4)' and "timm's recipe" in report.input
-    assert 'mean' not in model.meta, 'a recipe of published weights says nothing of these'
+    torch.save(net.state_dict(), tmp_path/"tuned.pth")
+    model, report = read_model(tmp_path/"tuned.pth", "timm/test_resnet")
+    check_runs(model, net, model.meta["size"])
+    assert model.meta["architecture"] == "timm/test_resnet(num_classes=4)" and "timm's recipe" in report.input
+    assert "mean" not in model.meta, "a recipe of published weights says nothing of these"
 
 
 def test_a_folder_that_timm_wrote(tmp_path):
     net = timm_net(num_classes=4)
     from timm.models import save_for_hf
-    save_for_hf(net, tmp_path/'hub')
-    model, report = read_model(tmp_path/'hub', 'timm/test_resnet')
-    check_runs(model, net, model.meta['size'])
-    assert model.meta['std'] == pytest.approx([.5, .5, .5], abs=.3) and 'config.json' in report.normalisation
-    assert "config.json says test_resnet: arch='timm/test_resnet'" in read_other(tmp_path/'hub').architecture
+    save_for_hf(net, tmp_path/"hub")
+    model, report = read_model(tmp_path/"hub", "timm/test_resnet")
+    check_runs(model, net, model.meta["size"])
+    assert model.meta["std"] == pytest.approx([.5, .5, .5], abs=.3) and "config.json" in report.normalisation
+    assert "config.json says test_resnet: arch='timm/test_resnet'" in read_other(tmp_path/"hub").architecture
 
 
 def read_other(path):
     "The report about a source whose network nobody has named yet"
-    for name in [name for name in ARCHITECTURES if '/' in name]: del ARCHITECTURES[name]
+    for name in [name for name in ARCHITECTURES if "/" in name]: del ARCHITECTURES[name]
     return read_model(path)[1]
 
 
@@ -229,38 +229,38 @@ def test_a_name_of_timm(tmp_path, monkeypatch):
     net = timm_net()
     from huggingface_hub import constants
     from timm.models import save_for_hf
-    cached, commit = tmp_path/'models--timm--test_resnet.r160_in1k', '0'*40
-    save_for_hf(net, cached/'snapshots'/commit)
-    (cached/'refs').mkdir()
-    (cached/'refs/main').write_text(commit)
-    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    model, report = read_model('timm/test_resnet')
+    cached, commit = tmp_path/"models--timm--test_resnet.r160_in1k", "0"*40
+    save_for_hf(net, cached/"snapshots"/commit)
+    (cached/"refs").mkdir()
+    (cached/"refs/main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    model, report = read_model("timm/test_resnet")
     check_same(model, net)
-    assert report.kind == 'weights of timm' and len(model.meta['mean']) == 3
-    with pytest.raises(ValueError, match='could not load its weights'): read_model('timm/resnet18')
+    assert report.kind == "weights of timm" and len(model.meta["mean"]) == 3
+    with pytest.raises(ValueError, match="could not load its weights"): read_model("timm/resnet18")
 
 
 def test_folders_of_huggingface_hub(small, tmp_path):
     "In one file, and in shards"
-    hub = pytest.importorskip('huggingface_hub')
-    for name in ('one', 'shards'): (tmp_path/name).mkdir()
-    hub.save_torch_state_dict(small.state_dict(), tmp_path/'one')
-    hub.save_torch_state_dict(small.state_dict(), tmp_path/'shards', max_shard_size=200)
-    assert len(list((tmp_path/'shards').glob('*.safetensors'))) > 1
-    for folder in ('one', 'shards'):
+    hub = pytest.importorskip("huggingface_hub")
+    for name in ("one", "shards"): (tmp_path/name).mkdir()
+    hub.save_torch_state_dict(small.state_dict(), tmp_path/"one")
+    hub.save_torch_state_dict(small.state_dict(), tmp_path/"shards", max_shard_size=200)
+    assert len(list((tmp_path/"shards").glob("*.safetensors"))) > 1
+    for folder in ("one", "shards"):
         model, report = read_model(tmp_path/folder, Small)
         check_same(model, small)
-        assert report.ignored == {'places': 'whole numbers, which the network makes itself'}
-    assert report.kind.endswith('shards')
+        assert report.ignored == {"places": "whole numbers, which the network makes itself"}
+    assert report.kind.endswith("shards")
 
 
 def test_a_module_in_memory_is_left_as_it_is(small):
     small.train()
     model, report = read_model(small)
-    assert small.training and report.kind == 'network in memory' and report.architecture == 'test_intake:Small'
+    assert small.training and report.kind == "network in memory" and report.architecture == "test_intake:Small"
     check_runs(model, small.eval())
-    assert model.meta['size'] == [3, 32, 32] and 'say size for its own' in report.input
+    assert model.meta["size"] == [3, 32, 32] and "say size for its own" in report.input
 
 
 # What is known is used, and nothing is made up
@@ -268,37 +268,37 @@ def test_a_module_in_memory_is_left_as_it_is(small):
 def folder(path, net, **configs):
     "A folder as the Hub has them"
     path.mkdir()
-    safetensors.torch.save_file(net.state_dict(), path/'model.safetensors')
-    for name, said in configs.items(): (path/f'{name}.json').write_text(json.dumps(said))
+    safetensors.torch.save_file(net.state_dict(), path/"model.safetensors")
+    for name, said in configs.items(): (path/f"{name}.json").write_text(json.dumps(said))
     return path
 
 
 def test_the_configuration_of_a_folder(small, tmp_path):
     said = dict(image_mean=[.1, .2, .3], image_std=[.4]*3, crop_size=dict(height=24, width=20), do_normalize=True)
-    config = dict(id2label={'0': 'cat', '1': 'dog', '2': 'owl'}, architectures=['SmallForImages'], image_size=99)
-    path = folder(tmp_path/'hub', small, config=config, preprocessor_config=said)
+    config = dict(id2label={"0": "cat", "1": "dog", "2": "owl"}, architectures=["SmallForImages"], image_size=99)
+    path = folder(tmp_path/"hub", small, config=config, preprocessor_config=said)
     assert "['SmallForImages']: name it with arch" in read_model(path)[1].architecture
     model, report = read_model(path, Small)
-    assert (model.meta['mean'], model.meta['std']) == ([.1, .2, .3], [.4]*3)
-    assert model.meta['size'] == [3, 24, 20] and model.meta['classes'] == ['cat', 'dog', 'owl']
-    assert report.normalisation.endswith('from preprocessor_config.json')
+    assert (model.meta["mean"], model.meta["std"]) == ([.1, .2, .3], [.4]*3)
+    assert model.meta["size"] == [3, 24, 20] and model.meta["classes"] == ["cat", "dog", "owl"]
+    assert report.normalisation.endswith("from preprocessor_config.json")
 
 
-@pytest.mark.parametrize('said', [
-    dict(image_mean=[.5], image_std=[.5]), dict(image_mean=[.5]*3, image_std=[0, 1, 1]), dict(image_mean='x'),
-    dict(image_mean=[.5]*3, image_std=[.5]*3, do_rescale=False), [], 3, dict(image_mean=[float('nan')]*3, image_std=1),
+@pytest.mark.parametrize("said", [
+    dict(image_mean=[.5], image_std=[.5]), dict(image_mean=[.5]*3, image_std=[0, 1, 1]), dict(image_mean="x"),
+    dict(image_mean=[.5]*3, image_std=[.5]*3, do_rescale=False), [], 3, dict(image_mean=[float("nan")]*3, image_std=1),
 ])
 def test_a_normalisation_that_is_none_stays_unknown(small, tmp_path, said):
-    model, report = read_model(folder(tmp_path/'hub', small, preprocessor_config=said))
-    assert 'mean' not in model.meta and report.normalisation.startswith('not known')
-    assert report.cannot['read-out'] == 'it cannot be run, its architecture is not known: name it with arch'
+    model, report = read_model(folder(tmp_path/"hub", small, preprocessor_config=said))
+    assert "mean" not in model.meta and report.normalisation.startswith("not known")
+    assert report.cannot["read-out"] == "it cannot be run, its architecture is not known: name it with arch"
 
 
 def test_shortcuts_without_weights_are_told_apart_by_answers():
-    for kind in ('pad_end', 'pad_both'):
+    for kind in ("pad_end", "pad_both"):
         net = ResNet(depth=8, width=4, shortcut=kind).eval()
         model, report = read_model(net)
-        assert f'shortcut {kind}' in report.architecture
+        assert f"shortcut {kind}" in report.architecture
         check_runs(model, net)
 
 
@@ -306,40 +306,40 @@ def test_a_network_that_answers_otherwise_is_refused(small):
     class Other(Small):
         def forward(self, x): return -super().forward(x)**2
     read_model(small)
-    with pytest.raises(ValueError, match='which answers otherwise'): read_model(Other(num_classes=3))
+    with pytest.raises(ValueError, match="which answers otherwise"): read_model(Other(num_classes=3))
 
 
 def test_another_network_is_refused(small, tmp_path):
-    torch.save(small.state_dict() | {'conv.more': torch.ones(1)}, tmp_path/'more.pt')
-    with pytest.raises(ValueError, match='more.pt: not the weights of .*Small: .*conv.more'):
-        read_model(tmp_path/'more.pt', Small)
-    torch.save({name: v for name, v in small.state_dict().items() if name != 'conv.weight'}, tmp_path/'less.pt')
-    with pytest.raises(ValueError, match='the checkpoint lacks conv.weight; a name map'):
-        read_model(tmp_path/'less.pt', Small)
-    torch.save(Small(width=5).state_dict(), tmp_path/'wide.pt')
-    with pytest.raises(ValueError, match=r'conv.weight has shape \(5, 3, 3, 3\), in the network it has \(4, 3, 3, 3\)'):
-        read_model(tmp_path/'wide.pt', Small)
+    torch.save(small.state_dict() | {"conv.more": torch.ones(1)}, tmp_path/"more.pt")
+    with pytest.raises(ValueError, match="more.pt: not the weights of .*Small: .*conv.more"):
+        read_model(tmp_path/"more.pt", Small)
+    torch.save({name: v for name, v in small.state_dict().items() if name != "conv.weight"}, tmp_path/"less.pt")
+    with pytest.raises(ValueError, match="the checkpoint lacks conv.weight; a name map"):
+        read_model(tmp_path/"less.pt", Small)
+    torch.save(Small(width=5).state_dict(), tmp_path/"wide.pt")
+    with pytest.raises(ValueError, match=r"conv.weight has shape \(5, 3, 3, 3\), in the network it has \(4, 3, 3, 3\)"):
+        read_model(tmp_path/"wide.pt", Small)
 
 
 def test_names_are_mapped_for_a_named_network(small, tmp_path):
     theirs = {f'module.{name.replace("conv.", "retina.")}': v for name, v in small.state_dict().items()}
-    torch.save(theirs, tmp_path/'theirs.pt')
-    for names in ([('retina', 'conv')], [('^retina', 'conv')]):
-        check_runs(read_model(tmp_path/'theirs.pt', Small, names)[0], small)
+    torch.save(theirs, tmp_path/"theirs.pt")
+    for names in ([("retina", "conv")], [("^retina", "conv")]):
+        check_runs(read_model(tmp_path/"theirs.pt", Small, names)[0], small)
 
 
 def test_probes_of_a_named_network_are_those_of_the_method(small):
     model, _ = read_model(small)
-    asked = probe_outputs({name: v[None] for name, v in model.state.items()}, [None], n_images=16)['outputs'][0]
+    asked = probe_outputs({name: v[None] for name, v in model.state.items()}, [None], n_images=16)["outputs"][0]
     torch.testing.assert_close(asked, probe_module(small, n_images=16))
     why = why_not(model)
-    assert {'chain', 'read-out'} <= set(why) and not {'probes', 'stem-signature', 'lps'} & set(why)
+    assert {"chain", "read-out"} <= set(why) and not {"probes", "stem-signature", "lps"} & set(why)
 
 
 def test_broken_weights_are_no_model(net, tmp_path):
     net.conv1.weight.data[0] = torch.nan
-    torch.save(net.state_dict(), tmp_path/'nan.pt')
-    with pytest.raises(ValueError, match='nan.pt: is broken: conv1.weight holds NaN'): read_model(tmp_path/'nan.pt')
+    torch.save(net.state_dict(), tmp_path/"nan.pt")
+    with pytest.raises(ValueError, match="nan.pt: is broken: conv1.weight holds NaN"): read_model(tmp_path/"nan.pt")
 
 
 # What a file cannot do
@@ -353,50 +353,50 @@ class Trap:
 
 
 def test_nothing_in_a_file_is_run(net, tmp_path):
-    net.trap = Trap(tmp_path/'executed')
-    torch.save(dict(model=net, hook=Trap(tmp_path/'executed')), tmp_path/'trap.pt')
-    model, report = read_model(tmp_path/'trap.pt')
+    net.trap = Trap(tmp_path/"executed")
+    torch.save(dict(model=net, hook=Trap(tmp_path/"executed")), tmp_path/"trap.pt")
+    model, report = read_model(tmp_path/"trap.pt")
     check_same(model, net)
-    assert not (tmp_path/'executed').exists() and 'mkdir' in report.ignored['hook']
+    assert not (tmp_path/"executed").exists() and "mkdir" in report.ignored["hook"]
 
 
 def test_a_file_cannot_name_the_code_that_builds_it(small, tmp_path):
-    (tmp_path/'lps_intake_canary.py').write_text("raise SystemExit('imported')")
+    (tmp_path/"lps_intake_canary.py").write_text("raise SystemExit('imported')")
     sys.path.insert(0, str(tmp_path))
     try:
-        said = dict(architecture='lps_intake_canary:build', auto_map=dict(AutoModel='lps_intake_canary.Model'))
-        _, report = read_model(folder(tmp_path/'hub', small, config=said))
+        said = dict(architecture="lps_intake_canary:build", auto_map=dict(AutoModel="lps_intake_canary.Model"))
+        _, report = read_model(folder(tmp_path/"hub", small, config=said))
     finally: sys.path.remove(str(tmp_path))
-    assert 'lps_intake_canary' not in sys.modules and report.architecture.startswith('not known')
+    assert "lps_intake_canary" not in sys.modules and report.architecture.startswith("not known")
 
 
-@pytest.mark.parametrize('index, words', [
-    (dict(weight_map={'a': '../other.pt'}), 'no file beside it'),
-    (dict(weight_map={'a': '/etc/passwd'}), 'no file beside it'),
-    (dict(weight_map={'a': 3}), 'no file beside it'),
-    (dict(weight_map={}), 'names no tensors'),
-    ([], 'names no tensors'),
-    (dict(weight_map={'a': 'part.pt'}), 'in none of its files'),
-    (dict(weight_map={f'{i}': 'part.pt' for i in range(20_001)}), '20000 are allowed'),
+@pytest.mark.parametrize("index, words", [
+    (dict(weight_map={"a": "../other.pt"}), "no file beside it"),
+    (dict(weight_map={"a": "/etc/passwd"}), "no file beside it"),
+    (dict(weight_map={"a": 3}), "no file beside it"),
+    (dict(weight_map={}), "names no tensors"),
+    ([], "names no tensors"),
+    (dict(weight_map={"a": "part.pt"}), "in none of its files"),
+    (dict(weight_map={f"{i}": "part.pt" for i in range(20_001)}), "20000 are allowed"),
 ])
 def test_an_index_of_shards_that_lies_is_refused(tmp_path, index, words):
-    torch.save({'b': torch.ones(1)}, tmp_path/'part.pt')
-    (tmp_path/'pytorch_model.bin.index.json').write_text(json.dumps(index))
+    torch.save({"b": torch.ones(1)}, tmp_path/"part.pt")
+    (tmp_path/"pytorch_model.bin.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=words): read_model(tmp_path)
 
 
 def test_what_is_no_model_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no model file or folder'): read_model(tmp_path/'nowhere.pt')
-    with pytest.raises(TypeError, match='a dict is no model'): read_model({})
-    with pytest.raises(ValueError, match='has 0 files of weights'): read_model(tmp_path)
-    with pytest.raises(ValueError, match='give timm/NAME'): network_builder('os')
+    with pytest.raises(FileNotFoundError, match="no model file or folder"): read_model(tmp_path/"nowhere.pt")
+    with pytest.raises(TypeError, match="a dict is no model"): read_model({})
+    with pytest.raises(ValueError, match="has 0 files of weights"): read_model(tmp_path)
+    with pytest.raises(ValueError, match="give timm/NAME"): network_builder("os")
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'timm', None)
+    monkeypatch.setitem(sys.modules, "timm", None)
     network_builder.cache_clear()
-    with pytest.raises(ImportError, match='timm is needed and not installed: pip install timm'):
-        network_builder('timm/resnet18')
+    with pytest.raises(ImportError, match="timm is needed and not installed: pip install timm"):
+        network_builder("timm/resnet18")
 
 
 def test_a_network_for_larger_images_is_asked_in_its_size():
@@ -404,60 +404,60 @@ def test_a_network_for_larger_images_is_asked_in_its_size():
     torch.manual_seed(0)
     fixed = nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(4*11*11, 2)).eval()
     model, report = read_model(fixed, size=48)
-    assert model.meta['size'] == [3, 48, 48] and 'probes' not in report.cannot
-    asked = probe_outputs({name: v[None] for name, v in model.state.items()}, [None], n_images=40)['outputs'][0]
+    assert model.meta["size"] == [3, 48, 48] and "probes" not in report.cannot
+    asked = probe_outputs({name: v[None] for name, v in model.state.items()}, [None], n_images=40)["outputs"][0]
     torch.testing.assert_close(asked, probe_module(fixed, (3, 48, 48), n_images=40))
     with pytest.raises(RuntimeError): fixed(torch.zeros(1, 3, 32, 32))
 
 
 def test_a_model_can_say_why_a_fitted_method_cannot_compare_it(net):
     class Fitted:
-        method, layers, folded = 'lps', ['conv1'], False
+        method, layers, folded = "lps", ["conv1"], False
         def embed(self, weights): raise ValueError("stem has 16 filters")
-    assert why_not(Model(net.state_dict(), {}), [Fitted()]) == {'lps': 'stem has 16 filters'}
+    assert why_not(Model(net.state_dict(), {}), [Fitted()]) == {"lps": "stem has 16 filters"}
 
 
 # Into an index
 
 def test_an_index_takes_in_what_is_not_a_file(net, small, tmp_path, monkeypatch):
     "A folder of the Hub, one in shards, a named network, a name of timm; the same model is found again"
-    (tmp_path/'models').mkdir()
-    folder(tmp_path/'models/hub', net, config=dict(architectures=['ResNet']))
-    (tmp_path/'models/hub/training_args.bin').write_bytes(b'no weights')
-    torch.save(small.state_dict(), tmp_path/'models/small.pt')
-    torch.save(ResNet(depth=8, width=4, n_classes=3).state_dict(), tmp_path/'models/plain.pt')
-    index = ModelIndex.build([tmp_path/'models', 'timm/none'], arch=Small, n_images=16)
-    assert index.fitted.method == 'two-spectra-probes' and len(index) == 3, index.rejected
+    (tmp_path/"models").mkdir()
+    folder(tmp_path/"models/hub", net, config=dict(architectures=["ResNet"]))
+    (tmp_path/"models/hub/training_args.bin").write_bytes(b"no weights")
+    torch.save(small.state_dict(), tmp_path/"models/small.pt")
+    torch.save(ResNet(depth=8, width=4, n_classes=3).state_dict(), tmp_path/"models/plain.pt")
+    index = ModelIndex.build([tmp_path/"models", "timm/none"], arch=Small, n_images=16)
+    assert index.fitted.method == "two-spectra-probes" and len(index) == 3, index.rejected
     assert dict(zip([Path(file).name for file in index.manifest.file], index.manifest.architecture)) == {
-        'hub': 'resnet', 'plain.pt': 'resnet', 'small.pt': 'test_intake:Small(num_classes=3)'}
+        "hub": "resnet", "plain.pt": "resnet", "small.pt": "test_intake:Small(num_classes=3)"}
     reasons = dict(zip(index.rejected.file, index.rejected.reason))
-    assert list(reasons) == ['timm/none'] and 'no network of timm is called none' in reasons['timm/none']
-    for asked in (tmp_path/'models/hub', str(tmp_path/'models/hub'), net):
-        assert index.answer(asked, 1).table.note[1] == 'copy'
-    assert index.answer(small, 1).table.note[1] == 'copy'
-    assert index.add(tmp_path/'models', arch=Small) == 0 and index.remove(tmp_path/'models/hub') == 1
+    assert list(reasons) == ["timm/none"] and "no network of timm is called none" in reasons["timm/none"]
+    for asked in (tmp_path/"models/hub", str(tmp_path/"models/hub"), net):
+        assert index.answer(asked, 1).table.note[1] == "copy"
+    assert index.answer(small, 1).table.note[1] == "copy"
+    assert index.add(tmp_path/"models", arch=Small) == 0 and index.remove(tmp_path/"models/hub") == 1
 
 
 def test_an_index_says_why_a_model_cannot_be_compared(net, small, tmp_path):
-    torch.save(net.state_dict(), tmp_path/'a.pt')
-    torch.save(small.state_dict(), tmp_path/'b.pt')
+    torch.save(net.state_dict(), tmp_path/"a.pt")
+    torch.save(small.state_dict(), tmp_path/"b.pt")
     index = ModelIndex.build(tmp_path, n_images=16)
-    assert len(index) == 1 and index.rejected.reason[0].endswith('(--arch, --names on the command line)')
-    with pytest.raises(ValueError, match='b.pt: no known architecture .*--arch, --names on the command line'):
-        index.query(tmp_path/'b.pt')
-    assert len(index.query(tmp_path/'b.pt', arch=Small)) == 1
-    with pytest.raises(ValueError, match='b.pt: not the weights of torchvision/resnet18'):
-        index.query(tmp_path/'b.pt', arch='torchvision/resnet18')
+    assert len(index) == 1 and index.rejected.reason[0].endswith("(--arch, --names on the command line)")
+    with pytest.raises(ValueError, match="b.pt: no known architecture .*--arch, --names on the command line"):
+        index.query(tmp_path/"b.pt")
+    assert len(index.query(tmp_path/"b.pt", arch=Small)) == 1
+    with pytest.raises(ValueError, match="b.pt: not the weights of torchvision/resnet18"):
+        index.query(tmp_path/"b.pt", arch="torchvision/resnet18")
 
 
 def test_a_report_on_the_command_line(small, tmp_path, capsys):
-    torch.save(small.state_dict(), tmp_path/'b.pt')
-    assert main(['index', 'report', str(tmp_path/'b.pt')]) == 0
+    torch.save(small.state_dict(), tmp_path/"b.pt")
+    assert main(["index", "report", str(tmp_path/"b.pt")]) == 0
     said = capsys.readouterr().out
-    assert 'architecture: not known: name it with arch' in said and 'cannot be compared by probes: ' in said
-    words = ['--arch', 'test_intake:Small', '--size', '20', '--stats', '.5,.5,.5', '.25,.25,.2']
-    assert main(['index', 'report', str(tmp_path/'b.pt'), *words]) == 0
+    assert "architecture: not known: name it with arch" in said and "cannot be compared by probes: " in said
+    words = ["--arch", "test_intake:Small", "--size", "20", "--stats", ".5,.5,.5", ".25,.25,.2"]
+    assert main(["index", "report", str(tmp_path/"b.pt"), *words]) == 0
     said = capsys.readouterr().out
-    assert '3 × 20 × 20, from the call' in said and 'standard deviation 0.25, 0.25, 0.2, from the call' in said
-    assert 'cannot be compared by probes' not in said and 'beside the network: places: whole numbers' in said
-    assert main(['index', 'report', str(tmp_path/'b.pt'), '--stats', 'x', '1']) == 2
+    assert "3 × 20 × 20, from the call" in said and "standard deviation 0.25, 0.25, 0.2, from the call" in said
+    assert "cannot be compared by probes" not in said and "beside the network: places: whole numbers" in said
+    assert main(["index", "report", str(tmp_path/"b.pt"), "--stats", "x", "1"]) == 2

@@ -7,21 +7,21 @@ from lps.methods.all_methods import LEADERS, leading_method
 from lps.methods.registry import METHODS, method_title
 from lps.models.modelset import load_modelset
 
-FOUND = measured(ROOT/'results')
+FOUND = measured(ROOT/"results")
 
 
-@pytest.mark.parametrize('kind, name', [('whole networks', 'foreignzoo'), ('first layers', 'bundled')])
+@pytest.mark.parametrize("kind, name", [("whole networks", "foreignzoo"), ("first layers", "bundled")])
 def test_the_leader_leads_among_methods_without_a_caveat(kind, name):
-    rows = FOUND[(FOUND['set'] == name) & (FOUND.splits >= 20)]
+    rows = FOUND[(FOUND["set"] == name) & (FOUND.splits >= 20)]
     free = rows[[not METHODS[method].caveat for method in rows.method]]
-    assert free.set_index('method')['top-1'].idxmax() == LEADERS[kind]
+    assert free.set_index("method")["top-1"].idxmax() == LEADERS[kind]
 
 
 def test_a_packed_set_gets_a_method_that_reads_first_layers():
-    assert leading_method(load_modelset('bundled')) == 'stem-signature'
+    assert leading_method(load_modelset("bundled")) == "stem-signature"
 
 
 def test_every_measured_method_has_one_row_and_says_what_it_needs():
-    board = leaderboard(ROOT/'results')
+    board = leaderboard(ROOT/"results")
     assert sorted(board.index) == sorted({method_title(method) for method in FOUND.method})
-    assert all(board['', 'needs']) and all(board['', 'exact invariances'])
+    assert all(board["", "needs"]) and all(board["", "exact invariances"])

@@ -13,33 +13,33 @@ from lps.models.modelset import Model, load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.index.index import ModelIndex
 
-OF_STEM = ['canonical-lps', 'weight-matching', 'equivariant', 'experts']
-METHODS = [*OF_STEM, 'all-layer-equivariant']
+OF_STEM = ["canonical-lps", "weight-matching", "equivariant", "experts"]
+METHODS = [*OF_STEM, "all-layer-equivariant"]
 QUICK = {
-    'canonical-lps': dict(epochs=30, milestones=(), n_filters=8, lr=.01),
-    'equivariant': dict(hidden=16),
-    'all-layer-equivariant': dict(hidden=8, n_steps=20),
+    "canonical-lps": dict(epochs=30, milestones=(), n_filters=8, lr=.01),
+    "equivariant": dict(hidden=16),
+    "all-layer-equivariant": dict(hidden=8, n_steps=20),
 }
-BRANCHES = ('conv1', 'layer1.0.conv2', 'layer2.0.conv1')
+BRANCHES = ("conv1", "layer1.0.conv2", "layer2.0.conv1")
 
 
-@pytest.fixture(scope='module')
-def models(tmp_path_factory): return write_models(tmp_path_factory.mktemp('nets'), runs=5)
+@pytest.fixture(scope="module")
+def models(tmp_path_factory): return write_models(tmp_path_factory.mktemp("nets"), runs=5)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def fitted(models):
     found = {method: fit_method(models, method, **QUICK.get(method, {})) for method in METHODS}
-    found['branches'] = fit_method(models, 'canonical-lps', layers=BRANCHES, shortcut='conv', **QUICK['canonical-lps'])
+    found["branches"] = fit_method(models, "canonical-lps", layers=BRANCHES, shortcut="conv", **QUICK["canonical-lps"])
     return found
 
 
-HOLDS = [(method, change) for method in OF_STEM for change in ('shuffled', 'flipped')]
-WHOLE = 'branches', 'all-layer-equivariant'  # of a whole network, the streams' scales are fixed too
+HOLDS = [(method, change) for method in OF_STEM for change in ("shuffled", "flipped")]
+WHOLE = "branches", "all-layer-equivariant"  # of a whole network, the streams' scales are fixed too
 HOLDS += [(method, change) for method in WHOLE for change in CHANGES]
 
 
-@pytest.mark.parametrize('method, change', HOLDS)
+@pytest.mark.parametrize("method, change", HOLDS)
 def test_an_embedding_does_not_see_what_the_outputs_do_not_show(fitted, method, change):
     net = some_net(1, 7)
     before = embed_models(fitted[method], Model(net.state_dict(), {}))
@@ -55,7 +55,7 @@ def test_the_test_above_can_fail(fitted):
         assert (before - after).abs().max() > 1e-3
 
 
-def one_network(state): return {n: v[0] for n, v in matchable({n: v[None] for n, v in state.items()}, 'conv').items()}
+def one_network(state): return {n: v[0] for n, v in matchable({n: v[None] for n, v in state.items()}, "conv").items()}
 
 
 def test_matching_finds_any_order_through_any_scale():
@@ -68,45 +68,45 @@ def test_matching_finds_any_order_through_any_scale():
     assert match(one, one_network(some_net(2, 3).state_dict()), spec)[1] < .9
 
 
-@pytest.mark.parametrize('method', [*METHODS, 'branches'])
+@pytest.mark.parametrize("method", [*METHODS, "branches"])
 def test_a_fitted_method_comes_back_from_its_file_and_answers(models, fitted, method, tmp_path):
-    save_fitted(tmp_path/'fitted.safetensors', fitted[method])
-    again = load_fitted(tmp_path/'fitted.safetensors')
+    save_fitted(tmp_path/"fitted.safetensors", fitted[method])
+    again = load_fitted(tmp_path/"fitted.safetensors")
     assert (again.method, again.tasks, again.config) == (fitted[method].method, [0, 1, 2], fitted[method].config)
     assert embed_models(again, models).equal(embed_models(fitted[method], models))
     assert score_models(again, models).equal(score_models(fitted[method], models))
     index = ModelIndex(again, models)
-    index.save(tmp_path/'index.safetensors')
-    assert ModelIndex.load(tmp_path/'index.safetensors').query(models[4]).similarity.is_monotonic_decreasing
+    index.save(tmp_path/"index.safetensors")
+    assert ModelIndex.load(tmp_path/"index.safetensors").query(models[4]).similarity.is_monotonic_decreasing
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_what_cannot_be_learned_is_refused(models, method):
-    with expect_fail(ValueError, 'two tasks at least'): fit_method(models[:5], method)
-    with expect_fail(ValueError, 'leave out folded'): fit_method(models, method, folded=True)
+    with expect_fail(ValueError, "two tasks at least"): fit_method(models[:5], method)
+    with expect_fail(ValueError, "leave out folded"): fit_method(models, method, folded=True)
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_parts_that_do_not_fit_are_refused(fitted, method):
     config, state = fitted[method].config, fitted[method].state_dict()
     restore = get_method(method).restore
     for field in config:
         with expect_fail(ValueError, field): restore({k: v for k, v in config.items() if k != field}, state)
-        for odd in (None, 3.5, 'a', {'x': 1}, [[1]]):
+        for odd in (None, 3.5, "a", {"x": 1}, [[1]]):
             with expect_fail(ValueError): restore(config | {field: odd}, state)
     refuse = partial(restore, config)
     for name, v in state.items():
         for bad in (v.half(), v[:-1] if v.ndim else v[None]):
             with expect_fail(ValueError): refuse(state | {name: bad})
         with expect_fail(ValueError): refuse({k: t for k, t in state.items() if k != name})
-    with expect_fail(ValueError): refuse(state | {'more': torch.zeros(1)})
+    with expect_fail(ValueError): refuse(state | {"more": torch.zeros(1)})
 
 
 def test_experts_weigh_what_they_got_right(models):
     "A task of two models leaves none to hold out: all members count alike"
-    even = fit_method(models[[0, 1, 2, 5, 6]], 'experts')
+    even = fit_method(models[[0, 1, 2, 5, 6]], "experts")
     assert even.weights.tolist() == [1, 1, 1]
-    learned = fit_method(models, 'experts')
+    learned = fit_method(models, "experts")
     assert (learned.weights >= 0).all() and learned.shares.sum() == pytest.approx(1)
-    stems = fit_method(load_modelset('bundled')[:20], 'experts')
-    assert list(stems.members) == ['stem-signature', 'weight-matching']
+    stems = fit_method(load_modelset("bundled")[:20], "experts")
+    assert list(stems.members) == ["stem-signature", "weight-matching"]

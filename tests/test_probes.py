@@ -12,7 +12,7 @@ from lps.nets.resnet import SHORTCUTS, ResNet, bn_of, resnet_from_state
 from lps.index.index import ModelIndex
 
 
-def some_state(seed=0, shortcut='conv', depth=8, **kwargs):
+def some_state(seed=0, shortcut="conv", depth=8, **kwargs):
     "Tensors of a network whose batch normalisation does something"
     torch.manual_seed(seed)
     net = ResNet(depth, 4, shortcut=shortcut, **kwargs)
@@ -25,7 +25,7 @@ def some_state(seed=0, shortcut='conv', depth=8, **kwargs):
     return {name: v.clone() for name, v in net.state_dict().items()}
 
 
-def model(state, shortcut='conv'): return Model(state, dict(shortcut=shortcut))
+def model(state, shortcut="conv"): return Model(state, dict(shortcut=shortcut))
 
 
 def shuffled(state, shortcut):
@@ -37,14 +37,14 @@ def shuffled(state, shortcut):
 def folded(state, shortcut):
     "The scales of the batch normalisation in the filters"
     state = dict(state)
-    for conv in [name.removesuffix('.weight') for name, v in state.items() if v.ndim == 4]:
+    for conv in [name.removesuffix(".weight") for name, v in state.items() if v.ndim == 4]:
         bn = bn_of(conv)
-        scale = state[f'{bn}.weight']/(state[f'{bn}.running_var'] + 1e-5).sqrt()
-        state[f'{conv}.weight'] = state[f'{conv}.weight']*scale[:, None, None, None]
-        state[f'{bn}.bias'] = state[f'{bn}.bias'] - state[f'{bn}.running_mean']*scale
-        state[f'{bn}.weight'] = torch.ones_like(scale)
-        state[f'{bn}.running_mean'] = torch.zeros_like(scale)
-        state[f'{bn}.running_var'] = torch.full_like(scale, 1 - 1e-5)
+        scale = state[f"{bn}.weight"]/(state[f"{bn}.running_var"] + 1e-5).sqrt()
+        state[f"{conv}.weight"] = state[f"{conv}.weight"]*scale[:, None, None, None]
+        state[f"{bn}.bias"] = state[f"{bn}.bias"] - state[f"{bn}.running_mean"]*scale
+        state[f"{bn}.weight"] = torch.ones_like(scale)
+        state[f"{bn}.running_mean"] = torch.zeros_like(scale)
+        state[f"{bn}.running_var"] = torch.full_like(scale, 1 - 1e-5)
     return state
 
 
@@ -54,7 +54,7 @@ def rescaled(state, shortcut):
     scales = {group: .5 + torch.rand(n, generator=g) for group, n in spec.sizes.items()}
     for name, v in state.items():
         axes = [axis and torch.cat([scales[group] for group in axis]) for axis in spec.axes_to_perm[name]]
-        vector = v.ndim == 1 and name != 'fc.bias' and not name.endswith(('running_mean', 'running_var'))
+        vector = v.ndim == 1 and name != "fc.bias" and not name.endswith(("running_mean", "running_var"))
         if vector: v = v*axes[0]
         if v.ndim > 1 and axes[1] is not None: v = v/axes[1].reshape(-1, *(1,)*(v.ndim - 2))
         new[name] = v
@@ -64,32 +64,32 @@ def rescaled(state, shortcut):
 CHANGES = shuffled, folded, rescaled
 
 
-@pytest.fixture(scope='module', params=SHORTCUTS)
+@pytest.fixture(scope="module", params=SHORTCUTS)
 def shortcut(request): return request.param
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def models(tmp_path_factory):
     "Three tasks: two networks each, that differ by a little noise"
-    folder = tmp_path_factory.mktemp('nets')
+    folder = tmp_path_factory.mktemp("nets")
     for task in range(3):
         for run in range(2):
             state = some_state(task)
-            state['fc.weight'] += .01*run
-            save_model(folder/f'task{task}_run{run}.safetensors', state, dict(task=task, run=run, shortcut='conv'))
+            state["fc.weight"] += .01*run
+            save_model(folder/f"task{task}_run{run}.safetensors", state, dict(task=task, run=run, shortcut="conv"))
     return load_modelset(folder)
 
 
-@pytest.fixture(scope='module')
-def probes(models): return fit_method(models, 'probes', n_images=48)
+@pytest.fixture(scope="module")
+def probes(models): return fit_method(models, "probes", n_images=48)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('change', CHANGES)
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_leaves_the_outputs_leaves_the_embedding(probes, shortcut, change):
     state, x = some_state(7, shortcut), probe_images(8, seed=3)
     new = change(state, shortcut)
-    assert not torch.allclose(new['layer1.0.conv2.weight'], state['layer1.0.conv2.weight'], rtol=.1)
+    assert not torch.allclose(new["layer1.0.conv2.weight"], state["layer1.0.conv2.weight"], rtol=.1)
     logits = resnet_from_state(state, shortcut)(x)
     torch.testing.assert_close(resnet_from_state(new, shortcut)(x), logits, rtol=1e-4, atol=1e-4*logits.abs().max())
     a, b = (embed_models(probes, model(s, shortcut)) for s in (state, new))
@@ -98,7 +98,7 @@ def test_what_leaves_the_outputs_leaves_the_embedding(probes, shortcut, change):
 
 def test_exchanged_classes_are_one_task(probes):
     state = some_state(7)
-    swapped = state | {name: state[name].flip(0) for name in ('fc.weight', 'fc.bias')}
+    swapped = state | {name: state[name].flip(0) for name in ("fc.weight", "fc.bias")}
     a, b = (embed_models(probes, model(s)) for s in (state, swapped))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     other = embed_models(probes, model(some_state(8)))
@@ -114,8 +114,8 @@ def test_networks_of_another_kind_have_embeddings_beside_them(probes):
 
 
 def test_they_come_back_from_a_file(models, probes, tmp_path):
-    save_fitted(tmp_path/'probes.safetensors', probes)
-    again = load_fitted(tmp_path/'probes.safetensors')
+    save_fitted(tmp_path/"probes.safetensors", probes)
+    again = load_fitted(tmp_path/"probes.safetensors")
     assert (again.method, again.tasks, again.config) == (probes.method, probes.tasks, probes.config)
     assert torch.equal(embed_models(again, models), embed_models(probes, models))
     assert torch.equal(score_models(again, models), score_models(probes, models))
@@ -123,17 +123,17 @@ def test_they_come_back_from_a_file(models, probes, tmp_path):
 
 
 def test_an_index_finds_the_other_network_of_a_task(models, probes, tmp_path):
-    ModelIndex(probes, models[[0, 2, 4]]).save(tmp_path/'index.safetensors')
-    index = ModelIndex.load(tmp_path/'index.safetensors')
+    ModelIndex(probes, models[[0, 2, 4]]).save(tmp_path/"index.safetensors")
+    index = ModelIndex.load(tmp_path/"index.safetensors")
     for place in (1, 3, 5): assert index.query(models[place], k=1).task.tolist() == [place//2]
-    deeper = index.query(model(some_state(0, 'pad_end', depth=14), 'pad_end'), k=3)  # another architecture may ask
+    deeper = index.query(model(some_state(0, "pad_end", depth=14), "pad_end"), k=3)  # another architecture may ask
     assert sorted(deeper.task) == [0, 1, 2]
 
 
-@pytest.mark.parametrize('field, value', [
-    ('tasks', ['a']), ('tasks', [0, 1]), ('tasks', None), ('n_images', -1),
-    ('n_images', 10**9), ('n_images', 47), ('n_images', '48'), ('n_images', 1.5), ('probe_seed', -1),
-    ('probe_seed', 2**70), ('probe_seed', None),
+@pytest.mark.parametrize("field, value", [
+    ("tasks", ["a"]), ("tasks", [0, 1]), ("tasks", None), ("n_images", -1),
+    ("n_images", 10**9), ("n_images", 47), ("n_images", "48"), ("n_images", 1.5), ("probe_seed", -1),
+    ("probe_seed", 2**70), ("probe_seed", None),
 ])
 def test_a_config_that_does_not_fit_is_refused(probes, field, value):
     with expect_fail(ValueError): restore_probes(probes.config | {field: value}, probes.state_dict())
@@ -141,25 +141,25 @@ def test_a_config_that_does_not_fit_is_refused(probes, field, value):
         restore_probes({name: v for name, v in probes.config.items() if name != field}, probes.state_dict())
 
 
-@pytest.mark.parametrize('centres', [torch.zeros(3, 4), torch.zeros(3, 48*49//2, dtype=torch.float64)])
+@pytest.mark.parametrize("centres", [torch.zeros(3, 4), torch.zeros(3, 48*49//2, dtype=torch.float64)])
 def test_centres_that_do_not_fit_are_refused(probes, centres):
-    with expect_fail(ValueError, 'centres'): restore_probes(probes.config, dict(centres=centres))
+    with expect_fail(ValueError, "centres"): restore_probes(probes.config, dict(centres=centres))
 
 
-@pytest.mark.parametrize('scale', [float('nan'), float('inf')])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_a_network_that_gives_no_numbers_is_refused(probes, scale):
     state = some_state(7)
-    broken = model(state | {'fc.bias': state['fc.bias'] + scale})
-    with expect_fail(ValueError, 'answers are not finite'): embed_models(probes, broken)
+    broken = model(state | {"fc.bias": state["fc.bias"] + scale})
+    with expect_fail(ValueError, "answers are not finite"): embed_models(probes, broken)
 
 
 def test_a_network_that_always_says_the_same_has_no_embedding(probes):
     state = some_state(7)
-    with expect_fail(ValueError, 'model 0'):
-        embed_models(probes, model(state | {'fc.weight': 0*state['fc.weight']}))
+    with expect_fail(ValueError, "model 0"):
+        embed_models(probes, model(state | {"fc.weight": 0*state["fc.weight"]}))
 
 
 def test_the_bank_is_decided_by_its_seed(models):
-    a, b, c = (fit_method(models, 'probes', n_images=16, probe_seed=s) for s in (0, 0, 1))
+    a, b, c = (fit_method(models, "probes", n_images=16, probe_seed=s) for s in (0, 0, 1))
     assert torch.equal(a.centres, b.centres) and not torch.allclose(a.centres, c.centres)
-    assert observations(models, a)['outputs'].shape == (6, 16, 2)
+    assert observations(models, a)["outputs"].shape == (6, 16, 2)

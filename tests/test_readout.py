@@ -13,8 +13,8 @@ from lps.advice.score import features_and_outputs, photograph_crops, read_out, r
 BANK = probe_images(60)
 
 
-@pytest.mark.parametrize('shortcut', ['conv', 'pad_end'])
-@pytest.mark.parametrize('change', CHANGES)
+@pytest.mark.parametrize("shortcut", ["conv", "pad_end"])
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_leaves_the_outputs_leaves_the_read_out(change, shortcut):
     source, target = some_state(1, shortcut), some_state(2, shortcut)
     answers = [features_and_outputs(model(s, shortcut), BANK) for s in (source, target)]
@@ -40,7 +40,7 @@ def test_targets_do_not_change_one_another():
 
 def test_photographs_need_to_be_normalised():
     net, crops = model(some_state()), photograph_crops(20)
-    with expect_fail(ValueError, 'stats='): features_and_outputs(net, crops)
+    with expect_fail(ValueError, "stats="): features_and_outputs(net, crops)
     stats = [.5]*3, [.25]*3
     told = features_and_outputs(net, crops, stats)[1]
     net.meta |= dict(mean=stats[0], std=stats[1])
@@ -48,17 +48,17 @@ def test_photographs_need_to_be_normalised():
     assert torch.equal(features_and_outputs(net, crops, bs=7)[1].argmax(1), told.argmax(1))
 
 
-@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_network_that_gives_no_numbers_is_refused(value):
     state = some_state()
-    with expect_fail(ValueError, 'not finite'):
-        features_and_outputs(model(state | {'bn1.bias': state['bn1.bias'] + value}), BANK)
+    with expect_fail(ValueError, "not finite"):
+        features_and_outputs(model(state | {"bn1.bias": state["bn1.bias"] + value}), BANK)
 
 
 def test_a_table_has_a_row_a_source(tmp_path):
     for task in range(3):
-        save_model(tmp_path/f'net{task}.safetensors', some_state(task), dict(task=task, run=0, shortcut='conv'))
+        save_model(tmp_path/f"net{task}.safetensors", some_state(task), dict(task=task, run=0, shortcut="conv"))
     models = load_modelset(tmp_path)
     table = read_out_table(models[:2], models, BANK)
     assert table.shape == (2, 3) and list(table.columns) == list(models.manifest.file)
-    assert table.to_numpy()[[0, 1], [0, 1]].min() > .99 and table['net2.safetensors'].max() < .99
+    assert table.to_numpy()[[0, 1], [0, 1]].min() > .99 and table["net2.safetensors"].max() < .99

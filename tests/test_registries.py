@@ -21,14 +21,14 @@ from lps.zoo.build import build
 
 class Strength:
     "How strong each filter is, strongest first: what a network computes does not depend on their order"
-    method, folded = 'strength', False
+    method, folded = "strength", False
 
     def __init__(self, layers, tasks): self.layers, self.tasks = list(layers), list(tasks)
 
     @property
     def config(self): return dict(layers=self.layers, tasks=self.tasks)
 
-    def state_dict(self): return {'none': torch.zeros(1)}
+    def state_dict(self): return {"none": torch.zeros(1)}
 
     def embed(self, weights):
         norms = [weights[layer].flatten(2).norm(dim=2).sort(descending=True).values for layer in self.layers]
@@ -40,50 +40,50 @@ def restore_strength(config, tensors): return Strength(**config)
 def reads_stem(models, **settings): return (models.stem,)
 
 
-STRENGTH = Method('strength', 'Norms of filters', True, reads_stem, fit_strength, restore_strength)
+STRENGTH = Method("strength", "Norms of filters", True, reads_stem, fit_strength, restore_strength)
 
 
 @pytest.fixture
 def strength(monkeypatch):
-    monkeypatch.setitem(methods.METHODS, 'strength', None)  # put back after the test
+    monkeypatch.setitem(methods.METHODS, "strength", None)  # put back after the test
     register_method(STRENGTH)
 
 
-def plain(text): return ' '.join(re.sub('[│╭╮╰╯─]', ' ', text).split())
+def plain(text): return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
 
 
 def test_a_method_from_outside_arrives_everywhere(strength, tmp_path, capsys):
-    models = load_modelset('bundled')
-    fitted = fit_method(models, 'strength')
-    save_fitted(tmp_path/'fitted.safetensors', fitted)
-    again = load_fitted(tmp_path/'fitted.safetensors')
+    models = load_modelset("bundled")
+    fitted = fit_method(models, "strength")
+    save_fitted(tmp_path/"fitted.safetensors", fitted)
+    again = load_fitted(tmp_path/"fitted.safetensors")
     assert isinstance(again, Strength) and again.tasks == models.tasks
-    ModelIndex(fitted, models).save(tmp_path/'index.safetensors')
-    index = ModelIndex.load(tmp_path/'index.safetensors')
-    assert index.fitted.method == 'strength' and index.query(models[3], 1, with_self=True).similarity[1] > 0.9999
-    assert main(['fit', '--help']) == 0
-    assert 'baselines: fc, frobenius, strength' in plain(capsys.readouterr().out)
-    out = tmp_path/'out.safetensors'
-    assert main(['fit', 'bundled', '--method', 'strength', '--out', str(out)]) == 0
-    assert load_fitted(out).layers == ['conv1']
+    ModelIndex(fitted, models).save(tmp_path/"index.safetensors")
+    index = ModelIndex.load(tmp_path/"index.safetensors")
+    assert index.fitted.method == "strength" and index.query(models[3], 1, with_self=True).similarity[1] > 0.9999
+    assert main(["fit", "--help"]) == 0
+    assert "baselines: fc, frobenius, strength" in plain(capsys.readouterr().out)
+    out = tmp_path/"out.safetensors"
+    assert main(["fit", "bundled", "--method", "strength", "--out", str(out)]) == 0
+    assert load_fitted(out).layers == ["conv1"]
     few = models[models.manifest.task < 4]
-    runs = table1(few, 2, 8, methods=('strength',), read_out='nearest')
-    assert 'Norms of filters' in summary(runs).index and 'Norms of filters' in result_record(few, runs)['summary']
+    runs = table1(few, 2, 8, methods=("strength",), read_out="nearest")
+    assert "Norms of filters" in summary(runs).index and "Norms of filters" in result_record(few, runs)["summary"]
 
 
 def light_or_dark(split, **kwargs):
     "Images of two classes that a small network tells apart at once"
     labels = torch.arange(40) % 2
     noise = torch.randint(100, (40, 3, 8, 8), generator=torch.Generator().manual_seed(len(split)))
-    return ImageSet((noise + 150*labels[:, None, None, None]).to(torch.uint8), labels, ['dark', 'light'], 'lights')
+    return ImageSet((noise + 150*labels[:, None, None, None]).to(torch.uint8), labels, ["dark", "light"], "lights")
 
 
 def test_a_data_set_from_outside_arrives_everywhere(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(tasks.DATASETS, 'lights', None)
-    register_dataset(DataSet('lights', light_or_dark, 'made up for a test; do with them what you like'))
-    recipe = replace(recipes['digits'], name='tiny', epochs=1, milestones=(), depth=8, width=4)
-    models = build(tmp_path/'zoo', images='lights', recipe=recipe, n_tasks=1, n_models=2, workers=1)
-    assert len(models) == 2 and models[0].meta['classes'] == ['dark', 'light']
-    assert 'made up for a test' in datasheet_text(datasheet(models, 'Lights'))
-    assert main(['zoo', 'build', '--help']) == 0
-    assert 'lights' in plain(capsys.readouterr().out)
+    monkeypatch.setitem(tasks.DATASETS, "lights", None)
+    register_dataset(DataSet("lights", light_or_dark, "made up for a test; do with them what you like"))
+    recipe = replace(recipes["digits"], name="tiny", epochs=1, milestones=(), depth=8, width=4)
+    models = build(tmp_path/"zoo", images="lights", recipe=recipe, n_tasks=1, n_models=2, workers=1)
+    assert len(models) == 2 and models[0].meta["classes"] == ["dark", "light"]
+    assert "made up for a test" in datasheet_text(datasheet(models, "Lights"))
+    assert main(["zoo", "build", "--help"]) == 0
+    assert "lights" in plain(capsys.readouterr().out)

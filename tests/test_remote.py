@@ -20,25 +20,25 @@ from lps.nets.resnet import ResNet
 
 class Server(http.server.BaseHTTPRequestHandler):
     "Serves bytes by path; `how` says what is wrong with it"
-    files, how, asked = {}, '', []
+    files, how, asked = {}, "", []
 
     def log_message(self, *args): pass
 
     def do_GET(self):
-        data, wanted = self.files.get(self.path), re.fullmatch(r'bytes=(\d+)-(\d+)', self.headers.get('Range', ''))
-        self.asked.append((self.path, self.headers.get('Range')))
-        if self.how == 'moves' and not self.path.startswith('/cdn'): return self.redirect(f'/cdn{self.path}')
-        if self.how == 'to a file': return self.redirect('file:///etc/passwd')
-        if self.how == 'to another kind': return self.redirect('ftp://127.0.0.1/m.safetensors')
-        if self.path.startswith('/cdn'): data = self.files.get(self.path.removeprefix('/cdn'))
+        data, wanted = self.files.get(self.path), re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        self.asked.append((self.path, self.headers.get("Range")))
+        if self.how == "moves" and not self.path.startswith("/cdn"): return self.redirect(f"/cdn{self.path}")
+        if self.how == "to a file": return self.redirect("file:///etc/passwd")
+        if self.how == "to another kind": return self.redirect("ftp://127.0.0.1/m.safetensors")
+        if self.path.startswith("/cdn"): data = self.files.get(self.path.removeprefix("/cdn"))
         if data is None: return self.send_error(404)
-        if self.how == 'private': return self.send_error(401)
-        if wanted is None or self.how == 'no ranges': return self.whole(data)
+        if self.how == "private": return self.send_error(401)
+        if wanted is None or self.how == "no ranges": return self.whole(data)
         return self.part(data, *map(int, wanted.groups()))
 
     def redirect(self, place):
         self.send_response(302)
-        self.send_header('Location', place)
+        self.send_header("Location", place)
         self.end_headers()
 
     def whole(self, data):
@@ -48,170 +48,170 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     def part(self, data, start, stop):
         body, size, first = data[start:stop + 1], len(data), start
-        if self.how == 'short': body = body[:-1]
-        if self.how == 'long': body += bytes(10)
-        if self.how == 'endless': body = bytes(50_000_000)
-        if self.how == 'elsewhere': first += 1
-        if self.how == 'size': size += 1
-        if self.how == 'huge': size = 10**18 - 1
+        if self.how == "short": body = body[:-1]
+        if self.how == "long": body += bytes(10)
+        if self.how == "endless": body = bytes(50_000_000)
+        if self.how == "elsewhere": first += 1
+        if self.how == "size": size += 1
+        if self.how == "huge": size = 10**18 - 1
         self.send_response(206)
         said = f'bytes {first}-{first + len(data[start:stop + 1]) - 1}/{"*" if self.how == "star" else size}'
-        if self.how != 'silent': self.send_header('Content-Range', said)
-        self.send_header('ETag', f'"{len(self.asked)}"' if self.how == 'changes' else '"same"')
+        if self.how != "silent": self.send_header("Content-Range", said)
+        self.send_header("ETag", f'"{len(self.asked)}"' if self.how == "changes" else '"same"')
         self.end_headers()
         try: self.wfile.write(body)
         except OSError: pass  # the reader had enough
 
 
 @contextmanager
-def serving(files, how=''):
+def serving(files, how=""):
     "The address of a server, and its class with what it was asked for"
-    kind = type('Kind', (Server,), dict(files=files, how=how, asked=[]))
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), kind)
+    kind = type("Kind", (Server,), dict(files=files, how=how, asked=[]))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind)
     threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=.01), daemon=True).start()
-    try: yield f'http://127.0.0.1:{server.server_port}', kind
+    try: yield f"http://127.0.0.1:{server.server_port}", kind
     finally:
         server.shutdown()
         server.server_close()
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def net():
     torch.manual_seed(0)
     return ResNet(depth=20, width=16).eval()
 
 
-@pytest.fixture(scope='module')
-def file(net): return safetensors.torch.save(net.state_dict(), dict(format='pt'))
+@pytest.fixture(scope="module")
+def file(net): return safetensors.torch.save(net.state_dict(), dict(format="pt"))
 
 
 def test_a_model_is_indexed_for_kilobytes(net, file, monkeypatch):
     "Its embedding is that of the whole model"
-    with serving({'/org/net/resolve/main/model.safetensors': file}, 'moves') as (address, kind):
-        monkeypatch.setenv('HF_ENDPOINT', address)
-        model, report = read_model('org/net')
-    assert set(model.state) == {'conv1.weight', *(f'bn1.{v}' for v in NORM)}
+    with serving({"/org/net/resolve/main/model.safetensors": file}, "moves") as (address, kind):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        model, report = read_model("org/net")
+    assert set(model.state) == {"conv1.weight", *(f"bn1.{v}" for v in NORM)}
     for name, tensor in model.state.items(): assert torch.equal(tensor, net.state_dict()[name])
-    read = int(report.kind.partition(' ')[0].replace(',', ''))
-    assert read < 60_000 < len(file) and report.norms == '21 batch normalisations' and report.head == 'fc, 2 × 64'
-    assert all(path.startswith('/cdn') or wanted is None or wanted.startswith('bytes=') for path, wanted in kind.asked)
-    fitted = fit_method(models_of_two(), 'lps', n_filters=4, epochs=1, milestones=())
+    read = int(report.kind.partition(" ")[0].replace(",", ""))
+    assert read < 60_000 < len(file) and report.norms == "21 batch normalisations" and report.head == "fc, 2 × 64"
+    assert all(path.startswith("/cdn") or wanted is None or wanted.startswith("bytes=") for path, wanted in kind.asked)
+    fitted = fit_method(models_of_two(), "lps", n_filters=4, epochs=1, milestones=())
     assert torch.equal(embed_models(fitted, model), embed_models(fitted, Model(net.state_dict(), {})))
-    assert {'probes', 'chain'} <= set(why_not(model)) and 'stem-signature' not in why_not(model)
-    with pytest.raises(ValueError, match='only conv1.weight, bn1.weight'): model.net
+    assert {"probes", "chain"} <= set(why_not(model)) and "stem-signature" not in why_not(model)
+    with pytest.raises(ValueError, match="only conv1.weight, bn1.weight"): model.net
 
 
-NORM = 'weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'
+NORM = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
 
 
 def models_of_two():
     "Models of two tasks, such as come with the package"
-    models = load_modelset('bundled')
+    models = load_modelset("bundled")
     return models[(models.labels < 2).numpy()]
 
 
 def test_all_of_a_model_where_it_is_asked_for(net, file):
-    with serving({'/m.safetensors': file}) as (address, _):
-        model, report = read_model(f'{address}/m.safetensors', whole=True)
-    assert model.digest == Model(net.state_dict(), {}).digest and 'lacks' not in model.meta
+    with serving({"/m.safetensors": file}) as (address, _):
+        model, report = read_model(f"{address}/m.safetensors", whole=True)
+    assert model.digest == Model(net.state_dict(), {}).digest and "lacks" not in model.meta
     x = torch.zeros(1, 3, 32, 32)
     assert torch.equal(model.net(x), net(x))
 
 
 def test_shards_and_configurations(net, monkeypatch):
     "As the Hub has large models"
-    state, base = net.state_dict(), '/org/net/resolve/main/'
-    parts = {'a.safetensors': dict(list(state.items())[:60]), 'b.safetensors': dict(list(state.items())[60:])}
-    files = {f'{base}{name}': safetensors.torch.save(part) for name, part in parts.items()}
+    state, base = net.state_dict(), "/org/net/resolve/main/"
+    parts = {"a.safetensors": dict(list(state.items())[:60]), "b.safetensors": dict(list(state.items())[60:])}
+    files = {f"{base}{name}": safetensors.torch.save(part) for name, part in parts.items()}
     index = {name: file for file, part in parts.items() for name in part}
-    files[f'{base}model.safetensors.index.json'] = json.dumps(dict(weight_map=index)).encode()
-    files[f'{base}preprocessor_config.json'] = json.dumps(dict(image_mean=[.5]*3, image_std=[.2]*3)).encode()
-    files[f'{base}config.json'] = json.dumps(dict(id2label={'0': 'cat', '1': 'dog'})).encode()
+    files[f"{base}model.safetensors.index.json"] = json.dumps(dict(weight_map=index)).encode()
+    files[f"{base}preprocessor_config.json"] = json.dumps(dict(image_mean=[.5]*3, image_std=[.2]*3)).encode()
+    files[f"{base}config.json"] = json.dumps(dict(id2label={"0": "cat", "1": "dog"})).encode()
     with serving(files) as (address, _):
-        monkeypatch.setenv('HF_ENDPOINT', address)
-        model, report = read_model('org/net', whole=True)
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        model, report = read_model("org/net", whole=True)
     assert model.digest == Model(state, {}).digest
-    assert model.meta['std'] == [.2]*3 and model.meta['classes'] == ['cat', 'dog']
+    assert model.meta["std"] == [.2]*3 and model.meta["classes"] == ["cat", "dog"]
 
 
 def test_a_server_without_ranges_is_read_only_when_asked(net, file):
-    with serving({'/m.safetensors': file}, 'no ranges') as (address, kind):
-        url = f'{address}/m.safetensors'
-        with pytest.raises(ValueError, match='does not send ranges of bytes: pass download=True'): open_remote(url)
+    with serving({"/m.safetensors": file}, "no ranges") as (address, kind):
+        url = f"{address}/m.safetensors"
+        with pytest.raises(ValueError, match="does not send ranges of bytes: pass download=True"): open_remote(url)
         found = open_remote(url, download=True)
-        assert torch.equal(found.tensors(['fc.bias'])['fc.bias'], net.fc.bias) and len(kind.asked) == 3
-        with pytest.raises(ValueError, match='sends more than the 1000 bytes'): open_remote(url, True, most=1000)
+        assert torch.equal(found.tensors(["fc.bias"])["fc.bias"], net.fc.bias) and len(kind.asked) == 3
+        with pytest.raises(ValueError, match="sends more than the 1000 bytes"): open_remote(url, True, most=1000)
 
 
-@pytest.mark.parametrize('how, words', [
-    ('short', 'bytes 0 to 32768 were asked for, 32767 from 0 on were sent'),
-    ('long', 'sends more than the 32768 bytes'),
-    ('endless', 'sends more than the 32768 bytes'),
-    ('elsewhere', 'were asked for'),
-    ('silent', 'the server says no range'),
-    ('star', 'the server says no range'),
-    ('size', 'follow its last tensor'),
-    ('huge', 'follow its last tensor'),
-    ('changes', 'it changed while it was read'),
+@pytest.mark.parametrize("how, words", [
+    ("short", "bytes 0 to 32768 were asked for, 32767 from 0 on were sent"),
+    ("long", "sends more than the 32768 bytes"),
+    ("endless", "sends more than the 32768 bytes"),
+    ("elsewhere", "were asked for"),
+    ("silent", "the server says no range"),
+    ("star", "the server says no range"),
+    ("size", "follow its last tensor"),
+    ("huge", "follow its last tensor"),
+    ("changes", "it changed while it was read"),
 ])
 def test_a_server_that_lies_is_refused(file, how, words):
-    with serving({'/m.safetensors': file}, how) as (address, _):
-        with pytest.raises(ValueError, match=words): open_remote(f'{address}/m.safetensors').tensors(['conv1.weight'])
+    with serving({"/m.safetensors": file}, how) as (address, _):
+        with pytest.raises(ValueError, match=words): open_remote(f"{address}/m.safetensors").tensors(["conv1.weight"])
 
 
-@pytest.mark.parametrize('how, error, words', [
-    ('private', OSError, 'answered 401: a private model'),
-    ('to a file', OSError, 'answered 302'),
-    ('to another kind', OSError, 'no address on the web'),
+@pytest.mark.parametrize("how, error, words", [
+    ("private", OSError, "answered 401: a private model"),
+    ("to a file", OSError, "answered 302"),
+    ("to another kind", OSError, "no address on the web"),
 ])
 def test_a_server_that_refuses_is_named(file, how, error, words):
-    with serving({'/m.safetensors': file}, how) as (address, _):
-        with pytest.raises(error, match=words): open_remote(f'{address}/m.safetensors')
+    with serving({"/m.safetensors": file}, how) as (address, _):
+        with pytest.raises(error, match=words): open_remote(f"{address}/m.safetensors")
 
 
-def lying(said, length=None, body=b''):
+def lying(said, length=None, body=b""):
     "A file with any header"
     text = json.dumps(said).encode()
-    return (length or len(text)).to_bytes(8, 'little') + text + body
+    return (length or len(text)).to_bytes(8, "little") + text + body
 
 
-def tensor(shape, start, end, dtype='F32'): return dict(dtype=dtype, shape=shape, data_offsets=[start, end])
+def tensor(shape, start, end, dtype="F32"): return dict(dtype=dtype, shape=shape, data_offsets=[start, end])
 
 
-@pytest.mark.parametrize('data, words', [
-    (b'', 'no range|416|were asked'),
-    (b'no weights', 'not a safetensors file'),
-    (lying({}, length=99_999_999), 'truncated'),
-    (lying({}, length=2**63), 'not a safetensors file'),
-    (lying({'a': tensor([2**31], 0, 2**33)}, body=bytes(64)), 'truncated'),
-    (lying({'a': tensor([3], 0, 64)}, body=bytes(64)), 'not a safetensors file: a is'),
-    (lying({f'{i}': tensor([0], 0, 0) for i in range(20_001)}), 'too large: 20001 tensors'),
-    (lying({'a': tensor([8], 0, 64, 'X64')}, body=bytes(64)), 'not a safetensors file'),
+@pytest.mark.parametrize("data, words", [
+    (b"", "no range|416|were asked"),
+    (b"no weights", "not a safetensors file"),
+    (lying({}, length=99_999_999), "truncated"),
+    (lying({}, length=2**63), "not a safetensors file"),
+    (lying({"a": tensor([2**31], 0, 2**33)}, body=bytes(64)), "truncated"),
+    (lying({"a": tensor([3], 0, 64)}, body=bytes(64)), "not a safetensors file: a is"),
+    (lying({f"{i}": tensor([0], 0, 0) for i in range(20_001)}), "too large: 20001 tensors"),
+    (lying({"a": tensor([8], 0, 64, "X64")}, body=bytes(64)), "not a safetensors file"),
 ])
 def test_a_header_that_lies_is_refused(data, words):
-    with serving({'/m.safetensors': data}) as (address, _):
-        with pytest.raises((ValueError, OSError), match=words): open_remote(f'{address}/m.safetensors').tensors(['a'])
+    with serving({"/m.safetensors": data}) as (address, _):
+        with pytest.raises((ValueError, OSError), match=words): open_remote(f"{address}/m.safetensors").tensors(["a"])
 
 
 def test_one_request_has_a_limit(file, monkeypatch):
-    monkeypatch.setattr(remote, 'MAX_RANGE', 100_000)
-    with serving({'/m.safetensors': file}) as (address, _):
-        found = open_remote(f'{address}/m.safetensors')
-        with pytest.raises(ValueError, match='147456 bytes at once, 100000 are allowed'):
-            found.tensors(['layer3.2.conv2.weight'])
+    monkeypatch.setattr(remote, "MAX_RANGE", 100_000)
+    with serving({"/m.safetensors": file}) as (address, _):
+        found = open_remote(f"{address}/m.safetensors")
+        with pytest.raises(ValueError, match="147456 bytes at once, 100000 are allowed"):
+            found.tensors(["layer3.2.conv2.weight"])
 
 
 def test_what_is_not_there_is_named(monkeypatch):
     index = b'{"weight_map": {"a": "../b"}}'
-    files = {'/j': b'{', '/org/net/resolve/main/model.safetensors.index.json': index}
+    files = {"/j": b"{", "/org/net/resolve/main/model.safetensors.index.json": index}
     with serving(files) as (address, _):
-        monkeypatch.setenv('HF_ENDPOINT', address)
-        with pytest.raises(FileNotFoundError, match='folder org/other, and org/other has no model.safetensors'):
-            read_model('org/other')
-        with pytest.raises(ValueError, match='no shard beside it'): open_model('org/net')
-        with pytest.raises(ValueError, match='is not JSON'): remote_json(f'{address}/j')
-    with pytest.raises(OSError, match='cannot be reached'): open_remote(f'{address}/m.safetensors')
-    with pytest.raises(OSError, match='no file or folder org/net, and .* cannot be reached'): read_model('org/net')
-    known = fit_method(models_of_two(), 'stem-signature')
-    (bad,), = [embed_items(known, [item]).bad.values() for item in find_models(['org/net'])[0]]
-    assert bad.startswith('no file or folder org/net') and 'Errno 5' not in bad
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        with pytest.raises(FileNotFoundError, match="folder org/other, and org/other has no model.safetensors"):
+            read_model("org/other")
+        with pytest.raises(ValueError, match="no shard beside it"): open_model("org/net")
+        with pytest.raises(ValueError, match="is not JSON"): remote_json(f"{address}/j")
+    with pytest.raises(OSError, match="cannot be reached"): open_remote(f"{address}/m.safetensors")
+    with pytest.raises(OSError, match="no file or folder org/net, and .* cannot be reached"): read_model("org/net")
+    known = fit_method(models_of_two(), "stem-signature")
+    (bad,), = [embed_items(known, [item]).bad.values() for item in find_models(["org/net"])[0]]
+    assert bad.startswith("no file or folder org/net") and "Errno 5" not in bad

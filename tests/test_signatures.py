@@ -13,32 +13,32 @@ from lps.models.modelset import Model, load_modelset
 from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex
 
-METHODS = ['stem-signature', 'all-layer-signature', 'image-statistics', 'weights-fusion', 'chain']
+METHODS = ["stem-signature", "all-layer-signature", "image-statistics", "weights-fusion", "chain"]
 
 
-@pytest.fixture(scope='module')
-def models(tmp_path_factory): return write_models(tmp_path_factory.mktemp('nets'), runs=5)
+@pytest.fixture(scope="module")
+def models(tmp_path_factory): return write_models(tmp_path_factory.mktemp("nets"), runs=5)
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope="module")
 def fitted(models): return {method: fit_method(models, method) for method in METHODS}
 
 
 HOLDS = [(method, change) for method in METHODS for change in CHANGES]
-HOLDS.remove(('stem-signature', 'scaled'))  # a stem alone does not show who else writes to its channels
-HOLDS.remove(('weights-fusion', 'scaled'))  # the stem's signature is part of it
+HOLDS.remove(("stem-signature", "scaled"))  # a stem alone does not show who else writes to its channels
+HOLDS.remove(("weights-fusion", "scaled"))  # the stem's signature is part of it
 
 
-@pytest.mark.parametrize('change', CHANGES)
+@pytest.mark.parametrize("change", CHANGES)
 def test_the_changes_leave_the_outputs_as_they_are(change):
     net, x = some_net(1, 0), torch.randn(3, 3, 16, 16)
     other = ResNet(8, width=WIDTH).eval()
     other.load_state_dict(CHANGES[change](net))
     torch.testing.assert_close(other(x), net(x), rtol=1e-3, atol=1e-4)
-    assert not torch.equal(other.conv1.weight, net.conv1.weight) or change == 'scaled'
+    assert not torch.equal(other.conv1.weight, net.conv1.weight) or change == "scaled"
 
 
-@pytest.mark.parametrize('method, change', HOLDS)
+@pytest.mark.parametrize("method, change", HOLDS)
 def test_an_embedding_does_not_see_what_the_outputs_do_not_show(fitted, method, change):
     net, method = some_net(1, 7), fitted[method]
     before = embed_models(method, Model(net.state_dict(), {}))
@@ -48,106 +48,106 @@ def test_an_embedding_does_not_see_what_the_outputs_do_not_show(fitted, method, 
 
 def test_the_tests_above_can_fail(models, fitted):
     "The stem's γ does depend on the scale of its stream, and a method that reads filters in order sees any change"
-    net, stem = some_net(1, 7), fitted['stem-signature']
+    net, stem = some_net(1, 7), fitted["stem-signature"]
     before, after = [embed_models(stem, Model(s, {})) for s in (net.state_dict(), scaled(net))]
     assert (before - after).abs().max() > 1e-2
-    ordered = fit_method(models, 'fc', epochs=1, milestones=())
+    ordered = fit_method(models, "fc", epochs=1, milestones=())
     for change in (shuffled, flipped):
         before, after = [embed_models(ordered, Model(s, {})) for s in (net.state_dict(), change(net))]
         assert (before - after).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_fitted_signature_comes_back_from_its_file(models, fitted, method, tmp_path):
-    save_fitted(tmp_path/'fitted.safetensors', fitted[method])
-    again = load_fitted(tmp_path/'fitted.safetensors')
+    save_fitted(tmp_path/"fitted.safetensors", fitted[method])
+    again = load_fitted(tmp_path/"fitted.safetensors")
     assert (again.method, again.tasks, again.config) == (method, [0, 1, 2], fitted[method].config)
     assert embed_models(again, models).equal(embed_models(fitted[method], models))
     assert score_models(again, models).equal(score_models(fitted[method], models))
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_an_index_answers_with_its_task(models, fitted, method, tmp_path):
     index = ModelIndex(fitted[method], models)
-    index.save(tmp_path/'index.safetensors')
-    for some in (index, ModelIndex.load(tmp_path/'index.safetensors')):
+    index.save(tmp_path/"index.safetensors")
+    for some in (index, ModelIndex.load(tmp_path/"index.safetensors")):
         assert some.query(models[4]).task.iloc[0] == 0
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_two_tasks_are_told_apart(models, method):
     two = fit_method(models[:10], method)
     assert (score_models(two, models[:10]).argmax(1) == models.labels[:10]).float().mean() > .9
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_what_cannot_be_learned_is_refused(models, method):
-    with expect_fail(ValueError, 'two tasks at least'): fit_method(models[:1], method)
-    with expect_fail(ValueError, 'two tasks at least'): fit_method(models[:5], method)
-    with expect_fail(ValueError, 'two of one task at least'): fit_method(models[[0, 5, 10]], method)
-    with expect_fail(ValueError, 'leave out folded'): fit_method(models, method, folded=True)
-    with expect_fail(ValueError, 'leave out layers'): fit_method(models, method, layers=('layer1.0.conv1',))
+    with expect_fail(ValueError, "two tasks at least"): fit_method(models[:1], method)
+    with expect_fail(ValueError, "two tasks at least"): fit_method(models[:5], method)
+    with expect_fail(ValueError, "two of one task at least"): fit_method(models[[0, 5, 10]], method)
+    with expect_fail(ValueError, "leave out folded"): fit_method(models, method, folded=True)
+    with expect_fail(ValueError, "leave out layers"): fit_method(models, method, layers=("layer1.0.conv1",))
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_weights_that_are_no_numbers_are_refused(models, fitted, method):
     observe = get_method(method).observe
     weights = {name: v.clone() for name, v in models.weights(get_method(method).reads(models)).items()}
-    for name in weights: weights[name][2] = float('nan')
-    with expect_fail(ValueError, 'no finite'): get_method(method).fit(observe(weights), models.labels, 0)
-    with expect_fail(ValueError, 'no finite embedding for model 2'): embed_models(fitted[method], observe(weights))
+    for name in weights: weights[name][2] = float("nan")
+    with expect_fail(ValueError, "no finite"): get_method(method).fit(observe(weights), models.labels, 0)
+    with expect_fail(ValueError, "no finite embedding for model 2"): embed_models(fitted[method], observe(weights))
 
 
 def test_a_pruned_filter_counts_for_nothing(fitted):
     state = some_net(0, 0).state_dict()
-    state['conv1.weight'][1] = 0
+    state["conv1.weight"][1] = 0
     for method in METHODS: assert embed_models(fitted[method], Model(state, {})).isfinite().all()
 
 
 def without_statistics(net):
     "Tensors of the stem alone, without its BN"
-    return {'conv1.weight': net.state_dict()['conv1.weight']}
+    return {"conv1.weight": net.state_dict()["conv1.weight"]}
 
 
 def test_networks_without_norms(tmp_path):
     for task in range(2):
         for run in range(4):
             stem = without_statistics(some_net(task, run))
-            save_model(tmp_path/f'{task}_{run}.safetensors', stem, dict(task=task, run=run))
+            save_model(tmp_path/f"{task}_{run}.safetensors", stem, dict(task=task, run=run))
     bare = load_modelset(tmp_path)
-    assert fit_method(bare, 'stem-signature').layers == ['conv1.weight']
-    with expect_fail(ValueError, 'take stem-signature'): fit_method(bare, 'image-statistics')
-    for method in ('all-layer-signature', 'chain'):
-        with expect_fail(ValueError, 'give whole networks'): fit_method(bare, method)
-    assert list(fit_method(bare, 'weights-fusion').experts) == ['stem-signature']
+    assert fit_method(bare, "stem-signature").layers == ["conv1.weight"]
+    with expect_fail(ValueError, "take stem-signature"): fit_method(bare, "image-statistics")
+    for method in ("all-layer-signature", "chain"):
+        with expect_fail(ValueError, "give whole networks"): fit_method(bare, method)
+    assert list(fit_method(bare, "weights-fusion").experts) == ["stem-signature"]
 
 
-ODD = [None, 3, 'a', [], {}, [1, 1], [0.5, 1], {'stem': -1}, {'stem': 2**70}, {'a': {'b': 1}}, ['x'], {'shortcut': 3}]
+ODD = [None, 3, "a", [], {}, [1, 1], [0.5, 1], {"stem": -1}, {"stem": 2**70}, {"a": {"b": 1}}, ["x"], {"shortcut": 3}]
 
 
-@pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('field', ['layers', 'tasks', 'sizes', 'observing'])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("field", ["layers", "tasks", "sizes", "observing"])
 def test_a_config_that_does_not_fit_is_refused(fitted, method, field):
     restore, config = get_method(method).restore, fitted[method].config
     refuse = partial(restore, tensors=fitted[method].state_dict())
     with expect_fail(ValueError, field): refuse({k: v for k, v in config.items() if k != field})
     for value in ODD:
-        if field == 'layers' and value in ([], ['x']) or field == 'observing' and value == {}: continue
+        if field == "layers" and value in ([], ["x"]) or field == "observing" and value == {}: continue
         with expect_fail(ValueError): refuse(config | {field: value})
     with expect_fail(ValueError, "field 'tasks'"): refuse(config | dict(tasks=[0, 1, 1]))
-    for odd in ({'weights': 'x'}, {'depth': '3'}, {'shortcut': None}):
-        with expect_fail(ValueError, 'observing'): refuse(config | dict(observing=odd))
+    for odd in ({"weights": "x"}, {"depth": "3"}, {"shortcut": None}):
+        with expect_fail(ValueError, "observing"): refuse(config | dict(observing=odd))
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_tensors_that_do_not_fit_are_refused(fitted, method):
     restore, state = get_method(method).restore, fitted[method].state_dict()
     refuse = partial(restore, fitted[method].config)
     for name, v in state.items():
-        for bad in (v.float(), v[:-1], v*float('nan')):
+        for bad in (v.float(), v[:-1], v*float("nan")):
             with expect_fail(ValueError): refuse(state | {name: bad})
         with expect_fail(ValueError): refuse({k: t for k, t in state.items() if k != name})
-    with expect_fail(ValueError): refuse(state | {'more': torch.zeros(1)})
+    with expect_fail(ValueError): refuse(state | {"more": torch.zeros(1)})
 
 
 def test_a_depth_of_any_kind_gives_as_many_numbers():
@@ -155,17 +155,17 @@ def test_a_depth_of_any_kind_gives_as_many_numbers():
     for depth, width in ((8, 4), (14, 6), (20, 4)):
         state = ResNet(depth, width=width).state_dict()
         tensors = {name: v[None] for name, v in state.items() if v.ndim}
-        both = signatures.all_layer_signature(tensors)['layers'], chain.chain_signature(tensors)['chain']
+        both = signatures.all_layer_signature(tensors)["layers"], chain.chain_signature(tensors)["chain"]
         sizes.add(tuple(v.shape for v in both))
     assert len(sizes) == 1
 
 
 def test_depth_and_version_of_the_chain_are_settings_that_are_kept(models, tmp_path):
-    fitted = fit_method(models, 'chain', depth=3, relu='linear')
-    save_fitted(tmp_path/'chain.safetensors', fitted)
-    again = load_fitted(tmp_path/'chain.safetensors')
-    assert again.observing == dict(depth=3, relu='linear')
+    fitted = fit_method(models, "chain", depth=3, relu="linear")
+    save_fitted(tmp_path/"chain.safetensors", fitted)
+    again = load_fitted(tmp_path/"chain.safetensors")
+    assert again.observing == dict(depth=3, relu="linear")
     assert embed_models(again, models[2]).shape == (1, 378)
-    assert not embed_models(again, models).equal(embed_models(fit_method(models, 'chain', depth=3), models))
-    with expect_fail(ValueError, 'take 0 to 18'): fit_method(models, 'chain', depth=19)
-    with expect_fail(ValueError, 'take one of gaussian, linear'): fit_method(models, 'chain', relu='tanh')
+    assert not embed_models(again, models).equal(embed_models(fit_method(models, "chain", depth=3), models))
+    with expect_fail(ValueError, "take 0 to 18"): fit_method(models, "chain", depth=19)
+    with expect_fail(ValueError, "take one of gaussian, linear"): fit_method(models, "chain", relu="tanh")

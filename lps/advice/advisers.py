@@ -42,13 +42,13 @@ from ..study.transfer import cluster_ari, linear_cka, log_me, task_targets
 
 # %% ../../nbs/advice/01_advisers.ipynb #4f1e79d4
 NEEDS = {
-    'nothing': '#999999',
-    'accuracies of the sources': '#999999',
-    'both networks': '#0072B2',
-    'both networks and photographs of other classes': '#56B4E9',
-    "the target's images": '#E69F00',
-    "the target's images and labels": '#D55E00',
-    'hindsight': '#000000',
+    "nothing": "#999999",
+    "accuracies of the sources": "#999999",
+    "both networks": "#0072B2",
+    "both networks and photographs of other classes": "#56B4E9",
+    "the target's images": "#E69F00",
+    "the target's images and labels": "#D55E00",
+    "hindsight": "#000000",
 }
 
 @dataclass(frozen=True)
@@ -59,19 +59,19 @@ class Adviser:
 
 # %% ../../nbs/advice/01_advisers.ipynb #0b4f17d4
 ADVISERS = dict(
-    random=Adviser('random', 'nothing'),
-    accuracy=Adviser('best at its own task', 'accuracies of the sources'),
-    popular=Adviser('best for the other targets', 'accuracies of the sources'),
-    readout=Adviser('read-out, noise', 'both networks'),
-    outputs=Adviser('squared correlation of outputs, noise', 'both networks'),
-    score=Adviser('transfer score: mean of the two', 'both networks'),
-    crops=Adviser('transfer score, crops of two photographs', 'both networks'),
-    fitted=Adviser('transfer score, images fitted to the networks', 'both networks'),
-    photographs=Adviser('transfer score, photographs', 'both networks and photographs of other classes'),
-    cka=Adviser('CKA', "the target's images"),
-    neighbours=Adviser('nearest neighbours', "the target's images and labels"),
-    logme=Adviser('LogME', "the target's images and labels"),
-    others=Adviser('other networks of the source task', 'hindsight'),
+    random=Adviser("random", "nothing"),
+    accuracy=Adviser("best at its own task", "accuracies of the sources"),
+    popular=Adviser("best for the other targets", "accuracies of the sources"),
+    readout=Adviser("read-out, noise", "both networks"),
+    outputs=Adviser("squared correlation of outputs, noise", "both networks"),
+    score=Adviser("transfer score: mean of the two", "both networks"),
+    crops=Adviser("transfer score, crops of two photographs", "both networks"),
+    fitted=Adviser("transfer score, images fitted to the networks", "both networks"),
+    photographs=Adviser("transfer score, photographs", "both networks and photographs of other classes"),
+    cka=Adviser("CKA", "the target's images"),
+    neighbours=Adviser("nearest neighbours", "the target's images and labels"),
+    logme=Adviser("LogME", "the target's images and labels"),
+    others=Adviser("other networks of the source task", "hindsight"),
 )
 
 # %% ../../nbs/advice/01_advisers.ipynb #28edf411
@@ -80,8 +80,9 @@ def output_agreement(
     b: Tensor, # outputs of B networks on the same images, `(B, n, L)`
 ) -> Tensor:   # from 0 to 1, `(A, B)`; 0 too for a network that says one thing always
     "Linear CKA of all pairs of networks by their outputs; for two classes each, their squared correlation"
-    a, b = centred_outputs(a.double()), centred_outputs(b.double())
-    shared = torch.einsum('ank,bnl->abkl', a, b).square().sum((2, 3))
+    a = centred_outputs(a.double())
+    b = centred_outputs(b.double())
+    shared = torch.einsum("ank,bnl->abkl", a, b).square().sum((2, 3))
     def own(z): return (z.mT @ z).flatten(1).norm(dim=1).clamp_min(1e-12)
     return shared/own(a)[:, None]/own(b)
 
@@ -89,7 +90,7 @@ def output_agreement(
 def explained_by(
     source: tuple,   # features and outputs of the source on a bank, from `features_and_outputs`
     outputs: Tensor, # of T targets on the same bank, `(T, n, K)`
-    seed: int=0,     # decides which images the regression is fitted on
+    seed: int = 0,     # decides which images the regression is fitted on
 ) -> pd.DataFrame:   # one row a target: readout, outputs, and their mean, score
     "What shares of the targets' answers a source explains"
     readout = read_out(source[0], outputs, seed=seed)
@@ -104,9 +105,9 @@ def _channels(model):
 def transfer_score(
     source: Model,      # the network to start from
     target: Model,      # a network of the target task
-    bank: Tensor|None=None,    # images of neither task, uint8, or normalised in floating point; default: 512 of noise
-    stats: tuple|None=None,    # mean and standard deviation of each channel, for a model whose metadata has none
-    seed: int=0,               # of the noise and of the regression
+    bank: Tensor|None = None,    # images of neither task, uint8, or normalised in floating point; default: 512 of noise
+    stats: tuple|None = None,    # mean and standard deviation of each channel, for a model whose metadata has none
+    seed: int = 0,               # of the noise and of the regression
 ) -> float:                    # at most 1; 0: the source says nothing of the target
     "How much of what the target says the source knows; raises `ValueError` for networks that cannot be run"
     if bank is None: bank = probe_images(512, seed, channels=_channels(source))
@@ -137,11 +138,12 @@ def target_images(
     models: ModelSet,        # models of T tasks; their manifest names the classes
     held_out: ImageSet,      # images that no network has seen
     train: ImageSet,         # images that the networks of a task were trained on
-    n_more: int=50,          # of those, how many of each class
-    names: dict|None=None,   # class in the manifest → class of the images, where they differ
+    n_more: int = 50,          # of those, how many of each class
+    names: dict|None = None,   # class in the manifest → class of the images, where they differ
 ) -> dict:                   # task → its `Target`
     "Images of each target: all held-out ones, and some that are new to the sources of other tasks"
-    targets, more = task_targets(models, held_out, names), task_targets(models, train, names)
+    targets = task_targets(models, held_out, names)
+    more = task_targets(models, train, names)
     for task, (images, labels) in targets.items():
         x, y = more[task]
         few = torch.cat([(y == c).nonzero()[:n_more, 0] for c in (0, 1)])
@@ -161,10 +163,11 @@ def target_images_of_sets(
     sets: list,              # `ModelSet`s that number their tasks each for itself
     held_out: ImageSet,      # images that no network has seen
     train: ImageSet,         # images that the networks of a task were trained on
-    n_more: int=50,          # of those, how many of each class
+    n_more: int = 50,          # of those, how many of each class
 ) -> tuple:                  # task → its `Target`; for each set the tasks of its networks in the same numbers
     "Images of the targets of several sets; raises `ValueError` for a task that two sets have"
-    targets, tasks = {}, []
+    targets = {}
+    tasks = []
     for i, models in enumerate(sets):
         for earlier in sets[:i]:
             twice = _same_classes(models, earlier)
@@ -181,13 +184,16 @@ def target_images_of_sets(
 def labelled_draws(
     target: Target,         # its images
     protocol: Protocol,     # how many are labelled, and how often
-    own: bool=False,        # does the source solve this very task? Then only what it has not seen may measure
+    own: bool = False,        # does the source solve this very task? Then only what it has not seen may measure
 ) -> list:                  # `(labelled, measuring)` a draw: numbers of images
     "Draws of labelled images among the held-out ones; raises `ValueError` where there are too few of a class"
-    rng, draws, y = np.random.default_rng(protocol.seed), [], target.labels.numpy()
+    rng = np.random.default_rng(protocol.seed)
+    draws = []
+    y = target.labels.numpy()
     allowed = target.held.numpy() | (not own)
     of_class = [np.flatnonzero(target.held.numpy() & (y == c)) for c in (0, 1)]
-    least, n = min(map(len, of_class)), protocol.n_labelled
+    least = min(map(len, of_class))
+    n = protocol.n_labelled
     if least <= n: raise ValueError(f"a class has {least} held-out images, {n} are to be labelled: label fewer")
     for _ in range(protocol.n_draws):
         labelled = np.concatenate([rng.permutation(images)[:n] for images in of_class])
@@ -201,7 +207,9 @@ def probe_accuracy(
     draws: list,  # from `labelled_draws`
 ) -> float:       # from 0 to 1
     "Accuracy of logistic regression on a few labelled images, mean over draws"
-    z, y, found = z.numpy(), y.numpy(), []
+    z = z.numpy()
+    y = y.numpy()
+    found = []
     for labelled, measuring in draws:
         classifier = make_pipeline(StandardScaler(), LogisticRegression(C=.1, max_iter=500))
         found.append(classifier.fit(z[labelled], y[labelled]).score(z[measuring], y[measuring]))
@@ -210,7 +218,7 @@ def probe_accuracy(
 def neighbour_accuracy(
     z: Tensor,    # features of labelled images, `(n, F)`
     y: Tensor,    # classes 0 and 1, `(n,)`
-    k: int=5,     # neighbours that vote, an odd number
+    k: int = 5,     # neighbours that vote, an odd number
 ) -> float:       # from 0 to 1
     "Share of images whose nearest neighbours among the others have their class"
     nearest = KNeighborsClassifier(k).fit(z, y).kneighbors(return_distance=False)
@@ -220,11 +228,12 @@ def neighbour_accuracy(
 def source_banks(
     model: Model,          # one of the sources
     protocol: Protocol,           # how many images
-    photographs: Tensor|None=None, # of classes of no task, uint8 `(n, C, H, W)`
-    size: int=32,                 # side of the others, in pixels
+    photographs: Tensor|None = None, # of classes of no task, uint8 `(n, C, H, W)`
+    size: int = 32,                 # side of the others, in pixels
 ) -> dict:                        # noise, crops and, where there are photographs, these
     "Images of none of the tasks, in as many colours as the network reads"
-    n, channels = protocol.n_bank, _channels(model)
+    n = protocol.n_bank
+    channels = _channels(model)
     crops = photograph_crops(n, protocol.seed, size)
     if channels == 1: crops = crops.float().mean(1, keepdim=True).round().to(torch.uint8)
     banks = dict(noise=probe_images(n, protocol.seed, size, channels), crops=crops)
@@ -235,8 +244,10 @@ def source_banks(
 # %% ../../nbs/advice/01_advisers.ipynb #28b8bd5b
 def _on_target(z, target, own, protocol):
     "What the features of one source are worth on one target"
-    draws, y = labelled_draws(target, protocol, own), target.labels
-    labelled, measuring = draws[0][0], np.concatenate(draws[0])
+    draws = labelled_draws(target, protocol, own)
+    y = target.labels
+    labelled = draws[0][0]
+    measuring = np.concatenate(draws[0])
     return dict(
         accuracy=probe_accuracy(z, y, draws),
         ari=cluster_ari(z[measuring], y[measuring], protocol.n_init, protocol.seed),
@@ -247,7 +258,10 @@ def _on_target(z, target, own, protocol):
 
 def _seen_by(i, source, file, own, targets, banks, stats, protocol):
     "All that one source of the task `own` shows, and the CPU seconds that it took"
-    model, answers, seconds, on_targets = Model(*source.read(file)), {}, {}, {}
+    model = Model(*source.read(file))
+    answers = {}
+    seconds = {}
+    on_targets = {}
     for name, bank in banks.items():
         start = time.process_time()
         answers[name] = features_and_outputs(model, bank, stats)
@@ -256,7 +270,7 @@ def _seen_by(i, source, file, own, targets, banks, stats, protocol):
     for task, target in targets.items():
         z = features_and_outputs(model, target.images, stats)[0]
         with threadpool_limits(1): on_targets[task] = _on_target(z, target, task == own, protocol)
-    seconds['targets'] = time.process_time() - start
+    seconds["targets"] = time.process_time() - start
     return i, dict(targets=on_targets, answers=answers, seconds=seconds)
 
 # %% ../../nbs/advice/01_advisers.ipynb #4a6f7ec9
@@ -264,25 +278,25 @@ def see_targets(
     models: ModelSet,       # M source networks
     targets: dict,          # from `target_images`
     banks: dict,            # name → images of none of the tasks
-    stats: tuple|None=None, # mean and standard deviation of each channel, for models whose metadata has none
-    protocol: Protocol=Protocol(), # how sources are measured
-    workers: int=1,         # processes
-    progress: bool=False,   # show a bar
-    tasks: np.ndarray|None=None, # task of each network as the targets number it, `(M,)`; None: `models.labels`
+    stats: tuple|None = None, # mean and standard deviation of each channel, for models whose metadata has none
+    protocol: Protocol = Protocol(), # how sources are measured
+    workers: int = 1,         # processes
+    progress: bool = False,   # show a bar
+    tasks: np.ndarray|None = None, # task of each network as the targets number it, `(M,)`; None: `models.labels`
 ) -> list:                  # one dict a source: targets, by task; answers to each bank; seconds for these
     "What each source shows on every target and to every bank"
     tasks = models.labels.tolist() if tasks is None else list(tasks)
     rows = enumerate(zip(models.manifest.file, tasks))
     units = ((i, models.source, file, task, targets, banks, stats, protocol) for i, (file, task) in rows)
     done = each_done(_seen_by, units, len(models), workers)
-    seen = dict(track(done, 'sources', total=len(models), disable=not progress, transient=True))
+    seen = dict(track(done, "sources", total=len(models), disable=not progress, transient=True))
     return [seen[i] for i in range(len(models))]
 
 # %% ../../nbs/advice/01_advisers.ipynb #7444499f
 def _column(seen, name):
     "A number that every source gave on every target, `(S, T)`"
     rows = []
-    for of_source in seen: rows.append([on[name] for on in of_source['targets'].values()])
+    for of_source in seen: rows.append([on[name] for on in of_source["targets"].values()])
     return np.array(rows)
 
 def _first_of(tasks, targets):
@@ -291,8 +305,9 @@ def _first_of(tasks, targets):
 
 def _explained(seen, bank, first, seed):
     "Read-out, squared correlation and their mean on one bank, `(S, T)` each, and CPU seconds a source"
-    outputs, start = torch.stack([seen[i]['answers'][bank][1] for i in first]), time.process_time()
-    tables = [explained_by(of_source['answers'][bank], outputs, seed) for of_source in seen]
+    outputs = torch.stack([seen[i]["answers"][bank][1] for i in first])
+    start = time.process_time()
+    tables = [explained_by(of_source["answers"][bank], outputs, seed) for of_source in seen]
     seconds = (time.process_time() - start)/len(seen)
     stacked = np.stack([table.to_numpy() for table in tables])
     return {name: stacked[..., i] for i, name in enumerate(tables[0])}, seconds
@@ -319,67 +334,71 @@ def other_networks(
 # %% ../../nbs/advice/01_advisers.ipynb #c4f8b86f
 def _from_networks(seen, first, seed):
     "Tables of the advisers that read networks on a bank, and CPU seconds a source"
-    noise, seconds = _explained(seen, 'noise', first, seed)
-    for bank in ('crops', 'fitted', 'photographs'):
-        if bank in seen[0]['answers']: noise[bank] = _explained(seen, bank, first, seed)[0]['score']
+    noise, seconds = _explained(seen, "noise", first, seed)
+    for bank in ("crops", "fitted", "photographs"):
+        if bank in seen[0]["answers"]: noise[bank] = _explained(seen, bank, first, seed)[0]["score"]
     return noise, seconds
 
 def _cka_with(seen, first, targets):
     "CKA of each source with the target's network on its labelled images, `(S, T)`"
     columns = []
     for i, task in zip(first, targets):
-        z = torch.stack([of_source['targets'][task]['labelled'] for of_source in seen])
+        z = torch.stack([of_source["targets"][task]["labelled"] for of_source in seen])
         columns.append(linear_cka(z, z[[i]])[:, 0].tolist())
     return np.transpose(columns)
 
 # %% ../../nbs/advice/01_advisers.ipynb #f6990e25
 def _of_all(seen, tasks, seed):
     "What each adviser says of every network for every target, and what came of it"
-    targets = list(seen[0]['targets'])
-    first, own = _first_of(tasks, targets), tasks[:, None] == np.array(targets)
-    accuracy, (scores, seconds) = _column(seen, 'accuracy'), _from_networks(seen, first, seed)
+    targets = list(seen[0]["targets"])
+    first = _first_of(tasks, targets)
+    own = tasks[:, None] == np.array(targets)
+    accuracy, (scores, seconds) = _column(seen, "accuracy"), _from_networks(seen, first, seed)
     scores |= dict(
         random=np.zeros(own.shape),
         accuracy=np.repeat((accuracy*own).sum(1, keepdims=True), len(targets), 1),
         popular=other_targets(accuracy, own),
         cka=_cka_with(seen, first, targets),
-        neighbours=_column(seen, 'neighbours'),
-        logme=_column(seen, 'logme'),
+        neighbours=_column(seen, "neighbours"),
+        logme=_column(seen, "logme"),
         others=other_networks(accuracy, tasks),
     )
     scores = {name: scores[name] for name in ADVISERS if name in scores}
-    spent = pd.DataFrame([of_source['seconds'] for of_source in seen]).mean().to_dict() | dict(regressions=seconds)
-    return dict(scores=scores, accuracy=accuracy, ari=_column(seen, 'ari'), own=own, targets=targets, seconds=spent)
+    spent = pd.DataFrame([of_source["seconds"] for of_source in seen]).mean().to_dict() | dict(regressions=seconds)
+    return dict(scores=scores, accuracy=accuracy, ari=_column(seen, "ari"), own=own, targets=targets, seconds=spent)
 
 def _for_tasks(said, tasks):
     "The columns of some targets alone"
-    columns = np.isin(said['targets'], tasks)
-    scores = {name: table[:, columns] for name, table in said['scores'].items()}
-    tables = {name: said[name][:, columns] for name in ('accuracy', 'ari', 'own')}
-    return said | tables | dict(scores=scores, targets=[task for task in said['targets'] if task in tasks])
+    columns = np.isin(said["targets"], tasks)
+    scores = {name: table[:, columns] for name, table in said["scores"].items()}
+    tables = {name: said[name][:, columns] for name in ("accuracy", "ari", "own")}
+    return said | tables | dict(scores=scores, targets=[task for task in said["targets"] if task in tasks])
 
 
 # %% ../../nbs/advice/01_advisers.ipynb #ec6d0424
 def advice(
     seen: list,        # from `see_targets`
     tasks: np.ndarray, # of the networks, `(S,)`
-    seed: int=0,       # of the regressions
-    asking: np.ndarray|None=None, # bool `(S,)`: networks that stand for targets and are no sources; None: each is both
+    seed: int = 0,       # of the regressions
+    asking: np.ndarray|None = None, # bool `(S,)`: networks that stand for targets and are no sources; None: each is both
 ) -> dict:             # scores: adviser → `(S, T)`; accuracy, ari, own, out: `(S, T)`; targets; seconds: CPU, a source
     "What each adviser says of every source for every target, and what came of it; pairs in `out` do not count"
     said = _of_all(seen, tasks, seed)
-    if asking is None: return said | dict(out=said['own'], source=np.ones(len(tasks), bool))
+    if asking is None: return said | dict(out=said["own"], source=np.ones(len(tasks), bool))
     said = _for_tasks(said, np.unique(tasks[asking]))
-    return said | dict(out=said['own'] | asking[:, None], source=~asking)
+    return said | dict(out=said["own"] | asking[:, None], source=~asking)
 
 
 # %% ../../nbs/advice/01_advisers.ipynb #1ca1c0ff
 def _of_target(score, accuracy):
     "Worth of one adviser on one target"
-    first, best = accuracy[score == score.max()].mean(), accuracy.max()
-    rho, tau = 0., 0.
+    first = accuracy[score == score.max()].mean()
+    best = accuracy.max()
+    rho = 0.
+    tau = 0.
     if np.ptp(score) > 0 and np.ptp(accuracy) > 0:
-        rho, tau = spearmanr(score, accuracy).statistic, weightedtau(accuracy, score).statistic
+        rho = spearmanr(score, accuracy).statistic
+        tau = weightedtau(accuracy, score).statistic
     return dict(rho=rho, tau=tau, first=first, regret=best - first, rel=first/best)
 
 def worth_by_target(
@@ -397,7 +416,8 @@ def worth_by_target(
 def _pairs_rho(score, accuracy, own, columns):
     "Spearman's ρ over all pairs of the targets that were drawn"
     other = ~own[:, columns]
-    x, y = score[:, columns][other], accuracy[:, columns][other]
+    x = score[:, columns][other]
+    y = accuracy[:, columns][other]
     return np.corrcoef(rankdata(x), rankdata(y))[0, 1] if np.ptp(x) > 0 and np.ptp(y) > 0 else 0.
 
 def _interval(values):
@@ -413,8 +433,8 @@ def worth(
     scores: dict,         # adviser → what it says, `(S, T)`; 'popular' is what all are compared with
     accuracy: np.ndarray, # what came of it, `(S, T)`
     own: np.ndarray,      # bool `(S, T)`: pairs that do not count
-    n_boot: int=1000,     # bootstrap samples of the targets
-    seed: int=0,          # of the bootstrap
+    n_boot: int = 1000,     # bootstrap samples of the targets
+    seed: int = 0,          # of the bootstrap
 ) -> dict:                # adviser → measure → [mean, low, high]
     "What each adviser is worth over targets, with 95 % intervals, alone and beside the popular source"
     n = own.shape[1]
@@ -425,19 +445,19 @@ def worth(
         found[name] = {measure: _mean_and_interval(table[measure].to_numpy(), drawn) for measure in table}
         samples = [_pairs_rho(scores[name], accuracy, own, columns) for columns in drawn]
         pairs = _pairs_rho(scores[name], accuracy, own, np.arange(n))
-        found[name]['pairs'] = [round(float(pairs), 4), *_interval(samples)]
-        gain = (table - tables['popular'])[['rho', 'first']]
-        for measure in gain: found[name][f'{measure}_gain'] = _mean_and_interval(gain[measure].to_numpy(), drawn)
+        found[name]["pairs"] = [round(float(pairs), 4), *_interval(samples)]
+        gain = (table - tables["popular"])[["rho", "first"]]
+        for measure in gain: found[name][f"{measure}_gain"] = _mean_and_interval(gain[measure].to_numpy(), drawn)
     return found
 
 # %% ../../nbs/advice/01_advisers.ipynb #283116f0
 def untrained(
     model: Model, # a network of the kind that is wanted
-    seed: int=0,         # decides the weights
+    seed: int = 0,         # decides the weights
 ) -> Model:       # the same architecture, and the same normalisation of images
     "A network like it, freshly initialised"
-    kept = {name: model.meta[name] for name in ('mean', 'std', 'shortcut') if name in model.meta}
-    hints = {'shortcut': kept['shortcut']} if 'shortcut' in kept else {}
+    kept = {name: model.meta[name] for name in ("mean", "std", "shortcut") if name in model.meta}
+    hints = {"shortcut": kept["shortcut"]} if "shortcut" in kept else {}
     architecture, config = recognise(shapes_of(model.state), **hints)
     with seeded(seed): net = architecture.build(config)
     return Model({name: v.clone() for name, v in net.state_dict().items()}, kept)
@@ -446,9 +466,9 @@ def untrained(
 def untrained_accuracy(
     model: Model,    # a network of the kind that is wanted
     targets: dict,          # from `target_images`
-    stats: tuple|None=None, # mean and standard deviation of each channel, for a model whose metadata has none
-    protocol: Protocol=Protocol(), # how sources are measured
-    n: int=3,               # networks, the mean counts
+    stats: tuple|None = None, # mean and standard deviation of each channel, for a model whose metadata has none
+    protocol: Protocol = Protocol(), # how sources are measured
+    n: int = 3,               # networks, the mean counts
 ) -> np.ndarray:            # `(T,)`
     "Accuracy of a linear probe on the features of networks that were not trained"
     found = []
@@ -476,15 +496,17 @@ def fine_tuned_accuracy(
     model: Model,    # what to start from; its last layer is made anew
     target: Target,         # the target's images
     draw: tuple,            # `(labelled, measuring)`, from `labelled_draws`
-    stats: tuple|None=None, # mean and standard deviation of each channel, for a model whose metadata has none
-    epochs: int=30,         # over the labelled images
-    lr: float=.02,          # step
-    seed: int=0,            # of the last layer and of the order of images
+    stats: tuple|None = None, # mean and standard deviation of each channel, for a model whose metadata has none
+    epochs: int = 30,         # over the labelled images
+    lr: float = .02,          # step
+    seed: int = 0,            # of the last layer and of the order of images
 ) -> float:                 # from 0 to 1
     "Accuracy after every layer was trained on a few labelled images"
-    if 'mean' in model.meta: stats = model.meta['mean'], model.meta['std']
+    if "mean" in model.meta: stats = model.meta["mean"], model.meta["std"]
     architecture, config = recognise(shapes_of(model.state))
-    net, head, x = model.net, architecture.head(config), normalise(target.images, stats)
+    net = model.net
+    head = architecture.head(config)
+    x = normalise(target.images, stats)
     with seeded(seed), one_thread():
         net.set_submodule(head, nn.Linear(net.get_submodule(head).in_features, 2))
         _fit_all(net, x[draw[0]], target.labels[draw[0]], epochs, lr)
@@ -508,7 +530,8 @@ class ExpectedAccuracy:
     ) -> pd.DataFrame:   # one row a score: expected, low, high, from 0 to 1
         "Expected accuracy with its interval"
         expected = np.interp(np.atleast_1d(scores), self.scores, self.expected)
-        low, high = np.clip(expected - self.below, 0, 1), np.clip(expected + self.above, 0, 1)
+        low = np.clip(expected - self.below, 0, 1)
+        high = np.clip(expected + self.above, 0, 1)
         return pd.DataFrame(dict(expected=expected, low=low, high=high))
 
 # %% ../../nbs/advice/01_advisers.ipynb #a95adb74
@@ -516,7 +539,7 @@ def _left_out_errors(scores, accuracy, groups):
     "Accuracy less what is expected of it by a fit without its target"
     errors = np.empty(len(scores))
     for fit, left in GroupKFold(min(10, len(np.unique(groups)))).split(scores, groups=groups):
-        curve = IsotonicRegression(out_of_bounds='clip').fit(scores[fit], accuracy[fit])
+        curve = IsotonicRegression(out_of_bounds="clip").fit(scores[fit], accuracy[fit])
         errors[left] = accuracy[left] - curve.predict(scores[left])
     return errors
 
@@ -533,8 +556,8 @@ def fit_expected_accuracy(
     scores: np.ndarray,   # transfer scores of pairs of networks, `(n,)`
     accuracy: np.ndarray, # what came of them, `(n,)`
     groups: np.ndarray,   # target of each pair, `(n,)`, three different ones at least
-    level: float=.8,      # share of pairs that the interval is to hold
-    measured: str='',     # on what
+    level: float = .8,      # share of pairs that the interval is to hold
+    measured: str = "",     # on what
 ) -> ExpectedAccuracy:
     "Isotonic regression of accuracy on score, with an interval from targets that were left out"
     n = len(np.unique(groups))
@@ -542,7 +565,7 @@ def fit_expected_accuracy(
     errors = _left_out_errors(scores, accuracy, groups)
     low, high = np.quantile(errors, ((1 - level)/2, (1 + level)/2))
     knots = np.unique(np.quantile(scores, np.linspace(0, 1, 21)).round(4))
-    expected = IsotonicRegression(out_of_bounds='clip').fit(scores, accuracy).predict(knots)
+    expected = IsotonicRegression(out_of_bounds="clip").fit(scores, accuracy).predict(knots)
     return ExpectedAccuracy(
         scores=knots.tolist(),
         expected=expected.round(4).tolist(),
@@ -560,11 +583,13 @@ def _digits_of(table):
 
 def _choices(said):
     "For each target, the accuracy of each adviser's first choice, and of the best source"
-    accuracy, own, out = said['accuracy'], said['own'], said['out']
-    tables = {name: worth_by_target(score, accuracy, out) for name, score in said['scores'].items()}
+    accuracy = said["accuracy"]
+    own = said["own"]
+    out = said["out"]
+    tables = {name: worth_by_target(score, accuracy, out) for name, score in said["scores"].items()}
     best = np.where(out, -1, accuracy).max(0)
     own_mean = (accuracy*own).sum(0)/own.sum(0)
-    firsts = {name: _digits_of(table['first']) for name, table in tables.items()}
+    firsts = {name: _digits_of(table["first"]) for name, table in tables.items()}
     return firsts | dict(best=_digits_of(best), own=_digits_of(own_mean))
 
 # %% ../../nbs/advice/01_advisers.ipynb #b0416f13
@@ -572,42 +597,43 @@ def sources_record(
     models: ModelSet,   # the sources, without those that only ask
     said: dict,         # from `advice`
     none: np.ndarray,   # from `untrained_accuracy`
-    n_boot: int=1000,   # bootstrap samples of the targets
-    seed: int=0,        # of the bootstrap
+    n_boot: int = 1000,   # bootstrap samples of the targets
+    seed: int = 0,        # of the bootstrap
     **settings,         # how: name, images, n_labelled, …
 ) -> dict:              # for `write_json`
     "All that a reader needs to trust the result or to make it again"
-    scores, accuracy, out = (said[name] for name in ('scores', 'accuracy', 'out'))
+    scores, accuracy, out = (said[name] for name in ("scores", "accuracy", "out"))
     return dict(
         model_set=about_models(models),
         settings=settings | dict(n_boot=n_boot, seed=seed),
-        tasks=dict(sources=models.labels.tolist(), targets=[int(task) for task in said['targets']]),
+        tasks=dict(sources=models.labels.tolist(), targets=[int(task) for task in said["targets"]]),
         worth=worth(scores, accuracy, out, n_boot, seed),
-        worth_ari=worth(scores, said['ari'], out, n_boot, seed),
+        worth_ari=worth(scores, said["ari"], out, n_boot, seed),
         first=_choices(said) | dict(none=_digits_of(none)),
-        accuracy=_digits_of(accuracy[said['source']]),
-        score=_digits_of(scores['score'][said['source']]),
-        seconds={name: round(value, 3) for name, value in said['seconds'].items()},
+        accuracy=_digits_of(accuracy[said["source"]]),
+        score=_digits_of(scores["score"][said["source"]]),
+        seconds={name: round(value, 3) for name, value in said["seconds"].items()},
         **provenance(),
     )
 
 # %% ../../nbs/advice/01_advisers.ipynb #9dbc04e2
 STARTS = dict(
-    score='advised by the transfer score',
-    popular='best for the other targets',
-    random='drawn at random',
-    best='best in hindsight',
-    own='a network of the very task',
-    none='not trained',
+    score="advised by the transfer score",
+    popular="best for the other targets",
+    random="drawn at random",
+    best="best in hindsight",
+    own="a network of the very task",
+    none="not trained",
 )
 
 def _start_of(name, t, said, rng):
     "Number of the source that is started from, None for a network that is not trained"
-    other, own = np.flatnonzero(~said['out'][:, t]), np.flatnonzero(said['own'][:, t])
-    if name == 'none': return None
-    if name == 'own': return int(own[0])
-    if name == 'random': return int(rng.choice(other))
-    scores = said['accuracy'] if name == 'best' else said['scores'][name]
+    other = np.flatnonzero(~said["out"][:, t])
+    own = np.flatnonzero(said["own"][:, t])
+    if name == "none": return None
+    if name == "own": return int(own[0])
+    if name == "random": return int(rng.choice(other))
+    scores = said["accuracy"] if name == "best" else said["scores"][name]
     return int(other[scores[other, t].argmax()])
 
 # %% ../../nbs/advice/01_advisers.ipynb #32b2a517
@@ -616,12 +642,13 @@ def fine_tuned_starts(
     said: dict,             # from `advice`
     targets: dict,          # of the targets that `said` is about, from `target_images`
     n: int,                 # targets to try, the first ones
-    stats: tuple|None=None, # mean and standard deviation of each channel, for models whose metadata has none
-    protocol: Protocol=Protocol(), # how sources are measured; the first draw counts
-    epochs: int=30,         # over the labelled images
+    stats: tuple|None = None, # mean and standard deviation of each channel, for models whose metadata has none
+    protocol: Protocol = Protocol(), # how sources are measured; the first draw counts
+    epochs: int = 30,         # over the labelled images
 ) -> pd.DataFrame:          # one row a target, one column each of `STARTS`
     "Accuracy after every layer was trained on a few labelled images, from different starts"
-    rng, found = np.random.default_rng(protocol.seed), {}
+    rng = np.random.default_rng(protocol.seed)
+    found = {}
     for t, (task, target) in enumerate(list(targets.items())[:n]):
         found[task] = {}
         for name in STARTS:
@@ -629,7 +656,7 @@ def fine_tuned_starts(
             start = untrained(models[0], protocol.seed) if i is None else models[i]
             draw = labelled_draws(target, protocol, own=True)[0]
             found[task][name] = fine_tuned_accuracy(start, target, draw, stats, epochs, seed=protocol.seed)
-    return pd.DataFrame(found).T.rename_axis('target')
+    return pd.DataFrame(found).T.rename_axis("target")
 
 # %% ../../nbs/advice/01_advisers.ipynb #4dce1d13
 @dataclass
@@ -648,15 +675,15 @@ def check_sources(
     record: dict, # from `sources_record`, or a result file
 ):                # what was checked
     "A record that can be shown; raises `ValueError` with the field for any other"
-    known = checked(record, _SourcesRecord, 'the record of sources')
-    for name in ('random', 'popular', 'score'):
+    known = checked(record, _SourcesRecord, "the record of sources")
+    for name in ("random", "popular", "score"):
         if name not in known.worth: raise ValueError(f"the record of sources: field 'worth.{name}' is missing")
     return known
 
 # %% ../../nbs/advice/01_advisers.ipynb #bd30ffe3
 def _text_of(values, scale=1, digits=2):
     "A mean with its interval, as text"
-    mean, low, high = (f"{scale*v:.{digits}f}".replace('-', '−') for v in values)
+    mean, low, high = (f"{scale*v:.{digits}f}".replace("-", "−") for v in values)
     return f"{mean} [{low}, {high}]"
 
 def sources_table(
@@ -666,27 +693,28 @@ def sources_table(
     rows = {}
     for name, found in check_sources(record).worth.items():
         rows[ADVISERS[name].title] = {
-            'needs': ADVISERS[name].needs,
-            'ρ, pairs': _text_of(found['pairs']),
-            'ρ, within targets': _text_of(found['rho']),
-            'weighted τ': _text_of(found['tau']),
-            'regret, points': _text_of(found['regret'], 100, 1),
-            'rel@1': _text_of(found['rel'], 1, 3),
-            'gain over popular, points': _text_of(found['first_gain'], 100, 1),
+            "needs": ADVISERS[name].needs,
+            "ρ, pairs": _text_of(found["pairs"]),
+            "ρ, within targets": _text_of(found["rho"]),
+            "weighted τ": _text_of(found["tau"]),
+            "regret, points": _text_of(found["regret"], 100, 1),
+            "rel@1": _text_of(found["rel"], 1, 3),
+            "gain over popular, points": _text_of(found["first_gain"], 100, 1),
         }
-    return pd.DataFrame(rows).T.rename_axis('adviser')
+    return pd.DataFrame(rows).T.rename_axis("adviser")
 
 # %% ../../nbs/advice/01_advisers.ipynb #fff79550
 def _gain_text(values):
     "A gain in points of accuracy, and whether its interval is clear of 0"
     low, high = values[1:]
-    clear = 'clear of' if low > 0 or high < 0 else 'not told from'
+    clear = "clear of" if low > 0 or high < 0 else "not told from"
     return f"{_text_of(values, 100, 1)} points, {clear} 0"
 
 def _tuned_words(tuned):
     "What came of training every layer, as a list of sentences; none where it was not tried"
     if not tuned: return []
-    n, ends = len(next(iter(tuned.values()))), [f"{STARTS[name]} {100*np.mean(v):.1f} %" for name, v in tuned.items()]
+    n = len(next(iter(tuned.values())))
+    ends = [f"{STARTS[name]} {100*np.mean(v):.1f} %" for name, v in tuned.items()]
     return [f"With every layer trained, mean of {n} targets: {', '.join(ends)}."]
 
 def sources_words(
@@ -695,8 +723,9 @@ def sources_words(
     "Whether the advice is worth taking, in words, built from the numbers"
     known = check_sources(record)
     mean = {name: f"{100*np.mean(values):.1f}" for name, values in known.first.items()}
-    score, random = known.worth['score'], known.worth['random']
-    return ' '.join([
+    score = known.worth["score"]
+    random = known.worth["random"]
+    return " ".join([
         f"A linear probe on a source of another task reaches {mean['random']} % on average, on the best source "
         f"{mean['best']} %, on a network of the very task {mean['own']} %, on an untrained one {mean['none']} %.",
         f"The transfer score's first choice reaches {mean['score']} %, a regret of "
@@ -708,16 +737,17 @@ def sources_words(
     ])
 
 # %% ../../nbs/advice/01_advisers.ipynb #8c36f2d6
-RELATION = 'expected_accuracy.json'
+RELATION = "expected_accuracy.json"
 
 def relation_of(
     record: dict,    # from `sources_record`, or a result file
-    level: float=.8, # share of pairs that the interval is to hold
+    level: float = .8, # share of pairs that the interval is to hold
 ) -> ExpectedAccuracy:
     "Accuracy against transfer score, as a result file has measured it"
-    known, s = check_sources(record), record['settings']
-    other = np.array(known.tasks['sources'])[:, None] != np.array(known.tasks['targets'])
-    groups = np.broadcast_to(known.tasks['targets'], other.shape)[other]
+    known = check_sources(record)
+    s = record["settings"]
+    other = np.array(known.tasks["sources"])[:, None] != np.array(known.tasks["targets"])
+    groups = np.broadcast_to(known.tasks["targets"], other.shape)[other]
     scores, accuracy = (np.array(table)[other] for table in (known.score, known.accuracy))
     about = f"{s['name']}: {other.shape[1]} targets of two classes, {s['n_labelled']} labelled images of each"
     return fit_expected_accuracy(scores, accuracy, groups, level, about)

@@ -44,7 +44,9 @@ def photograph_crops(
 ) -> Tensor:         # images, uint8 `(n, 3, size, size)`
     "Square crops, 1 to 8 times the size and shrunk to it, of the photographs that come with scikit-learn"
     if min(n, size) < 1: raise ValueError(f"{n} images of side {size}: both at least 1")
-    rng, photographs, crops = np.random.default_rng(seed), _photographs(), []
+    rng = np.random.default_rng(seed)
+    photographs = _photographs()
+    crops = []
     for _ in range(n):
         photograph = photographs[rng.integers(len(photographs))]
         crops.append(_random_crop(photograph, size, rng))
@@ -61,7 +63,8 @@ def fitted_images(
 ) -> Tensor:          # float32 `(n, C, 32, 32)`, as networks get them
     "Images whose statistics fit those that the networks remember; raises `ValueError` for networks without BN"
     if n < 2 or n % 2 or steps < 1: raise ValueError(f"{n} images in {steps} steps: take an even number, and a step")
-    weights, blocks = models.weights(list(models.shapes)), []
+    weights = models.weights(list(models.shapes))
+    blocks = []
     sizes = [min(FITTED_AT_ONCE, n - start) for start in range(0, n, FITTED_AT_ONCE)]
     for i, size in enumerate(sizes):
         own = seed*len(sizes) + i
@@ -72,9 +75,9 @@ def fitted_images(
 def _input(model, bank, stats):
     "A bank as a network gets it"
     if bank.is_floating_point(): return bank
-    if 'mean' in model.meta: stats = model.meta['mean'], model.meta['std']
+    if "mean" in model.meta: stats = model.meta["mean"], model.meta["std"]
     if stats is None:
-        cure = 'pass stats=channel_stats(training images)'
+        cure = "pass stats=channel_stats(training images)"
         raise ValueError(f"{model!r} does not say how its images were normalised: {cure}")
     return normalise(bank, stats)
 
@@ -88,11 +91,12 @@ def _check_finite(model, *answers):
 def features_and_outputs(
     model: Model,     # a trained network
     bank: Tensor,            # images, uint8, or normalised in floating point, `(n, C, H, W)`
-    stats: tuple|None=None,  # mean and standard deviation of each channel, for a model whose metadata has none
-    bs: int=250,             # images at once
+    stats: tuple|None = None,  # mean and standard deviation of each channel, for a model whose metadata has none
+    bs: int = 250,             # images at once
 ) -> tuple:                  # what its last layer reads, `(n, F)`, and its logits, `(n, K)`
     "What a network sees in images and says of them; raises `ValueError` where they cannot be normalised, or for NaN"
-    net, read = model.net, []
+    net = model.net
+    read = []
     architecture, config = recognise(shapes_of(model.state))
     net.get_submodule(architecture.head(config)).register_forward_pre_hook(lambda head, args: read.append(args[0]))
     with one_thread(): outputs = torch.cat([net(xb) for xb in _input(model, bank, stats).split(bs)])
@@ -127,12 +131,13 @@ def _residuals(z, y, folds, seed):
 def read_out(
     features: Tensor,  # of the source on n images, `(n, F)`
     outputs: Tensor,   # of T targets on the same images, `(T, n, K)`
-    folds: int=5,      # parts that are held out in turn
-    seed: int=0,       # decides the parts
+    folds: int = 5,      # parts that are held out in turn
+    seed: int = 0,       # decides the parts
 ) -> np.ndarray:       # R² on held-out images, at most 1, `(T,)`; below 0 where the mean says more
     "How well a source's features give each target's outputs, by ridge regression"
     _check_parts(features, outputs, folds)
-    z, y = features.double().numpy(), _centred(outputs)
+    z = features.double().numpy()
+    y = _centred(outputs)
     left = _residuals(z, y, folds, seed)
     def per_target(squares): return squares.sum(0).reshape(len(outputs), -1).sum(1)
     return 1 - per_target(left**2)/per_target((y - y.mean(0))**2)
@@ -142,15 +147,15 @@ def read_out_table(
     sources: ModelSet,       # S networks that could be started from
     targets: ModelSet,       # T networks of one number of classes, as good as what one wants to know of their tasks
     bank: Tensor,            # images of neither task, uint8, or normalised in floating point, `(n, C, H, W)`
-    stats: tuple|None=None,  # mean and standard deviation of each channel, for models whose metadata has none
-    folds: int=5,            # parts of the bank that are held out in turn
-    seed: int=0,             # decides the parts
-    progress: bool=False,    # show a bar
+    stats: tuple|None = None,  # mean and standard deviation of each channel, for models whose metadata has none
+    folds: int = 5,            # parts of the bank that are held out in turn
+    seed: int = 0,             # decides the parts
+    progress: bool = False,    # show a bar
 ) -> pd.DataFrame:           # R², one row a source, one column a target, by their files, `(S, T)`
     "How well the features of each source give the outputs of each target; raises `ValueError` for what cannot be run"
     outputs = torch.stack([features_and_outputs(targets[i], bank, stats)[1] for i in range(len(targets))])
     rows = []
-    for i in track(range(len(sources)), 'read-out', disable=not progress, transient=True):
+    for i in track(range(len(sources)), "read-out", disable=not progress, transient=True):
         rows.append(read_out(features_and_outputs(sources[i], bank, stats)[0], outputs, folds, seed))
-    index = pd.Index(sources.manifest.file, name='source'), pd.Index(targets.manifest.file, name='target')
+    index = pd.Index(sources.manifest.file, name="source"), pd.Index(targets.manifest.file, name="target")
     return pd.DataFrame(rows, *index)

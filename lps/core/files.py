@@ -35,7 +35,7 @@ def _write_synced(path, data):
 
 def _sync_folder(path):
     "Bring the names in a folder to the disk, where the system can"
-    if os.name != 'posix': return
+    if os.name != "posix": return
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
@@ -91,7 +91,7 @@ def write_json(
     replace: bool = True, # may there be a file of this name? False: raises `FileExistsError`
 ):
     "Write `obj` as indented JSON, whole or not at all"
-    data = (json.dumps(obj, indent=2, ensure_ascii=False) + '\n').encode()
+    data = (json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode()
     (write_atomic if replace else write_new)(path, data)
 
 # %% ../../nbs/core/00_files.ipynb #1c47f6d1
@@ -99,7 +99,7 @@ def printable(
     text,  # anything from a file or a user: a name, a path, a message
 ) -> str:  # the same text on one line, without control characters
     "Text that is safe to show: escape sequences and line breaks appear as what they are, not as what they do"
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 # %% ../../nbs/core/00_files.ipynb #619c3949
 @functools.cache
@@ -123,8 +123,8 @@ def checked(
 
 def _misfit(error):
     "The first field that does not fit, in words"
-    field = '.'.join(map(str, error['loc']))
-    found = 'is missing' if error['type'] == 'missing' else f"is {repr(error['input'])[:40]}"
+    field = ".".join(map(str, error["loc"]))
+    found = "is missing" if error["type"] == "missing" else f"is {repr(error['input'])[:40]}"
     return f"field {field!r} {found} ({error['msg'].lower()})"
 
 # %% ../../nbs/core/00_files.ipynb #511001bf
@@ -147,43 +147,43 @@ def _version(package):
 
 def versions() -> dict: # name of a package (and 'python') to its version
     "Versions of what a model's weights depend on"
-    packages = {package: _version(package) for package in ('torch', 'fastai', 'numpy', 'safetensors')}
+    packages = {package: _version(package) for package in ("torch", "fastai", "numpy", "safetensors")}
     return dict(lps=lps.__version__, python=platform.python_version(), **packages)
 
 def _cpu():
     "The processor's name"
-    info = Path('/proc/cpuinfo')
+    info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     for line in lines:
-        if line.startswith('model name'): return line.split(':', 1)[1].strip()
+        if line.startswith("model name"): return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
 
 # %% ../../nbs/core/00_files.ipynb #a1a7385d
 def _git(*args):
     "What git says about the checkout that `lps` is imported from"
     folder = Path(lps.__file__).parent
-    return subprocess.run(['git', *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 def _commit():
     "Commit of the checkout, None outside of one; `+changes` where more than results differ from it"
     try:
-        _git('ls-files', '--error-unmatch', '__init__.py')
-        changed = _git('status', '--porcelain', '-uno', '--', ':/', ':(top,exclude)results')
-        return _git('rev-parse', '--short=12', 'HEAD') + ('+changes' if changed else '')
+        _git("ls-files", "--error-unmatch", "__init__.py")
+        changed = _git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results")
+        return _git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError): return None
 
 # %% ../../nbs/core/00_files.ipynb #511bdcc1
 def provenance() -> dict: # versions, machine, commit, time
     "Where a result comes from: versions, processor, cores, commit (None outside a checkout), time"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     machine = dict(cpu=_cpu(), cores=cores, threads=torch.get_num_threads(), system=platform.system())
-    now = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return dict(versions=versions(), machine=machine, commit=_commit(), time=now)
 
 # %% ../../nbs/core/00_files.ipynb #37bafb63
 def _seal(header, body):
     "Digest of all that a safetensors file says and holds, the seal itself aside"
-    meta = {key: text for key, text in header['__metadata__'].items() if key != 'seal'}
+    meta = {key: text for key, text in header["__metadata__"].items() if key != "seal"}
     said = json.dumps(header | dict(__metadata__=meta), sort_keys=True)
     h = hashlib.blake2b(said.encode(), digest_size=16)
     h.update(body)
@@ -191,14 +191,15 @@ def _seal(header, body):
 
 def _sealed(data):
     "The bytes of a safetensors file with its seal, its metadata sorted: equal models make equal files"
-    end = 8 + int.from_bytes(data[:8], 'little')
-    header, body = json.loads(data[8:end]), memoryview(data)[end:]
-    header['__metadata__'] |= dict(sealed='true')
-    meta = header['__metadata__'] | dict(seal=_seal(header, body))
-    header['__metadata__'] = dict(sorted(meta.items()))
-    text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
-    text += b' '*(-len(text) % 8)
-    return len(text).to_bytes(8, 'little') + text + body
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    body = memoryview(data)[end:]
+    header["__metadata__"] |= dict(sealed="true")
+    meta = header["__metadata__"] | dict(seal=_seal(header, body))
+    header["__metadata__"] = dict(sorted(meta.items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" "*(-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + body
 
 # %% ../../nbs/core/00_files.ipynb #6a3a1ecf
 def save_model(
@@ -238,8 +239,8 @@ def header_end(
     size: int,    # bytes of the file
 ) -> int:         # bytes before the first tensor
     "Where a header ends; raises `ValueError` for a start that no safetensors file of this size has"
-    n = int.from_bytes(start[:8], 'little')
-    if size < 9 or n > MAX_HEADER or start[8:9] != b'{': raise ValueError(f"not a safetensors file ({size} bytes)")
+    n = int.from_bytes(start[:8], "little")
+    if size < 9 or n > MAX_HEADER or start[8:9] != b"{": raise ValueError(f"not a safetensors file ({size} bytes)")
     if 8 + n > size: raise ValueError(f"truncated: {size} bytes, the header alone has {8 + n}")
     return 8 + n
 
@@ -256,16 +257,16 @@ def parse_header(
     try: tensors = json.loads(text)
     except (ValueError, RecursionError): raise ValueError("not a safetensors file (its header is no JSON)") from None
     _check_many(tensors)
-    meta = tensors.pop('__metadata__', None) or {}
+    meta = tensors.pop("__metadata__", None) or {}
     said = dict(tensors=tensors, meta=meta, size=8 + len(text))
-    header = checked(said, Header, 'not a safetensors file, its header')
+    header = checked(said, Header, "not a safetensors file, its header")
     _check_sizes(header, size)
     return header
 
 # %% ../../nbs/core/00_files.ipynb #eb195b65
 def _fills_its_bytes(entry):
     "Does a tensor's shape need as many bytes as it has?"
-    bits = re.match(r'[A-Z]+(\d{1,3})', entry.dtype)
+    bits = re.match(r"[A-Z]+(\d{1,3})", entry.dtype)
     width = int(bits[1]) if bits else 8  # BOOL has a byte
     start, end = entry.data_offsets
     if start < 0 or len(entry.shape) > 64 or min(entry.shape, default=0) < 0: return False
@@ -289,11 +290,12 @@ def open_file(
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(errno.ENOENT, f"no file {printable(path)}")
     if not path.is_file(): raise OSError(errno.EINVAL, f"{printable(path)} is no regular file")
-    return open(path, 'rb')
+    return open(path, "rb")
 
 def _read_header(file):
     "The header of an open safetensors file, and the bytes read so far"
-    size, start = os.fstat(file.fileno()).st_size, file.read(9)
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(9)
     end = header_end(start, size)
     start += file.read(end - 9)
     return parse_header(start[8:], size), start
@@ -307,7 +309,8 @@ def read_header(
 # %% ../../nbs/core/00_files.ipynb #747ef74d
 def _check_seal(header, start, data):
     "Raises `ValueError` where a file's seal is not that of what it holds; older files have none"
-    seal, sealed = header.meta.pop('seal', None), header.meta.pop('sealed', None)
+    seal = header.meta.pop("seal", None)
+    sealed = header.meta.pop("sealed", None)
     if seal is None and sealed is None: return
     if seal != _seal(json.loads(start[8:]), memoryview(data)[header.size:]):
         raise ValueError("damaged: it does not hold what was written to it")
@@ -362,7 +365,7 @@ def read_model(
 
 def _in_order(tensors, meta, name):
     "Tensors in the order that a file's metadata have"
-    if 'layers' not in meta:
+    if "layers" not in meta:
         cure = "it was not written by save_model, take it in with import_models"
         raise ValueError(f"{name} has no metadata (layers): {cure}")
     layers = checked(meta, _Layers, name).layers
@@ -383,7 +386,7 @@ def marker_file(
     path: str | Path,  # a model file
 ) -> Path:             # where its marker is, or would be
     "The place of a model's marker"
-    return Path(path).parent/'complete'/f'{Path(path).stem}.json'
+    return Path(path).parent/"complete"/f"{Path(path).stem}.json"
 
 def mark_complete(
     path: str | Path, # a model file, finished
@@ -407,7 +410,7 @@ def read_marker(
     "The marker of a model"
     try:
         record = read_json(marker_file(path))
-        checked(record, _Marker, 'marker')
+        checked(record, _Marker, "marker")
     except (OSError, ValueError): return None
     return record
 
@@ -420,7 +423,7 @@ def not_as_marked(
     record = read_marker(path)
     if record is None: return "has no marker of completeness"
     sha256 = sha256 or hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    if sha256 == record['sha256']: return None
+    if sha256 == record["sha256"]: return None
     return f"is not the file that was finished: its SHA-256 is {sha256[:12]}…, its marker has {record['sha256'][:12]}…"
 
 # %% ../../nbs/core/00_files.ipynb #1920e9ac
@@ -430,8 +433,8 @@ def digest(
     "Fingerprint of a model's weights: equal for a copy in another file, different for another order of its filters"
     h = hashlib.blake2b(digest_size=16)
     for name in sorted(state):
-        if name.endswith('num_batches_tracked'): continue
-        h.update(f'{name} {tuple(state[name].shape)}'.encode(errors='surrogatepass'))
+        if name.endswith("num_batches_tracked"): continue
+        h.update(f"{name} {tuple(state[name].shape)}".encode(errors="surrogatepass"))
         h.update(state[name].detach().cpu().float().contiguous().numpy().tobytes())
     return h.hexdigest()
 
@@ -446,7 +449,7 @@ def not_finite(
         values = (tensor.float() if narrow else tensor).detach().numpy()
         finite = np.isfinite(values)  # by numpy: threads would cost more than such small tensors
         if finite.all(): continue
-        kind = 'NaN' if np.isnan(values).any() else 'inf'
+        kind = "NaN" if np.isnan(values).any() else "inf"
         return f"{printable(name)} holds {kind} ({(~finite).sum()} of {tensor.numel()} values)"
 
 def not_real(
@@ -454,8 +457,8 @@ def not_real(
 ) -> str | None:    # the reason; None: all weights are floating-point numbers
     "Which weights or biases are integers, booleans or complex numbers"
     for name, tensor in state.items():
-        if tensor.is_floating_point() or not name.endswith(('weight', 'bias')): continue
-        kind = str(tensor.dtype).removeprefix('torch.')
+        if tensor.is_floating_point() or not name.endswith(("weight", "bias")): continue
+        kind = str(tensor.dtype).removeprefix("torch.")
         return f"weights are {kind}: {printable(name)} would have to be turned into floating-point numbers first"
 
 # %% ../../nbs/core/00_files.ipynb #2d0603c9

@@ -54,23 +54,23 @@ def check_device(
     "The device; raises `ValueError` for one that is unknown or, where it is needed here, missing"
     try: known = torch.device(device)
     except (RuntimeError, TypeError): known = None
-    if known is None or known.type not in ('cpu', 'cuda'):
+    if known is None or known.type not in ("cpu", "cuda"):
         raise ValueError(f"unknown device '{device}': give 'cpu' or 'cuda'")
-    if here and known.type == 'cuda': _check_gpu(known)
+    if here and known.type == "cuda": _check_gpu(known)
     return known
 
 def _check_gpu(device):
     "Raises `ValueError` for a GPU that is not here"
     n = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (device.index or 0) < n: return
-    sees = f"{n} GPU{'s'*(n != 1)}" if n else 'no GPU'
+    sees = f"{n} GPU{'s'*(n != 1)}" if n else "no GPU"
     raise ValueError(f"device '{device}', but torch {torch.__version__} sees {sees} here: give device='cpu'")
 
 # %% ../../nbs/core/01_jobs.ipynb #a7dc0f49
 def _keep_memory():
     "Tell glibc to keep freed memory for the next batch; other C libraries are left alone"
     with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL('libc.so.6').mallopt
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 1 << 30)        # M_MMAP_THRESHOLD
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
@@ -93,11 +93,11 @@ def worker_pool(
     workers: int, # processes
 ):                # a `ProcessPoolExecutor`
     "A pool of processes whose workers end with it, also after an error or Ctrl-C"
-    spawn = multiprocessing.get_context('spawn')
+    spawn = multiprocessing.get_context("spawn")
     ex = ProcessPoolExecutor(workers, mp_context=spawn, initializer=start_worker)
     try: yield ex
     except BaseException:
-        processes = list((getattr(ex, '_processes', None) or {}).values())
+        processes = list((getattr(ex, "_processes", None) or {}).values())
         ex.shutdown(wait=False, cancel_futures=True)
         for p in processes: p.terminate()
         for p in processes: p.join(10)
@@ -108,7 +108,7 @@ def worker_pool(
 @contextlib.contextmanager
 def ctrl_c_waits():
     "Hold Ctrl-C back for a moment; the processes that start meanwhile never get it, so only the parent reacts"
-    if not hasattr(signal, 'pthread_sigmask'):
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

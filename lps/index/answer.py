@@ -42,7 +42,7 @@ def _asked(embedding, labels, asks, gallery):
     same_model = np.asarray(asks)[:, None] == np.asarray(gallery)
     scores[same_model] = -np.inf
     n = min(N_ASKED, len(gallery) - bool(same_model.any()))
-    nearest = np.argsort(-scores, axis=1, kind='stable')[:, :n]
+    nearest = np.argsort(-scores, axis=1, kind="stable")[:, :n]
     same = labels[gallery][nearest] == labels[asks][:, None]
     return np.take_along_axis(scores, nearest, 1), same
 
@@ -64,7 +64,8 @@ def _joined_trials(present, absent, tasks, held_out, models):
 def _folds(labels, n, seed):
     "A fold of each model, spread over its task, and a fold of each model's task, `(M,)` each"
     rng = np.random.default_rng(seed)
-    by_model, tasks = np.empty(len(labels), int), rng.permutation(np.unique(labels))
+    by_model = np.empty(len(labels), int)
+    tasks = rng.permutation(np.unique(labels))
     for task in tasks:
         members = rng.permutation(np.flatnonzero(labels == task))
         by_model[members] = (np.arange(len(members)) + rng.integers(n)) % n
@@ -74,10 +75,10 @@ def _folds(labels, n, seed):
 def held_out_trials(
     models: ModelSet,  # four tasks at least, three models of each
     method: str,       # name of a method, or the method itself
-    folds: int=4,      # the method is fitted twice as often
-    seed: int=0,       # decides folds and fits
-    workers: int=1,    # processes
-    executor: Executor|None=None,  # any executor to use instead
+    folds: int = 4,      # the method is fitted twice as often
+    seed: int = 0,       # decides folds and fits
+    workers: int = 1,    # processes
+    executor: Executor|None = None,  # any executor to use instead
     **settings,        # of the method
 ) -> Trials:
     "What models find that the method was not fitted on; raises `ValueError` for too few models or tasks"
@@ -88,7 +89,8 @@ def held_out_trials(
     held = []
     for fold in by_fold: held += [fold == i for i in range(folds)]
     jobs = [dict(settings, train=np.flatnonzero(~out).tolist(), method=method, seed=seed) for out in held]
-    fits, found = fit_many(models, jobs, workers, executor), []
+    fits = fit_many(models, jobs, workers, executor)
+    found = []
     for fitted, out in zip(fits, held):
         embedding = embed_models(fitted, models).numpy()
         found.append(_asked(embedding, labels, np.flatnonzero(out), np.flatnonzero(~out)))
@@ -111,7 +113,9 @@ def own_trials(
     if len(tasks) < 2 or counts.max() < 2: return None
     everything = np.arange(len(labels))
     twice = everything[np.isin(labels, tasks[counts > 1])]
-    present, absent, asked = [_asked(embedding, labels, twice, everything)], [], [labels[twice]]
+    present = [_asked(embedding, labels, twice, everything)]
+    absent = []
+    asked = [labels[twice]]
     for task in tasks:
         absent.append(_asked(embedding, labels, np.flatnonzero(labels == task), np.flatnonzero(labels != task)))
         asked.append(labels[labels == task])
@@ -145,7 +149,7 @@ def probability(self: Calibration,
 
 @patch
 def __str__(self: Calibration):
-    how = 'which the method was fitted without' if self.held_out else 'which the method may have seen'
+    how = "which the method was fitted without" if self.held_out else "which the method may have seen"
     return (
         f"measured on {pluralise(self.models, 'model')} of {pluralise(self.tasks, 'task')}, {how}, with their task"
         f" in the index and without it. Below a similarity of {self.threshold:.3f} the answer is that nothing here is"
@@ -158,7 +162,8 @@ def _logistic(similarity, same):
     "Slope and intercept of a logistic curve that does not fall"
     if same.all() or not same.any(): return 0., float(np.log((same.sum() + .5)/((~same).sum() + .5)))
     curve = LogisticRegression(C=1e6, max_iter=1000).fit(similarity[:, None], same)
-    slope, intercept = float(curve.coef_[0, 0]), float(curve.intercept_[0])
+    slope = float(curve.coef_[0, 0])
+    intercept = float(curve.intercept_[0])
     if slope > 0: return slope, intercept
     return 0., float(np.log(same.mean()/(1 - same.mean())))
 
@@ -166,7 +171,8 @@ def _of_other_tasks(trials, folds=5):
     "Probability of each pair by curves that were fitted on other tasks"
     tasks = np.unique(trials.task)
     place = {task: i % min(folds, len(tasks)) for i, task in enumerate(tasks)}
-    fold, p = np.array([place[task] for task in trials.task]), np.empty(len(trials.same))
+    fold = np.array([place[task] for task in trials.task])
+    p = np.empty(len(trials.same))
     for i in np.unique(fold):
         slope, intercept = _logistic(trials.similarity[fold != i], trials.same[fold != i])
         p[fold == i] = 1/(1 + np.exp(-(slope*trials.similarity[fold == i] + intercept)))
@@ -174,7 +180,8 @@ def _of_other_tasks(trials, folds=5):
 
 def _reliability(p, same, bins=10):
     "Mean probability, share with one task, and number of pairs, by tenths of probability"
-    at, rows = np.minimum((p*bins).astype(int), bins - 1), []
+    at = np.minimum((p*bins).astype(int), bins - 1)
+    rows = []
     for i in np.unique(at):
         here = at == i
         rows.append([round(float(v), 4) for v in (p[here].mean(), same[here].mean(), here.sum())])
@@ -183,12 +190,13 @@ def _reliability(p, same, bins=10):
 # %% ../../nbs/index/01_answer.ipynb #3d5e2294
 def calibrate(
     trials: Trials,
-    distinct: float|None=None, # greatest similarity of two models; None: of those who asked
-    false_alarms: float=FALSE_ALARMS, # share of models whose task is there and that are told otherwise
+    distinct: float|None = None, # greatest similarity of two models; None: of those who asked
+    false_alarms: float = FALSE_ALARMS, # share of models whose task is there and that are told otherwise
 ) -> Calibration:
     "What similarities mean, from models that asked"
     slope, intercept = _logistic(trials.similarity, trials.same)
-    p, threshold = _of_other_tasks(trials), float(np.quantile(trials.present, false_alarms))
+    p = _of_other_tasks(trials)
+    threshold = float(np.quantile(trials.present, false_alarms))
     return Calibration(
         slope=slope,
         intercept=intercept,
@@ -210,7 +218,7 @@ FINE_TUNED = .5    # correlation of sketches; without kinship their standard dev
 
 def _filters(state):
     "Names of the convolutions' weights; of a network without any, the matrices but the last"
-    names = [f'{layer}.weight' for layer in convolutions(shapes_of(state))]
+    names = [f"{layer}.weight" for layer in convolutions(shapes_of(state))]
     matrices = [name for name, tensor in state.items() if tensor.ndim > 1]
     return names or matrices[:-1] or matrices
 
@@ -224,7 +232,7 @@ def weight_sketch(
     layers = [state[name].detach().float().flatten().numpy() for name in names]
     weights = np.concatenate([(layer - layer.mean())/(layer.std() + 1e-12) for layer in layers])
     places = np.linspace(0, len(weights) - 1, min(N_SKETCH, len(weights))).astype(int)
-    values = weights[places].clip(-100, 100).astype('<f2').tobytes()
+    values = weights[places].clip(-100, 100).astype("<f2").tobytes()
     return dict(shapes=shapes.hexdigest(), values=base64.b64encode(values).decode())
 
 def sketch_correlation(
@@ -232,8 +240,8 @@ def sketch_correlation(
     b: dict,   # of another model
 ) -> float:    # -1 to 1; NaN where the two have other layers
     "How far two models' weights agree, place by place"
-    if not isinstance(a, dict) or not isinstance(b, dict) or not a or a.get('shapes') != b.get('shapes'): return np.nan
-    try: x, y = [np.frombuffer(base64.b64decode(s['values']), '<f2').astype(float) for s in (a, b)]
+    if not isinstance(a, dict) or not isinstance(b, dict) or not a or a.get("shapes") != b.get("shapes"): return np.nan
+    try: x, y = [np.frombuffer(base64.b64decode(s["values"]), "<f2").astype(float) for s in (a, b)]
     except (KeyError, TypeError, ValueError): return np.nan
     if len(x) != len(y) or len(x) < 8 or not min(x.std(), y.std()) > 0: return np.nan
     return float(np.corrcoef(x, y)[0, 1])
@@ -243,13 +251,13 @@ def kinship(
     similarity: float,   # of query and model
     same_digest: bool,   # have they the same weights?
     correlation: float,  # of their sketches; NaN: not known
-    calibration: Calibration|None=None, # of the index
+    calibration: Calibration|None = None, # of the index
 ) -> str:                # '' where they are two trainings as far as can be told
     "What a model is to a query, apart from similar"
-    if same_digest: return 'copy'
-    if correlation >= FINE_TUNED: return 'fine-tuned copy'
+    if same_digest: return "copy"
+    if correlation >= FINE_TUNED: return "fine-tuned copy"
     apart = 1 - 1e-5 if calibration is None else max(1 - 1e-5, min(calibration.distinct, 1))
-    return 'the same as far as read' if similarity > apart else ''
+    return "the same as far as read" if similarity > apart else ""
 
 # %% ../../nbs/index/01_answer.ipynb #deed526a
 @dataclass
@@ -261,8 +269,8 @@ class Answer:
     method: str          # which said it
     saw: str             # what that method sees of a model
     calibration: Calibration|None=None
-    start: str = ''      # the model to start from
-    expected: str = ''   # what expected accuracies are, or why there are none
+    start: str = ""      # the model to start from
+    expected: str = ""   # what expected accuracies are, or why there are none
 
 @patch(as_prop=True)
 def sentences(self: Answer) -> list: # of str
@@ -277,20 +285,20 @@ def sentences(self: Answer) -> list: # of str
     return [printable(sentence) for sentence in said]
 
 @patch
-def __str__(self: Answer): return '\n'.join([self.table.to_string(float_format='%.3f'), *self.sentences])
+def __str__(self: Answer): return "\n".join([self.table.to_string(float_format="%.3f"), *self.sentences])
 
 @patch
 def _repr_html_(self: Answer):
     "The table with the sentences below it"
     import html
-    said = ''.join(f'<p>{html.escape(sentence)}</p>' for sentence in self.sentences)
-    return self.table.to_html(float_format='%.3f', border=0, na_rep='', escape=True) + said
+    said = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences)
+    return self.table.to_html(float_format="%.3f", border=0, na_rep="", escape=True) + said
 
 @patch
 def to_dict(self: Answer) -> dict:
     "The answer, fit for JSON"
     table = self.table.reset_index()
-    rows = table.astype(object).where(table.notna(), None).to_dict('records')
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
     calibration = None if self.calibration is None else dict(vars(self.calibration))
     like = None if self.like is None else bool(self.like)
     return dict(query=self.query, like=like, start=self.start, method=self.method, saw=self.saw, expected=self.expected,

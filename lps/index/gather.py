@@ -44,15 +44,17 @@ class Item:
 def _item(path, inner=None):
     "A model file as it is now"
     files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
-    stats, file = [file.stat() for file in files], str(path) if inner is None else f'{path.stem}/{inner}'
-    size, mtime = sum(about.st_size for about in stats), max(about.st_mtime_ns for about in stats)
+    stats = [file.stat() for file in files]
+    file = str(path) if inner is None else f"{path.stem}/{inner}"
+    size = sum(about.st_size for about in stats)
+    mtime = max(about.st_mtime_ns for about in stats)
     return Item(file, str(path.resolve()), inner, size, mtime)
 
 # %% ../../nbs/index/02_gather.ipynb #b79c035a
 def _is_packed(path):
     "Does a file hold several models?"
-    if path.suffix.lower() != '.safetensors': return False
-    try: return 'packed' in read_header(path).meta
+    if path.suffix.lower() != ".safetensors": return False
+    try: return "packed" in read_header(path).meta
     except (ValueError, OSError): return False
 
 @functools.lru_cache(4)
@@ -73,13 +75,13 @@ def _items_of(path):
 def _files_below(folder):
     "What may be a model in a folder and its subfolders; indexes and what a build keeps for itself are left out"
     for here, folders, files in os.walk(folder):
-        own = 'header.json' in files and 'rows.f32' in files
-        if own or 'build.json' in files: folders.clear()
-        folders[:] = sorted(name for name in folders if not name.startswith('.'))
+        own = "header.json" in files and "rows.f32" in files
+        if own or "build.json" in files: folders.clear()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         if is_model_folder(files): yield Path(here)
         if own or is_model_folder(files): continue
         for name in sorted(files):
-            if name.startswith('.') or not name.lower().endswith(SUFFIXES + NOT_READ): continue
+            if name.startswith(".") or not name.lower().endswith(SUFFIXES + NOT_READ): continue
             yield Path(here)/name
 
 # %% ../../nbs/index/02_gather.ipynb #e4667337
@@ -87,7 +89,8 @@ def find_models(
     sources,  # folders, model files, packed sets, names of sets that come with lps, models elsewhere; one or several
 ) -> tuple:   # list of `Item`, no model twice; reasons by file for what cannot be a model
     "The models that are there, unread; raises `FileNotFoundError` for a source that is not there"
-    found, bad = {}, {}
+    found = {}
+    bad = {}
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
     for source in sources:
         if is_elsewhere(source):
@@ -136,16 +139,16 @@ def _of_packed(item):
 
 def _is_own(place):
     "Is this a file of one model that this project wrote?"
-    if not isinstance(place, (str, Path)) or Path(place).suffix.lower() != '.safetensors': return False
-    return Path(place).is_file() and 'layers' in read_header(place).meta
+    if not isinstance(place, (str, Path)) or Path(place).suffix.lower() != ".safetensors": return False
+    return Path(place).is_file() and "layers" in read_header(place).meta
 
 EVERYTHING = SimpleNamespace(layers=())  # stands for a method that looks at all layers
 
 def _wants_rest(fitted, source, model):
     "Does a method look at more of a model elsewhere than was read of it?"
-    lacks = set(model.meta.get('lacks') or ())
+    lacks = set(model.meta.get("lacks") or ())
     if fitted is None or not lacks or not is_elsewhere(_place(source)): return False
-    wanted = {layer.removesuffix('.weight') for layer in fitted.layers}
+    wanted = {layer.removesuffix(".weight") for layer in fitted.layers}
     return not wanted or bool(wanted & lacks)
 
 # %% ../../nbs/index/02_gather.ipynb #021b15a6
@@ -155,7 +158,7 @@ def name_it(
     why: str, # that a method cannot look at a model
 ) -> str:
     "The reason, and the cure where nobody has said which network it is"
-    return why + NAME_IT if 'no known architecture' in why else why
+    return why + NAME_IT if "no known architecture" in why else why
 
 # %% ../../nbs/index/02_gather.ipynb #c4c06241
 @dataclass
@@ -175,25 +178,25 @@ def _label(known, folder):
     if known.task is None or known.task < 0: return -1
     classes = [name for name in known.classes or () if name]
     key = [known.data, *sorted(classes)] if len(classes) > 1 else [folder, known.task]
-    return int.from_bytes(hashlib.blake2b(json.dumps(key).encode(), digest_size=6).digest(), 'little')
+    return int.from_bytes(hashlib.blake2b(json.dumps(key).encode(), digest_size=6).digest(), "little")
 
 def _architecture(model):
     "Which kind of network this is; '' where no entry of the registry knows it"
     known = recognise(shapes_of(model.state))
     if known: return known[0].name
-    return str(model.meta.get('architecture') or FIRST_LAYERS) if model.meta.get('lacks') else ''
+    return str(model.meta.get("architecture") or FIRST_LAYERS) if model.meta.get("lacks") else ""
 
-FIRST_LAYERS = 'first layers only'
+FIRST_LAYERS = "first layers only"
 
 # %% ../../nbs/index/02_gather.ipynb #7e422ac4
 def model_facts(
     item: Item,           # where it is
     model: Model,  # the model
-    row: dict|None=None,  # what a table says about it; counts more than its own metadata
+    row: dict|None = None,  # what a table says about it; counts more than its own metadata
 ) -> dict:                # fit for JSON
     "What an index keeps of a model beside its numbers; raises `ValueError` for metadata that do not fit"
     meta = dict(model.meta)
-    if row: meta |= {**row, 'classes': [row.get('class_0'), row.get('class_1')]}
+    if row: meta |= {**row, "classes": [row.get("class_0"), row.get("class_1")]}
     known = checked(meta, _Known, item.file)
     first, second = [*(known.classes or []), None, None][:2]
     return dict(
@@ -204,7 +207,7 @@ def model_facts(
         class_1=second,
         val_accuracy=known.val_accuracy,
         train_accuracy=known.train_accuracy,
-        recipe=known.recipe.get('name') if isinstance(known.recipe, dict) else known.recipe,
+        recipe=known.recipe.get("name") if isinstance(known.recipe, dict) else known.recipe,
         data=known.data,
         shortcut=known.shortcut,
         label=_label(known, str(Path(item.path).parent)),
@@ -219,9 +222,9 @@ MOST_FITTED = 500  # models that a method is fitted on
 
 def _said_task(item, rows):
     "The task that a table or a file's header names, before the file is read; -1: none"
-    if rows is not None: return rows.get(Path(item.path).name, {}).get('task', -1)
+    if rows is not None: return rows.get(Path(item.path).name, {}).get("task", -1)
     if item.inner is not None: return 0  # a packed set names the task of each
-    try: return int(json.loads(read_header(item.path).meta['task']))
+    try: return int(json.loads(read_header(item.path).meta["task"]))
     except (ValueError, OSError, KeyError, TypeError, RecursionError): return -1
 
 def _chosen(items, rows, n, seed):
@@ -233,22 +236,22 @@ def _chosen(items, rows, n, seed):
 def labelled_models(
     items: list,            # `Item`s
     names=(),               # name map
-    table: dict|None=None,  # what a table says, by the name of a file, as `read_table` gives it
-    n: int=MOST_FITTED,     # at most so many
-    seed: int=0,            # decides which
+    table: dict|None = None,  # what a table says, by the name of a file, as `read_table` gives it
+    n: int = MOST_FITTED,     # at most so many
+    seed: int = 0,            # decides which
     **told,                 # `arch`, `size`, `stats`, as in `take_in`
 ) -> ModelSet|None:         # None: there are none
     "Models of one architecture whose tasks are known, in memory; their tasks are the labels of an index"
     read = []
     for item in _chosen(items, table, n, seed):
         found = _read_known(item, names, table, **told)
-        if found and found[2]['label'] >= 0: read.append(found)
+        if found and found[2]["label"] >= 0: read.append(found)
     return _set_of(read)
 
 def one_model(
     items: list,            # `Item`s
     names=(),               # name map
-    table: dict|None=None,  # what a table says, by the name of a file
+    table: dict|None = None,  # what a table says, by the name of a file
     **told,                 # as in `take_in`
 ) -> ModelSet|None:         # None: none can be read
     "The first model that can be read, as a set of one"
@@ -270,10 +273,12 @@ def _set_of(read):
     if not shapes: return None
     usual = Counter(shapes).most_common(1)[0][0]
     fit = [parts for parts, own in zip(read, shapes) if own == usual]
-    first, metas, rows = fit[0][1].state, [], []
+    first = fit[0][1].state
+    metas = []
+    rows = []
     for item, model, fact in fit:
-        metas.append(model.meta | dict(file=item.file, sha256='', digest=model.digest))
-        rows.append(dict(fact, task=fact['label']))
+        metas.append(model.meta | dict(file=item.file, sha256="", digest=model.digest))
+        rows.append(dict(fact, task=fact["label"]))
     stacked = {}
     for name in first: stacked[name] = torch.stack([model.state[name] for _, model, _ in fit])
     source = PackedSource(stacked, metas, {}, stem_of(shapes_of(first)))
@@ -294,7 +299,7 @@ def embed_items(
     fitted,                # a fitted method
     items: list,           # `Item`s
     names=(),              # name map
-    table: dict|None=None, # what a table says, by the name of a file
+    table: dict|None = None, # what a table says, by the name of a file
     **told,                # `arch`, `size`, `stats`, as in `take_in`
 ) -> Embedded:
     "Read and embed some models"
@@ -312,9 +317,9 @@ def embed_items(
 
 def _reason(item, error):
     "Why a model gave no row, without its name"
-    said = getattr(error, 'strerror', None) or str(error)  # of an OSError without its number
-    why = printable(' '.join(said.split())) or type(error).__name__
-    for name in (item.path, Path(item.path).name): why = why.removeprefix(f'{name}: ')
+    said = getattr(error, "strerror", None) or str(error)  # of an OSError without its number
+    why = printable(" ".join(said.split())) or type(error).__name__
+    for name in (item.path, Path(item.path).name): why = why.removeprefix(f"{name}: ")
     return name_it(why)
 
 # %% ../../nbs/index/02_gather.ipynb #89455e22
@@ -322,10 +327,10 @@ def embed_all(
     fitted,                # a fitted method
     items: list,           # `Item`s
     names=(),              # name map
-    table: dict|None=None, # what a table says, by the name of a file
-    workers: int=1,        # processes; 1: in this one
-    executor: Executor|None=None,  # any `concurrent.futures.Executor` to use instead
-    batch: int=BATCH,      # models that a process takes at a time
+    table: dict|None = None, # what a table says, by the name of a file
+    workers: int = 1,        # processes; 1: in this one
+    executor: Executor|None = None,  # any `concurrent.futures.Executor` to use instead
+    batch: int = BATCH,      # models that a process takes at a time
     **told,                # `arch`, `size`, `stats`, as in `take_in`
 ):                         # generator of `Embedded`
     "Read and embed models side by side; batches come as they are done"

@@ -39,9 +39,9 @@ from .store import Rows, Store, create_store
 # %% ../../nbs/index/03_index.ipynb #036699fd
 def _about_query(name, why):
     "What is wrong with a model that asks, and the cure where there is one"
-    if 'no layer' in why: why += "; a name map renames its tensors, names= in Python, --names on the command line"
+    if "no layer" in why: why += "; a name map renames its tensors, names= in Python, --names on the command line"
     why = name_it(why)
-    return f"{name} {why}" if why.startswith('is ') else f"{name}: {why}"
+    return f"{name} {why}" if why.startswith("is ") else f"{name}: {why}"
 
 @dataclass
 class _Queries:
@@ -54,13 +54,13 @@ class _Queries:
 
 def _one_query(fitted, query, reading):
     "A model and what it is called"
-    if isinstance(query, (Model, nn.Module)): name = 'the query'
+    if isinstance(query, (Model, nn.Module)): name = "the query"
     elif isinstance(query, (str, Path)): name = printable(query if is_elsewhere(query) else Path(query).name)
     else:
         kind = type(query).__name__
         raise TypeError(f"a query cannot be a {kind}: give a ModelSet, one model of it, a module, or a file")
     try: return take_in(query, fitted=fitted, **reading), name
-    except ValueError as e: raise ValueError(_about_query(name, str(e).removeprefix(f'{name}: '))) from None
+    except ValueError as e: raise ValueError(_about_query(name, str(e).removeprefix(f"{name}: "))) from None
 
 # %% ../../nbs/index/03_index.ipynb #2fc5ecd9
 def _ask(fitted, query, reading):
@@ -77,11 +77,11 @@ def _ask(fitted, query, reading):
 # %% ../../nbs/index/03_index.ipynb #cb4f84b5
 def _facts(manifest):
     "What is known of each model of a manifest, fit for JSON"
-    return manifest.astype(object).where(manifest.notna(), None).to_dict('records')
+    return manifest.astype(object).where(manifest.notna(), None).to_dict("records")
 
 def _fact_label(fact):
     "The label of a model: that of its task in an index of several folders, else the task itself"
-    return fact['label'] if fact.get('label') is not None else fact['task']
+    return fact["label"] if fact.get("label") is not None else fact["task"]
 
 def _in_memory(embedding, digests, facts):
     "Rows of an index; raises `ValueError` for tasks that are too large"
@@ -103,14 +103,16 @@ class ModelIndex:
         self._set(fitted, _in_memory(embedding.numpy(), gallery.digests, _facts(gallery.manifest)))
 
     def _set(self, fitted, rows, calibration=None, rejected=None):
-        self.fitted, self.rows, self.calibration = fitted, rows, calibration
+        self.fitted = fitted
+        self.rows = rows
+        self.calibration = calibration
         self.rejected = rejected_table(rejected or {})  # files that gave no row, and why
         self._known = {}  # what was read of all rows
 
     def __len__(self): return len(self.rows)
 
     def __repr__(self):
-        layers = ', '.join(self.fitted.layers) or 'all layers'
+        layers = ", ".join(self.fitted.layers) or "all layers"
         labels = self.rows.labels(self.rows.places)
         n_tasks = len(np.unique(labels[labels >= 0]))
         return printable(
@@ -121,11 +123,11 @@ class ModelIndex:
 def _manifest(facts):
     "The manifest of an index; accuracies that are not known are NaN"
     manifest = pd.DataFrame(facts)
-    accuracies = [column for column in ('val_accuracy', 'train_accuracy') if column in manifest]
+    accuracies = [column for column in ("val_accuracy", "train_accuracy") if column in manifest]
     manifest[accuracies] = manifest[accuracies].astype(float)
     return manifest
 
-NOT_SHOWN = 'sketch', 'key'  # facts that are of use to the index alone
+NOT_SHOWN = "sketch", "key"  # facts that are of use to the index alone
 
 @patch
 def _once(self: ModelIndex, name, compute):
@@ -141,39 +143,39 @@ def manifest(self: ModelIndex) -> pd.DataFrame: # file, task, class_0, class_1, 
         shown = []
         for fact in facts: shown.append({name: v for name, v in fact.items() if name not in NOT_SHOWN})
         return _manifest(shown)
-    return self._once('manifest', read)
+    return self._once("manifest", read)
 
 @patch(as_prop=True)
 def embedding(self: ModelIndex) -> Tensor: # float32 `(M, E)`, rows of length 1
     "The embeddings of the models"
-    return self._once('embedding', lambda: torch.from_numpy(np.array(self.rows.rows[self.rows.places])))
+    return self._once("embedding", lambda: torch.from_numpy(np.array(self.rows.rows[self.rows.places])))
 
 @patch(as_prop=True)
 def digests(self: ModelIndex) -> list: # 32 hexadecimal digits each
     "The digests of the models' weights"
-    return self._once('digests', lambda: self.rows.digests(self.rows.places))
+    return self._once("digests", lambda: self.rows.digests(self.rows.places))
 
 # %% ../../nbs/index/03_index.ipynb #b05de13a
 def _class_names(fact):
     "The classes of a model's task as text; nothing where they are not known"
-    names = fact.get('class_0'), fact.get('class_1')
-    return '' if None in names else printable(' / '.join(map(str, names)))
+    names = fact.get("class_0"), fact.get("class_1")
+    return "" if None in names else printable(" / ".join(map(str, names)))
 
 def _found(facts, similarity):
     "Models with their similarity, as a table to show"
-    accuracies = [fact.get('val_accuracy') for fact in facts]
+    accuracies = [fact.get("val_accuracy") for fact in facts]
     columns = dict(
         similarity=np.asarray(similarity, float),
-        task=[fact['task'] for fact in facts],
+        task=[fact["task"] for fact in facts],
         classes=[_class_names(fact) for fact in facts],
         val_accuracy=np.array(accuracies, float),
-        file=[fact['file'] for fact in facts],
+        file=[fact["file"] for fact in facts],
     )
-    return pd.DataFrame(columns, index=pd.RangeIndex(1, len(facts) + 1, name='rank'))
+    return pd.DataFrame(columns, index=pd.RangeIndex(1, len(facts) + 1, name="rank"))
 
 def _answers(tables, names, query):
     "One table for one model, and for a set all of them with the queries' files as outer index"
-    return pd.concat(tables, keys=names, names=['query']) if isinstance(query, ModelSet) else tables[0]
+    return pd.concat(tables, keys=names, names=["query"]) if isinstance(query, ModelSet) else tables[0]
 
 # %% ../../nbs/index/03_index.ipynb #4bf577ad
 @patch
@@ -201,25 +203,26 @@ def _nearest(self: ModelIndex, asked, k, with_self, approximate=False):
 @patch
 def _table(self: ModelIndex, similarity, places, digest, sketch, notes=False):
     "Models that were found, with all that can be said of them; notes also where nothing is calibrated"
-    facts, known = self.rows.facts(places), self.calibration
+    facts = self.rows.facts(places)
+    known = self.calibration
     table = _found(facts, similarity)
     if known is None and not notes: return table
-    table['note'] = [
-        kinship(s, d == digest, sketch_correlation(fact.get('sketch'), sketch), known)
+    table["note"] = [
+        kinship(s, d == digest, sketch_correlation(fact.get("sketch"), sketch), known)
         for s, d, fact in zip(similarity, self.rows.digests(places), facts)
     ]
     if known is None: return table
-    table.insert(1, 'probability', np.where(table.note == 'copy', 1, known.probability(similarity)))
+    table.insert(1, "probability", np.where(table.note == "copy", 1, known.probability(similarity)))
     return table
 
 # %% ../../nbs/index/03_index.ipynb #94494286
 @patch
 def query(self: ModelIndex,
     model, # a ModelSet, a Model, a module, a file, or a model elsewhere, with the layers that the method reads
-    k: int=10,             # how many models to find; all of the gallery if it has fewer
-    with_self: bool=False, # also find the query itself, if the gallery holds it
+    k: int = 10,             # how many models to find; all of the gallery if it has fewer
+    with_self: bool = False, # also find the query itself, if the gallery holds it
     names=(),              # name map for a file with foreign names, as in `import_models`
-    approximate: bool=False, # look where the graph of `build_graph` leads, not at every model
+    approximate: bool = False, # look where the graph of `build_graph` leads, not at every model
     **told,                # `arch`, `size`, `stats`: what the file does not say, as in `read_model`
 ) -> pd.DataFrame:         # similarity, task, classes, val_accuracy, file by rank; for a set by query and rank
     "The nearest models of the gallery, most similar first; raises `ValueError` for a model that cannot be compared"
@@ -231,9 +234,9 @@ def query(self: ModelIndex,
 @patch
 def kneighbors(self: ModelIndex,
     X,                         # what `query` takes, or embeddings `(Q, E)`
-    n_neighbors: int=5,        # how many models to find
-    return_distance: bool=True, # False: numbers alone
-    approximate: bool=False,   # look where the graph of `build_graph` leads
+    n_neighbors: int = 5,        # how many models to find
+    return_distance: bool = True, # False: numbers alone
+    approximate: bool = False,   # look where the graph of `build_graph` leads
 ):                             # cosine distances and numbers of rows in `manifest`, `(Q, n_neighbors)` each
     "The nearest models as scikit-learn's `NearestNeighbors` gives them; a model finds itself"
     if not isinstance(X, (np.ndarray, Tensor)): X = _ask(self.fitted, X, {}).embedding
@@ -244,30 +247,32 @@ def kneighbors(self: ModelIndex,
 # %% ../../nbs/index/03_index.ipynb #e9cc9293
 def _by_task(found):
     "Models with their similarity, by task"
-    found = found.sort_values('similarity', ascending=False, kind='stable')
-    tasks = found.groupby('label', sort=False).agg(
-        task=('task', 'first'),
-        classes=('classes', 'first'),
-        similarity=('similarity', 'mean'),
-        nearest=('similarity', 'first'),
-        file=('file', 'first'),
-        models=('file', 'size'),
-        val_accuracy=('val_accuracy', 'mean'),
+    found = found.sort_values("similarity", ascending=False, kind="stable")
+    tasks = found.groupby("label", sort=False).agg(
+        task=("task", "first"),
+        classes=("classes", "first"),
+        similarity=("similarity", "mean"),
+        nearest=("similarity", "first"),
+        file=("file", "first"),
+        models=("file", "size"),
+        val_accuracy=("val_accuracy", "mean"),
     )
-    tasks = tasks.sort_values('similarity', ascending=False, kind='stable')
-    return tasks.set_index(pd.RangeIndex(1, len(tasks) + 1, name='rank'))
+    tasks = tasks.sort_values("similarity", ascending=False, kind="stable")
+    return tasks.set_index(pd.RangeIndex(1, len(tasks) + 1, name="rank"))
 
 # %% ../../nbs/index/03_index.ipynb #9322af15
 @patch
 def tasks(self: ModelIndex,
     model,                 # as for `query`
-    with_self: bool=False, # count the query itself, if the gallery holds it
+    with_self: bool = False, # count the query itself, if the gallery holds it
     names=(),              # name map for a file with foreign names
     **told,                # `arch`, `size`, `stats`, as for `query`
 ) -> pd.DataFrame:         # by rank: task, classes, mean similarity, that of the nearest model and its file, models, …
     "Tasks of the gallery by the mean similarity of their models, most similar first"
-    asked, tables = _ask(self.fitted, model, dict(names=names, **told)), []
-    places, facts = self.rows.places, self._once('facts', lambda: self.rows.facts(self.rows.places))
+    asked = _ask(self.fitted, model, dict(names=names, **told))
+    tables = []
+    places = self.rows.places
+    facts = self._once("facts", lambda: self.rows.facts(self.rows.places))
     for near, digest in zip(similarity(asked.embedding, self.embedding).numpy(), asked.digests):
         own = () if with_self else self.rows.with_digest(digest)
         keep = np.flatnonzero(~np.isin(places, own))
@@ -278,12 +283,12 @@ def tasks(self: ModelIndex,
 # %% ../../nbs/index/03_index.ipynb #aa706b35
 def _save_file(index, path):
     "Write an index as one file"
-    own = {f'fitted.{name}': tensor for name, tensor in index.fitted.state_dict().items()}
-    tensors = {'embedding': index.embedding} | own
+    own = {f"fitted.{name}": tensor for name, tensor in index.fitted.state_dict().items()}
+    tensors = {"embedding": index.embedding} | own
     manifest = pd.DataFrame(index.rows.facts(index.rows.places))
     manifest = manifest.astype(object).where(manifest.notna(), None)
-    about = dict(fitted=fitted_parts(index.fitted), manifest=manifest.to_dict('list'), digests=index.digests)
-    if index.calibration is not None: about['calibration'] = asdict(index.calibration)
+    about = dict(fitted=fitted_parts(index.fitted), manifest=manifest.to_dict("list"), digests=index.digests)
+    if index.calibration is not None: about["calibration"] = asdict(index.calibration)
     save_model(path, tensors, dict(index=about))
 
 @patch
@@ -291,7 +296,7 @@ def save(self: ModelIndex,
     path: str|Path, # file to write, `….safetensors`; any other name is a folder, which must not hold anything else
 ):
     "Write the index, whole or not at all"
-    if Path(path).suffix == '.safetensors': return _save_file(self, path)
+    if Path(path).suffix == ".safetensors": return _save_file(self, path)
     store = _new_folder(path, self.fitted, self.rows.width, self.calibration)
     places = self.rows.places
     store.append(self.rows.rows[places], self.digests, self.rows.labels(places), self.rows.facts(places))
@@ -318,10 +323,11 @@ class _Columns:
 # %% ../../nbs/index/03_index.ipynb #39bfd858
 def _index_parts(tensors, meta, name):
     "Header and embeddings of an index; raises `ValueError` with the field for a file that holds none"
-    if 'index' not in meta: raise ValueError(printable(f"{name} holds no index: its metadata has {', '.join(meta)}"))
-    header = checked(meta['index'], _IndexHeader, name)
-    columns = checked(header.manifest, _Columns, f'{name}, manifest')
-    embedding, n = tensors.get('embedding'), len(columns.file)
+    if "index" not in meta: raise ValueError(printable(f"{name} holds no index: its metadata has {', '.join(meta)}"))
+    header = checked(meta["index"], _IndexHeader, name)
+    columns = checked(header.manifest, _Columns, f"{name}, manifest")
+    embedding = tensors.get("embedding")
+    n = len(columns.file)
     _check_rows(embedding, n, len(header.digests), name)
     _check_columns(header.manifest, n, name)
     return header, embedding
@@ -348,7 +354,7 @@ def _load_file(cls, path):
     tensors, meta = load_model(path)
     name = printable(Path(path).name)
     header, embedding = _index_parts(tensors, meta, name)
-    own = {key.removeprefix('fitted.'): tensor for key, tensor in tensors.items() if key.startswith('fitted.')}
+    own = {key.removeprefix("fitted."): tensor for key, tensor in tensors.items() if key.startswith("fitted.")}
     facts = _facts(pd.DataFrame(header.manifest).astype(object))
     try: rows = _in_memory(embedding.float().numpy(), header.digests, facts)
     except ValueError as e: raise ValueError(f"{name}: {e}") from None
@@ -361,20 +367,21 @@ def load(cls: ModelIndex,
     path: str|Path, # file or folder written by `save` or `build`; 'bundled': the index that comes with lps
 ):
     "Read an index; raises `FileNotFoundError`, or `ValueError` with file and field for what holds none"
-    if str(path) == 'bundled': return cls.bundled()
+    if str(path) == "bundled": return cls.bundled()
     return _load_folder(cls, Path(path)) if Path(path).is_dir() else _load_file(cls, path)
 
 # %% ../../nbs/index/03_index.ipynb #63d703a9
-METHOD_FILE, REJECTED_FILE = 'method.safetensors', 'rejected.json'
+METHOD_FILE = "method.safetensors"
+REJECTED_FILE = "rejected.json"
 
 def _check_new_folder(path):
     "Raises where a folder holds anything that no index left there"
     if not path.exists(): return
     if not path.is_dir(): raise FileExistsError(f"{printable(path)} is a file: choose another folder for the index")
-    if (path/'header.json').exists(): raise FileExistsError(f"{printable(path)} holds an index already")
-    ours = {METHOD_FILE, REJECTED_FILE, '.lock', *(file.name for file in path.glob('*.u64')), 'rows.f32',
-            'records.bin', 'facts.jsonl', 'segments.bin'}
-    others = sorted({file.name for file in path.iterdir() if not file.name.endswith('.tmp')} - ours)
+    if (path/"header.json").exists(): raise FileExistsError(f"{printable(path)} holds an index already")
+    ours = {METHOD_FILE, REJECTED_FILE, ".lock", *(file.name for file in path.glob("*.u64")), "rows.f32",
+            "records.bin", "facts.jsonl", "segments.bin"}
+    others = sorted({file.name for file in path.iterdir() if not file.name.endswith(".tmp")} - ours)
     if others: raise FileExistsError(f"{printable(path)} holds {printable(others[0])}: choose an empty folder")
 
 def _new_folder(path, fitted, width, calibration):
@@ -384,7 +391,7 @@ def _new_folder(path, fitted, width, calibration):
     path.mkdir(parents=True, exist_ok=True)
     save_fitted(path/METHOD_FILE, fitted)
     about = dict(method=fitted.method, method_sha256=_sha256(path/METHOD_FILE))
-    about['calibration'] = None if calibration is None else asdict(calibration)
+    about["calibration"] = None if calibration is None else asdict(calibration)
     return create_store(path, width, about)
 
 def _sha256(file): return hashlib.sha256(file.read_bytes()).hexdigest()
@@ -417,19 +424,19 @@ def _read_rejected(path):
 # %% ../../nbs/index/03_index.ipynb #9c0cf0f1
 def _given_method(method):
     "A method that is fitted already; None for the name of one that is to be fitted"
-    if hasattr(method, 'embed'): return method
-    if str(method) == 'bundled': return load_fitted(bundled('net.safetensors'))
-    return load_fitted(method) if Path(str(method)).suffix == '.safetensors' else None
+    if hasattr(method, "embed"): return method
+    if str(method) == "bundled": return load_fitted(bundled("net.safetensors"))
+    return load_fitted(method) if Path(str(method)).suffix == ".safetensors" else None
 
 def _fit(method, items, how, workers, executor, seed, settings):
     "The fitted method and what its similarities mean"
     given = _given_method(method)
-    if given is None and method != 'auto': get_method(method)
+    if given is None and method != "auto": get_method(method)
     known = labelled_models(items, seed=seed, **how)
     if given is not None: return given, _own_calibration(given, known)
     learned = one_model(items, **how) if known is None else known
     if learned is None: raise ValueError(_nothing_read(items, how))
-    name = leading_method(learned) if method == 'auto' else method
+    name = leading_method(learned) if method == "auto" else method
     try: fitted = fit_method(learned, name, seed, **settings)
     except ValueError as e:
         if known is not None: raise
@@ -447,7 +454,8 @@ def _unknown_tasks(name, models, error):
 
 def _nothing_read(items, how):
     "Why no model of a folder can be read"
-    reading, bad = {name: said for name, said in how.items() if name != 'table'}, {}
+    reading = {name: said for name, said in how.items() if name != "table"}
+    bad = {}
     for item in items[:3]:
         try: take_in(item, **reading)
         except (ValueError, OSError, RuntimeError) as e: bad[item.file] = printable(e)
@@ -467,17 +475,18 @@ def _files(self: ModelIndex):
     def read():
         found = {}
         for place in self.rows.places:
-            key = self.rows.fact(place).get('key')
+            key = self.rows.fact(place).get("key")
             if isinstance(key, list) and len(key) == 4: found[tuple(key[:2])] = int(place), tuple(key[2:])
         return found
-    return self._once('files', read)
+    return self._once("files", read)
 
 @patch
 def _take(self: ModelIndex, done):
     "Add models that were read; one that was changed since replaces what it was"
-    files, first = self._files(), len(self.rows.records)
-    keys = [tuple(fact['key']) for fact in done.facts]
-    self.rows.append(np.array(done.rows), done.digests, [fact['label'] for fact in done.facts], done.facts)
+    files = self._files()
+    first = len(self.rows.records)
+    keys = [tuple(fact["key"]) for fact in done.facts]
+    self.rows.append(np.array(done.rows), done.digests, [fact["label"] for fact in done.facts], done.facts)
     old = [files[key[:2]][0] for key in keys if key[:2] in files]
     if old: self.rows.remove(old)
     for place, key in enumerate(keys, first): files[key[:2]] = place, key[2:]
@@ -518,20 +527,20 @@ def _check_same(self: ModelIndex, path, method):
     "Raises `ValueError` where an index compares by another method than it is asked to"
     given = _given_method(method)
     asked = method if given is None else given.method
-    if asked in ('auto', self.fitted.method): return
+    if asked in ("auto", self.fitted.method): return
     raise ValueError(f"{printable(path)} compares by {self.fitted.method}, asked for is {asked}: choose another folder")
 
 # %% ../../nbs/index/03_index.ipynb #ef387ed2
 @patch(cls_method=True)
 def build(cls: ModelIndex,
     sources,                # folders, files, packed sets, 'bundled', `org/name`, addresses, `timm/NAME`; one or several
-    path: str|Path|None=None, # folder for the index; None: in memory. One that is there already goes on
-    method='auto',          # a name, a fitted method, or a file of one; 'auto': `leading_method`
+    path: str|Path|None = None, # folder for the index; None: in memory. One that is there already goes on
+    method="auto",          # a name, a fitted method, or a file of one; 'auto': `leading_method`
     table=None,             # DataFrame or csv/tsv file that names tasks, as in `import_models`
     names=(),               # name map, as in `import_models`
-    workers: int=1,         # processes
-    executor: Executor|None=None, # any `concurrent.futures.Executor` to use instead
-    seed: int=0,            # decides everything random in the fit
+    workers: int = 1,         # processes
+    executor: Executor|None = None, # any `concurrent.futures.Executor` to use instead
+    seed: int = 0,            # decides everything random in the fit
     arch=None,              # the network of models that the registry does not know, as in `read_model`
     size=None,              # of the images of such networks
     stats=None,             # mean and standard deviation that images were normalised with
@@ -540,7 +549,7 @@ def build(cls: ModelIndex,
     "An index of all models there; raises `ValueError` where none can be read, or the index is of another method"
     items, bad = find_models(sources)
     how = dict(names=names, table=read_table(table), arch=arch, size=size, stats=stats)
-    if path is not None and (Path(path)/'header.json').exists():
+    if path is not None and (Path(path)/"header.json").exists():
         index = cls.load(path)
         index._check_same(path, method)
     else: index = _started(cls, path, items, how, method, workers, executor, seed, settings)
@@ -553,8 +562,8 @@ def add(self: ModelIndex,
     sources,    # as for `build`
     table=None, # table that names tasks
     names=(),   # name map
-    workers: int=1,  # processes
-    executor: Executor|None=None,  # any executor to use instead
+    workers: int = 1,  # processes
+    executor: Executor|None = None,  # any executor to use instead
     **told,     # `arch`, `size`, `stats`, as for `build`
 ) -> int:       # how many more models there are
     "Add what is not there yet; files that gave no row stand in `.rejected`"
@@ -567,7 +576,8 @@ def remove(self: ModelIndex,
     what,     # names of models as the index has them, their files, or folders; one or several
 ) -> int:     # how many were removed
     "Remove models from the index, not their files; raises `ValueError` for a name that stands for none"
-    gone, facts = set(), self.rows.facts(self.rows.places)
+    gone = set()
+    facts = self.rows.facts(self.rows.places)
     for name in [what] if isinstance(what, (str, Path)) else what:
         there = [place for place, fact in zip(self.rows.places, facts) if _is_of(fact, name)]
         if not there: raise ValueError(f"no model {printable(name)} in the index")
@@ -578,16 +588,17 @@ def remove(self: ModelIndex,
 
 def _is_of(fact, name):
     "Is a model of this name, or from this file or folder?"
-    if fact['file'] == str(name): return True
-    key = fact.get('key')
+    if fact["file"] == str(name): return True
+    key = fact.get("key")
     if not isinstance(key, list): return False
-    path, wanted = Path(str(key[0])), Path(name).resolve()
+    path = Path(str(key[0]))
+    wanted = Path(name).resolve()
     return path == wanted or wanted in path.parents
 
 # %% ../../nbs/index/03_index.ipynb #e0819f92
 @patch
 def build_graph(self: ModelIndex,
-    threads: int=1,  # the graph is the same from run to run with one only
+    threads: int = 1,  # the graph is the same from run to run with one only
 ) -> Path:           # its file, which is not in the index's folder
     "A graph for approximate search; raises `ImportError` where usearch is not installed"
     return self._in_folder().build_graph(threads)
@@ -607,17 +618,18 @@ MOST_CALIBRATED = 2000  # models
 @patch
 def answer(self: ModelIndex,
     model,         # a Model, a module, or a file
-    k: int=5,      # how many models to find
+    k: int = 5,      # how many models to find
     names=(),      # name map
     expected=None, # what goes with a transfer score, from `expected_accuracy`; None: no accuracy is expected
-    approximate: bool=False, # as for `query`
+    approximate: bool = False, # as for `query`
     **told,        # as for `query`
 ) -> Answer:
     "What the index says about one model; shows itself in a notebook, `to_dict` is for programs"
     asked = _ask(self.fitted, model, dict(names=names, **told))
     if len(asked.names) > 1: raise ValueError(f"{len(asked.names)} models ask: give one at a time, or take query")
     (similarity, places), = self._nearest(asked, k, True, approximate)
-    table, said = self._table(similarity, places, asked.digests[0], asked.sketches[0], notes=True), ''
+    table = self._table(similarity, places, asked.digests[0], asked.sketches[0], notes=True)
+    said = ""
     if expected is not None:
         whole = _whole_query(asked.model, model, dict(names=names, **told))
         table, said = self._with_expected(table, places, whole, expected, dict(names=names, **told))
@@ -631,7 +643,7 @@ BANK = 512  # images of noise, as in the measurement
 
 def _check_runs(model):
     "Raises `ValueError` for a model that cannot be run"
-    if model is None or model.meta.get('lacks'): raise ValueError("not all of its layers are here")
+    if model is None or model.meta.get("lacks"): raise ValueError("not all of its layers are here")
     if recognise(shapes_of(model.state)) is None: raise ValueError("its architecture is not known, arch names it")
 
 def _seen(model, bank):
@@ -644,9 +656,10 @@ def _seen(model, bank):
 @patch
 def _whole(self: ModelIndex, place, reading):
     "A model of the index as it lies in its file; raises where it does not"
-    fact, key = self.rows.fact(place), self.rows.fact(place).get('key')
+    fact = self.rows.fact(place)
+    key = self.rows.fact(place).get("key")
     if not isinstance(key, list) or len(key) != 4: raise ValueError("the index does not know its file")
-    model = take_in(Item(fact['file'], *key), fitted=EVERYTHING, **reading)
+    model = take_in(Item(fact["file"], *key), fitted=EVERYTHING, **reading)
     same = is_elsewhere(key[0]) or model.digest == self.rows.digests([place])[0]
     if not same: raise ValueError("its file was changed since it was taken in")
     return model
@@ -654,20 +667,22 @@ def _whole(self: ModelIndex, place, reading):
 # %% ../../nbs/index/03_index.ipynb #be767947
 def _whole_query(model, source, reading):
     "A query with all of its layers, where they can be had"
-    if not model.meta.get('lacks') or not is_elsewhere(source): return model
+    if not model.meta.get("lacks") or not is_elsewhere(source): return model
     return take_in(source, fitted=EVERYTHING, **reading)
 
 @patch
 def _transfer_scores(self: ModelIndex, model, places, reading):
     "The transfer score of each model that was found, NaN where there is none, and the reasons, by file"
-    bank, scores, why = probe_images(BANK, channels=channels_of(model.state)), [], {}
+    bank = probe_images(BANK, channels=channels_of(model.state))
+    scores = []
+    why = {}
     try: outputs = _seen(model, bank)[1]
-    except ValueError as e: return [np.nan]*len(places), {'the query': str(e)}
+    except ValueError as e: return [np.nan]*len(places), {"the query": str(e)}
     for place in places:
         try: scores.append(explained_by(_seen(self._whole(place, reading), bank), outputs[None]).score[0])
         except (ValueError, OSError) as e:
             scores.append(np.nan)
-            why[self.rows.fact(place)['file']] = str(e)
+            why[self.rows.fact(place)["file"]] = str(e)
     return scores, why
 
 # %% ../../nbs/index/03_index.ipynb #579258d9
@@ -675,12 +690,13 @@ def _transfer_scores(self: ModelIndex, model, places, reading):
 def _with_expected(self: ModelIndex, table, places, model, relation, reading):
     "The table with an expected accuracy and its interval where there is one, and a sentence on that"
     scores, why = self._transfer_scores(model, places, reading)
-    none = printable('of {}: {}'.format(*next(iter(why.items()), ('', ''))))
+    none = printable("of {}: {}".format(*next(iter(why.items()), ("", ""))))
     if np.isnan(scores).all(): return table, f"No accuracy after transfer can be expected {none}."
-    known, table = relation.predict(scores), table.copy()
-    for name, values in zip(('expected_accuracy', 'expected_low', 'expected_high'), known.to_numpy().T):
-        table.insert(table.columns.get_loc('task'), name, values)
-    return table, _relation_said(relation) + (f" None {none}." if why else '')
+    known = relation.predict(scores)
+    table = table.copy()
+    for name, values in zip(("expected_accuracy", "expected_low", "expected_high"), known.to_numpy().T):
+        table.insert(table.columns.get_loc("task"), name, values)
+    return table, _relation_said(relation) + (f" None {none}." if why else "")
 
 def _relation_said(relation):
     "What an expected accuracy is"
@@ -693,21 +709,21 @@ def _relation_said(relation):
 def _said_by(fitted):
     "The method and what it sees of a model"
     read = list(fitted.layers)
-    shown = ', '.join(read[:5]) + (f' and {len(read) - 5} more tensors' if len(read) > 5 else '')
-    saw = shown or 'all layers'
-    if get_method(fitted.method).observe is not None and 'probe_seed' in getattr(fitted, 'observing', {}):
+    shown = ", ".join(read[:5]) + (f" and {len(read) - 5} more tensors" if len(read) > 5 else "")
+    saw = shown or "all layers"
+    if get_method(fitted.method).observe is not None and "probe_seed" in getattr(fitted, "observing", {}):
         saw = f"answers to {fitted.observing['n_images']} synthetic images"
     return f"{fitted.method} ({method_title(fitted.method)})", f"{saw}, and no image of yours"
 
 def _start_from(table, like):
     "The model to start from, no copy of the query: the best one expected where that is known, else the most similar"
-    others = table[table.note == '']
-    if like is False or not len(others): return ''
-    if 'expected_accuracy' in others: others = others.sort_values('expected_accuracy', ascending=False, kind='stable')
+    others = table[table.note == ""]
+    if like is False or not len(others): return ""
+    if "expected_accuracy" in others: others = others.sort_values("expected_accuracy", ascending=False, kind="stable")
     return others.file.iloc[0]
 
 # %% ../../nbs/index/03_index.ipynb #da28c236
-ANSWERS = 'answers-modelset500.safetensors'  # what networks for two classes say to synthetic images
+ANSWERS = "answers-modelset500.safetensors"  # what networks for two classes say to synthetic images
 
 @dataclass
 class _Answers:
@@ -719,7 +735,8 @@ class _Answers:
 def bundled_answers() -> tuple: # name of a method; what it observed of M networks; a table with a row for each
     "What the networks for two classes that come with the package as answers said to synthetic images"
     tensors, meta = load_model(bundled(ANSWERS))
-    known, first = checked(meta['answers'], _Answers, ANSWERS), tensors['first'].float()
+    known = checked(meta["answers"], _Answers, ANSWERS)
+    first = tensors["first"].float()
     observed = dict(outputs=torch.stack([first, -first], dim=2))  # two centred logits are one number and its negative
     return known.method, observed, pd.DataFrame(known.facts).assign(digest=known.digests)
 
@@ -727,27 +744,28 @@ def _answers_index(cls):
     "The index of networks whose answers come with the package"
     method, observed, facts = bundled_answers()
     fitted = get_method(method).fit(observed, torch.tensor(facts.task.to_numpy()), 0)
-    index, rows = cls.__new__(cls), facts.drop(columns='digest').to_dict('records')
+    index = cls.__new__(cls)
+    rows = facts.drop(columns="digest").to_dict("records")
     index._set(fitted, _in_memory(fitted.embed(observed).numpy(), facts.digest.tolist(), rows))
     return index
 
 # %% ../../nbs/index/03_index.ipynb #0991aa14
 def _of_held_out(models):
     "Which of the bundled models the bundled network has not learned from, `(M,)`"
-    held_out = load_model(bundled('net.safetensors'))[1]['trained_on']['held_out']
+    held_out = load_model(bundled("net.safetensors"))[1]["trained_on"]["held_out"]
     return models.manifest.file.isin(held_out).to_numpy(copy=True)
 
 @patch(cls_method=True)
 def bundled(cls: ModelIndex,
-    method: str='lps',  # a name; 'lps' is read from its file, others that read first layers are fitted
+    method: str = "lps",  # a name; 'lps' is read from its file, others that read first layers are fitted
 ):
     "An index that comes with the package; methods for first layers have not learned from those of `bundled_unseen`"
-    if method == LEADERS['whole networks']: return _answers_index(cls)
-    models = load_modelset('bundled')
-    if method == 'lps': return cls(load_fitted(bundled('net.safetensors')), models)
+    if method == LEADERS["whole networks"]: return _answers_index(cls)
+    models = load_modelset("bundled")
+    if method == "lps": return cls(load_fitted(bundled("net.safetensors")), models)
     return cls(fit_method(models[~_of_held_out(models)], method), models)
 
 def bundled_unseen() -> ModelSet: # two models of each task
     "The bundled models that no bundled method has learned from"
-    models = load_modelset('bundled')
+    models = load_modelset("bundled")
     return models[_of_held_out(models)]

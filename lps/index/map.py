@@ -35,28 +35,29 @@ LONGEST = 120 # characters of a fact that are shown
 
 def _text(value):
     "A fact as text that can be shown; nothing where it is not known"
-    if value is None or pd.api.types.is_scalar(value) and pd.isna(value): return ''
-    if isinstance(value, (float, np.floating)): return f'{value:.4g}'
+    if value is None or pd.api.types.is_scalar(value) and pd.isna(value): return ""
+    if isinstance(value, (float, np.floating)): return f"{value:.4g}"
     text = printable(value)
-    return text if len(text) <= LONGEST else f'{text[:LONGEST - 1]}…'
+    return text if len(text) <= LONGEST else f"{text[:LONGEST - 1]}…"
 
 def _texts(manifest, column):
     "A column as texts; nothing for each model where there is no such column"
-    return [_text(value) for value in manifest[column]] if column in manifest else ['']*len(manifest)
+    return [_text(value) for value in manifest[column]] if column in manifest else [""]*len(manifest)
 
 # %% ../../nbs/index/05_map.ipynb #2f45f4b5
 def _task_texts(manifest):
     "The task of each model as text, with its classes where they are known"
-    texts, classes = [], zip(_texts(manifest, 'class_0'), _texts(manifest, 'class_1'))
-    for task, (first, second) in zip(_texts(manifest, 'task'), classes):
-        known = [task, first and second and f'{first} / {second}']
-        texts.append(' · '.join(filter(None, known)))
+    texts = []
+    classes = zip(_texts(manifest, "class_0"), _texts(manifest, "class_1"))
+    for task, (first, second) in zip(_texts(manifest, "task"), classes):
+        known = [task, first and second and f"{first} / {second}"]
+        texts.append(" · ".join(filter(None, known)))
     return texts
 
 def _fact_columns(manifest, first):
     "Every column as texts, those in `first` before the others; the classes are part of the task"
     columns = dict(task=_task_texts(manifest))
-    rest = [column for column in manifest if column not in ('file', 'task', 'class_0', 'class_1')]
+    rest = [column for column in manifest if column not in ("file", "task", "class_0", "class_1")]
     for column in sorted(rest, key=lambda column: column not in first): columns[column] = _texts(manifest, column)
     return {printable(column): texts for column, texts in columns.items() if any(texts)}
 
@@ -68,26 +69,27 @@ def _encoded(texts):
 
 def _facts(columns, kept):
     "What is said of each model, and what all of them have in common; `kept` columns are said of each"
-    each, common = [], []
+    each = []
+    common = []
     for label, texts in columns.items():
         codes, values = _encoded(texts)
-        if len(values) == 1 and label not in kept: common.append(f'{label} {values[0]}')
+        if len(values) == 1 and label not in kept: common.append(f"{label} {values[0]}")
         else: each.append(dict(label=label, values=values, codes=codes.tolist()))
     return each, common
 
 # %% ../../nbs/index/05_map.ipynb #daa2f178
-MARK_COLOURS = tuple(colour for colour in COLOURS if colour != '#000000') # black is lost on a dark page
-MARK_SHAPES = ('circle', 'square', 'diamond', 'triangle-up', 'triangle-down', 'cross', 'x', 'star')
+MARK_COLOURS = tuple(colour for colour in COLOURS if colour != "#000000") # black is lost on a dark page
+MARK_SHAPES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 N_MARKS = len(MARK_COLOURS)*len(MARK_SHAPES)
-GREY = dict(colour='#8b949e', symbol='circle')
+GREY = dict(colour="#8b949e", symbol="circle")
 
 def _short(text, n):
     "The beginning of a text"
-    return text if len(text) <= n else f'{text[:n - 1]}…'
+    return text if len(text) <= n else f"{text[:n - 1]}…"
 
 def _group(text, models, mark, known=True):
     "An entry of the legend"
-    return dict(text=text, short=_short(text.split(' · ')[-1], 24), models=int(models), known=known) | mark
+    return dict(text=text, short=_short(text.split(" · ")[-1], 24), models=int(models), known=known) | mark
 
 def _mark(i):
     "Colour and shape of group i"
@@ -103,12 +105,13 @@ def _groups(label, texts):
     "Groups to colour by, and the group of each model"
     codes, values = _encoded(texts)
     counts = np.bincount(codes, minlength=len(values))
-    own, renumbered = _own_marks(values, counts), np.empty(len(values), dtype=int)
+    own = _own_marks(values, counts)
+    renumbered = np.empty(len(values), dtype=int)
     groups = [_group(values[i], counts[i], _mark(place)) for place, i in enumerate(own)]
     renumbered[own] = np.arange(len(own))
     unknown = [i for i, value in enumerate(values) if not value]
     rest = sorted(set(range(len(values))) - {*own, *unknown})
-    for members, text in ((rest, f'{len(rest):,} smaller ones'), (unknown, 'not known')):
+    for members, text in ((rest, f"{len(rest):,} smaller ones"), (unknown, "not known")):
         if not members: continue
         renumbered[members] = len(groups)
         groups.append(_group(text, counts[members].sum(), GREY, known=False))
@@ -117,15 +120,16 @@ def _groups(label, texts):
 # %% ../../nbs/index/05_map.ipynb #cbf45fca
 def _sizes(accuracies, smallest, largest):
     "Diameters in pixels from the least to the most accurate model, and a sentence on them"
-    accuracies = pd.to_numeric(pd.Series(accuracies), errors='coerce').to_numpy(float, copy=True)
+    accuracies = pd.to_numeric(pd.Series(accuracies), errors="coerce").to_numpy(float, copy=True)
     accuracies[~np.isfinite(accuracies)] = np.nan
-    if np.isnan(accuracies).all(): return [(smallest + largest)/2]*len(accuracies), 'No accuracy is known.'
-    low, high = np.nanmin(accuracies), np.nanmax(accuracies)
+    if np.isnan(accuracies).all(): return [(smallest + largest)/2]*len(accuracies), "No accuracy is known."
+    low = np.nanmin(accuracies)
+    high = np.nanmax(accuracies)
     share = (accuracies - low)/max(high - low, 1e-9)
     sizes = np.nan_to_num(smallest + (largest - smallest)*share, nan=smallest)
     unknown = np.isnan(accuracies).sum()
-    rest = f', and of unknown accuracy for {pluralise(unknown, "model")}' if unknown else ''
-    return sizes.round(1).tolist(), f'Size: accuracy from {low:.3f} (smallest) to {high:.3f} (largest){rest}.'
+    rest = f', and of unknown accuracy for {pluralise(unknown, "model")}' if unknown else ""
+    return sizes.round(1).tolist(), f"Size: accuracy from {low:.3f} (smallest) to {high:.3f} (largest){rest}."
 
 # %% ../../nbs/index/05_map.ipynb #a0d1e5ad
 SEVERAL = 2_000 # models up to which t-SNE makes the map, and SVG draws it; more are left to WebGL
@@ -133,14 +137,14 @@ SEVERAL = 2_000 # models up to which t-SNE makes the map, and SVG draws it; more
 def _components(x):
     "First two principal components, `(M, 2)`; zeros beyond as many as there are"
     n = min(2, *x.shape)
-    xy = PCA(n, svd_solver='full').fit_transform(x)
+    xy = PCA(n, svd_solver="full").fit_transform(x)
     return np.pad(xy, ((0, 0), (0, 2 - n)))
 
 def _plane(x, seed):
     "Embeddings in the plane, within 1 of its middle, and how they came there"
-    if len(x) == 0: return np.zeros((0, 2)), 'no models'
+    if len(x) == 0: return np.zeros((0, 2)), "no models"
     if len(x) <= SEVERAL: xy, how = map_2d(x, seed)
-    else: xy, how = _components(x), f'first two principal components, as there are more than {SEVERAL:,} models'
+    else: xy, how = _components(x), f"first two principal components, as there are more than {SEVERAL:,} models"
     xy = xy - (xy.max(0) + xy.min(0))/2
     return xy/max(np.abs(xy).max(), 1e-12), how
 
@@ -149,7 +153,7 @@ def _nearest(x, k):
     "The k most similar other models of each, most similar first, and their cosines; `x` has rows of length 1"
     k = min(k, len(x) - 1)
     if k < 1: return np.zeros((len(x), 0), dtype=int), np.zeros((len(x), 0))
-    neighbours = NearestNeighbors(n_neighbors=k, algorithm='brute').fit(x)
+    neighbours = NearestNeighbors(n_neighbors=k, algorithm="brute").fit(x)
     with threadpool_limits(1): distances, places = neighbours.kneighbors()
     return places, 1 - distances**2/2
 
@@ -159,56 +163,58 @@ def _task_links(x, codes, tasks):
     means = normalize(np.stack([x[codes == task].mean(0) for task in tasks]))
     distance = np.clip(1 - means@means.T, 0, 2)
     np.fill_diagonal(distance, 0)
-    return linkage(squareform(distance, checks=False), 'average', optimal_ordering=True)
+    return linkage(squareform(distance, checks=False), "average", optimal_ordering=True)
 
 def _branches(tree):
     "The tree as one line, interrupted between its brackets: x and y"
-    x, y = [], []
-    for depth, height in zip(tree['dcoord'], tree['icoord']):
+    x = []
+    y = []
+    for depth, height in zip(tree["dcoord"], tree["icoord"]):
         x += [round(d, 4) for d in depth] + [None]
         y += [*height, None]
     return x, y
 
 # %% ../../nbs/index/05_map.ipynb #9f4c7b0b
 FONT = 'system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif'
-LOOK = dict(template='none', showlegend=False, hovermode='closest', font=dict(family=FONT))
+LOOK = dict(template="none", showlegend=False, hovermode="closest", font=dict(family=FONT))
 AXIS = dict(zeroline=False, showgrid=False, fixedrange=True)
 
 def _leaves(groups, order):
     "A mark for each task at its end of the tree; a click on it gives the number of the task's group"
     marker = dict(
-        color=[groups[task]['colour'] for task in order],
-        symbol=[groups[task]['symbol'] for task in order],
+        color=[groups[task]["colour"] for task in order],
+        symbol=[groups[task]["symbol"] for task in order],
         size=11,
     )
-    texts = [html.escape(groups[task]['text'], quote=False) for task in order]
-    x, y = [0]*len(order), [5 + 10*i for i in range(len(order))]
-    look = dict(mode='markers', cliponaxis=False, hovertemplate='%{text}<extra></extra>')
+    texts = [html.escape(groups[task]["text"], quote=False) for task in order]
+    x = [0]*len(order)
+    y = [5 + 10*i for i in range(len(order))]
+    look = dict(mode="markers", cliponaxis=False, hovertemplate="%{text}<extra></extra>")
     return go.Scatter(x=x, y=y, marker=marker, text=texts, customdata=order, **look)
 
 def _tree_layout(leaves, groups, deepest):
     "Names at the right, distance from right to left"
-    names = [html.escape(_short(groups[task]['text'], 30), quote=False) for task in leaves.customdata]
-    yaxis = AXIS | dict(side='right', tickvals=leaves.y, ticktext=names, automargin=True, range=[0, 10*len(names)])
-    yaxis |= dict(ticklen=10, tickcolor='rgba(0,0,0,0)')
-    xaxis = AXIS | dict(range=[1.03*deepest, -.01*deepest], title='cosine distance', nticks=6)
+    names = [html.escape(_short(groups[task]["text"], 30), quote=False) for task in leaves.customdata]
+    yaxis = AXIS | dict(side="right", tickvals=leaves.y, ticktext=names, automargin=True, range=[0, 10*len(names)])
+    yaxis |= dict(ticklen=10, tickcolor="rgba(0,0,0,0)")
+    xaxis = AXIS | dict(range=[1.03*deepest, -.01*deepest], title="cosine distance", nticks=6)
     look = LOOK | dict(margin=dict(l=8, r=8, t=4, b=44), height=70 + 22*len(names), dragmode=False)
     return go.Layout(xaxis=xaxis, yaxis=yaxis, **look)
 
 # %% ../../nbs/index/05_map.ipynb #86167979
 def _as_json(figure):
     "A figure as plain lists and dicts"
-    return json.loads(figure.to_json(engine='json'))
+    return json.loads(figure.to_json(engine="json"))
 
 def _tree(x, codes, groups):
     "Dendrogram of the tasks that have a mark; None for fewer than two"
-    tasks = [task for task, group in enumerate(groups) if group['known'] and (codes == task).any()]
+    tasks = [task for task, group in enumerate(groups) if group["known"] and (codes == task).any()]
     if len(tasks) < 2: return None
     tree = dendrogram(_task_links(x, codes, tasks), no_plot=True)
-    leaves = _leaves(groups, [tasks[i] for i in tree['leaves']])
+    leaves = _leaves(groups, [tasks[i] for i in tree["leaves"]])
     line_x, line_y = _branches(tree)
-    lines = go.Scatter(x=line_x, y=line_y, mode='lines', line=dict(width=1.5), hoverinfo='skip')
-    deepest = max(np.max(tree['dcoord']), 1e-6)
+    lines = go.Scatter(x=line_x, y=line_y, mode="lines", line=dict(width=1.5), hoverinfo="skip")
+    deepest = max(np.max(tree["dcoord"]), 1e-6)
     return _as_json(go.Figure([lines, leaves], _tree_layout(leaves, groups, deepest)))
 
 # %% ../../nbs/index/05_map.ipynb #efd61889
@@ -224,34 +230,35 @@ def _unit_rows(x):
 
 def _left_out(n):
     "A sentence on the models that a method cannot compare"
-    return f" {pluralise(int(n), 'model')} that it cannot compare left out." if n else ''
+    return f" {pluralise(int(n), 'model')} that it cannot compare left out." if n else ""
 
 def _compared(label, embedding, task, k, seed):
     "Places in the plane, neighbours with their cosines, and the tree of the tasks, by one method"
     embedding = np.asarray(embedding, dtype=np.float32)
     comparable = np.isfinite(embedding).all(1)
-    x, where = _unit_rows(embedding[comparable]), np.flatnonzero(comparable)
+    x = _unit_rows(embedding[comparable])
+    where = np.flatnonzero(comparable)
     (xy, how), (places, cosines) = _plane(x, seed), _nearest(x, k)
     return dict(
         label=printable(label),
-        how=f'{printable(label)}: {how}.{_left_out((~comparable).sum())}',
+        how=f"{printable(label)}: {how}.{_left_out((~comparable).sum())}",
         x=_spread(xy[:, 0].round(4).tolist(), comparable, None),
         y=_spread(xy[:, 1].round(4).tolist(), comparable, None),
         near=_spread(where[places].tolist(), comparable, []),
         similarity=_spread(cosines.round(3).tolist(), comparable, []),
-        tree=_tree(x, np.array(task['codes'])[comparable], task['groups']),
+        tree=_tree(x, np.array(task["codes"])[comparable], task["groups"]),
     )
 
 # %% ../../nbs/index/05_map.ipynb #1b187516
 def _map_figure(n):
     "The map of n models before it has places, as JSON"
     axis = dict(visible=False, range=[-1.08, 1.08])
-    look = LOOK | dict(dragmode='zoom', margin=dict.fromkeys('lrtb', 0))
+    look = LOOK | dict(dragmode="zoom", margin=dict.fromkeys("lrtb", 0))
     scatter = go.Scatter if n <= SEVERAL else go.Scattergl
-    models = scatter(mode='markers', hovertemplate='%{text}<extra></extra>')
+    models = scatter(mode="markers", hovertemplate="%{text}<extra></extra>")
     models.update(marker=dict(opacity=.9, line=dict(width=.5)), unselected=dict(marker=dict(opacity=.08)))
     figure = go.Figure(models, go.Layout(xaxis=axis, yaxis=axis, **look))
-    buttons = ['zoom2d', 'pan2d', 'zoomIn2d', 'zoomOut2d', 'resetScale2d']
+    buttons = ["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]
     config = dict(displaylogo=False, displayModeBar=True, responsive=True, modeBarButtons=[buttons])
     return dict(map=_as_json(figure), many=n > SEVERAL, config=config)
 
@@ -261,26 +268,27 @@ LIMIT = 20_000 # models on a page
 def _check_market(manifest, embeddings):
     "Raises `ValueError` unless there are models with names, and a row for each in every embedding"
     if not len(manifest): raise ValueError("the manifest has 0 models: give one at least")
-    if 'file' not in manifest:
-        found = printable(', '.join(map(str, manifest)))
+    if "file" not in manifest:
+        found = printable(", ".join(map(str, manifest)))
         raise ValueError(f"the manifest has columns {found}: it needs `file`, what each model is called")
     if not embeddings: raise ValueError("there are 0 embeddings: give one at least, by the name of its method")
     for label, embedding in embeddings.items():
         if np.ndim(embedding) == 2 and len(embedding) == len(manifest): continue
-        shape, n = tuple(np.shape(embedding)), len(manifest)
+        shape = tuple(np.shape(embedding))
+        n = len(manifest)
         raise ValueError(printable(f"{label} has embeddings of shape {shape} for {n} models: give ({n}, E)"))
 
 def _sampled(manifest, embeddings, limit, seed):
     "At most `limit` models, in their order, and a sentence if that is not all of them"
     n = len(manifest)
-    if n <= limit: return manifest, embeddings, ''
+    if n <= limit: return manifest, embeddings, ""
     kept = np.sort(np.random.default_rng(seed).choice(n, limit, replace=False))
     some = {label: np.asarray(embedding)[kept] for label, embedding in embeddings.items()}
-    said = f'A random sample: {limit:,} of {n:,} models (seed {seed}). Neighbours are the nearest in the sample.'
+    said = f"A random sample: {limit:,} of {n:,} models (seed {seed}). Neighbours are the nearest in the sample."
     return manifest.iloc[kept], some, said
 
 # %% ../../nbs/index/05_map.ipynb #65b72f0f
-TREE_HOW = 'Joined by the mean embeddings of their models (average linkage). Click a mark to see its models alone.'
+TREE_HOW = "Joined by the mean embeddings of their models (average linkage). Click a mark to see its models alone."
 
 def _colourings(columns, colour_by):
     "What models can be coloured by"
@@ -305,24 +313,24 @@ def _page_data(manifest, embeddings, look):
     "What the page's script reads, and sentences for its foot"
     columns = _fact_columns(manifest, look.colour_by)
     facts, common = _facts(columns, look.colour_by)
-    colours = _colourings(columns, look.colour_by) or [_groups('model', ['']*len(manifest))]
+    colours = _colourings(columns, look.colour_by) or [_groups("model", [""]*len(manifest))]
     sizes, size_note = look.sizes(manifest)
     methods = []
     for label, embedding in embeddings.items():
         methods.append(_compared(label, embedding, colours[0], look.k, look.seed))
-    names = _texts(manifest, 'file')
+    names = _texts(manifest, "file")
     data = dict(names=names, facts=facts, colours=colours, sizes=sizes, methods=methods, tree_how=TREE_HOW)
-    notes = [size_note, f'Common to all models: {", ".join(common)}.' if common else '']
+    notes = [size_note, f'Common to all models: {", ".join(common)}.' if common else ""]
     return data | _map_figure(len(names)), [note for note in notes if note]
 
 def _column_values(data):
     "What there is to colour by first, such as the tasks"
-    return next((fact['values'] for fact in data['facts'] if fact['label'] == data['colours'][0]['label']), [])
+    return next((fact["values"] for fact in data["facts"] if fact["label"] == data["colours"][0]["label"]), [])
 
 def _summary(data, sampled):
     "What the page shows, in one line"
     known = [value for value in _column_values(data) if value]
-    of = f" of {pluralise(len(known), data['colours'][0]['label'])}" if known else ''
+    of = f" of {pluralise(len(known), data['colours'][0]['label'])}" if known else ""
     ways = f'compared in {pluralise(len(data["methods"]), "way")}'
     return f"{len(data['names']):,} model{'s'*(len(data['names']) > 1)}{of}, {ways}. {sampled}"
 
@@ -333,18 +341,18 @@ def _csp_digest(script):
 
 def _template(name):
     "A part of the page, from the package's data"
-    return bundled(name).read_text(encoding='utf-8')
+    return bundled(name).read_text(encoding="utf-8")
 
 def _page(title, data, notes, summary, plotly):
     "The page as HTML; `plotly` is plotly.js itself, or nothing if it lies beside the page"
-    script = _template('market_map.js')
+    script = _template("market_map.js")
     allowed = [_csp_digest(script), _csp_digest(plotly) if plotly else "'self'"]
-    if data['many']: allowed.append("'unsafe-eval'") # plotly compiles what it gives to WebGL
+    if data["many"]: allowed.append("'unsafe-eval'") # plotly compiles what it gives to WebGL
     environment = jinja2.Environment(autoescape=True)
-    environment.policies['json.dumps_kwargs'] = dict(allow_nan=False, separators=(',', ':'))
-    parts = dict(css=_template('market_map.css'), script=script, plotly=plotly, allowed=' '.join(allowed))
-    made = f'Made with lps {lps.__version__} and plotly.js {get_plotlyjs_version()}.'
-    page = environment.from_string(_template('market_map.html'))
+    environment.policies["json.dumps_kwargs"] = dict(allow_nan=False, separators=(",", ":"))
+    parts = dict(css=_template("market_map.css"), script=script, plotly=plotly, allowed=" ".join(allowed))
+    made = f"Made with lps {lps.__version__} and plotly.js {get_plotlyjs_version()}."
+    page = environment.from_string(_template("market_map.html"))
     return page.render(title=printable(title), data=data, summary=summary, notes=[*notes, made], **parts)
 
 # %% ../../nbs/index/05_map.ipynb #ed7afb56
@@ -352,28 +360,29 @@ def market_map(
     manifest: pd.DataFrame,              # one row a model: `file` is its name; other columns say what is known of it
     embeddings: dict,                    # name of a method → `(M, E)`; a row of NaN is a model it cannot compare
     path: str|Path,                      # HTML file to write
-    title: str='Model market',           # title of the page
-    colour_by: tuple=('task', 'architecture'), # columns to colour by, if they are there; the tree is of the first
-    accuracy: str='val_accuracy',        # column that says the size of a mark
-    k: int=10,                           # neighbours of a model
-    limit: int=LIMIT,                    # models on the page; of more, a random sample is shown
-    inline: bool=True,                   # is plotly.js part of the file? False: it lies beside it, for a site
-    seed: int=0,                         # of t-SNE and of the sample
+    title: str = "Model market",           # title of the page
+    colour_by: tuple = ("task", "architecture"), # columns to colour by, if they are there; the tree is of the first
+    accuracy: str = "val_accuracy",        # column that says the size of a mark
+    k: int = 10,                           # neighbours of a model
+    limit: int = LIMIT,                    # models on the page; of more, a random sample is shown
+    inline: bool = True,                   # is plotly.js part of the file? False: it lies beside it, for a site
+    seed: int = 0,                         # of t-SNE and of the sample
 ) -> Path:                               # the file
     "Write the map of a market as one HTML page; raises `ValueError` where rows and models are not as many"
     _check_market(manifest, embeddings)
-    path, plotly = Path(path), get_plotlyjs()
+    path = Path(path)
+    plotly = get_plotlyjs()
     some, embeddings, sampled = _sampled(manifest, embeddings, limit, seed)
     data, notes = _page_data(some, embeddings, _Look(colour_by, accuracy, k, seed))
-    page = _page(title, data, notes, _summary(data, sampled), plotly if inline else '')
-    if not inline: write_atomic(path.with_name('plotly.min.js'), plotly.encode())
+    page = _page(title, data, notes, _summary(data, sampled), plotly if inline else "")
+    if not inline: write_atomic(path.with_name("plotly.min.js"), plotly.encode())
     write_atomic(path, page.encode())
     return path
 
 # %% ../../nbs/index/05_map.ipynb #2fc93759
 def _files(label, index):
     "What the models of an index are called; raises `ValueError` if two have one name"
-    files = pd.Index(index.manifest['file'])
+    files = pd.Index(index.manifest["file"])
     twice = files[files.duplicated()]
     if not len(twice): return files
     why = f"{len(twice)} models of {label} have the name of another, such as {twice[0]}"
@@ -382,7 +391,7 @@ def _files(label, index):
 def _rows_of(files, index):
     "The embedding of an index in the order of `files`, NaN for models that it does not have"
     embedding = np.asarray(index.embedding, dtype=np.float32)
-    places = pd.Index(index.manifest['file']).get_indexer(files)
+    places = pd.Index(index.manifest["file"]).get_indexer(files)
     rows = embedding[places]
     rows[places < 0] = np.nan
     return rows
@@ -392,7 +401,7 @@ def _joined(indexes):
     if len(indexes) == 1:
         for label, index in indexes.items(): return index.manifest, {label: index.embedding}
     for label, index in indexes.items(): _files(label, index)
-    manifest = pd.concat([index.manifest for index in indexes.values()]).drop_duplicates('file', ignore_index=True)
+    manifest = pd.concat([index.manifest for index in indexes.values()]).drop_duplicates("file", ignore_index=True)
     return manifest, {label: _rows_of(manifest.file, index) for label, index in indexes.items()}
 
 # %% ../../nbs/index/05_map.ipynb #4f30cd5e
@@ -409,12 +418,13 @@ def index_map(
 # %% ../../nbs/index/05_map.ipynb #288e818c
 def bundled_map(
     path: str|Path,    # HTML file to write
-    inline: bool=True, # is plotly.js part of the file? False: it lies beside it
+    inline: bool = True, # is plotly.js part of the file? False: it lies beside it
 ) -> Path:             # the file
     "Write the map of the models that come with the package, by LPS and by the signature of their stems"
-    models, index = load_modelset('bundled'), ModelIndex.bundled()
-    signature = embed_models(fit_method(models, 'stem-signature'), models)
+    models = load_modelset("bundled")
+    index = ModelIndex.bundled()
+    signature = embed_models(fit_method(models, "stem-signature"), models)
     unseen = models.manifest.file.isin(bundled_unseen().manifest.file)
-    manifest = models.manifest.assign(**{'seen by LPS': unseen.map({True: 'no', False: 'yes'})})
-    embeddings = {'LPS': index.embedding, method_title('stem-signature'): signature}
-    return market_map(manifest, embeddings, path, 'The bundled models', ('task', 'seen by LPS'), inline=inline)
+    manifest = models.manifest.assign(**{"seen by LPS": unseen.map({True: "no", False: "yes"})})
+    embeddings = {"LPS": index.embedding, method_title("stem-signature"): signature}
+    return market_map(manifest, embeddings, path, "The bundled models", ("task", "seen by LPS"), inline=inline)

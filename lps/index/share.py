@@ -29,38 +29,39 @@ class _Shared:
     lps: str  # version
 
 KINDS = {
-    'index': 'index of models',
-    'method': 'fitted method',
-    'modelset': 'model set',
+    "index": "index of models",
+    "method": "fitted method",
+    "modelset": "model set",
 }
 
 def kind_of(
     thing,   # an index, a fitted method, or a model set
 ) -> str:    # a key of `KINDS`
     "What can be shared; raises `TypeError` for anything else"
-    if isinstance(thing, ModelIndex): return 'index'
-    if isinstance(thing, ModelSet): return 'modelset'
-    if hasattr(thing, 'embed') and hasattr(thing, 'state_dict') and hasattr(thing, 'method'): return 'method'
+    if isinstance(thing, ModelIndex): return "index"
+    if isinstance(thing, ModelSet): return "modelset"
+    if hasattr(thing, "embed") and hasattr(thing, "state_dict") and hasattr(thing, "method"): return "method"
     raise TypeError(f"a {type(thing).__name__} cannot be shared: give an index, a fitted method or a model set")
 
 # %% ../../nbs/index/04_share.ipynb #3332ece4
 def _what(thing, kind):
     "A thing in one sentence"
-    if kind == 'method': return f"The method *{method_title(thing.method)}*, fitted on {len(thing.tasks)} tasks."
+    if kind == "method": return f"The method *{method_title(thing.method)}*, fitted on {len(thing.tasks)} tasks."
     return f"{thing!r}."
 
 def _data_of(thing, kind, records):
     "Names of the data sets that a thing and its results are about"
-    named = [] if kind == 'method' or 'data' not in thing.manifest else thing.manifest.data.dropna().unique()
-    for record in records: named = [*named, *record['model_set']['data']]
+    named = [] if kind == "method" or "data" not in thing.manifest else thing.manifest.data.dropna().unique()
+    for record in records: named = [*named, *record["model_set"]["data"]]
     return list(dict.fromkeys(map(str, named)))
 
 def _results(record):
     "The table of a result file, what it was measured on, and what speaks against it"
-    table, about = pd.DataFrame(record['summary']).T.fillna(''), record['model_set']
+    table = pd.DataFrame(record["summary"]).T.fillna("")
+    about = record["model_set"]
     rows = [[name, *row] for name, row in zip(table.index, table.to_numpy().tolist())]
     said = f"{pluralise(about['models'], 'model')} of {pluralise(about['tasks'], 'task')}, commit {record['commit']}"
-    marks = ''.join(f', {mark}' for mark in record_marks(record))
+    marks = "".join(f", {mark}" for mark in record_marks(record))
     return f"{markdown_table(['method', *table.columns], rows)}\n\n{printable(said)}{marks}."
 
 # %% ../../nbs/index/04_share.ipynb #0cfc12de
@@ -70,54 +71,55 @@ from lps.index.share import from_pretrained
 {call}
 ```"""
 CALLS = {
-    'index': "index.query('my-model.pth', k=5)",
-    'method': "from lps.methods.registry import embed_models\nembed_models(method, models)",
-    'modelset': "modelset.manifest",
+    "index": "index.query('my-model.pth', k=5)",
+    "method": "from lps.methods.registry import embed_models\nembed_models(method, models)",
+    "modelset": "modelset.manifest",
 }
 
 def card(
     thing,            # an index, a fitted method, or a model set
     name: str,        # what it is called, or where it will be: `org/name`
-    licence: str='unknown', # such as 'apache-2.0'; the Hub knows it by this
+    licence: str = "unknown", # such as 'apache-2.0'; the Hub knows it by this
     records=(),       # result files that are about it
 ) -> str:             # Markdown, as the Hub takes it
     "A card with what is known: data and their terms, figures, licence, how to use it"
-    kind, read = kind_of(thing), [read_record(path) for path in records]
-    tags = ['lps', 'model-search', kind]
-    head = dict(license=licence, library_name='lps', tags=tags)
-    front = '\n'.join(f'{key}: {json.dumps(value)}' for key, value in head.items())
-    data = [f'- {printable(source_of(name))}' for name in _data_of(thing, kind, read)] or ['- not known']
-    figures = [_results(record) for record in read] or ['No result file is about it.']
+    kind = kind_of(thing)
+    read = [read_record(path) for path in records]
+    tags = ["lps", "model-search", kind]
+    head = dict(license=licence, library_name="lps", tags=tags)
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
+    data = [f"- {printable(source_of(name))}" for name in _data_of(thing, kind, read)] or ["- not known"]
+    figures = [_results(record) for record in read] or ["No result file is about it."]
     parts = [
-        f'---\n{front}\n---',
-        f'# {printable(name)}',
+        f"---\n{front}\n---",
+        f"# {printable(name)}",
         printable(_what(thing, kind)),
-        '## How to use it',
+        "## How to use it",
         USE.format(name=kind, place=printable(name), call=CALLS[kind]),
-        '## Data',
-        '\n'.join(data),
-        '## Figures',
-        '\n\n'.join(figures),
-        '## Licence',
+        "## Data",
+        "\n".join(data),
+        "## Figures",
+        "\n\n".join(figures),
+        "## Licence",
         f"{printable(licence)}, as whoever shared it says. Terms of the images are above.",
     ]
-    return '\n\n'.join(parts) + '\n'
+    return "\n\n".join(parts) + "\n"
 
 # %% ../../nbs/index/04_share.ipynb #bfc97ed2
 def _write(thing, text, folder):
     "The files of a thing, its card, and what it is"
     kind = kind_of(thing)
-    if kind == 'index': thing.save(folder/'index.safetensors')
-    if kind == 'method': save_fitted(folder/'method.safetensors', thing)
-    if kind == 'modelset': _write_modelset(thing, folder)
-    write_atomic(folder/'README.md', text.encode())
-    for file in ('config.json', 'lps.json'): write_json(folder/file, dict(kind=kind, lps=lps.__version__))
+    if kind == "index": thing.save(folder/"index.safetensors")
+    if kind == "method": save_fitted(folder/"method.safetensors", thing)
+    if kind == "modelset": _write_modelset(thing, folder)
+    write_atomic(folder/"README.md", text.encode())
+    for file in ("config.json", "lps.json"): write_json(folder/file, dict(kind=kind, lps=lps.__version__))
 
 def _write_modelset(models, folder):
     "Layers of all in one file, or a file for each whole network; with the datasheet"
-    if 'lacks' in models[0].meta: pack(models, folder/'models.safetensors', models.layers, **models.about)
-    else: _write_models(models, folder/'models')
-    write_atomic(folder/'DATASHEET.md', datasheet_text(datasheet(models, folder.name)).encode())
+    if "lacks" in models[0].meta: pack(models, folder/"models.safetensors", models.layers, **models.about)
+    else: _write_models(models, folder/"models")
+    write_atomic(folder/"DATASHEET.md", datasheet_text(datasheet(models, folder.name)).encode())
 
 def _write_models(models, folder):
     "A file for each whole network"
@@ -126,8 +128,8 @@ def _write_models(models, folder):
 def save_pretrained(
     thing,               # an index, a fitted method, or a model set
     folder: str|Path,    # to write to: new or empty
-    name: str='',        # what the card calls it; '': as the folder
-    licence: str='unknown', # as for `card`
+    name: str = "",        # what the card calls it; '': as the folder
+    licence: str = "unknown", # as for `card`
     records=(),          # result files that are about it
 ) -> Path:               # the folder
     "Write a thing with its card; raises `FileExistsError` for a folder that holds anything"
@@ -139,27 +141,27 @@ def save_pretrained(
 
 # %% ../../nbs/index/04_share.ipynb #24edaa3a
 READERS = {
-    'index': lambda folder: ModelIndex.load(folder/'index.safetensors'),
-    'method': lambda folder: load_fitted(folder/'method.safetensors'),
-    'modelset': lambda folder: load_modelset(_models_in(folder)),
+    "index": lambda folder: ModelIndex.load(folder/"index.safetensors"),
+    "method": lambda folder: load_fitted(folder/"method.safetensors"),
+    "modelset": lambda folder: load_modelset(_models_in(folder)),
 }
 
 def _models_in(folder):
     "Where the models of a shared set are: layers of all in one file, or whole networks in a folder"
-    return folder/'models' if (folder/'models').is_dir() else folder/'models.safetensors'
+    return folder/"models" if (folder/"models").is_dir() else folder/"models.safetensors"
 
 def _read(folder, place):
     "What a folder holds, which came from a place"
-    if not (folder/'lps.json').is_file():
+    if not (folder/"lps.json").is_file():
         raise FileNotFoundError(f"{printable(place)} was not written by save_pretrained: it has no lps.json")
-    kind = checked(read_json(folder/'lps.json'), _Shared, 'lps.json').kind
+    kind = checked(read_json(folder/"lps.json"), _Shared, "lps.json").kind
     if kind in READERS: return READERS[kind](folder)
     raise ValueError(printable(f"{place} holds {kind!r}, this version of lps reads {', '.join(READERS)}"))
 
 def from_pretrained(
     place: str|Path,         # a folder that `save_pretrained` wrote, or `org/name` on the Hub
-    revision: str|None=None, # on the Hub: branch, tag or commit
-    token: str|None=None,    # on the Hub, for what is private; None: that of `hf auth login`
+    revision: str|None = None, # on the Hub: branch, tag or commit
+    token: str|None = None,    # on the Hub, for what is private; None: that of `hf auth login`
 ):                           # the index, the fitted method, or the model set
     "Open what was shared; nothing in its files is run. Raises `FileNotFoundError`, or `ValueError` with the reason"
     folder = Path(place)
@@ -169,11 +171,11 @@ def from_pretrained(
 # %% ../../nbs/index/04_share.ipynb #91e0af4b
 def hub():
     "The package `huggingface_hub`; raises `ImportError` with the cure where it is not installed"
-    try: return importlib.import_module('huggingface_hub')
+    try: return importlib.import_module("huggingface_hub")
     except ImportError as e:
         raise ImportError("the Hub needs huggingface_hub, which is not installed: pip install 'lps[hub]'") from e
 
-def _on_hub(thing=None, text=''):
+def _on_hub(thing=None, text=""):
     "A thing and its card, with the methods of the Hub's mixin; it takes no arguments: the mixin fills them from a file"
     class Shared(hub().ModelHubMixin):
         def __init__(self): self.thing = thing
@@ -189,12 +191,12 @@ def _on_hub(thing=None, text=''):
 def push_to_hub(
     thing,               # an index, a fitted method, or a model set
     repo: str,           # `org/name`; made where there is none
-    licence: str='unknown', # as for `card`
+    licence: str = "unknown", # as for `card`
     records=(),          # result files that are about it
-    private: bool=False, # if the repository is made
-    token: str|None=None,   # None: that of `hf auth login`
+    private: bool = False, # if the repository is made
+    token: str|None = None,   # None: that of `hf auth login`
 ) -> str:                # address of the commit
     "Upload a thing with its card; raises `ImportError` where `huggingface_hub` is not installed"
     shared = _on_hub(thing, card(thing, repo, licence, records))
-    message = f'{KINDS[kind_of(thing)]}, by lps'
+    message = f"{KINDS[kind_of(thing)]}, by lps"
     return str(shared.push_to_hub(repo, commit_message=message, private=private, token=token))

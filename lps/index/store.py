@@ -27,7 +27,8 @@ def _merge(best, scores, start, k):
     new = np.flatnonzero(scores > old[-1] if len(old) == k else scores > -np.inf)
     if len(new) > 4*k: new = new[np.argpartition(-scores[new], k)[:k]]
     if not len(new): return best
-    scores, places = np.concatenate([old, scores[new]]), np.concatenate([places, new + start])
+    scores = np.concatenate([old, scores[new]])
+    places = np.concatenate([places, new + start])
     order = np.lexsort([places, -scores])[:k]
     return scores[order], places[order]
 
@@ -38,7 +39,8 @@ def nearest(
     removed=(),      # ascending numbers of rows that do not count
 ) -> tuple:          # similarities, best first, and numbers of rows, `(Q, k)` each; fewer columns if fewer rows count
     "The rows with the greatest inner product with each query, exactly, in one pass over the rows"
-    queries, removed = np.ascontiguousarray(queries, np.float32), np.asarray(removed, np.int64)
+    queries = np.ascontiguousarray(queries, np.float32)
+    removed = np.asarray(removed, np.int64)
     k = min(k, len(rows) - len(removed))
     best = [(np.empty(0, np.float32), np.empty(0, np.int64)) for _ in queries]
     for start in range(0, len(rows), BLOCK):
@@ -49,19 +51,19 @@ def nearest(
     return tuple(np.stack(parts) for parts in zip(*best))
 
 # %% ../../nbs/index/00_store.ipynb #6c293206
-RECORD = np.dtype([('digest', '<u8', 2), ('label', '<i8'), ('end', '<u8')])
+RECORD = np.dtype([("digest", "<u8", 2), ("label", "<i8"), ("end", "<u8")])
 
 def _digest_numbers(digests):
     "Digests of 32 hexadecimal digits as two numbers each, `(M, 2)`; raises `ValueError` for any other"
-    try: data = bytes.fromhex(''.join(digests))
-    except (ValueError, TypeError): data = b''
+    try: data = bytes.fromhex("".join(digests))
+    except (ValueError, TypeError): data = b""
     if len(data) != 16*len(digests) or any(len(digest) != 32 for digest in digests):
         raise ValueError(f"digests are {printable(str(list(digests))[:60])}: give 32 hexadecimal digits each")
-    return np.frombuffer(data, '<u8').reshape(-1, 2)
+    return np.frombuffer(data, "<u8").reshape(-1, 2)
 
 def _digest_text(numbers):
     "A digest from its two numbers"
-    return np.asarray(numbers, '<u8').tobytes().hex()
+    return np.asarray(numbers, "<u8").tobytes().hex()
 
 def _check_new(rows, digests, labels, facts, width):
     "New rows as float32; raises `ValueError` where something is missing or not finite"
@@ -78,11 +80,14 @@ class Rows:
     "Rows in memory, and what is known about each"
     def __init__(self,
         width: int,  # numbers in a row
-        about: dict|None=None,  # of all rows, fit for JSON
+        about: dict|None = None,  # of all rows, fit for JSON
     ):
-        self.width, self.about = width, about or {}
-        self.rows, self.records = np.empty((0, width), np.float32), np.empty(0, RECORD)
-        self.removed, self.lines = np.empty(0, np.int64), []
+        self.width = width
+        self.about = about or {}
+        self.rows = np.empty((0, width), np.float32)
+        self.records = np.empty(0, RECORD)
+        self.removed = np.empty(0, np.int64)
+        self.lines = []
 
     def __len__(self): return len(self.records) - len(self.removed)
 
@@ -110,7 +115,7 @@ class Rows:
 def _records(digests, labels, ends):
     "Records of rows"
     records = np.empty(len(labels), RECORD)
-    records['digest'], records['label'], records['end'] = _digest_numbers(digests), labels, ends
+    records["digest"], records["label"], records["end"] = _digest_numbers(digests), labels, ends
     return records
 
 def _check_places(places, n):
@@ -159,26 +164,27 @@ def labels(self: Rows,
     places,  # numbers of rows
 ):           # int64
     "The label of each of these rows; -1: not known"
-    return self.records['label'][places]
+    return self.records["label"][places]
 
 @patch
 def digests(self: Rows,
     places,  # numbers of rows
 ) -> list:   # 32 hexadecimal digits each
     "The digest of each of these rows"
-    return [_digest_text(numbers) for numbers in self.records['digest'][places]]
+    return [_digest_text(numbers) for numbers in self.records["digest"][places]]
 
 @patch
 def with_digest(self: Rows,
     digest: str,  # 32 hexadecimal digits
 ):                # ascending numbers of rows
     "The rows of this digest that count"
-    wanted, known = _digest_numbers([digest])[0], self.records['digest']
+    wanted = _digest_numbers([digest])[0]
+    known = self.records["digest"]
     found = np.flatnonzero((known[:, 0] == wanted[0]) & (known[:, 1] == wanted[1]))
     return np.setdiff1d(found, self.removed)
 
 # %% ../../nbs/index/00_store.ipynb #ea828fd6
-FORMAT = 'lps store 1'
+FORMAT = "lps store 1"
 
 @dataclass
 class StoreHeader:
@@ -194,7 +200,7 @@ class StoreHeader:
     about: dict       # of all rows
     seal: str         # digest of all that stands above
 
-SEGMENT = np.dtype([('rows', '<u8'), ('facts', '<u8'), ('digest', 'V16')])
+SEGMENT = np.dtype([("rows", "<u8"), ("facts", "<u8"), ("digest", "V16")])
 
 def _hash(*parts):
     "Digest of bytes, 16 bytes"
@@ -204,22 +210,23 @@ def _hash(*parts):
 
 def _seal(header):
     "Digest of what a header says, the seal itself aside"
-    return _hash(json.dumps(asdict(header) | dict(seal=''), sort_keys=True).encode()).hex()
+    return _hash(json.dumps(asdict(header) | dict(seal=""), sort_keys=True).encode()).hex()
 
 # %% ../../nbs/index/00_store.ipynb #546f61f9
 def _file_sizes(header):
     "Bytes that count of each file"
     return {
-        'rows.f32': 4*header.width*header.rows,
-        'records.bin': RECORD.itemsize*header.rows,
-        'facts.jsonl': header.facts,
-        'segments.bin': SEGMENT.itemsize*header.segments,
-        'removed.u64': 8*header.removed,
+        "rows.f32": 4*header.width*header.rows,
+        "records.bin": RECORD.itemsize*header.rows,
+        "facts.jsonl": header.facts,
+        "segments.bin": SEGMENT.itemsize*header.segments,
+        "removed.u64": 8*header.removed,
     }
 
 def _check_header(header, path):
     "Raises `ValueError` for a header that does not fit itself or the files beside it"
-    why, shown = None, printable(path)
+    why = None
+    shown = printable(path)
     numbers = [header.width - 1, header.rows, header.facts, header.segments, header.removed]
     if header.format != FORMAT: why = f"has format {printable(header.format)[:40]!r}, this version reads {FORMAT!r}"
     elif header.seal != _seal(header): why = "is damaged: its header is not what was written"
@@ -236,8 +243,8 @@ def read_store_header(
 ) -> StoreHeader:
     "What a store holds; raises `FileNotFoundError` for no store, `ValueError` for one that is broken"
     path = Path(path)
-    if not (path/'header.json').is_file(): raise FileNotFoundError(f"no index at {printable(path)}: no header.json")
-    try: header = read_json(path/'header.json', StoreHeader)
+    if not (path/"header.json").is_file(): raise FileNotFoundError(f"no index at {printable(path)}: no header.json")
+    try: header = read_json(path/"header.json", StoreHeader)
     except ValueError as e: raise ValueError(f"{printable(path)} is no index, or a damaged one: {e}") from None
     _check_header(header, path)
     return header
@@ -246,7 +253,7 @@ def read_store_header(
 def _mapped(file, dtype, shape):
     "A file as an array that is read where it is looked at"
     if 0 in shape: return np.empty(shape, dtype)
-    return np.memmap(file, dtype, 'r', shape=shape)
+    return np.memmap(file, dtype, "r", shape=shape)
 
 class Store(Rows):
     "Rows in a folder"
@@ -259,16 +266,17 @@ class Store(Rows):
     def reopen(self):
         "See what was added since; raises `FileNotFoundError` or `ValueError` with the reason"
         self.header = header = read_store_header(self.path)
-        self.width, self.about = header.width, header.about
-        self.rows = _mapped(self.path/'rows.f32', '<f4', (header.rows, header.width)).view(np.ndarray)
-        self.records = _mapped(self.path/'records.bin', RECORD, (header.rows,)).view(np.ndarray)
+        self.width = header.width
+        self.about = header.about
+        self.rows = _mapped(self.path/"rows.f32", "<f4", (header.rows, header.width)).view(np.ndarray)
+        self.records = _mapped(self.path/"records.bin", RECORD, (header.rows,)).view(np.ndarray)
         self.removed = _read_removed(self.path, header)
 
 # %% ../../nbs/index/00_store.ipynb #260a2769
 def _read_removed(path, header):
     "Numbers of the rows that no longer count, ascending; raises `ValueError` where they are not those written"
-    with open(path/'removed.u64', 'rb') as file: data = file.read(8*header.removed)
-    removed = np.unique(np.frombuffer(data, '<u8')).astype(np.int64)
+    with open(path/"removed.u64", "rb") as file: data = file.read(8*header.removed)
+    removed = np.unique(np.frombuffer(data, "<u8")).astype(np.int64)
     fits = len(removed) == header.removed and not (len(removed) and removed[-1] >= header.rows)
     if fits and _hash(data).hex() == header.gone: return removed
     raise ValueError(f"{printable(path)} is damaged: removed.u64 is not what was written: build the index again")
@@ -280,10 +288,10 @@ def line(self: Store,
     place: int,  # number of a row
 ) -> bytes:
     "What is known of a row as it stands in the file; raises `ValueError` where the file cannot say"
-    start = int(self.records['end'][place - 1]) if place else 0
-    end = int(self.records['end'][place])
-    if not start < end <= min(self.header.facts, start + MAX_FACTS): return b''
-    with open(self.path/'facts.jsonl', 'rb') as file:
+    start = int(self.records["end"][place - 1]) if place else 0
+    end = int(self.records["end"][place])
+    if not start < end <= min(self.header.facts, start + MAX_FACTS): return b""
+    with open(self.path/"facts.jsonl", "rb") as file:
         file.seek(start)
         return file.read(end - start)
 
@@ -291,32 +299,32 @@ def line(self: Store,
 def create_store(
     path: str|Path,  # folder; made if it is not there, and must not hold a store
     width: int,      # numbers in a row
-    about: dict|None=None,  # of all rows, fit for JSON
+    about: dict|None = None,  # of all rows, fit for JSON
 ) -> Store:
     "An empty store; raises `FileExistsError` where there is one"
     path = Path(path)
-    if (path/'header.json').exists(): raise FileExistsError(f"{printable(path)} holds an index already")
+    if (path/"header.json").exists(): raise FileExistsError(f"{printable(path)} holds an index already")
     path.mkdir(parents=True, exist_ok=True)
     empty = _hash().hex()
-    header = StoreHeader(FORMAT, width, 0, 0, 0, 0, empty, empty, about or {}, seal='')
-    for name in _file_sizes(header): _write_at(path/name, 0, b'')
+    header = StoreHeader(FORMAT, width, 0, 0, 0, 0, empty, empty, about or {}, seal="")
+    for name in _file_sizes(header): _write_at(path/name, 0, b"")
     _write_header(path, header, replace=False)
     return Store(path)
 
 def _write_header(path, header, replace=True):
     "Switch to a new state, all at once"
-    header.seal = ''
+    header.seal = ""
     header.seal = _seal(header)
-    write_json(path/'header.json', asdict(header), replace)
+    write_json(path/"header.json", asdict(header), replace)
 
 # %% ../../nbs/index/00_store.ipynb #1d8b37da
 def _write_at(file, start, data):
     "Write bytes from a place on, let go of what followed it, and bring the file to the disk"
-    fd = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0), 0o666)
+    fd = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
     try:
         os.ftruncate(fd, start)
         os.lseek(fd, start, os.SEEK_SET)
-        left = memoryview(data).cast('B') if len(data) else b''
+        left = memoryview(data).cast("B") if len(data) else b""
         while len(left): left = left[os.write(fd, left):]
         os.fsync(fd)
     finally: os.close(fd)
@@ -332,7 +340,7 @@ def _commit(self: Store, data, **changes):
 @patch
 def locked(self: Store):
     "Other processes wait while this is held; what they added before is seen"
-    return FileLock(self.path/'.lock')
+    return FileLock(self.path/".lock")
 
 # %% ../../nbs/index/00_store.ipynb #b2d32e06
 def _ends(lines, start):
@@ -349,14 +357,15 @@ def append(self: Store,
     "Add rows, all or none; raises `ValueError` where something is missing or not finite, `OSError` for a full disk"
     rows = _check_new(rows, digests, labels, facts, self.width)
     if not len(rows): return
-    lines = [json.dumps(fact, ensure_ascii=False).encode(errors='replace') + b'\n' for fact in facts]
+    lines = [json.dumps(fact, ensure_ascii=False).encode(errors="replace") + b"\n" for fact in facts]
     with self.locked():
         self.reopen()
-        header, text = self.header, b''.join(lines)
+        header = self.header
+        text = b"".join(lines)
         records = _records(digests, labels, _ends(lines, np.uint64(header.facts)))
         digest = _hash(rows, records, text)
         segment = np.array([(len(rows), len(text), digest)], SEGMENT).tobytes()
-        data = {'rows.f32': rows, 'records.bin': records.view('u1'), 'facts.jsonl': text, 'segments.bin': segment}
+        data = {"rows.f32": rows, "records.bin": records.view("u1"), "facts.jsonl": text, "segments.bin": segment}
         self._commit(
             data,
             rows=header.rows + len(rows),
@@ -375,9 +384,9 @@ def remove(self: Store,
         self.reopen()
         places = np.setdiff1d(_check_places(places, len(self.records)), self.removed)
         if not len(places): return
-        with open(self.path/'removed.u64', 'rb') as file: old = file.read(8*self.header.removed)
-        new = places.astype('<u8').tobytes()
-        self._commit({'removed.u64': new}, removed=len(self.removed) + len(places), gone=_hash(old, new).hex())
+        with open(self.path/"removed.u64", "rb") as file: old = file.read(8*self.header.removed)
+        new = places.astype("<u8").tobytes()
+        self._commit({"removed.u64": new}, removed=len(self.removed) + len(places), gone=_hash(old, new).hex())
 
 @patch
 def note(self: Store,
@@ -392,37 +401,41 @@ def note(self: Store,
 @patch
 def check(self: Store):
     "Raises `ValueError` unless every byte that counts is the one that was written"
-    with open(self.path/'segments.bin', 'rb') as file: data = file.read(SEGMENT.itemsize*self.header.segments)
-    chain, segments = _hash(), np.frombuffer(data, SEGMENT)
+    with open(self.path/"segments.bin", "rb") as file: data = file.read(SEGMENT.itemsize*self.header.segments)
+    chain = _hash()
+    segments = np.frombuffer(data, SEGMENT)
     row = byte = 0
-    with open(self.path/'facts.jsonl', 'rb') as file:
+    with open(self.path/"facts.jsonl", "rb") as file:
         for number, segment in enumerate(segments):
-            n, text = int(segment['rows']), file.read(min(int(segment['facts']), self.header.facts - byte))
+            n = int(segment["rows"])
+            text = file.read(min(int(segment["facts"]), self.header.facts - byte))
             parts = np.ascontiguousarray(self.rows[row:row + n]), np.ascontiguousarray(self.records[row:row + n]), text
-            if _hash(*parts) != segment['digest'].tobytes():
+            if _hash(*parts) != segment["digest"].tobytes():
                 raise ValueError(f"{printable(self.path)} is damaged in segment {number}: build the index again")
             chain = _hash(chain, segment.tobytes())
-            row, byte = row + n, byte + len(text)
+            row = row + n
+            byte = byte + len(text)
     if (row, byte, chain.hex()) != (self.header.rows, self.header.facts, self.header.chain):
         raise ValueError(f"{printable(self.path)} is damaged: its segments do not add up: build the index again")
 
 # %% ../../nbs/index/00_store.ipynb #01aef53c
 def usearch():
     "The module `usearch.index`; raises `ImportError` with the cure where it is not installed"
-    try: return importlib.import_module('usearch.index')
+    try: return importlib.import_module("usearch.index")
     except ImportError as e:
         cure = "pip install 'lps[approximate]', or search exactly"
         raise ImportError(f"approximate search needs usearch, which is not installed: {cure}") from e
 
-CONNECTIVITY, EXPANSION_ADD = 32, 256  # links of a row, and rows that are looked at to choose them
+CONNECTIVITY = 32  # links of a row, and rows that are looked at to choose them
+EXPANSION_ADD = 256
 EXPANSION = 512  # rows that are looked at for a query, and then compared exactly
 
 def _graph_of(width):
     "An empty graph; it holds a byte for each number, the rows themselves are in the store"
     return usearch().Index(
         ndim=width,
-        metric='ip',
-        dtype='i8',
+        metric="ip",
+        dtype="i8",
         connectivity=CONNECTIVITY,
         expansion_add=EXPANSION_ADD,
         expansion_search=EXPANSION,
@@ -431,14 +444,17 @@ def _graph_of(width):
 # %% ../../nbs/index/00_store.ipynb #3e1c2371
 def _states(store):
     "For each time that something was added, the last first: the digest of all rows until then, and how many"
-    with open(store.path/'segments.bin', 'rb') as file: data = file.read(SEGMENT.itemsize*store.header.segments)
-    chain, rows, states = _hash(), 0, []
+    with open(store.path/"segments.bin", "rb") as file: data = file.read(SEGMENT.itemsize*store.header.segments)
+    chain = _hash()
+    rows = 0
+    states = []
     for segment in np.frombuffer(data, SEGMENT):
-        chain, rows = _hash(chain, segment.tobytes()), rows + int(segment['rows'])
+        chain = _hash(chain, segment.tobytes())
+        rows = rows + int(segment["rows"])
         states.append((chain.hex(), rows))
     return [state for state in states[::-1] if state[1] <= store.header.rows]
 
-def _graph_file(digest): return lps_home()/'graphs'/f'{digest}.usearch'
+def _graph_file(digest): return lps_home()/"graphs"/f"{digest}.usearch"
 
 @patch
 def known_graph(self: Store) -> tuple: # its file, None if there is none; and the number of rows that it knows
@@ -459,7 +475,7 @@ def _opened(file, rows, width, view):
 
 @patch
 def build_graph(self: Store,
-    threads: int=1,  # the graph is the same from run to run with one only
+    threads: int = 1,  # the graph is the same from run to run with one only
 ) -> Path:           # its file
     "A graph of all rows, from the one of earlier rows if there is one; raises `ImportError` without usearch"
     old, known = self.known_graph()
@@ -470,7 +486,7 @@ def build_graph(self: Store,
         graph.add(np.arange(start, start + len(part)), part, threads=threads)
     file = _graph_file(self.header.chain)
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f'{file.name}.{os.getpid()}.tmp')
+    unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         graph.save(str(unfinished))
         os.replace(unfinished, file)
@@ -486,7 +502,7 @@ def graph(self: Store):
     if file is None:
         cure = "build_graph() makes one, lps index graph on the command line"
         raise ValueError(f"{printable(self.path)} has no graph that was built here: {cure}")
-    if getattr(self, '_graph', (None,))[0] != file: self._graph = file, _opened(file, rows, self.width, view=True)
+    if getattr(self, "_graph", (None,))[0] != file: self._graph = file, _opened(file, rows, self.width, view=True)
     return self._graph[1], rows
 
 @patch
@@ -496,7 +512,8 @@ def search_graph(self: Store,
 ) -> tuple:   # similarities, best first, and numbers of rows, `(Q, k)` each
     "The rows nearest to each query among those that the graph leads to; raises `ValueError` where there is no graph"
     graph, known = self.graph()
-    queries, k = np.ascontiguousarray(queries, np.float32), min(k, len(self))
+    queries = np.ascontiguousarray(queries, np.float32)
+    k = min(k, len(self))
     found = [_by_graph(self, graph, known, query, k) for query in queries]
     if any(len(places) < k for _, places in found): return self.search(queries, k)  # too many of them are removed
     return tuple(np.stack(parts) for parts in zip(*found))

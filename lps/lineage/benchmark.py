@@ -37,7 +37,7 @@ def pruned(
 
 def quantised(
     state: dict,  # tensors by name
-    bits: int=8,  # of each weight, 2 to 16; anything else raises `ValueError`
+    bits: int = 8,  # of each weight, 2 to 16; anything else raises `ValueError`
 ) -> dict:        # the same names, still float32
     "The network with whole numbers for weights, and one scale for each tensor"
     if not 2 <= bits <= 16: raise ValueError(f"{bits} bits: give 2 to 16")
@@ -51,10 +51,11 @@ def quantised(
 def noisy(
     state: dict,  # tensors by name
     size: float,  # of the noise, as a share of each tensor's standard deviation
-    seed: int=0,  # decides the noise
+    seed: int = 0,  # decides the noise
 ) -> dict:        # the same names
     "The network with Gaussian noise on its weights"
-    g, disturbed = torch.Generator().manual_seed(seed), {}
+    g = torch.Generator().manual_seed(seed)
+    disturbed = {}
     for name, v in state.items():
         noise = torch.randn(v.shape, generator=g)*size*v.std() if _is_matrix(v) else torch.zeros_like(v)
         disturbed[name] = v + noise
@@ -72,7 +73,7 @@ def answers(
 
 def shuffled_labels(
     task: tuple,  # images and labels
-    seed: int=0,  # decides the order
+    seed: int = 0,  # decides the order
 ) -> tuple:       # the same images, the labels in another order
     "A task that cannot be understood"
     x, y = task
@@ -80,20 +81,21 @@ def shuffled_labels(
 
 # %% ../../nbs/lineage/00_benchmark.ipynb #f98372e3
 CHANGED = {
-    'eight-bits': lambda state, seed: quantised(state, 8),
-    'noise-01': lambda state, seed: noisy(state, .1, seed),
-    'noise-03': lambda state, seed: noisy(state, .3, seed),
-    'noise-10': lambda state, seed: noisy(state, 1., seed),
-    'pruned-50': lambda state, seed: pruned(state, .5),
-    'pruned-80': lambda state, seed: pruned(state, .8),
+    "eight-bits": lambda state, seed: quantised(state, 8),
+    "noise-01": lambda state, seed: noisy(state, .1, seed),
+    "noise-03": lambda state, seed: noisy(state, .3, seed),
+    "noise-10": lambda state, seed: noisy(state, 1., seed),
+    "pruned-50": lambda state, seed: pruned(state, .5),
+    "pruned-80": lambda state, seed: pruned(state, .8),
 }
-TRAINED = ('fine-tuned', 'distilled', 'shuffled-labels', 'other-task')
+TRAINED = ("fine-tuned", "distilled", "shuffled-labels", "other-task")
 
 def fine_tuning(
     recipe: Recipe,  # for training from the start
 ) -> Recipe:
     "How a network is trained further"
-    name, epochs = f'{recipe.name}, further', max(1, recipe.epochs//4)
+    name = f"{recipe.name}, further"
+    epochs = max(1, recipe.epochs//4)
     return replace(recipe, name=name, epochs=epochs, lr=recipe.lr/10, milestones=())
 
 def train_copy(
@@ -106,11 +108,11 @@ def train_copy(
 ) -> tuple:               # network, metrics
     "A network made from another one by training"
     (train, valid), other = tasks
-    if kind == 'fine-tuned':
+    if kind == "fine-tuned":
         return train_model(train, valid, fine_tuning(recipe), seed, stats, start_from=model.state)
-    if kind == 'other-task': return train_model(*other, fine_tuning(recipe), seed, stats, start_from=model.state)
-    if kind == 'shuffled-labels': return train_model(shuffled_labels(train, seed), valid, recipe, seed, stats)
-    if kind != 'distilled': raise ValueError(f"copy {kind!r} is unknown: known are {', '.join(TRAINED)}")
+    if kind == "other-task": return train_model(*other, fine_tuning(recipe), seed, stats, start_from=model.state)
+    if kind == "shuffled-labels": return train_model(shuffled_labels(train, seed), valid, recipe, seed, stats)
+    if kind != "distilled": raise ValueError(f"copy {kind!r} is unknown: known are {', '.join(TRAINED)}")
     return train_model((train[0], answers(model.net, train[0], stats)), valid, recipe, seed, stats)
 
 def _write_copy(
@@ -121,37 +123,38 @@ def _write_copy(
     **noted,              # what differs from the original's metadata
 ):
     "Write a copy as a model of its own, with the original's metadata and digest"
-    kept = {key: value for key, value in model.meta.items() if key not in ('layers', 'train_accuracy', 'digest')}
+    kept = {key: value for key, value in model.meta.items() if key not in ("layers", "train_accuracy", "digest")}
     save_model(path, state, kept | dict(copied=kind, copy_of=model.digest) | noted)
 
 # %% ../../nbs/lineage/00_benchmark.ipynb #344cf8ed
 def _write_trained(path, model, kind, images, recipe, seed):
     "A copy that is trained; one that went on to another task is a network of that task"
     meta, (train, _) = model.meta, images
-    numbers = meta['task'], (meta['task'] + 1) % len(meta['pairs'])
+    numbers = meta["task"], (meta["task"] + 1) % len(meta["pairs"])
     tasks = []
-    for number in numbers: tasks.append(tuple(task_images(split, meta['pairs'][number]) for split in images))
+    for number in numbers: tasks.append(tuple(task_images(split, meta["pairs"][number]) for split in images))
     with one_thread():
-        net, metrics = train_copy(kind, model, tasks, recipe, seed, (meta['mean'], meta['std']))
-    noted = dict(val_accuracy=metrics['val_accuracy'], seed=seed, recipe=recipe_fields(recipe))
-    if kind == 'other-task':
-        pair = meta['pairs'][numbers[1]]
+        net, metrics = train_copy(kind, model, tasks, recipe, seed, (meta["mean"], meta["std"]))
+    noted = dict(val_accuracy=metrics["val_accuracy"], seed=seed, recipe=recipe_fields(recipe))
+    if kind == "other-task":
+        pair = meta["pairs"][numbers[1]]
         noted |= dict(task=numbers[1], pair=pair, classes=[train.classes[c] for c in pair])
     _write_copy(path, model, kind, net.state_dict(), **noted)
 
 def write_copies(
     folder: Path,         # gets a folder for each kind, and 'original'
     originals: ModelSet,  # whole networks from a build
-    images: tuple|None=None, # `ImageSet`s to train and to validate with; None: only copies without training
-    recipe: Recipe|None=None, # how networks are trained from the start
-    seed: int=0,          # decides everything random
+    images: tuple|None = None, # `ImageSet`s to train and to validate with; None: only copies without training
+    recipe: Recipe|None = None, # how networks are trained from the start
+    seed: int = 0,          # decides everything random
 ):
     "Every kind of copy of each of some models"
     kinds = [*CHANGED, *(TRAINED if images else ())]
     for model, file in zip(originals, originals.manifest.file):
-        _write_copy(folder/'original'/file, model, 'original', model.state)
+        _write_copy(folder/"original"/file, model, "original", model.state)
         for number, kind in enumerate(kinds):
-            path, own = folder/kind/file, model_seed(seed, model.meta['task'], 100 + number)
+            path = folder/kind/file
+            own = model_seed(seed, model.meta["task"], 100 + number)
             if path.exists(): continue
             if kind in TRAINED: _write_trained(path, model, kind, images, recipe, own)
             else: _write_copy(path, model, kind, CHANGED[kind](model.state, own), val_accuracy=None)

@@ -19,22 +19,22 @@ def methods_table() -> pd.DataFrame: # text, one row a method: title, needs, inv
     "Every method, what it needs of a model, and what cannot fool it"
     rows = {}
     for name, method in METHODS.items():
-        rows[name] = [method.title, method.needs, ', '.join(method.invariances)]
-    return pd.DataFrame.from_dict(rows, orient='index', columns=['title', 'needs', 'invariances']).rename_axis('method')
+        rows[name] = [method.title, method.needs, ", ".join(method.invariances)]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["title", "needs", "invariances"]).rename_axis("method")
 
 # %% ../../nbs/methods/09_all_methods.ipynb #1bbc9f12
-LEADERS = {'whole networks': 'two-spectra-probes', 'first layers': 'stem-signature'}  # as result files say
+LEADERS = {"whole networks": "two-spectra-probes", "first layers": "stem-signature"}  # as result files say
 
 def leading_method(
     models,  # a `ModelSet`, or anything with `shapes`
 ) -> str:    # name of a method
     "The method that is right most often, without a caveat, for models such as these"
-    return LEADERS['first layers' if recognise(models.shapes) is None else 'whole networks']
+    return LEADERS["first layers" if recognise(models.shapes) is None else "whole networks"]
 
 def as_fitted(
     method,            # a fitted method, or the name of one; None: the one that leads
     models: ModelSet,  # to fit it on, where it is a name
-    seed: int=0,       # decides everything random
+    seed: int = 0,       # decides everything random
     **settings,        # of its fit
 ):                     # a fitted method
     "A fitted method, as it is or fitted on these models"

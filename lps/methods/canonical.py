@@ -21,21 +21,22 @@ from .signatures import OF_STEM, canonical, reads_all, reads_stem, stem_filters
 # %% ../../nbs/methods/03_canonical.ipynb #2a5c5889
 def _of_layer(tensors, layer, norm):
     "The tensors of a layer and of its BN"
-    return {name: v for name, v in tensors.items() if name.rpartition('.')[0] in (layer, norm)}
+    return {name: v for name, v in tensors.items() if name.rpartition(".")[0] in (layer, norm)}
 
 def canonical_layer(
     tensors: dict,        # weight `(M, N, C, k, k)` of a layer, vectors `(M, N)` of its BN, perhaps others; by name
     layer: str,           # name of the layer
-    norm: str|None=None,  # name of its BN; None: it has none
+    norm: str|None = None,  # name of its BN; None: it has none
 ) -> Tensor:              # float32 `(M, N, C + 1, k, k)`; the last map is the bias
     "A layer with its BN folded in, its filters of length 1 in the mean square; raises `ValueError` where it is missing"
     parts = stem_filters(_of_layer(tensors, layer, norm))
-    slope, bias = parts['gamma'], parts['beta']
-    if 'sd' in parts:
-        slope = slope/parts['sd'].clamp_min(1e-3)
-        bias = bias - slope*parts['mean']
-    size = tensors[f'{layer}.weight'].shape[3:]
-    maps = (parts['filters']*slope[..., None]).unflatten(2, (-1, *size))
+    slope = parts["gamma"]
+    bias = parts["beta"]
+    if "sd" in parts:
+        slope = slope/parts["sd"].clamp_min(1e-3)
+        bias = bias - slope*parts["mean"]
+    size = tensors[f"{layer}.weight"].shape[3:]
+    maps = (parts["filters"]*slope[..., None]).unflatten(2, (-1, *size))
     spread = bias[..., None, None, None].expand(*bias.shape, 1, *size)/size.numel()**.5
     both = torch.cat([maps, spread], 2)
     length = both.square().sum((2, 3, 4)).mean(1).sqrt().clamp_min(1e-12)
@@ -44,12 +45,14 @@ def canonical_layer(
 # %% ../../nbs/methods/03_canonical.ipynb #5e2057f4
 def canonical_layers(
     weights: dict,            # tensors of M whole networks, or of their stems, by name, `(M, …)` each
-    layers: tuple|None=None,  # names of the layers; None: the stem
-    shortcut: str='pad_end',  # kind of shortcut where there are no weights for it
+    layers: tuple|None = None,  # names of the layers; None: the stem
+    shortcut: str = "pad_end",  # kind of shortcut where there are no weights for it
 ) -> dict:                    # layer → float32 `(M, N, C + 1, k, k)`
     "Layers in canonical form; raises `ValueError` for an unknown shortcut"
-    shapes, chunks = {name: tuple(v.shape[1:]) for name, v in weights.items()}, []
-    norms, layers = norms_of(shapes), layers or (stem_of(shapes),)
+    shapes = {name: tuple(v.shape[1:]) for name, v in weights.items()}
+    chunks = []
+    norms = norms_of(shapes)
+    layers = layers or (stem_of(shapes),)
     for start in range(0, len(next(iter(weights.values()))), 32):
         some = canonical({name: v[start:start + 32] for name, v in weights.items()}, shortcut)
         chunks.append({layer: canonical_layer(some, layer, norms.get(layer)) for layer in layers})
@@ -66,7 +69,7 @@ def reads_canonical(
     "The stem and its BN, or, for named layers, all tensors; raises `ValueError` for layers that are not there"
     if folded: raise ValueError("canonical weights have their batch normalisation folded in: leave out folded")
     if layers is None: return reads_stem(models)
-    missing = [layer for layer in layers if len(models.shapes.get(f'{layer}.weight', ())) != 4]
+    missing = [layer for layer in layers if len(models.shapes.get(f"{layer}.weight", ())) != 4]
     if missing:
         raise ValueError(f"no convolution {printable(', '.join(missing))} here: name convolutions of the models")
     return reads_stem(models) if list(layers) == [models.stem] else reads_all(models)
@@ -74,13 +77,16 @@ def reads_canonical(
 # %% ../../nbs/methods/03_canonical.ipynb #c972d41a
 class CanonicalLPS:
     "A second-order network on canonical weights"
-    method, folded = 'canonical-lps', False
+    method = "canonical-lps"
+    folded = False
     def __init__(self,
         net: SecondOrderNet,  # fitted
         layers: list,         # names of the tensors that it reads
         shortcut: str,        # kind of shortcut where there are no weights for it
     ):
-        self.net, self.layers, self.tasks = net, layers, net.tasks
+        self.net = net
+        self.layers = layers
+        self.tasks = net.tasks
         self.observing = dict(layers=tuple(net.layers), shortcut=shortcut)
         self.config = dict(net=net.config, layers=layers, shortcut=shortcut)
 
@@ -102,14 +108,14 @@ class CanonicalLPS:
 def fit_canonical(
     observed: dict,          # from `canonical_layers`
     labels: Tensor,          # task of each model, `(M,)`
-    seed: int=0,             # decides initialisation and order
-    layers: tuple=(),        # names of the tensors that were read
-    stem: str='conv1',       # the layer that reads the image
-    shortcut: str='pad_end', # as the layers were read
+    seed: int = 0,             # decides initialisation and order
+    layers: tuple = (),        # names of the tensors that were read
+    stem: str = "conv1",       # the layer that reads the image
+    shortcut: str = "pad_end", # as the layers were read
     **settings,              # of `lps.second_order.fit`: epochs, n_filters, lr, …
 ) -> CanonicalLPS:
     "Fit the paper's network; raises `ValueError` for fewer than two tasks"
-    settings.pop('folded', None)
+    settings.pop("folded", None)
     net = fit_net(observed, labels=labels, stem=stem, seed=seed, **settings)
     return CanonicalLPS(net, list(layers), shortcut)
 
@@ -126,20 +132,20 @@ def restore_canonical(
     tensors: dict,  # of the network, by name
 ) -> CanonicalLPS:
     "A fitted method from its parts; raises `ValueError` with the field where they do not fit"
-    known = checked(config, _CanonicalConfig, 'canonical-lps')
+    known = checked(config, _CanonicalConfig, "canonical-lps")
     if known.shortcut not in SHORTCUTS:
         raise ValueError(f"canonical-lps: field 'shortcut' is {printable(known.shortcut)}, expected one of {SHORTCUTS}")
     return CanonicalLPS(restore_net(known.net, tensors), known.layers, known.shortcut)
 
 register_method(Method(
-    name='canonical-lps',
-    title='LPS on canonical weights',
+    name="canonical-lps",
+    title="LPS on canonical weights",
     baseline=False,
     by_default=False,
     invariances=OF_STEM,
     reads=reads_canonical,
     fit=fit_canonical,
     restore=restore_canonical,
-    knows=('stem',),
+    knows=("stem",),
     observe=canonical_layers,
 ))

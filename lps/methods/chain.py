@@ -25,19 +25,20 @@ def relu_moments(
     "What ReLU does to Gaussian values"
     sd = variance.sqrt().clamp_min(1e-6)
     z = mean/sd
-    slope, density = ndtr(z), (-z*z/2).exp()/(2*torch.pi)**.5
+    slope = ndtr(z)
+    density = (-z*z/2).exp()/(2*torch.pi)**.5
     first = mean*slope + sd*density
     second = (mean**2 + variance)*slope + mean*sd*density
     return first, (second - first**2).clamp_min(1e-9), slope
 
 # %% ../../nbs/methods/02_chain.ipynb #4cc5be75
-RELUS = 'gaussian', 'linear'
+RELUS = "gaussian", "linear"
 
 class Flow:
     "Patterns, means and variances of the channels of M networks, group by group, as layers write and read them"
     def __init__(self,
         sizes: dict,          # channels in each group
-        relu: str='gaussian', # what ReLU does: one of `RELUS`
+        relu: str = "gaussian", # what ReLU does: one of `RELUS`
     ): self.sizes, self.relu, self.groups, self.passed = sizes, relu, {}, set()
 
     def write(self,
@@ -66,7 +67,7 @@ def read(self: Flow,
     groups: tuple,  # that make up the axis which is read
 ) -> Tensor:        # patterns `(M, C, D)`
     "The channels after ReLU"
-    if self.relu == 'linear': return self.get(groups)[0]
+    if self.relu == "linear": return self.get(groups)[0]
     for group in set(groups) - self.passed:
         pattern, mean, variance = self.groups[group]
         mean, variance, slope = relu_moments(mean, variance)
@@ -86,20 +87,23 @@ def _step(flow, weight, gamma, beta, sd, axes):
 # %% ../../nbs/methods/02_chain.ipynb #dd206b94
 def patterns(
     tensors: dict,            # of M whole networks with BN, by name, `(M, …)` each
-    shortcut: str='pad_end',  # kind of shortcut where there are no weights for it
-    relu: str='gaussian',     # what ReLU does: one of `RELUS`
+    shortcut: str = "pad_end",  # kind of shortcut where there are no weights for it
+    relu: str = "gaussian",     # what ReLU does: one of `RELUS`
 ) -> dict: # for each convolution, in the order of the tensors: patterns `(M, N, D)`, γ `(M, N)` of its BN
     "What the channels written by each convolution see of the image; raises `ValueError` for what cannot be followed"
     if relu not in RELUS: raise ValueError(f"relu is {printable(repr(relu))}: take one of {', '.join(RELUS)}")
     shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
-    known, norms = recognise(shapes, shortcut=shortcut), norms_of(shapes)
+    known = recognise(shapes, shortcut=shortcut)
+    norms = norms_of(shapes)
     _check_followed(shapes, known, norms)
-    spec, tensors, found = known[0].spec(known[1]), canonical(tensors, shortcut), {}
+    spec = known[0].spec(known[1])
+    tensors = canonical(tensors, shortcut)
+    found = {}
     flow = Flow(spec.sizes, relu)
     for name in shapes:
-        layer = name.removesuffix('.weight')
-        if layer not in norms or not name.endswith('.weight'): continue
-        gamma, beta, variance = [tensors[f'{norms[layer]}.{v}'] for v in ('weight', 'bias', 'running_var')]
+        layer = name.removesuffix(".weight")
+        if layer not in norms or not name.endswith(".weight"): continue
+        gamma, beta, variance = [tensors[f"{norms[layer]}.{v}"] for v in ("weight", "bias", "running_var")]
         sd = (variance + 1e-5).sqrt()
         found[layer] = _step(flow, tensors[name], gamma, beta, sd, spec.axes_to_perm[name])[0], gamma.abs()
     return found
@@ -109,7 +113,7 @@ def _check_followed(shapes, known, norms):
     followed = known and known[0].spec
     if followed and norms: return
     why = "it has no batch normalisation" if followed else "its architecture is not registered with a permutation spec"
-    what = printable(', '.join(list(shapes)[:3]))
+    what = printable(", ".join(list(shapes)[:3]))
     raise ValueError(f"{what}, …: the chain cannot be followed, {why}: take stem-signature")
 
 # %% ../../nbs/methods/02_chain.ipynb #6865e18c
@@ -117,23 +121,24 @@ N_DEPTHS = 19
 
 def chain_signature(
     tensors: dict,            # of M whole networks with BN, by name, `(M, …)` each
-    shortcut: str='pad_end',  # kind of shortcut where there are no weights for it
-    depth: int=-1,            # one of the nineteen depths, from 0; -1: all of them
-    relu: str='gaussian',     # what ReLU does: one of `RELUS`
+    shortcut: str = "pad_end",  # kind of shortcut where there are no weights for it
+    depth: int = -1,            # one of the nineteen depths, from 0; -1: all of them
+    relu: str = "gaussian",     # what ReLU does: one of `RELUS`
 ) -> dict:                    # `chain`, float64 `(M, E)`
     "What the filters at each depth weigh together in the image; raises `ValueError` for what cannot be followed"
     if not -1 <= depth < N_DEPTHS: raise ValueError(f"depth is {depth}: take 0 to {N_DEPTHS - 1}, or -1 for all")
-    branches, chunks = branch_layers({name: tuple(v.shape[1:]) for name, v in tensors.items()}), []
+    branches = branch_layers({name: tuple(v.shape[1:]) for name, v in tensors.items()})
+    chunks = []
     for start in range(0, len(next(iter(tensors.values()))), 32):
         found = patterns({name: v[start:start + 32] for name, v in tensors.items()}, shortcut, relu)
         followed = [found[layer] for layer in branches if layer in found]
         grams = [gram(F.normalize(pattern, dim=2), gamma) for pattern, gamma in followed]
-        by_depth = F.interpolate(torch.stack(grams, 2), size=N_DEPTHS, mode='linear', align_corners=True)
+        by_depth = F.interpolate(torch.stack(grams, 2), size=N_DEPTHS, mode="linear", align_corners=True)
         chunks.append(by_depth.flatten(1) if depth < 0 else by_depth[..., depth])
     return dict(chain=torch.cat(chunks))
 
 # %% ../../nbs/methods/02_chain.ipynb #03e4d272
-def _observe_chain(weights, shortcut='pad_end', depth=-1, relu='gaussian'):
+def _observe_chain(weights, shortcut="pad_end", depth=-1, relu="gaussian"):
     return chain_signature(weights, shortcut, depth, relu)
 
 def _reads_chain(models, **settings):
@@ -144,11 +149,11 @@ def _reads_chain(models, **settings):
     return names
 
 register_method(signature_method(
-    name='chain',
-    title='chain from the image to each layer',
+    name="chain",
+    title="chain from the image to each layer",
     reads=_reads_chain,
     observe=_observe_chain,
-    observing=('shortcut', 'depth', 'relu'),
+    observing=("shortcut", "depth", "relu"),
     whole=True,
     invariances=tuple(INVARIANCES),
 ))

@@ -24,14 +24,14 @@ from ..nets.resnet import SHORTCUTS
 from .signatures import OF_STEM, expert_weights
 
 # %% ../../nbs/methods/06_combine.ipynb #4e8acba0
-MEMBERS = {'stem-signature': 'stem', 'all-layer-signature': 'layers', 'weight-matching': 'rows'}
+MEMBERS = {"stem-signature": "stem", "all-layer-signature": "layers", "weight-matching": "rows"}
 
 def members_of(
     shapes: dict,  # shape of each tensor by name
 ) -> list:         # names of methods
     "The members that can say something: of a stem alone, those that read no more"
     whole = len(branch_layers(shapes)) > 1
-    return [name for name in MEMBERS if whole or name != 'all-layer-signature']
+    return [name for name in MEMBERS if whole or name != "all-layer-signature"]
 
 def _reads(member, shapes):
     "What a member reads of networks with such tensors"
@@ -39,20 +39,22 @@ def _reads(member, shapes):
 
 def observe_members(
     weights: dict,           # tensors of M networks, or of their stems, by name
-    shortcut: str='pad_end', # kind of shortcut where there are no weights for it
+    shortcut: str = "pad_end", # kind of shortcut where there are no weights for it
 ) -> dict:                   # observations of all members, by name
     "What each member looks at"
-    shapes, observed = {name: tuple(v.shape[1:]) for name, v in weights.items()}, {}
+    shapes = {name: tuple(v.shape[1:]) for name, v in weights.items()}
+    observed = {}
     for member in members_of(shapes):
         observe = get_method(member).observe
-        told = dict(shortcut=shortcut) if 'shortcut' in signature(observe).parameters else {}
+        told = dict(shortcut=shortcut) if "shortcut" in signature(observe).parameters else {}
         observed |= observe({name: weights[name] for name in _reads(member, shapes)}, **told)
     return observed
 
 # %% ../../nbs/methods/06_combine.ipynb #f30d158f
 class Experts:
     "Fitted members, their weights in the product and their shares in the embedding"
-    method, folded = 'experts', False
+    method = "experts"
+    folded = False
     def __init__(self,
         members: dict,    # fitted methods by name
         weights: Tensor,  # of each in the product, `(B,)`
@@ -60,8 +62,12 @@ class Experts:
         layers: list,     # names of the tensors that they read
         shortcut: str,    # kind of shortcut where there are no weights for it
     ):
-        self.members, self.weights, self.shares, self.layers = members, weights, shares, layers
-        self.tasks, self.observing = next(iter(members.values())).tasks, dict(shortcut=shortcut)
+        self.members = members
+        self.weights = weights
+        self.shares = shares
+        self.layers = layers
+        self.tasks = next(iter(members.values())).tasks
+        self.observing = dict(shortcut=shortcut)
         parts = {name: fitted_parts(member) for name, member in members.items()}
         self.config = dict(members=parts, layers=layers, shortcut=shortcut)
 
@@ -69,7 +75,7 @@ class Experts:
         "The tensors of all members, each with its member's name, weights and shares"
         tensors = dict(weights=self.weights, shares=self.shares)
         for name, member in self.members.items():
-            tensors |= {f'{name}.{k}': v for k, v in member.state_dict().items()}
+            tensors |= {f"{name}.{k}": v for k, v in member.state_dict().items()}
         return tensors
 
     def embed(self,
@@ -83,7 +89,7 @@ class Experts:
     ) -> Tensor:         # log-probabilities, `(M, tasks)`
         "The product of the members"
         scores = torch.stack([member.scores(observed) for member in self.members.values()])
-        return torch.einsum('b,bmt->mt', self.weights, scores).log_softmax(1)
+        return torch.einsum("b,bmt->mt", self.weights, scores).log_softmax(1)
 
 # %% ../../nbs/methods/06_combine.ipynb #239f237d
 def _fit_all(observed, labels, layers=()):
@@ -100,13 +106,14 @@ def _some(observed, chosen):
 def held_out_scores(
     observed: dict,  # from `observe_members`
     labels: Tensor,  # task of each model, `(M,)`
-    seed: int=0,     # decides the folds
+    seed: int = 0,     # decides the folds
 ) -> tuple:          # scores of the members for models that they were not fitted on, `(B, M, tasks)`, and the targets
     "What members say of models held out; None, None where a task has fewer than three models"
     tasks, targets, counts = labels.unique(return_inverse=True, return_counts=True)
     n_folds = min(4, int(counts.min()))
     if n_folds < 3: return None, None
-    found, right = [], []
+    found = []
+    right = []
     for learned, held in StratifiedKFold(n_folds, shuffle=True, random_state=seed).split(np.zeros(len(labels)), labels):
         members = _fit_all(_some(observed, learned), labels[learned])
         asked = _some(observed, held)
@@ -118,9 +125,9 @@ def held_out_scores(
 def fit_product(
     observed: dict,          # from `observe_members`
     labels: Tensor,          # task of each model, `(M,)`
-    seed: int=0,             # decides the folds
-    layers: tuple=(),        # names of the tensors that were read
-    shortcut: str='pad_end', # as they were observed
+    seed: int = 0,             # decides the folds
+    layers: tuple = (),        # names of the tensors that were read
+    shortcut: str = "pad_end", # as they were observed
     **settings,              # of other methods: not used
 ) -> Experts:
     "Members and their weights; raises `ValueError` as they do"
@@ -148,9 +155,9 @@ def _check_weights(name, tensors, n):
 
 def _restore_member(name, parts, tensors):
     "One member, from its tensors among all"
-    if name not in MEMBERS or parts.get('method') != name:
+    if name not in MEMBERS or parts.get("method") != name:
         raise ValueError(f"experts: member {printable(name)} is unknown: known are {', '.join(MEMBERS)}")
-    own = {k.removeprefix(f'{name}.'): v for k, v in tensors.items() if k.startswith(f'{name}.')}
+    own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
     return restore_fitted(parts, own, name)
 
 # %% ../../nbs/methods/06_combine.ipynb #aed1026b
@@ -159,16 +166,16 @@ def restore_product(
     tensors: dict,  # by name
 ) -> Experts:
     "Fitted experts from their parts; raises `ValueError` with the field where they do not fit"
-    known = checked(config, _ExpertsConfig, 'experts')
+    known = checked(config, _ExpertsConfig, "experts")
     if known.shortcut not in SHORTCUTS:
         raise ValueError(f"experts: field 'shortcut' is {printable(known.shortcut)}, expected one of {SHORTCUTS}")
     if not known.members: raise ValueError("experts: field 'members' is empty, expected one at least")
     members = {name: _restore_member(name, parts, tensors) for name, parts in known.members.items()}
     if len({tuple(member.tasks) for member in members.values()}) > 1:
         raise ValueError("experts: field 'members' has members of different tasks, expected the same for all")
-    for name in ('weights', 'shares'): _check_weights(name, tensors, len(members))
-    fitted = Experts(members, tensors['weights'], tensors['shares'], known.layers, known.shortcut)
-    odd = ', '.join(sorted(set(fitted.state_dict()) ^ set(tensors))[:3])
+    for name in ("weights", "shares"): _check_weights(name, tensors, len(members))
+    fitted = Experts(members, tensors["weights"], tensors["shares"], known.layers, known.shortcut)
+    odd = ", ".join(sorted(set(fitted.state_dict()) ^ set(tensors))[:3])
     if odd: raise ValueError(f"experts: {printable(odd)} are in the method or in the file, not in both")
     return fitted
 
@@ -187,8 +194,8 @@ def reads_members(
     return list(dict.fromkeys(names))
 
 register_method(Method(
-    name='experts',
-    title='product of experts on filters',
+    name="experts",
+    title="product of experts on filters",
     baseline=False,
     by_default=False,
     invariances=OF_STEM,

@@ -26,12 +26,13 @@ class FilterSet(nn.Module):
     def __init__(self,
         n_in: int,         # numbers that a filter has
         n_tasks: int,      # tasks to tell apart
-        hidden: int=64,    # width of the network that each filter goes through
-        dropout: float=.5, # of the pooled features, while it is trained
+        hidden: int = 64,    # width of the network that each filter goes through
+        dropout: float = .5, # of the pooled features, while it is trained
     ):
         super().__init__()
         self.each = nn.Sequential(nn.Linear(n_in, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
-        self.dropout, self.out = nn.Dropout(dropout), nn.Linear(2*hidden, n_tasks)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(2*hidden, n_tasks)
 
     def forward(self,
         rows: Tensor,  # filters of M models, `(M, N, D)`
@@ -42,21 +43,26 @@ class FilterSet(nn.Module):
 # %% ../../nbs/methods/05_equivariant.ipynb #87bf0680
 class Equivariant:
     "A network on sets of filters, as a method"
-    method, folded, observing = 'equivariant', False, {}
+    method = "equivariant"
+    folded = False
+    observing = {}
     def __init__(self,
         net: FilterSet,  # trained
         config: dict,    # layers (names of tensors), tasks, n_in, hidden
     ):
-        self.net, self.config = net.eval(), config
-        self.layers, self.tasks = config['layers'], config['tasks']
+        self.net = net.eval()
+        self.config = config
+        self.layers = config["layers"]
+        self.tasks = config["tasks"]
 
     def state_dict(self): return self.net.state_dict()
 
     @torch.no_grad()
     def _logits(self, observed):
         "Of M models; raises `ValueError` for filters of another size"
-        n, expected = observed['rows'].shape[2], self.config['n_in']
-        if n == expected: return self.net(observed['rows'])
+        n = observed["rows"].shape[2]
+        expected = self.config["n_in"]
+        if n == expected: return self.net(observed["rows"])
         raise ValueError(f"a filter has {n} numbers, the network was built for {expected}: compare models of one kind")
 
     def embed(self,
@@ -96,16 +102,16 @@ def _learnable(observed, labels):
 def fit_equivariant(
     observed: dict,      # from `stem_rows`
     labels: Tensor,      # task of each model, `(M,)`
-    seed: int=0,         # decides initialisation and dropout
-    layers: tuple=(),    # names of the tensors that were read
-    hidden: int=64,      # width
-    n_steps: int=200,    # steps of all models at once
-    top_rate: float=.01, # highest learning rate
-    decay: float=1,      # weight decay
+    seed: int = 0,         # decides initialisation and dropout
+    layers: tuple = (),    # names of the tensors that were read
+    hidden: int = 64,      # width
+    n_steps: int = 200,    # steps of all models at once
+    top_rate: float = .01, # highest learning rate
+    decay: float = 1,      # weight decay
     **settings,          # of other methods: not used
 ) -> Equivariant:
     "Train the network; raises `ValueError` for fewer than two tasks and for broken weights"
-    rows, (tasks, targets) = observed['rows'], _learnable(observed, labels)
+    rows, (tasks, targets) = observed["rows"], _learnable(observed, labels)
     with one_thread(), seeded(seed):
         net = FilterSet(rows.shape[2], len(tasks), hidden)
         _train(net, rows, targets, n_steps, top_rate, decay)
@@ -132,11 +138,12 @@ def _check_sizes(known, method, *names):
 def _load(net, tensors, method):
     "Fill a network without storage; raises `ValueError` unless tensors have its names and shapes, in float32"
     expected = net.state_dict()
-    odd = ', '.join(sorted(set(expected) ^ set(tensors))[:3])
+    odd = ", ".join(sorted(set(expected) ^ set(tensors))[:3])
     if odd: raise ValueError(f"{method}: {printable(odd)} are in the network or in the file, not in both")
     for name, t in tensors.items():
         if t.shape == expected[name].shape and t.dtype == torch.float32 and t.isfinite().all(): continue
-        found, needed = f"{t.dtype} {tuple(t.shape)}", tuple(expected[name].shape)
+        found = f"{t.dtype} {tuple(t.shape)}"
+        needed = tuple(expected[name].shape)
         raise ValueError(f"{method}: tensor {name!r} is {found}, expected finite float32 {needed}")
     net.load_state_dict({name: t.clone() for name, t in tensors.items()}, assign=True)
     return net
@@ -147,17 +154,17 @@ def restore_equivariant(
     tensors: dict,  # of the network, by name
 ) -> Equivariant:
     "A fitted network from its parts; raises `ValueError` with the field where they do not fit"
-    known = checked(config, _EquivariantConfig, 'equivariant')
-    _check_sizes(known, 'equivariant', 'n_in', 'hidden')
-    with torch.device('meta'): net = FilterSet(known.n_in, len(known.tasks), known.hidden)
-    return Equivariant(_load(net, tensors, 'equivariant'), dict(vars(known)))
+    known = checked(config, _EquivariantConfig, "equivariant")
+    _check_sizes(known, "equivariant", "n_in", "hidden")
+    with torch.device("meta"): net = FilterSet(known.n_in, len(known.tasks), known.hidden)
+    return Equivariant(_load(net, tensors, "equivariant"), dict(vars(known)))
 
 # %% ../../nbs/methods/05_equivariant.ipynb #a618d972
 def _reads_one_stem(models, **settings): return reads_stem(models, **settings)
 
 register_method(Method(
-    name='equivariant',
-    title='equivariant network',
+    name="equivariant",
+    title="equivariant network",
     baseline=False,
     by_default=False,
     invariances=OF_STEM,
@@ -170,17 +177,19 @@ register_method(Method(
 # %% ../../nbs/methods/05_equivariant.ipynb #fa1be7e9
 def channel_sets(
     tensors: dict,            # of M whole networks with BN, by name, `(M, …)` each
-    shortcut: str='pad_end',  # kind of shortcut where there are no weights for it
+    shortcut: str = "pad_end",  # kind of shortcut where there are no weights for it
 ) -> dict:                    # for each layer, by its place: float32 `(M, N, 6)`
     "What BN says of the channels of each layer; raises `ValueError` for networks without running statistics"
     shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
-    norms, found, fixed = norms_of(shapes), {}, canonical(tensors, shortcut)
+    norms = norms_of(shapes)
+    found = {}
+    fixed = canonical(tensors, shortcut)
     for i, layer in enumerate(branch_layers(shapes)):
         owners = layer, norms.get(layer)
-        parts = stem_filters({name: v for name, v in fixed.items() if name.rpartition('.')[0] in owners})
-        if 'sd' not in parts:
+        parts = stem_filters({name: v for name, v in fixed.items() if name.rpartition(".")[0] in owners})
+        if "sd" not in parts:
             raise ValueError(f"{printable(layer)} has no running statistics to describe its channels: take equivariant")
-        gamma, beta, mean, sd = (parts[name] for name in ('gamma', 'beta', 'mean', 'sd'))
+        gamma, beta, mean, sd = (parts[name] for name in ("gamma", "beta", "mean", "sd"))
         slope = gamma/sd.clamp_min(1e-3)
         found[str(i)] = torch.stack([gamma, beta, mean, sd, slope, beta - slope*mean], 2).float()
     return found
@@ -191,14 +200,15 @@ class LayerSets(nn.Module):
     def __init__(self,
         n_layers: int,     # layers of a model
         n_tasks: int,      # tasks to tell apart
-        hidden: int=32,    # width of the network that each channel of a layer goes through
-        dropout: float=.5, # of the pooled features, while it is trained
-        n_in: int=6,       # numbers that a channel has
+        hidden: int = 32,    # width of the network that each channel of a layer goes through
+        dropout: float = .5, # of the pooled features, while it is trained
+        n_in: int = 6,       # numbers that a channel has
     ):
         super().__init__()
         self.centre, self.scale = (nn.Parameter(torch.zeros(n_layers, n_in), False) for _ in range(2))
         self.each = nn.ModuleList(self.of_layer(n_in, hidden) for _ in range(n_layers))
-        self.dropout, self.out = nn.Dropout(dropout), nn.Linear(n_layers*hidden, n_tasks)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(n_layers*hidden, n_tasks)
 
     def of_layer(self, n_in, hidden):
         "A network that all channels of a layer go through"
@@ -216,18 +226,19 @@ class LayerSets(nn.Module):
 # %% ../../nbs/methods/05_equivariant.ipynb #5cc21224
 class AllLayerEquivariant(Equivariant):
     "A network on the channels of all layers, as a method"
-    method = 'all-layer-equivariant'
+    method = "all-layer-equivariant"
     def __init__(self,
         net: LayerSets,  # trained
         config: dict,    # layers (none: all that a model has), tasks, n_layers, hidden, observing
     ):
         super().__init__(net, config)
-        self.observing = config['observing']
+        self.observing = config["observing"]
 
     @torch.no_grad()
     def _logits(self, observed):
         "Of M models; raises `ValueError` for models of another depth"
-        n, expected = len(observed), self.config['n_layers']
+        n = len(observed)
+        expected = self.config["n_layers"]
         if n == expected: return self.net(observed)
         raise ValueError(f"models of {n} layers, the network was built for {expected}: compare models of one depth")
 
@@ -243,12 +254,12 @@ def _standardise(net, sets):
 def fit_all_layers(
     observed: dict,      # from `channel_sets`
     labels: Tensor,      # task of each model, `(M,)`
-    seed: int=0,         # decides initialisation and dropout
-    hidden: int=32,      # width
-    n_steps: int=150,    # steps of all models at once
-    top_rate: float=.01, # highest learning rate
-    decay: float=1,      # weight decay
-    shortcut: str|None=None, # kind of shortcut where there are no weights for it, if it was given
+    seed: int = 0,         # decides initialisation and dropout
+    hidden: int = 32,      # width
+    n_steps: int = 150,    # steps of all models at once
+    top_rate: float = .01, # highest learning rate
+    decay: float = 1,      # weight decay
+    shortcut: str|None = None, # kind of shortcut where there are no weights for it, if it was given
     **settings,          # of other methods: not used
 ) -> AllLayerEquivariant:
     "Train the network; raises `ValueError` for fewer than two tasks and for broken weights"
@@ -276,23 +287,23 @@ def restore_all_layers(
     tensors: dict,  # of the network, by name
 ) -> AllLayerEquivariant:
     "A fitted network from its parts; raises `ValueError` with the field where they do not fit"
-    method = 'all-layer-equivariant'
+    method = "all-layer-equivariant"
     known = checked(config, _AllLayersConfig, method)
-    _check_sizes(known, method, 'n_layers', 'hidden')
-    if set(known.observing) - {'shortcut'}:
+    _check_sizes(known, method, "n_layers", "hidden")
+    if set(known.observing) - {"shortcut"}:
         raise ValueError(f"{method}: field 'observing' has {printable(', '.join(known.observing))}, known is shortcut")
     if len(tensors) != 4*known.n_layers + 4:
         raise ValueError(f"{method}: field 'n_layers' is {known.n_layers}, the file has {len(tensors)} tensors")
-    with torch.device('meta'): net = LayerSets(known.n_layers, len(known.tasks), known.hidden)
+    with torch.device("meta"): net = LayerSets(known.n_layers, len(known.tasks), known.hidden)
     return AllLayerEquivariant(_load(net, tensors, method), dict(vars(known)))
 
 # %% ../../nbs/methods/05_equivariant.ipynb #9c065d51
-def _observe_channels(weights, shortcut='pad_end'): return channel_sets(weights, shortcut)
+def _observe_channels(weights, shortcut="pad_end"): return channel_sets(weights, shortcut)
 def _reads_all_layers(models, **settings): return reads_all(models, **settings)
 
 register_method(Method(
-    name='all-layer-equivariant',
-    title='equivariant network on all layers',
+    name="all-layer-equivariant",
+    title="equivariant network on all layers",
     baseline=False,
     by_default=False,
     invariances=tuple(INVARIANCES),

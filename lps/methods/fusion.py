@@ -12,15 +12,15 @@ from torch import Tensor
 
 # %% ../../nbs/methods/08_fusion.ipynb #925d7b7f
 FUSIONS = {
-    'probabilities': lambda p: p.exp(),
-    'log-probabilities': lambda p: p,
-    'normalised logits': lambda p: F.normalize(p - p.mean(-1, keepdim=True), dim=-1),
+    "probabilities": lambda p: p.exp(),
+    "log-probabilities": lambda p: p,
+    "normalised logits": lambda p: F.normalize(p - p.mean(-1, keepdim=True), dim=-1),
 }
 
 def fuse(
     log_probs: Tensor,         # of B branches, `(B, M, tasks)`
-    how: str='probabilities',  # what is averaged: `'probabilities'`, `'log-probabilities'` or `'normalised logits'`
-    alpha: Tensor|None=None,   # weight of each branch, `(B,)`; None: equal
+    how: str = "probabilities",  # what is averaged: `'probabilities'`, `'log-probabilities'` or `'normalised logits'`
+    alpha: Tensor|None = None,   # weight of each branch, `(B,)`; None: equal
 ) -> Tensor:                   # scores, `(M, tasks)`
     "One score from many branches"
     if how not in FUSIONS: raise ValueError(f"fusion {how!r} is unknown: take one of {', '.join(FUSIONS)}")
@@ -31,7 +31,7 @@ def fuse(
 def learn_alpha(
     log_probs: Tensor,  # of B branches for M models that they were not fitted on, `(B, M, tasks)`
     targets: Tensor,    # place of each model's task, `(M,)`
-    n_steps: int=500,   # of EM
+    n_steps: int = 500,   # of EM
 ) -> Tensor:            # weights, at least 0 and summing to 1, `(B,)`
     "The weights under which the branches' mean probability of the right tasks is most likely"
     p = log_probs[:, torch.arange(len(targets)), targets].double().exp().clamp_min(1e-30)

@@ -32,27 +32,28 @@ def matched_cosines(
     a, b = [F.normalize(v.flatten(1), dim=1).view_as(v) for v in (a, b)]
     rows = []
     for one in a:
-        products = torch.einsum('id,bjd->bij', one, b).numpy()
+        products = torch.einsum("id,bjd->bij", one, b).numpy()
         rows.append([float(p[linear_sum_assignment(p, maximize=True)].sum()) for p in products])
     return torch.tensor(rows)
 
 # %% ../../nbs/methods/04_matching.ipynb #0214ccf7
 def matchable(
     tensors: dict,            # of M whole networks, by name, `(M, …)` each
-    shortcut: str='pad_end',  # kind of shortcut where there are no weights for it
+    shortcut: str = "pad_end",  # kind of shortcut where there are no weights for it
 ) -> dict:  # float32: weight and bias of each convolution, weight of each linear layer; each layer of length 1
     "Canonical weights of whole networks, by the names that a `PermutationSpec` knows"
-    norms, found = norms_of({name: tuple(v.shape[1:]) for name, v in tensors.items()}), {}
+    norms = norms_of({name: tuple(v.shape[1:]) for name, v in tensors.items()})
+    found = {}
     fixed = canonical(tensors, shortcut)
     for name, v in fixed.items():
-        layer, _, what = name.rpartition('.')
-        if what != 'weight' or v.ndim not in (3, 5): continue
+        layer, _, what = name.rpartition(".")
+        if what != "weight" or v.ndim not in (3, 5): continue
         if v.ndim == 3:
             found[name] = F.normalize(v.flatten(1), dim=1).view_as(v).float()
             continue
         maps = canonical_layer(fixed, layer, norms.get(layer))/v.shape[1]**.5
         found[name] = maps[:, :, :-1]
-        found[f'{layer}.bias'] = maps[:, :, -1].flatten(2).sum(2)/v[0, 0, 0].numel()**.5
+        found[f"{layer}.bias"] = maps[:, :, -1].flatten(2).sum(2)/v[0, 0, 0].numel()**.5
     return found
 
 # %% ../../nbs/methods/04_matching.ipynb #639595a5
@@ -95,7 +96,7 @@ def match(
     a: dict,                # one network, from `matchable`
     b: dict,                # the other
     spec: PermutationSpec,  # of their architecture
-    n_sweeps: int=20,       # at most so many times through all groups
+    n_sweeps: int = 20,       # at most so many times through all groups
 ) -> tuple:                 # permutations of b's groups, and the cosine of all weights after it
     "Put b's channels into the order of a's, as Git Re-Basin does; `permute(b, spec, perms)` applies it"
     perms = {group: torch.arange(n) for group, n in spec.sizes.items()}
@@ -123,13 +124,17 @@ def stem_rows(
 # %% ../../nbs/methods/04_matching.ipynb #6da8f854
 class Landmarks:
     "Models by their matched similarity to those that the method was fitted on"
-    method, folded, observing = 'weight-matching', False, {}
+    method = "weight-matching"
+    folded = False
+    observing = {}
     def __init__(self,
         config: dict,   # layers (names of tensors), tasks
         tensors: dict,  # rows of the landmarks `(L, N, D)`; centre `(L,)`; centroids of tasks `(tasks, L)`
     ):
-        self.config, self.tensors = config, tensors
-        self.layers, self.tasks = config['layers'], config['tasks']
+        self.config = config
+        self.tensors = tensors
+        self.layers = config["layers"]
+        self.tasks = config["tasks"]
 
     def state_dict(self): return dict(self.tensors)
 
@@ -137,25 +142,26 @@ class Landmarks:
         observed: dict,  # from `stem_rows`
     ) -> Tensor:         # rows of length 1, `(M, L)`
         "Similarity to each landmark, less that landmark's mean"
-        cosines = matched_cosines(observed['rows'], self.tensors['rows'])
-        return F.normalize(cosines - self.tensors['centre'], dim=1)
+        cosines = matched_cosines(observed["rows"], self.tensors["rows"])
+        return F.normalize(cosines - self.tensors["centre"], dim=1)
 
     def scores(self,
         observed: dict,  # from `stem_rows`
     ) -> Tensor:         # cosine to each task's centroid, `(M, tasks)`
         "How much each model resembles what those of each task resemble"
-        return self.embed(observed) @ F.normalize(self.tensors['centroids'], dim=1).T
+        return self.embed(observed) @ F.normalize(self.tensors["centroids"], dim=1).T
 
 # %% ../../nbs/methods/04_matching.ipynb #e58afe4d
 def fit_landmarks(
     observed: dict,    # from `stem_rows`
     labels: Tensor,    # task of each model, `(M,)`
-    seed: int=0,       # nothing is random here
-    layers: tuple=(),  # names of the tensors that were read
+    seed: int = 0,       # nothing is random here
+    layers: tuple = (),  # names of the tensors that were read
     **settings,        # of other methods: not used
 ) -> Landmarks:
     "Match all pairs of models; raises `ValueError` for fewer than two tasks and for broken weights"
-    rows, tasks = observed['rows'], labels.unique().tolist()
+    rows = observed["rows"]
+    tasks = labels.unique().tolist()
     if len(tasks) < 2: raise ValueError(f"the models solve {len(tasks)} task: give models of two tasks at least")
     broken = (~rows.isfinite().flatten(1).all(1)).nonzero()[:3, 0].tolist()
     if broken: raise ValueError(f"no finite weights for models {broken}: leave out what is broken")
@@ -178,7 +184,8 @@ def restore_landmarks(
     tensors: dict,  # rows, centre, centroids
 ) -> Landmarks:
     "A fitted method from its parts; raises `ValueError` with the field where they do not fit"
-    known, rows = checked(config, _LandmarksConfig, 'weight-matching'), tensors.get('rows', torch.zeros(()))
+    known = checked(config, _LandmarksConfig, "weight-matching")
+    rows = tensors.get("rows", torch.zeros(()))
     if not len(set(known.tasks)) == len(known.tasks) >= 2:
         found = f"{len(known.tasks)} entries"
         raise ValueError(f"weight-matching: field 'tasks' has {found}, expected two at least, each once")
@@ -197,8 +204,8 @@ def restore_landmarks(
 def _reads_one_stem(models, **settings): return reads_stem(models, **settings)
 
 register_method(Method(
-    name='weight-matching',
-    title='weight matching to landmarks',
+    name="weight-matching",
+    title="weight matching to landmarks",
     baseline=False,
     by_default=False,
     invariances=OF_STEM,

@@ -53,7 +53,7 @@ def probe_images(
     colours = np.full((3, 3), correlation) + (1 - correlation)*np.eye(3)
     white = np.random.default_rng(seed).standard_normal((n, 3, size, size))
     smooth = np.fft.ifft2(np.fft.fft2(white)*_falling_amplitudes(size, power)).real
-    x = np.einsum('ij,njhw->nihw', np.linalg.cholesky(colours), smooth)
+    x = np.einsum("ij,njhw->nihw", np.linalg.cholesky(colours), smooth)
     if channels != 3: x = x.mean(1, keepdims=True).repeat(channels, 1)
     return torch.from_numpy(_in_units(x)).float()
 
@@ -81,7 +81,7 @@ def own_bank(
     "A bank of one's own; raises `ValueError` for what holds no two images"
     if isinstance(bank, (str, Path)): bank = images_below(bank, 32)
     kind = bank.dtype if isinstance(bank, Tensor) else type(bank).__name__
-    shape = tuple(getattr(bank, 'shape', ()))
+    shape = tuple(getattr(bank, "shape", ()))
     known = isinstance(bank, Tensor) and (bank.dtype == torch.uint8 or bank.is_floating_point())
     if not known or len(shape) != 4 or min(shape) < 1 or not 2 <= shape[0] <= MOST_IMAGES:
         expected = f"(n, C, H, W) of uint8, or of floats as a network gets them, for n from 2 to {MOST_IMAGES}"
@@ -128,7 +128,7 @@ def _one_state(weights, i):
 
 def _net(weights, shortcuts, i):
     "One of several models as a network, and how many channels it reads"
-    hints = {'shortcut': shortcuts[i]} if isinstance(shortcuts[i], str) else {}
+    hints = {"shortcut": shortcuts[i]} if isinstance(shortcuts[i], str) else {}
     net = net_from_state(_one_state(weights, i), **hints)
     return net, next(v.shape[1] for v in net.state_dict().values() if v.ndim == 4)
 
@@ -142,8 +142,10 @@ def probe_outputs(
     bank: Tensor|str|Path|None = None, # one's own in place of the seeded one, as for `own_bank`
 ) -> dict:               # outputs: centred logits, `(M, n_images, K)`
     "What networks say to the bank; raises `ValueError` where an architecture is unknown or an answer is not finite"
-    answers, x, own = [], None, None if bank is None else own_bank(bank)
-    for i in track(range(len(shortcuts)), 'probing', disable=len(shortcuts) < 20, transient=True):
+    answers = []
+    x = None
+    own = None if bank is None else own_bank(bank)
+    for i in track(range(len(shortcuts)), "probing", disable=len(shortcuts) < 20, transient=True):
         net, channels = _net(weights, shortcuts, i)
         if x is None and own is None: x = probe_bank(n_images, probe_seed, parts, channels)
         elif x is None: x = _as_input(own, channels)
@@ -160,7 +162,7 @@ class ProbesConfig:
     n_images: int
     probe_seed: int
     parts: int = 1
-    bank: str = ''  # digest of a bank of one's own
+    bank: str = ""  # digest of a bank of one's own
 
 MOST_BYTES = 2**22  # of a bank that a file carries; of a larger one it has the digest
 
@@ -173,11 +175,11 @@ class Probes:
         config: dict,    # fields of a `ProbesConfig`
         centres: Tensor, # mean embedding of each task's models, `(tasks, E)`
         bank: Tensor|None = None, # its own, if it was fitted on one and that is here
-        method: str = 'probes',   # name of its method
+        method: str = "probes",   # name of its method
     ): self.config, self.centres, self.bank, self.method = config, centres, bank, method
 
     @property
-    def tasks(self): return self.config['tasks']
+    def tasks(self): return self.config["tasks"]
 
     def state_dict(self):
         "Its tensors by name: the bank too, if it is its own and small"
@@ -190,7 +192,7 @@ def embed(self: Probes,
     observed: dict, # from `probe_outputs`
 ) -> Tensor:        # rows of length 1, `(M, E)`
     "Embed models by their answers"
-    return output_embedding(observed['outputs'], self.config['parts'])
+    return output_embedding(observed["outputs"], self.config["parts"])
 
 @patch
 def scores(self: Probes,
@@ -203,8 +205,8 @@ def scores(self: Probes,
 @patch(as_prop=True)
 def observing(self: Probes) -> dict: # settings of `probe_outputs`
     "Which questions are asked; raises `ValueError` where they were a bank that is not here"
-    settings = {name: self.config[name] for name in ('n_images', 'probe_seed', 'parts')}
-    if not self.config['bank']: return settings
+    settings = {name: self.config[name] for name in ("n_images", "probe_seed", "parts")}
+    if not self.config["bank"]: return settings
     if self.bank is None:
         what = f"these probes were fitted on {self.config['n_images']} images of digest {self.config['bank']}"
         raise ValueError(f"{what}, which their file does not hold: give them with take_bank(images)")
@@ -217,7 +219,7 @@ def take_bank(self: Probes,
     "Give fitted probes the bank that their file only names; raises `ValueError` for another one"
     images = own_bank(bank)
     found = digest(dict(bank=images))
-    if found != self.config['bank']:
+    if found != self.config["bank"]:
         raise ValueError(f"a bank of digest {found}, these probes were fitted on {self.config['bank'] or 'noise'}")
     self.bank = images
 
@@ -230,13 +232,14 @@ def fit_probes(
     probe_seed: int = 0, # of the seeded bank
     parts: int = 1,      # of the bank
     bank: Tensor|str|Path|None = None, # one's own, as for `own_bank`
-    method: str = 'probes', # its name
+    method: str = "probes", # its name
     **settings,          # what other methods are told
 ) -> Probes:
     "Remember what the models of each task say"
-    tasks, z = sorted(set(labels.tolist())), output_embedding(observed['outputs'], parts)
+    tasks = sorted(set(labels.tolist()))
+    z = output_embedding(observed["outputs"], parts)
     centres = torch.stack([z[labels == task].mean(0) for task in tasks])
-    config = dict(tasks=tasks, n_images=n_images, probe_seed=probe_seed, parts=parts, bank='')
+    config = dict(tasks=tasks, n_images=n_images, probe_seed=probe_seed, parts=parts, bank="")
     if bank is None: return Probes(config, centres, method=method)
     images = own_bank(bank)
     return Probes(config | dict(n_images=len(images), bank=digest(dict(bank=images))), centres, images, method)
@@ -245,21 +248,23 @@ def fit_probes(
 def restore_probes(
     config: dict,  # as it was saved
     tensors: dict, # centres, and the bank where the file carries it
-    method: str = 'probes', # its name
+    method: str = "probes", # its name
 ) -> Probes:
     "Fitted probes from their parts; raises `ValueError` with the field where they do not fit"
     known = checked(config, ProbesConfig, method)
-    _check_bank(known, tensors.get('bank'), method)
-    m, centres = known.n_images//known.parts, tensors.get('centres')
+    _check_bank(known, tensors.get("bank"), method)
+    m = known.n_images//known.parts
+    centres = tensors.get("centres")
     expected = len(known.tasks), known.parts*m*(m + 1)//2
     if centres is None or tuple(centres.shape) != expected or centres.dtype != torch.float32:
-        found = 'missing' if centres is None else f"{centres.dtype} {tuple(centres.shape)}"
+        found = "missing" if centres is None else f"{centres.dtype} {tuple(centres.shape)}"
         raise ValueError(f"{method}: centres are {found}, expected float32 {expected}")
-    return Probes(dict(vars(known)), centres, tensors.get('bank'), method)
+    return Probes(dict(vars(known)), centres, tensors.get("bank"), method)
 
 def _check_bank(known, bank, method):
     "Raises `ValueError` with the field unless a file says which bank it was fitted on"
-    n, parts = known.n_images, known.parts
+    n = known.n_images
+    parts = known.parts
     if not 1 <= n <= MOST_IMAGES: raise ValueError(f"{method}: field 'n_images' is {n}, expected 1 to {MOST_IMAGES}")
     if not 0 <= known.probe_seed < 2**63:
         raise ValueError(f"{method}: field 'probe_seed' is {known.probe_seed}, expected 0 to 2**63 - 1")
@@ -286,14 +291,14 @@ def _register(name, title, parts):
         reads=_every_tensor,
         fit=partial(fit_probes, parts=parts, method=name),
         restore=partial(restore_probes, method=name),
-        knows=('shortcuts',),
+        knows=("shortcuts",),
         observe=partial(probe_outputs, parts=parts),
-        needs='running it',
+        needs="running it",
         invariances=tuple(INVARIANCES),
     ))
 
-_register('probes', 'Probes: answers to synthetic images', parts=1)
-_register('two-spectra-probes', 'Probes: answers to noise of two spectra', parts=2)
+_register("probes", "Probes: answers to synthetic images", parts=1)
+_register("two-spectra-probes", "Probes: answers to noise of two spectra", parts=2)
 
 # %% ../../nbs/methods/07_probes.ipynb #15f13731
 def _misfits(net):
@@ -301,7 +306,8 @@ def _misfits(net):
     found = []
     def misfit(norm, args):
         sd = (norm.running_var + norm.eps).sqrt()
-        mean, own = args[0].mean((0, 2, 3)), (args[0].var((0, 2, 3), unbiased=False) + norm.eps).sqrt()
+        mean = args[0].mean((0, 2, 3))
+        own = (args[0].var((0, 2, 3), unbiased=False) + norm.eps).sqrt()
         found.append(((mean - norm.running_mean)/sd).square().mean() + (own/sd - 1).square().mean())
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
     for norm in norms: norm.register_forward_pre_hook(misfit)
@@ -321,7 +327,7 @@ def gallery_bank(
     "Images whose statistics fit those that the models remember; raises `ValueError` for models without BN"
     order = torch.randint(len(shortcuts), (steps,), generator=torch.Generator().manual_seed(seed)).tolist()
     x = None
-    for i in track(order, 'fitting probes', disable=steps < 20, transient=True):
+    for i in track(order, "fitting probes", disable=steps < 20, transient=True):
         net, channels = _net(weights, shortcuts, i)
         if x is None:
             x = probe_bank(n_images, probe_seed, 2, channels).requires_grad_(True)
@@ -351,22 +357,22 @@ def fit_gallery_probes(
 ) -> Probes:
     "Probes with a bank that fits the batch normalisation of these models"
     networks = dict(networks)
-    kinds = networks.pop('shortcut').tolist()
+    kinds = networks.pop("shortcut").tolist()
     shortcuts = [SHORTCUTS[kind] if kind >= 0 else None for kind in kinds]
     bank = gallery_bank(networks, shortcuts, n_images, probe_seed, steps, seed=seed)
     observed = probe_outputs(networks, shortcuts, bank=bank)
     return fit_probes(observed, labels, probe_seed=probe_seed, parts=2, bank=bank)
 
 register_method(Method(
-    name='gallery-probes',
-    title='Probes: answers to images fitted to the gallery',
+    name="gallery-probes",
+    title="Probes: answers to images fitted to the gallery",
     baseline=False,
     by_default=False,
     reads=_every_tensor,
     fit=fit_gallery_probes,
     restore=restore_probes,
-    knows=('shortcuts',),
+    knows=("shortcuts",),
     observe=_networks,
-    needs='running it',
+    needs="running it",
     invariances=tuple(INVARIANCES),
 ))

@@ -26,17 +26,17 @@ from ..second_order import check_embedding, fit as fit_net, restore as restore_n
 
 # %% ../../nbs/methods/00_registry.ipynb #fb518099
 NEEDS = {
-    'weights only': 'tensors by name, of a network that need not run',
-    'running it': 'a network that runs, on images that come with lps',
-    'unlabelled images': 'a network that runs, and images like those it was trained on',
-    'labels': 'the same, and what is on the images',
+    "weights only": "tensors by name, of a network that need not run",
+    "running it": "a network that runs, on images that come with lps",
+    "unlabelled images": "a network that runs, and images like those it was trained on",
+    "labels": "the same, and what is on the images",
 }
 
 INVARIANCES = {
-    'order': 'channels in any order, inner ones and those of streams',
-    'norm': 'filters of any size and sign, with batch normalisation made to fit; folding is one case',
-    'scales': 'channels scaled behind batch normalisation, and scaled back where they are read',
-    'classes': 'classes in any order',
+    "order": "channels in any order, inner ones and those of streams",
+    "norm": "filters of any size and sign, with batch normalisation made to fit; folding is one case",
+    "scales": "channels scaled behind batch normalisation, and scaled back where they are read",
+    "classes": "classes in any order",
 }
 
 # %% ../../nbs/methods/00_registry.ipynb #992a4cad
@@ -52,9 +52,9 @@ class Method:
     knows: tuple = ()  # what else `fit` and `observe` are told of the models: 'stem', 'shapes', 'shortcuts'
     observe: Callable|None = None # `(weights, **settings)` → what `fit` and `embed` get in place of the weights
     by_default: bool = True # is it a row of a table for which no methods are named?
-    needs: str = 'weights only' # what it needs of a model, a key of `NEEDS`
+    needs: str = "weights only" # what it needs of a model, a key of `NEEDS`
     invariances: tuple = () # keys of `INVARIANCES`: what may happen to a network without any change of its embedding
-    caveat: str = ''   # why its figures say less than they seem to; a method that has one leads no leaderboard
+    caveat: str = ""   # why its figures say less than they seem to; a method that has one leads no leaderboard
 
 # %% ../../nbs/methods/00_registry.ipynb #0c1a863c
 METHODS = {}
@@ -75,7 +75,7 @@ def get_method(
     "A method by name; raises `ValueError` with those that are known for any other"
     if isinstance(name, Method): return name
     if name not in METHODS:
-        known = ', '.join(METHODS)
+        known = ", ".join(METHODS)
         cure = f"take one of {known}, or import the module that registers it, such as lps.methods.signatures or lps.methods.probes"
         raise ValueError(f"method {printable(repr(name))} is unknown: {cure}")
     return METHODS[name]
@@ -100,7 +100,7 @@ def _fit_variant(weights, labels, seed, method, **settings):
     "A second-order network on plain weights"
     return fit_net(weights, labels=labels, seed=seed, method=method, **settings)
 
-def _paper_method(name, title, baseline, invariances=('scales', 'classes')):
+def _paper_method(name, title, baseline, invariances=("scales", "classes")):
     "An entry for one of the paper's three"
     fit = partial(_fit_variant, method=name)
     return Method(
@@ -110,14 +110,14 @@ def _paper_method(name, title, baseline, invariances=('scales', 'classes')):
         reads=_stem_or,
         fit=fit,
         restore=restore_net,
-        knows=('stem',),
+        knows=("stem",),
         invariances=invariances,
     )
 
-register_method(_paper_method('fc', 'only one FC layer', baseline=True))
-register_method(_paper_method('frobenius', 'Frobenius + FC, without alignment', baseline=True))
+register_method(_paper_method("fc", "only one FC layer", baseline=True))
+register_method(_paper_method("frobenius", "Frobenius + FC, without alignment", baseline=True))
 register_method(_paper_method(
-    'lps', 'LPS: Frobenius + FC, with alignment', baseline=False, invariances=('order', 'scales', 'classes')))
+    "lps", "LPS: Frobenius + FC, with alignment", baseline=False, invariances=("order", "scales", "classes")))
 
 # %% ../../nbs/methods/00_registry.ipynb #8ca6ab5e
 def _observed(models, method, layers, folded, observing):
@@ -144,18 +144,19 @@ def _observing(method, settings):
 # %% ../../nbs/methods/00_registry.ipynb #82acbef9
 def _prepared(models, method, settings):
     "A method, what it is given of the models, and the settings that its `fit` is given"
-    method, settings = get_method(method), dict(settings)
+    method = get_method(method)
+    settings = dict(settings)
     layers = list(method.reads(models, **settings))
-    observed = _observed(models, method, layers, settings.get('folded', False), _observing(method, settings))
-    settings.pop('layers', None)
+    observed = _observed(models, method, layers, settings.get("folded", False), _observing(method, settings))
+    settings.pop("layers", None)
     facts = {name: getattr(models, name) for name in method.knows}
-    if method.observe: facts['layers'] = layers
+    if method.observe: facts["layers"] = layers
     return method, observed, facts | settings
 
 def fit_method(
     models: ModelSet,          # trained models of two tasks at least
-    method: str|Method='lps',  # name of a method, or the method itself
-    seed: int=0,               # decides everything random
+    method: str|Method = "lps",  # name of a method, or the method itself
+    seed: int = 0,               # decides everything random
     **settings,                # of the method: layers, folded, epochs, n_filters, …
 ):                             # the fitted method
     "Fit a method on a model set; raises `ValueError` for fewer than two tasks or layers that the models do not have"
@@ -166,7 +167,7 @@ def fit_method(
 def some_weights(
     models: ModelSet,    # all models
     layers: list,        # names of layers or tensors
-    folded: bool=False,  # with their batch normalisation folded in
+    folded: bool = False,  # with their batch normalisation folded in
     which=slice(None),   # numbers of models; default: all
 ) -> dict:               # name → float32 `(len(which), …)`
     "Layers of some models"
@@ -180,9 +181,9 @@ def _fit_numbered(i, fit, weights, labels, settings):
 def _units(models, jobs):
     "Each job as arguments of `_fit_numbered`"
     for i, job in enumerate(jobs):
-        settings = {name: value for name, value in job.items() if name not in ('train', 'method')}
-        method, weights, settings = _prepared(models, job.get('method', 'lps'), settings)
-        train = torch.arange(len(models))[job['train']]
+        settings = {name: value for name, value in job.items() if name not in ("train", "method")}
+        method, weights, settings = _prepared(models, job.get("method", "lps"), settings)
+        train = torch.arange(len(models))[job["train"]]
         some = {name: weight[train] for name, weight in weights.items()}
         yield i, method.fit, some, models.labels[train], dict(seed=0) | settings
 
@@ -190,9 +191,9 @@ def _units(models, jobs):
 def fit_many(
     models: ModelSet,              # all models
     jobs: list, # for each fit a dict: `train`, the numbers of the models to learn from, `method`, `seed` and settings
-    workers: int=1,                # processes; 1: one fit after the other in this one
-    executor: Executor|None=None,  # any `concurrent.futures.Executor` to use instead; it is not shut down
-    progress: str='',              # text of a progress bar; empty: none
+    workers: int = 1,                # processes; 1: one fit after the other in this one
+    executor: Executor|None = None,  # any `concurrent.futures.Executor` to use instead; it is not shut down
+    progress: str = "",              # text of a progress bar; empty: none
 ) -> list:                         # the fitted methods, in the order of the jobs
     "Many fits side by side, one thread each; each is what `fit_method(models[train], …)` gives"
     at_once = 2*workers if executor is None else None
@@ -207,7 +208,7 @@ def observations(
     which=slice(None),  # numbers of models; default: all
 ) -> dict:              # tensors by name, `(len(which), …)`: weights, or what its method observes
     "What a fitted method is given of some models; each model of a set is observed once"
-    if hasattr(fitted, 'observing'):
+    if hasattr(fitted, "observing"):
         method = get_method(fitted.method)
         layers = list(fitted.layers) or method.reads(models)  # no layers: what the method reads of whatever models
         observed = _observed(models, method, list(layers), fitted.folded, fitted.observing)
@@ -229,7 +230,7 @@ def score_models(
     models,      # a `ModelSet`, a `Model`, or what `observations` gives of M models
 ) -> Tensor:     # a score for each of the method's tasks, `(M, tasks)`
     "How much each model looks like one of each task; raises `ValueError` for a method that gives no scores"
-    if not hasattr(fitted, 'scores'):
+    if not hasattr(fitted, "scores"):
         raise ValueError(f"method {fitted.method!r} gives no scores: take read_out='nearest' or 'centroid'")
     scores = fitted.scores(models if isinstance(models, dict) else observations(models, fitted))
     if scores.isnan().any(): raise ValueError("no finite score for some models: leave out what is broken")
@@ -273,8 +274,8 @@ def load_fitted(
     "Read a fitted method; raises `FileNotFoundError`, or `ValueError` for a file that holds none"
     state, meta = load_model(path)
     name = Path(path).name
-    parts = meta.get('fitted')
-    old = meta.get('second_order')
-    if parts is None and isinstance(old, dict): parts = dict(method=old.get('method'), config=old)
+    parts = meta.get("fitted")
+    old = meta.get("second_order")
+    if parts is None and isinstance(old, dict): parts = dict(method=old.get("method"), config=old)
     if parts is None: raise ValueError(printable(f"{name} holds no fitted method: its metadata has {', '.join(meta)}"))
     return restore_fitted(parts, state, name)

@@ -29,7 +29,7 @@ from ..nets.resnet import SHORTCUTS
 # %% ../../nbs/methods/01_signatures.ipynb #88f04b17
 def _vectors(tensors, layer):
     "The vectors of the BN beside a layer, by their last name"
-    last = {name: name.rpartition('.')[2] for name in tensors if name.rpartition('.')[0] != layer}
+    last = {name: name.rpartition(".")[2] for name in tensors if name.rpartition(".")[0] != layer}
     return {last[name]: tensors[name].double() for name in last}
 
 def _unit(filters):
@@ -43,18 +43,19 @@ def stem_filters(
     tensors: dict,  # weight of a convolution `(M, N, C, k, k)`, its bias, vectors of its BN; by their full names
 ) -> dict:          # `filters` of length 1 `(M, N, C·k·k)`; `gamma` ≥ 0, `beta` and, where noted, `mean`, `sd` `(M, N)`
     "A layer in the one form that no scale of a filter changes; raises `ValueError` where there is no convolution"
-    layers = [name.removesuffix('.weight') for name, v in tensors.items() if name.endswith('.weight') and v.ndim == 5]
+    layers = [name.removesuffix(".weight") for name, v in tensors.items() if name.endswith(".weight") and v.ndim == 5]
     if not layers:
         raise ValueError(f"no convolution in {printable(', '.join(tensors))}: give the stem's weight, (M, N, C, k, k)")
-    layer, norm = layers[0], _vectors(tensors, layers[0])
-    filters, length = _unit(tensors[f'{layer}.weight'].double().flatten(2))
-    if not norm: return _without_norm(filters, length, tensors.get(f'{layer}.bias'))
-    gamma = norm.get('weight', torch.ones_like(length))
+    layer = layers[0]
+    norm = _vectors(tensors, layers[0])
+    filters, length = _unit(tensors[f"{layer}.weight"].double().flatten(2))
+    if not norm: return _without_norm(filters, length, tensors.get(f"{layer}.bias"))
+    gamma = norm.get("weight", torch.ones_like(length))
     sign = torch.where(gamma < 0, -1., 1.).double()
-    parts = dict(filters=filters*sign[..., None], gamma=gamma*sign, beta=norm.get('bias', torch.zeros_like(length)))
-    if 'running_var' not in norm: return parts
-    bias = tensors.get(f'{layer}.bias', torch.zeros(())).double()
-    return parts | dict(mean=(norm['running_mean'] - bias)*sign/length, sd=norm['running_var'].sqrt()/length)
+    parts = dict(filters=filters*sign[..., None], gamma=gamma*sign, beta=norm.get("bias", torch.zeros_like(length)))
+    if "running_var" not in norm: return parts
+    bias = tensors.get(f"{layer}.bias", torch.zeros(())).double()
+    return parts | dict(mean=(norm["running_mean"] - bias)*sign/length, sd=norm["running_var"].sqrt()/length)
 
 def _without_norm(filters, length, bias):
     "A layer that no BN follows: its filters' lengths stand for γ, its bias for β"
@@ -64,7 +65,7 @@ def _without_norm(filters, length, bias):
 # %% ../../nbs/methods/01_signatures.ipynb #359ddf05
 def quantiles(
     values: Tensor,  # `(M, N)`
-    n: int=16,       # how many
+    n: int = 16,       # how many
 ) -> Tensor:         # ascending, `(M, n)`
     "Evenly spaced quantiles from the least to the greatest; of n values the values themselves, sorted"
     return values.quantile(torch.linspace(0, 1, n, dtype=values.dtype), dim=1).T
@@ -74,27 +75,28 @@ def gram(
     weight: Tensor,   # of each filter, `(M, N)`
 ) -> Tensor:          # the upper triangle, `(M, D·(D + 1)/2)`
     "Mean over filters of the products of all pairs of their entries"
-    products = torch.einsum('mi,mip,miq->mpq', weight, filters, filters)/filters.shape[1]
+    products = torch.einsum("mi,mip,miq->mpq", weight, filters, filters)/filters.shape[1]
     i, j = torch.triu_indices(*products.shape[1:])
     return products[:, i, j]
 
 # %% ../../nbs/methods/01_signatures.ipynb #2b492b2f
 def _responses(parts):
     "Vectors over filters: those that say how a filter is used, and those that say only what it responds to"
-    gamma, beta = parts['gamma'], parts['beta']
-    if 'sd' not in parts: return [gamma, beta], []
-    slope = gamma/parts['sd'].clamp_min(1e-3)
-    return [gamma, beta, slope, beta - slope*parts['mean']], [parts['mean'], parts['sd']]
+    gamma = parts["gamma"]
+    beta = parts["beta"]
+    if "sd" not in parts: return [gamma, beta], []
+    slope = gamma/parts["sd"].clamp_min(1e-3)
+    return [gamma, beta, slope, beta - slope*parts["mean"]], [parts["mean"], parts["sd"]]
 
 def stem_signature(
     tensors: dict,  # as for `stem_filters`
 ) -> dict:          # `stem`, float64 `(M, E)`
     "What the filters of a layer weigh together, and how strongly; the same for filters in any order and of any scale"
     parts = stem_filters(tensors)
-    filters, (used, others) = parts['filters'], _responses(parts)
-    moments = [torch.einsum('mi,mip->mp', a, filters)/filters.shape[1] for a in used]
+    filters, (used, others) = parts["filters"], _responses(parts)
+    moments = [torch.einsum("mi,mip->mp", a, filters)/filters.shape[1] for a in used]
     lists = [quantiles(a) for a in used + others]
-    return dict(stem=torch.cat([gram(filters, parts['gamma']), *moments, *lists], 1))
+    return dict(stem=torch.cat([gram(filters, parts["gamma"]), *moments, *lists], 1))
 
 # %% ../../nbs/methods/01_signatures.ipynb #7305f02f
 def _falling(size, reach):
@@ -110,22 +112,24 @@ def _ridge(A, y, penalty):
 
 def _colour_products(filters, near):
     "What each colour covariance, falling with distance as `near`, adds to a filter's variance, `(M, N, C·(C + 1)/2)`"
-    products = torch.einsum('miat,tu,mibu->miab', filters, near, filters)
+    products = torch.einsum("miat,tu,mibu->miab", filters, near, filters)
     i, j = torch.triu_indices(*products.shape[2:])
     return products[..., i, j]*torch.where(i == j, 1, 2)
 
 # %% ../../nbs/methods/01_signatures.ipynb #1df2b2fd
 def image_statistics(
     tensors: dict,         # as for `stem_filters`, with running statistics; else `ValueError` is raised
-    reach: tuple=(1, 10),  # in how many pixels a covariance falls to 1/e; one set of colour covariances for each
-    penalty: float=.1,     # of the ridge regression that finds the covariances
+    reach: tuple = (1, 10),  # in how many pixels a covariance falls to 1/e; one set of colour covariances for each
+    penalty: float = .1,     # of the ridge regression that finds the covariances
 ) -> dict:                 # `colour` of the mean image `(M, C)`; `covariance` of colours `(M, len(reach)·C·(C + 1)/2)`
     "Mean and covariance of the colours of the images that a network was trained on, from its first BN"
-    parts, channels = stem_filters(tensors), next(v.shape[2] for v in tensors.values() if v.ndim == 5)
-    if 'sd' not in parts: raise ValueError(_no_statistics(', '.join(tensors)))
-    filters = parts['filters'].unflatten(2, (channels, -1))
-    colour = _ridge(filters.sum(3), parts['mean'], 1e-6)
-    size, variance = round(filters.shape[3]**.5), parts['sd'].clamp_min(1e-3)**2
+    parts = stem_filters(tensors)
+    channels = next(v.shape[2] for v in tensors.values() if v.ndim == 5)
+    if "sd" not in parts: raise ValueError(_no_statistics(", ".join(tensors)))
+    filters = parts["filters"].unflatten(2, (channels, -1))
+    colour = _ridge(filters.sum(3), parts["mean"], 1e-6)
+    size = round(filters.shape[3]**.5)
+    variance = parts["sd"].clamp_min(1e-3)**2
     A = torch.cat([_colour_products(filters, _falling(size, r)) for r in reach], 2)/variance[..., None]
     return dict(colour=colour, covariance=_ridge(A, torch.ones_like(variance), penalty))
 
@@ -178,9 +182,13 @@ class FittedSignature:
         config: dict,   # layers, tasks, the size of each observation, settings of `observe`
         tensors: dict,  # float64: centre, gain `(E,)`; directions `(R, E)`, damping `(R,)`; means `(tasks, E)`
     ):
-        self.method, self.config, self.tensors = method, config, tensors
-        self.layers, self.tasks, self.sizes = config['layers'], config['tasks'], config['sizes']
-        self.observing = config['observing']
+        self.method = method
+        self.config = config
+        self.tensors = tensors
+        self.layers = config["layers"]
+        self.tasks = config["tasks"]
+        self.sizes = config["sizes"]
+        self.observing = config["observing"]
 
 # %% ../../nbs/methods/01_signatures.ipynb #ce41ee9a
 @patch
@@ -194,8 +202,8 @@ def whitened(self: FittedSignature,
 ) -> Tensor:         # float64 `(M, E)`
     "Signatures in which models of a task scatter alike in all directions; raises `ValueError` for other sizes"
     t = self.tensors
-    x = (_joined(observed, self.sizes) - t['centre'])*t['gain']
-    return x + (x @ t['directions'].T*t['damping']) @ t['directions']
+    x = (_joined(observed, self.sizes) - t["centre"])*t["gain"]
+    return x + (x @ t["directions"].T*t["damping"]) @ t["directions"]
 
 @patch
 def embed(self: FittedSignature,
@@ -210,7 +218,8 @@ def scores(self: FittedSignature,
     observed: dict,  # observations of M models
 ) -> Tensor:         # log-probabilities, `(M, tasks)`
     "How likely each task is, all being equally likely before"
-    x, means = self.whitened(observed), self.tensors['means']
+    x = self.whitened(observed)
+    means = self.tensors["means"]
     return (x @ means.T - means.square().sum(1)/2).log_softmax(1).float()
 
 # %% ../../nbs/methods/01_signatures.ipynb #8596fb3f
@@ -231,11 +240,11 @@ def _chosen(settings, names):
 def fit_signature(
     observed: dict,   # observations of M models, `(M, E)` each
     labels: Tensor,   # task of each model, `(M,)`
-    seed: int=0,      # nothing is random here
-    method: str='',   # name of the method
-    layers: tuple=(), # what was read of the models
-    observing: tuple=(),  # names of the settings that its `observe` takes
-    whole: bool=False, # reads all that a model has, whatever its architecture
+    seed: int = 0,      # nothing is random here
+    method: str = "",   # name of the method
+    layers: tuple = (), # what was read of the models
+    observing: tuple = (),  # names of the settings that its `observe` takes
+    whole: bool = False, # reads all that a model has, whatever its architecture
     **settings,       # those, and others that are not used
 ) -> FittedSignature:
     "Shrinkage LDA on signatures; raises `ValueError` for fewer than two tasks and for models without finite signature"
@@ -251,7 +260,7 @@ def fit_signature(
     read = [] if whole else list(layers)
     config = dict(layers=read, tasks=tasks.tolist(), sizes=sizes, observing=_chosen(settings, observing))
     fitted = FittedSignature(method, config, tensors)
-    tensors['means'] = fitted.whitened(dict(zip(sizes, means.split(list(sizes.values()), 1))))
+    tensors["means"] = fitted.whitened(dict(zip(sizes, means.split(list(sizes.values()), 1))))
     return fitted
 
 # %% ../../nbs/methods/01_signatures.ipynb #9650e2b9
@@ -272,17 +281,17 @@ def _expected_shapes(known, rank):
 def restore_signature(
     config: dict,   # as it was saved
     tensors: dict,  # float64, by name
-    method: str='',   # name of the method
-    observing: tuple=(),  # names of the settings that its `observe` takes
+    method: str = "",   # name of the method
+    observing: tuple = (),  # names of the settings that its `observe` takes
 ) -> FittedSignature:
     "A fitted signature from its parts; raises `ValueError` with the field where they do not fit"
     known = checked(config, _SignatureConfig, method)
     _check_tasks(method, known.tasks)
     _check_observing(method, known.observing, observing)
-    if 'damping' not in tensors: raise ValueError(f"{method}: tensor 'damping' is missing")
-    expected = _expected_shapes(known, tensors['damping'].numel())
+    if "damping" not in tensors: raise ValueError(f"{method}: tensor 'damping' is missing")
+    expected = _expected_shapes(known, tensors["damping"].numel())
     if set(expected) != set(tensors):
-        odd = ', '.join(sorted(set(expected) ^ set(tensors))[:3])
+        odd = ", ".join(sorted(set(expected) ^ set(tensors))[:3])
         raise ValueError(f"{method}: {printable(odd)} are in the method or in the file, not in both")
     for name, shape in expected.items(): _check_tensor(method, name, tensors[name], shape)
     return FittedSignature(method, dict(vars(known)), dict(tensors))
@@ -295,10 +304,10 @@ def _check_tasks(method, tasks):
 # %% ../../nbs/methods/01_signatures.ipynb #006e328c
 def _check_observing(method, observing, names):
     "Raises `ValueError` for settings that the method does not observe by, or of another type"
-    odd = ', '.join(sorted(set(observing) - set(names)))
+    odd = ", ".join(sorted(set(observing) - set(names)))
     if odd: raise ValueError(f"{method}: field 'observing' has {printable(odd)}, known are {names}")
     for name, value in observing.items():
-        kind = int if name == 'depth' else str
+        kind = int if name == "depth" else str
         if type(value) is kind: continue
         found = printable(repr(value)[:40])
         raise ValueError(f"{method}: field 'observing.{name}' is {found}, expected {kind.__name__}")
@@ -319,18 +328,18 @@ def reads_stem(
     "The tensors of the stem and of the BN after it, those that there are"
     if folded: raise ValueError("a signature reads the batch normalisation by itself: leave out folded")
     if layers not in (None, (models.stem,), [models.stem]):
-        asked = printable(', '.join(layers))
+        asked = printable(", ".join(layers))
         raise ValueError(f"a stem's signature reads {printable(models.stem)}, not {asked}: leave out layers")
     norm = norms_of(models.shapes).get(models.stem)
     owners = [models.stem] if norm is None else [models.stem, norm]
     names = []
-    for owner in owners: names += [f'{owner}.{v}' for v in ('weight', 'bias', 'running_mean', 'running_var')]
+    for owner in owners: names += [f"{owner}.{v}" for v in ("weight", "bias", "running_mean", "running_var")]
     return [name for name in names if name in models.shapes]
 
 def _reads_statistics(models, **settings):
     "As `reads_stem`; raises `ValueError` for models without running statistics"
     names = reads_stem(models, **settings)
-    if not any(name.endswith('.running_var') for name in names): raise ValueError(_no_statistics(', '.join(names)))
+    if not any(name.endswith(".running_var") for name in names): raise ValueError(_no_statistics(", ".join(names)))
     return names
 
 # %% ../../nbs/methods/01_signatures.ipynb #cce49c5e
@@ -339,8 +348,8 @@ def signature_method(
     title: str,  # as tables show it
     reads,       # as in `Method`
     observe,     # tensors by name → observations, `(M, E)` each
-    observing: tuple=(),  # names of the settings that `observe` takes
-    whole: bool=False,    # does it read all that a model has, whatever its architecture?
+    observing: tuple = (),  # names of the settings that `observe` takes
+    whole: bool = False,    # does it read all that a model has, whatever its architecture?
     **fields,    # more of `Method`: needs, invariances, caveat
 ) -> Method:
     "An entry for shrinkage LDA on what `observe` gives"
@@ -350,14 +359,14 @@ def signature_method(
 
 def _observe_statistics(weights): return image_statistics(weights)
 
-OF_STEM = ('order', 'norm', 'classes')  # a stem alone does not show who else writes to its channels
+OF_STEM = ("order", "norm", "classes")  # a stem alone does not show who else writes to its channels
 SEES_COLOURS = "it reads the colours of the training images from batch normalisation, not what was learned of them"
 
 register_method(signature_method(
-    'stem-signature', 'signature of the stem', reads_stem, stem_signature, invariances=OF_STEM))
+    "stem-signature", "signature of the stem", reads_stem, stem_signature, invariances=OF_STEM))
 register_method(signature_method(
-    name='image-statistics',
-    title='image colours from BN',
+    name="image-statistics",
+    title="image colours from BN",
     reads=_reads_statistics,
     observe=_observe_statistics,
     invariances=tuple(INVARIANCES),
@@ -376,8 +385,8 @@ def _channel_scales(tensors, spec, norms):
     "For each group, the root of what all BNs write to its channels, squared and added up, `(M, n)`"
     total = {}
     for norm in norms:
-        written = tensors[f'{norm}.weight']**2 + tensors[f'{norm}.bias']**2
-        for group, span in _spans(spec.axes_to_perm[f'{norm}.weight'][0], spec.sizes):
+        written = tensors[f"{norm}.weight"]**2 + tensors[f"{norm}.bias"]**2
+        for group, span in _spans(spec.axes_to_perm[f"{norm}.weight"][0], spec.sizes):
             total[group] = total.get(group, 0) + written[:, span]
     return {group: v.sqrt().clamp_min(1e-3) for group, v in total.items()}
 
@@ -392,7 +401,7 @@ def fix_scales(
     scales = _channel_scales(fixed, spec, norms)
     for name, axes in spec.axes_to_perm.items():
         if name not in fixed: continue
-        written = name.rpartition('.')[0] in norms and name.endswith(('.weight', '.bias'))
+        written = name.rpartition(".")[0] in norms and name.endswith((".weight", ".bias"))
         if written: _scale(fixed[name], 1, axes[0], scales, -1)
         elif len(axes) > 1 and axes[1]: _scale(fixed[name], 2, axes[1], scales, 1)
     return fixed
@@ -414,22 +423,24 @@ def canonical(
     if shortcut not in SHORTCUTS:
         raise ValueError(f"shortcut {printable(shortcut)} is unknown: take one of {SHORTCUTS}")
     shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
-    known, norms = recognise(shapes, shortcut=shortcut), list(norms_of(shapes).values())
+    known = recognise(shapes, shortcut=shortcut)
+    norms = list(norms_of(shapes).values())
     if known is None or known[0].spec is None or not norms: return tensors
     return fix_scales(tensors, known[0].spec(known[1]), norms)
 
 def _layer_tensors(tensors, layer, norm):
     "The tensors of a layer and of the BN after it"
-    return {name: v for name, v in tensors.items() if name.rpartition('.')[0] in (layer, norm)}
+    return {name: v for name, v in tensors.items() if name.rpartition(".")[0] in (layer, norm)}
 
 # %% ../../nbs/methods/01_signatures.ipynb #378bb4d9
 def all_layer_signature(
     tensors: dict,            # of M whole networks, by name, `(M, …)` each
-    shortcut: str='pad_end',  # kind of shortcut where there are no weights for it
+    shortcut: str = "pad_end",  # kind of shortcut where there are no weights for it
 ) -> dict:                    # `layers`, float64 `(M, E)`
     "Quantiles of what BN says of the filters, at nineteen depths; no order and no free scale of channels changes it"
     shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
-    norms, chunks = norms_of(shapes), []
+    norms = norms_of(shapes)
+    chunks = []
     for start in range(0, len(next(iter(tensors.values()))), 32):
         some = canonical({name: v[start:start + 32] for name, v in tensors.items()}, shortcut)
         parts = [stem_filters(_layer_tensors(some, layer, norms.get(layer))) for layer in branch_layers(shapes)]
@@ -438,18 +449,18 @@ def all_layer_signature(
 
 def _at_depths(parts, n_quantiles=9, n_depths=19):
     "Quantiles of what all layers have, at evenly spaced depths, `(M, E)`"
-    if not all('sd' in part for part in parts): parts = [_without_statistics(part) for part in parts]
+    if not all("sd" in part for part in parts): parts = [_without_statistics(part) for part in parts]
     lists = []
     for part in parts:
         used, others = _responses(part)
         lists.append(torch.cat([quantiles(v, n_quantiles) for v in used + others], 1))
     by_depth = torch.stack(lists, 2)
-    return F.interpolate(by_depth, size=n_depths, mode='linear', align_corners=True).flatten(1)
+    return F.interpolate(by_depth, size=n_depths, mode="linear", align_corners=True).flatten(1)
 
 # %% ../../nbs/methods/01_signatures.ipynb #cc57bad0
 def _without_statistics(part):
     "A layer by γ and β alone"
-    return dict(filters=part['filters'], gamma=part['gamma'], beta=part['beta'])
+    return dict(filters=part["filters"], gamma=part["gamma"], beta=part["beta"])
 
 # %% ../../nbs/methods/01_signatures.ipynb #24f7a1e7
 def shapes_here(
@@ -470,27 +481,27 @@ def reads_all(
         raise ValueError(f"this signature reads all layers, not {printable(', '.join(layers))}: leave out layers")
     shapes = shapes_here(models)
     if len(branch_layers(shapes)) < 2:
-        here = printable(', '.join(shapes))
+        here = printable(", ".join(shapes))
         raise ValueError(f"only {here} are here: give whole networks, or take stem-signature")
-    return [name for name in shapes if not name.endswith('num_batches_tracked')]
+    return [name for name in shapes if not name.endswith("num_batches_tracked")]
 
-def _observe_layers(weights, shortcut='pad_end'): return all_layer_signature(weights, shortcut)
+def _observe_layers(weights, shortcut="pad_end"): return all_layer_signature(weights, shortcut)
 
 register_method(signature_method(
-    name='all-layer-signature',
-    title='signature of all layers',
+    name="all-layer-signature",
+    title="signature of all layers",
     reads=reads_all,
     observe=_observe_layers,
-    observing=('shortcut',),
+    observing=("shortcut",),
     whole=True,
     invariances=tuple(INVARIANCES),
 ))
 
 # %% ../../nbs/methods/01_signatures.ipynb #76119024
 EXPERTS = {
-    'stem-signature': ('stem',),
-    'all-layer-signature': ('layers',),
-    'image-statistics': ('colour', 'covariance'),
+    "stem-signature": ("stem",),
+    "all-layer-signature": ("layers",),
+    "image-statistics": ("colour", "covariance"),
 }
 
 def _experts(observed):
@@ -516,7 +527,8 @@ def _of_models(observed, chosen):
 def _held_out(observed, labels):
     "Log-probabilities of experts for models that they were not fitted on, `(B, M', tasks)`, and their targets"
     tasks, targets = labels.unique(return_inverse=True)
-    found, right = [], []
+    found = []
+    right = []
     for held in _folds(labels):
         if not held.any(): continue
         experts = {n: fit_signature(_of_models(o, ~held), labels[~held]) for n, o in observed.items()}
@@ -529,39 +541,43 @@ def _held_out(observed, labels):
 def expert_weights(
     log_probs: Tensor|None,  # of B experts for M models that they were not fitted on, `(B, M, tasks)`; None: not known
     targets: Tensor|None,    # place of each model's task, `(M,)`
-    n: int=0,                # experts, where nothing is known: all get the same weight
-    penalty: float=1e-3,     # on squared weights, so that they stay finite where all models are told right
+    n: int = 0,                # experts, where nothing is known: all get the same weight
+    penalty: float = 1e-3,     # on squared weights, so that they stay finite where all models are told right
 ) -> Tensor:                 # at least 0, `(B,)`
     "The weights under which the product of experts gives the right tasks the highest likelihood"
     if log_probs is None: return torch.ones(n)
     p = log_probs.double()
     def loss(weights):
         w = torch.tensor(weights, requires_grad=True)
-        value = F.cross_entropy(torch.einsum('b,bmt->mt', w, p), targets) + penalty*w.square().sum()
+        value = F.cross_entropy(torch.einsum("b,bmt->mt", w, p), targets) + penalty*w.square().sum()
         value.backward()
         return value.item(), w.grad.numpy()
-    found = minimize(loss, np.full(len(p), 1/len(p)), jac=True, method='L-BFGS-B', bounds=[(0, None)]*len(p))
+    found = minimize(loss, np.full(len(p), 1/len(p)), jac=True, method="L-BFGS-B", bounds=[(0, None)]*len(p))
     return torch.tensor(found.x) if found.x.sum() > 0 else torch.full((len(p),), 1/len(p)).double()
 
 # %% ../../nbs/methods/01_signatures.ipynb #c781b822
 class FittedExperts:
     "Fitted signatures and their weights"
-    folded, method = False, 'weights-fusion'
+    folded = False
+    method = "weights-fusion"
     def __init__(self,
         experts: dict,    # fitted signatures by name, one at least
         weights: Tensor,  # of each, `(B,)`
         observing: dict,  # settings of `observe`
     ):
-        self.experts, self.weights, self.observing = experts, weights, observing
+        self.experts = experts
+        self.weights = weights
+        self.observing = observing
         first = next(iter(experts.values()))
-        self.layers, self.tasks = first.layers, first.tasks
+        self.layers = first.layers
+        self.tasks = first.tasks
         sizes = {name: expert.sizes for name, expert in experts.items()}
         self.config = dict(layers=self.layers, tasks=self.tasks, sizes=sizes, observing=observing)
 
     def state_dict(self):
         "The tensors of all experts, each with its expert's name, and the weights"
         tensors = dict(weights=self.weights.double())
-        for name, expert in self.experts.items(): tensors |= {f'{name}.{k}': v for k, v in expert.tensors.items()}
+        for name, expert in self.experts.items(): tensors |= {f"{name}.{k}": v for k, v in expert.tensors.items()}
         return tensors
 
 # %% ../../nbs/methods/01_signatures.ipynb #d90de0fb
@@ -579,21 +595,21 @@ def scores(self: FittedExperts,
 ) -> Tensor:         # log-probabilities, `(M, tasks)`
     "The product of the experts"
     scores = torch.stack([expert.scores(observed) for expert in self.experts.values()])
-    return torch.einsum('b,bmt->mt', self.weights.float(), scores).log_softmax(1)
+    return torch.einsum("b,bmt->mt", self.weights.float(), scores).log_softmax(1)
 
 # %% ../../nbs/methods/01_signatures.ipynb #ae05ad61
 def fit_experts(
     observed: dict,   # observations of M models, `(M, E)` each
     labels: Tensor,   # task of each model, `(M,)`
-    seed: int=0,      # nothing is random here
-    layers: tuple=(), # what was read of the models
+    seed: int = 0,      # nothing is random here
+    layers: tuple = (), # what was read of the models
     **settings,       # 'shortcut', and others that are not used
 ) -> FittedExperts:
     "Experts and their weights; raises `ValueError` as `fit_signature` does"
     of_experts = _experts(observed)
     experts = {name: fit_signature(o, labels, method=name, layers=layers) for name, o in of_experts.items()}
     weights = expert_weights(*_held_out(of_experts, labels), n=len(experts))
-    return FittedExperts(experts, weights, _chosen(settings, ('shortcut',)))
+    return FittedExperts(experts, weights, _chosen(settings, ("shortcut",)))
 
 # %% ../../nbs/methods/01_signatures.ipynb #e30357f1
 @dataclass
@@ -608,7 +624,7 @@ def _restore_expert(name, known, tensors):
     "One expert, from its tensors among all"
     if name not in EXPERTS:
         raise ValueError(f"weights-fusion: expert {printable(name)} is unknown: known are {', '.join(EXPERTS)}")
-    own = {k.removeprefix(f'{name}.'): v for k, v in tensors.items() if k.startswith(f'{name}.')}
+    own = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
     config = dict(layers=known.layers, tasks=known.tasks, sizes=known.sizes[name], observing={})
     return restore_signature(config, own, name)
 
@@ -618,18 +634,18 @@ def restore_experts(
     tensors: dict,  # float64, by name
 ) -> FittedExperts:
     "Fitted experts from their parts; raises `ValueError` with the field where they do not fit"
-    known = checked(config, _ExpertsConfig, 'weights-fusion')
-    _check_observing('weights-fusion', known.observing, ('shortcut',))
+    known = checked(config, _ExpertsConfig, "weights-fusion")
+    _check_observing("weights-fusion", known.observing, ("shortcut",))
     if not known.sizes: raise ValueError("weights-fusion: field 'sizes' is empty, expected one expert at least")
     experts = {name: _restore_expert(name, known, tensors) for name in known.sizes}
-    expected = {'weights'}
-    for name, expert in experts.items(): expected |= {f'{name}.{k}' for k in expert.tensors}
-    odd = ', '.join(sorted(expected ^ set(tensors))[:3])
+    expected = {"weights"}
+    for name, expert in experts.items(): expected |= {f"{name}.{k}" for k in expert.tensors}
+    odd = ", ".join(sorted(expected ^ set(tensors))[:3])
     if odd: raise ValueError(f"weights-fusion: {printable(odd)} are in the method or in the file, not in both")
-    _check_tensor('weights-fusion', 'weights', tensors['weights'], (len(experts),))
-    if not (tensors['weights'] >= 0).all() or not tensors['weights'].sum() > 0:
+    _check_tensor("weights-fusion", "weights", tensors["weights"], (len(experts),))
+    if not (tensors["weights"] >= 0).all() or not tensors["weights"].sum() > 0:
         raise ValueError("weights-fusion: tensor 'weights' has some below 0 or none above: give each expert its weight")
-    return FittedExperts(experts, tensors['weights'], known.observing)
+    return FittedExperts(experts, tensors["weights"], known.observing)
 
 # %% ../../nbs/methods/01_signatures.ipynb #5e31fd77
 def _stem_of_all(tensors):
@@ -640,13 +656,13 @@ def _stem_of_all(tensors):
 
 def observe_experts(
     weights: dict,            # tensors of M networks, or of their stems, by name
-    shortcut: str='pad_end',  # kind of shortcut where there are no weights for it
+    shortcut: str = "pad_end",  # kind of shortcut where there are no weights for it
 ) -> dict:                    # observations of all experts that can say something
     "What each expert looks at: the stem, all layers if there are more, the images if there are running statistics"
     stem = _stem_of_all(weights)
     observed = stem_signature(stem)
     if len(stem) < len(weights): observed |= all_layer_signature(weights, shortcut)
-    if any(name.endswith('.running_var') for name in stem): observed |= image_statistics(stem)
+    if any(name.endswith(".running_var") for name in stem): observed |= image_statistics(stem)
     return observed
 
 def _reads_experts(models, **settings):
@@ -655,8 +671,8 @@ def _reads_experts(models, **settings):
 
 # %% ../../nbs/methods/01_signatures.ipynb #a9f8de54
 register_method(Method(
-    name='weights-fusion',
-    title='stem, all layers and image colours',
+    name="weights-fusion",
+    title="stem, all layers and image colours",
     baseline=False,
     by_default=False,
     reads=_reads_experts,

@@ -69,11 +69,11 @@ def _data(view, *_):
     return view
 
 _PARTS = {
-    'torch.Size': tuple,
-    'torch._utils._rebuild_tensor': _view,
-    'torch._utils._rebuild_tensor_v2': _view,
-    'torch._utils._rebuild_tensor_v3': _typed_view,
-    'torch._utils._rebuild_parameter': _data,
+    "torch.Size": tuple,
+    "torch._utils._rebuild_tensor": _view,
+    "torch._utils._rebuild_tensor_v2": _view,
+    "torch._utils._rebuild_tensor_v3": _typed_view,
+    "torch._utils._rebuild_parameter": _data,
 }
 
 # %% ../../nbs/models/00_checkpoint.ipynb #5efb37bb
@@ -88,7 +88,7 @@ def _is_simple(key):
 def _check_keys(keys):
     "Raises for keys that could take forever"
     for key in keys:
-        if not _is_simple(key): raise _Refused(f'a {type(key).__name__} as key')
+        if not _is_simple(key): raise _Refused(f"a {type(key).__name__} as key")
 
 def _ordered(items=()):
     "An `OrderedDict` whose keys are checked"
@@ -96,7 +96,7 @@ def _ordered(items=()):
     _check_keys(key for key, _ in items)
     return OrderedDict(items)
 
-_PARTS['collections.OrderedDict'] = _ordered
+_PARTS["collections.OrderedDict"] = _ordered
 
 class _Clipped:
     "A file that reads no more than `n` bytes: memory is not given to any number that a file names"
@@ -106,7 +106,7 @@ class _Clipped:
 
 # %% ../../nbs/models/00_checkpoint.ipynb #591a354d
 MAX_PICKLE = 4_000_000  # bytes that describe tensors, their numbers aside
-_NOT_NEEDED = b''.join([pickle.FROZENSET, pickle.ADDITEMS, pickle.OBJ, pickle.INST, pickle.NEWOBJ, pickle.NEWOBJ_EX])
+_NOT_NEEDED = b"".join([pickle.FROZENSET, pickle.ADDITEMS, pickle.OBJ, pickle.INST, pickle.NEWOBJ, pickle.NEWOBJ_EX])
 
 class _Reader(pickle._Unpickler):  # the one in Python: that in C makes room for any index that a file names
     "Reads descriptions of tensors; calls nothing but `_PARTS`, and sets no attribute"
@@ -133,22 +133,23 @@ class _Reader(pickle._Unpickler):  # the one in Python: that in C makes room for
 # %% ../../nbs/models/00_checkpoint.ipynb #741a3e18
 def _find_part(self, module, name):
     "One of the few things that a description of tensors is made of"
-    full = f'{module}.{name}'
+    full = f"{module}.{name}"
     if full in _PARTS: return _PARTS[full]
-    if module in ('torch', 'torch.storage') and name in STORAGES: return STORAGES[name]
-    if module == 'torch' and isinstance(getattr(torch, name, None), torch.dtype): return getattr(torch, name)
+    if module in ("torch", "torch.storage") and name in STORAGES: return STORAGES[name]
+    if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype): return getattr(torch, name)
     raise _Refused(full)
 
 def _find_storage(self, pid):
     "Where the numbers of a tensor are; the type of each storage is noted"
     kind, dtype, key, _, n = pid[:5]
-    known = kind == 'storage' and isinstance(dtype, torch.dtype) and isinstance(key, (str, int))
-    if not known or not isinstance(n, int) or n < 0: raise _Refused('an object outside of the file')
+    known = kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, (str, int))
+    if not known or not isinstance(n, int) or n < 0: raise _Refused("an object outside of the file")
     storage = _Storage(str(key), dtype, n)
     self.storages[storage.key] = storage
     return storage
 
-_Reader.find_class, _Reader.persistent_load = _find_part, _find_storage
+_Reader.find_class = _find_part
+_Reader.persistent_load = _find_storage
 
 # %% ../../nbs/models/00_checkpoint.ipynb #2101005c
 def _fits(view):
@@ -186,14 +187,14 @@ def _read_zip(file, n_bytes, reader):
     archive = zipfile.ZipFile(file)
     entries = archive.infolist()
     names = [entry.filename for entry in entries]
-    root = next((name.removesuffix('data.pkl') for name in names if name.endswith('data.pkl')), None)
+    root = next((name.removesuffix("data.pkl") for name in names if name.endswith("data.pkl")), None)
     if root is None: raise ValueError("a zip archive, but not of PyTorch")
-    if f'{root}constants.pkl' in names: raise ValueError("a TorchScript archive: save its state_dict() instead")
+    if f"{root}constants.pkl" in names: raise ValueError("a TorchScript archive: save its state_dict() instead")
     deflated = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
     if deflated or sum(entry.file_size for entry in entries) > n_bytes:
         raise ValueError("a compressed archive: PyTorch stores its numbers as they are")
-    with archive.open(f'{root}data.pkl') as pickled: obj = reader(pickled).load()
-    return obj, lambda key: bytearray(archive.read(f'{root}data/{key}'))
+    with archive.open(f"{root}data.pkl") as pickled: obj = reader(pickled).load()
+    return obj, lambda key: bytearray(archive.read(f"{root}data/{key}"))
 
 # %% ../../nbs/models/00_checkpoint.ipynb #bf876ce3
 _MAGIC = 0x1950a86a20f9469cfc6c  # what the older files begin with
@@ -201,18 +202,19 @@ _MAGIC = 0x1950a86a20f9469cfc6c  # what the older files begin with
 def _read_stream(file, n_bytes, reader):
     "The pickled object in a file of PyTorch before 1.6, and what reads a storage of it"
     if _Reader(file).load() != _MAGIC: raise ValueError("not a PyTorch file, or a damaged one")
-    for _ in ('protocol', 'system'): _Reader(file).load()
-    reader, numbers = reader(file), {}
+    for _ in ("protocol", "system"): _Reader(file).load()
+    reader = reader(file)
+    numbers = {}
     obj = reader.load()
     for key in _Reader(file).load():
         width = reader.storages[str(key)].dtype.itemsize
-        n = struct.unpack('<q', file.read(8))[0]
+        n = struct.unpack("<q", file.read(8))[0]
         if not 0 <= n*width <= n_bytes: raise ValueError("truncated or damaged")
         numbers[str(key)] = bytearray(file.read(n*width))
     return obj, numbers.__getitem__
 
 # %% ../../nbs/models/00_checkpoint.ipynb #2a17abb0
-WRAPPERS = 'state_dict', 'model_state_dict', 'state_dict_ema', 'model_ema', 'model', 'net', 'network', 'weights'
+WRAPPERS = "state_dict", "model_state_dict", "state_dict_ema", "model_ema", "model", "net", "network", "weights"
 
 def _unwrapped(obj, depth=3):
     "The state dict in what a file holds; raises `ValueError` with what is there instead"
@@ -228,7 +230,7 @@ def _kind(obj):
     if not isinstance(obj, dict): return f"a {type(obj).__name__.removeprefix('_').lower()}"
     if not obj: return "an empty dict"
     keys = [str(key) for key in list(obj)[:6]]
-    if len(obj) > 6: keys.append('…')
+    if len(obj) > 6: keys.append("…")
     return f"a dict with {', '.join(keys)}"
 
 # %% ../../nbs/models/00_checkpoint.ipynb #ecacdd03
@@ -237,7 +239,7 @@ def _unpickled(path, reader, unwrap):
     with open_file(path) as file:
         n_bytes = file.seek(0, 2)
         file.seek(0)
-        zipped = file.read(2) == b'PK'
+        zipped = file.read(2) == b"PK"
         file.seek(0)
         obj, read = (_read_zip if zipped else _read_stream)(file, n_bytes, reader)
         views, beside = unwrap(obj)
@@ -252,7 +254,7 @@ def read_foreign(
 ) -> dict:             # tensors by name, as they are stored
     "The weights in a file, without running anything in it; raises `ValueError` with the reason where there are none"
     path = Path(path)
-    if path.suffix.lower() == '.safetensors': return _unwrapped(read_tensors(path)[0])
+    if path.suffix.lower() == ".safetensors": return _unwrapped(read_tensors(path)[0])
     return _safely(path, _Reader, lambda obj: (_unwrapped(obj), {}))[0]
 
 def _safely(path, reader, unwrap):
@@ -270,15 +272,15 @@ def _safely(path, reader, unwrap):
 
 def _reason(path, error):
     "Why a file holds no weights; errors of the reader itself say nothing to a user"
-    ours = str(error) if type(error) is ValueError else ''
-    if ours.startswith(('a ', 'damaged', 'truncated', 'its tensors', 'holds', 'not a')): return ours
-    with open_file(path) as file: zipped = file.read(2) == b'PK'
+    ours = str(error) if type(error) is ValueError else ""
+    if ours.startswith(("a ", "damaged", "truncated", "its tensors", "holds", "not a")): return ours
+    with open_file(path) as file: zipped = file.read(2) == b"PK"
     return "truncated or damaged" if zipped else "not a PyTorch file, or a damaged one"
 
 # %% ../../nbs/models/00_checkpoint.ipynb #25cd8f15
 class _Unknown:
     "Stands for a class, a function or an object that a pickle names: nothing is imported, called or set"
-    __slots__ = 'name', 'args', 'state', 'items'
+    __slots__ = "name", "args", "state", "items"
     def __init__(self, name, args=()): self.name, self.args, self.state, self.items = name, args, None, None
     def __call__(self, *args): return _Unknown(self.name, args)
     def __setitem__(self, key, value):
@@ -289,7 +291,7 @@ class _Unknown:
 
 def _simple(keys):
     "Keys, with a label in the place of each that could take forever"
-    return [key if _is_simple(key) else _Unknown('key') for key in keys]
+    return [key if _is_simple(key) else _Unknown("key") for key in keys]
 
 # %% ../../nbs/models/00_checkpoint.ipynb #d90f0f42
 class _WholeReader(_Reader):
@@ -297,7 +299,8 @@ class _WholeReader(_Reader):
     dispatch = dict(_Reader.dispatch)
 
     def load_newobj(self):
-        args, kind = self.stack.pop(), self.stack.pop()
+        args = self.stack.pop()
+        kind = self.stack.pop()
         self.stack.append(kind(*args))
 
     def load_build(self):
@@ -321,14 +324,15 @@ class _WholeReader(_Reader):
 def _find_any(self, module, name):
     "A part of the description of a tensor, or a label"
     try: return _find_part(self, module, name)
-    except _Refused: return _Unknown(f'{module}.{name}')
+    except _Refused: return _Unknown(f"{module}.{name}")
 
 def _find_stored(self, pid):
     "Where the numbers of a tensor are; for a class that was stored with its source, the class"
-    return pid[1] if pid[0] == 'module' else _find_storage(self, pid)
+    return pid[1] if pid[0] == "module" else _find_storage(self, pid)
 
-_WholeReader.find_class, _WholeReader.persistent_load = _find_any, _find_stored
-_PARTS['torch._utils._rebuild_parameter_with_state'] = _data
+_WholeReader.find_class = _find_any
+_WholeReader.persistent_load = _find_stored
+_PARTS["torch._utils._rebuild_parameter_with_state"] = _data
 
 # %% ../../nbs/models/00_checkpoint.ipynb #30009004
 def _fields(obj):
@@ -338,11 +342,11 @@ def _fields(obj):
     state = obj.state if isinstance(obj.state, dict) else {}
     return state | (obj.items or {})
 
-_OF_MODULES = '_parameters', '_buffers', '_modules'
+_OF_MODULES = "_parameters", "_buffers", "_modules"
 
 def _not_saved(fields):
     "Buffers that a module leaves out of its state dict"
-    names = fields.get('_non_persistent_buffers_set')
+    names = fields.get("_non_persistent_buffers_set")
     listed = names.args[0] if isinstance(names, _Unknown) and names.args else ()
     return {name for name in listed if isinstance(name, str)}
 
@@ -358,16 +362,18 @@ MAX_NAME = 1000  # characters in the name of a tensor of a pickled module
 
 def _module_tensors(module):
     "The state dict of a pickled module; raises `ValueError` where its parts have no end"
-    tensors, waiting, seen = {}, [('', module)], 0
+    tensors = {}
+    waiting = [("", module)]
+    seen = 0
     while waiting:
         prefix, part = waiting.pop()
         fields = _fields(part)
         seen += 1 + sum(len(_fields(fields.get(kind))) for kind in _OF_MODULES)
         if seen > 4*MAX_TENSORS or len(prefix) > MAX_NAME: raise ValueError("damaged: its modules have no end")
         if not _is_module(part): continue
-        tensors |= {f'{prefix}{_short(name)}': tensor for name, tensor in _own_tensors(fields).items()}
-        inner = _fields(fields['_modules']).items()
-        waiting += [(f'{prefix}{_short(name)}.', part) for name, part in reversed(list(inner))]
+        tensors |= {f"{prefix}{_short(name)}": tensor for name, tensor in _own_tensors(fields).items()}
+        inner = _fields(fields["_modules"]).items()
+        waiting += [(f"{prefix}{_short(name)}.", part) for name, part in reversed(list(inner))]
     return tensors
 
 def _is_module(obj):
@@ -388,7 +394,7 @@ def _with_rest(obj, depth=4):
     rest = {name: value for name, value in fields.items() if name != key}
     if key is not None and depth:
         tensors, inner = _with_rest(fields[key], depth - 1)
-        return tensors, rest | {f'{key}.{name}': value for name, value in inner.items()}
+        return tensors, rest | {f"{key}.{name}": value for name, value in inner.items()}
     tensors = {name: value for name, value in fields.items() if isinstance(value, (_View, Tensor))}
     if not tensors: raise ValueError(f"holds no state dict (tensors by name), but {_what(obj)}")
     return tensors, {name: value for name, value in rest.items() if name not in tensors}
@@ -397,7 +403,7 @@ def _what(obj):
     "What an object is, in words"
     if isinstance(obj, _Unknown): return f"a {obj.name}"
     if isinstance(obj, (_View, Tensor)): return "a tensor"
-    if isinstance(obj, (str, int, float)): return printable(f'{obj!r:.60}')
+    if isinstance(obj, (str, int, float)): return printable(f"{obj!r:.60}")
     return _kind(obj) if isinstance(obj, dict) else f"a {type(obj).__name__}"
 
 # %% ../../nbs/models/00_checkpoint.ipynb #397d3a24
@@ -432,22 +438,22 @@ def read_checkpoint(
 ) -> Checkpoint:
     "The weights in a file that may hold more, without running anything in it; raises `ValueError` where there are none"
     path = Path(path)
-    if path.suffix.lower() == '.safetensors':
+    if path.suffix.lower() == ".safetensors":
         state, texts = read_tensors(path)
         said = {key: _json_value(text) for key, text in texts.items()}
-        return Checkpoint(_unwrapped(state), said, {key: _what(value) for key, value in said.items()}, 'safetensors')
+        return Checkpoint(_unwrapped(state), said, {key: _what(value) for key, value in said.items()}, "safetensors")
     state, rest = _safely(path, _WholeReader, _with_rest)
     rest = {str(key)[:MAX_NAME]: value for key, value in rest.items()}
     said = {key: _plain(value) for key, value in rest.items()}
-    return Checkpoint(state, said, {key: _what(value) for key, value in rest.items()}, 'PyTorch')
+    return Checkpoint(state, said, {key: _what(value) for key, value in rest.items()}, "PyTorch")
 
 # %% ../../nbs/models/00_checkpoint.ipynb #d427025a
 FOREIGNZOO_NAMES = [
-    (r'^stem\.', 'conv1.'),
-    (r'^bn\.', 'bn1.'),
-    *[(rf'^body\.{i}\.', f'layer{i//3 + 1}.{i%3}.') for i in range(9)],
-    (r'\.c([12])\.', r'.conv\1.'),
-    (r'\.b([12])\.', r'.bn\1.'),
+    (r"^stem\.", "conv1."),
+    (r"^bn\.", "bn1."),
+    *[(rf"^body\.{i}\.", f"layer{i//3 + 1}.{i%3}.") for i in range(9)],
+    (r"\.c([12])\.", r".conv\1."),
+    (r"\.b([12])\.", r".bn\1."),
 ]
 
 def _renamed(name, names):
@@ -473,7 +479,7 @@ def rename(
     return renamed
 
 # %% ../../nbs/models/00_checkpoint.ipynb #aad27573
-PREFIXES = 'module.', '_orig_mod.', 'model.'
+PREFIXES = "module.", "_orig_mod.", "model."
 
 def _without_prefixes(state):
     "The tensors without what all their names begin with, if wrappers put it there"
@@ -496,9 +502,9 @@ def tidy_state(
     state: dict,  # tensors by name
 ) -> dict:        # the same tensors
     "Head as a matrix, tensors in the order in which a network of a known architecture has them"
-    head = state.get('fc.weight')
+    head = state.get("fc.weight")
     if head is not None and head.ndim > 2 and head.shape[2:].numel() == 1:
-        state = state | {'fc.weight': head.flatten(1)}
+        state = state | {"fc.weight": head.flatten(1)}
     order = _forward_order(tuple(shapes_of(state).items()))
     return {name: state[name] for name in order if name in state} if order else state
 
@@ -508,7 +514,7 @@ def _forward_order(shapes):
     known = recognise(dict(shapes))
     if known is None: return None
     architecture, config = known
-    with torch.device('meta'): return list(architecture.build(config).state_dict())
+    with torch.device("meta"): return list(architecture.build(config).state_dict())
 
 # %% ../../nbs/models/00_checkpoint.ipynb #65672118
 def own_state(
@@ -554,14 +560,14 @@ def _share(cell):
     return number
 
 COLUMNS = dict(
-    file=(str, 'the name of a file'),
-    task=(_whole, 'a whole number'),
-    run=(_whole, 'a whole number'),
-    seed=(_whole, 'a whole number'),
-    class_0=(str, 'a name'),
-    class_1=(str, 'a name'),
-    val_accuracy=(_share, 'a number from 0 to 1'),
-    train_accuracy=(_share, 'a number from 0 to 1'),
+    file=(str, "the name of a file"),
+    task=(_whole, "a whole number"),
+    run=(_whole, "a whole number"),
+    seed=(_whole, "a whole number"),
+    class_0=(str, "a name"),
+    class_1=(str, "a name"),
+    val_accuracy=(_share, "a number from 0 to 1"),
+    train_accuracy=(_share, "a number from 0 to 1"),
 )
 
 # %% ../../nbs/models/00_checkpoint.ipynb #f3384abf
@@ -573,16 +579,16 @@ def read_table(
     if not isinstance(table, pd.DataFrame): table = _read_csv(table)
     _check_columns(list(map(str, table.columns)))
     rows = {}
-    for i, cells in enumerate(table.to_dict('records'), 1):
+    for i, cells in enumerate(table.to_dict("records"), 1):
         row = _table_row(i, cells)
-        if row['file'] in rows: raise ValueError(printable(f"the table has {row['file']} twice, again in row {i}"))
-        rows[row['file']] = row
+        if row["file"] in rows: raise ValueError(printable(f"the table has {row['file']} twice, again in row {i}"))
+        rows[row["file"]] = row
     return rows
 
 # %% ../../nbs/models/00_checkpoint.ipynb #793a5415
 def _read_csv(path):
     "A table from a file, its cells as texts"
-    try: return pd.read_csv(path, sep=None, engine='python', dtype=str)
+    try: return pd.read_csv(path, sep=None, engine="python", dtype=str)
     except (ValueError, csv.Error) as e: raise ValueError(printable(f"{Path(path).name} is no table: {e}")) from None
 
 def _table_row(i, cells):
@@ -591,18 +597,18 @@ def _table_row(i, cells):
     for column, cell in cells.items():
         parse, expected = COLUMNS[column]
         blank = pd.isna(cell) or not str(cell).strip()
-        if blank and column not in ('file', 'task'): continue
-        try: row[column] = parse(float('nan') if blank and parse is not str else cell)
+        if blank and column not in ("file", "task"): continue
+        try: row[column] = parse(float("nan") if blank and parse is not str else cell)
         except (ValueError, TypeError, OverflowError):
             raise ValueError(printable(f"row {i} of the table: {column} is {cell!r}, not {expected}")) from None
-    if row.get('file') and pd.notna(cells['file']): return row
+    if row.get("file") and pd.notna(cells["file"]): return row
     raise ValueError(f"row {i} of the table names no file")
 
 # %% ../../nbs/models/00_checkpoint.ipynb #61e602d2
 def _check_columns(columns):
     "Raises `ValueError` for columns that are missing, unknown or there twice"
-    missing = [name for name in ('file', 'task') if name not in columns]
-    has = printable(', '.join(columns))
+    missing = [name for name in ("file", "task") if name not in columns]
+    has = printable(", ".join(columns))
     if missing: raise ValueError(f"the table has no column {', '.join(missing)}; it has {has}")
     unknown = [name for name in columns if name not in COLUMNS]
     if unknown:
@@ -611,18 +617,19 @@ def _check_columns(columns):
         if n > 1: raise ValueError(f"the table has two columns {name!r}")
 
 # %% ../../nbs/models/00_checkpoint.ipynb #bb87279d
-SUFFIXES = '.pt', '.pth', '.ckpt', '.bin', '.safetensors'
-NOT_READ = '.npz', '.npy', '.h5', '.hdf5', '.onnx', '.pkl', '.pickle', '.msgpack', '.pb', '.gguf', '.tar', '.zip'
+SUFFIXES = ".pt", ".pth", ".ckpt", ".bin", ".safetensors"
+NOT_READ = ".npz", ".npy", ".h5", ".hdf5", ".onnx", ".pkl", ".pickle", ".msgpack", ".pb", ".gguf", ".tar", ".zip"
 
 def _candidates(src):
     "Files of a folder that may be models, and why other files cannot be"
-    files, bad = [], {}
+    files = []
+    bad = {}
     for path in sorted(src.iterdir()):
         suffix = path.suffix.lower()
         if suffix in NOT_READ:
             bad[path.name] = f"{suffix} is not read: save a state dict with torch.save or safetensors"
         if suffix not in SUFFIXES: continue
-        if path.name.startswith('.'): bad[path.name] = "a hidden file"
+        if path.name.startswith("."): bad[path.name] = "a hidden file"
         elif path.is_symlink() and not path.exists(): bad[path.name] = "a link to nothing"
         elif not path.is_file(): bad[path.name] = "no regular file"
         else: files.append(path)
@@ -632,10 +639,10 @@ def _candidates(src):
 def _targets(files, dst):
     "Where each file goes; raises `ValueError` if it would meet another one there"
     taken = {path.name.casefold(): path for path in dst.iterdir()} if dst.is_dir() else {}
-    if 'build.json' in taken: raise ValueError(printable(f"{dst} is the folder of a build: choose another folder"))
+    if "build.json" in taken: raise ValueError(printable(f"{dst} is the folder of a build: choose another folder"))
     targets = {}
     for file in files:
-        target = dst/f'{file.stem}.safetensors'
+        target = dst/f"{file.stem}.safetensors"
         other = taken.get(target.name.casefold())
         if other is not None:
             cure = "rename one, or choose another folder"
@@ -649,15 +656,16 @@ def _foreign_meta(file, i, rows, state, shortcut, meta):
     "Metadata of a model from elsewhere"
     if rows is not None and file.name not in rows: raise ValueError("not in the table")
     row = dict(task=-1, run=i) if rows is None else dict(rows[file.name])
-    classes = [row.pop('class_0', None), row.pop('class_1', None)]
-    row.pop('file', None)
-    kind = 'conv' if any('downsample' in name for name in state) else shortcut
+    classes = [row.pop("class_0", None), row.pop("class_1", None)]
+    row.pop("file", None)
+    kind = "conv" if any("downsample" in name for name in state) else shortcut
     known = dict(source=file.name, shortcut=kind) | (dict(classes=classes) if any(classes) else {})
     return known | (meta or {}) | row
 
 def _take_in(targets, names, rows, shortcut, meta):
     "Write each model; which files were written, and why others were not"
-    written, bad = {}, {}
+    written = {}
+    bad = {}
     for i, (file, target) in enumerate(targets.items()):
         try:
             state = own_state(file, names)
@@ -684,11 +692,13 @@ def import_models(
     dst: str | Path,     # folder to write the model set to
     names=(),            # list of `(pattern, replacement)`, or dict old name → new name
     table=None,          # DataFrame or csv/tsv file with columns file, task and, if known, those of `COLUMNS`
-    shortcut: str = 'pad_end', # kind of shortcut where a model has no weights for it: 'pad_end' or 'pad_both'
+    shortcut: str = "pad_end", # kind of shortcut where a model has no weights for it: 'pad_end' or 'pad_both'
     meta: dict | None = None,  # what else to note with every model: data, mean, std, recipe
 ) -> ModelSet:           # the models; what could not be taken in stands in `.rejected`
     "Take in models from elsewhere as a model set; number types are kept. Raises `ValueError` before a file is replaced"
-    src, dst, rows = Path(src), Path(dst), read_table(table)
+    src = Path(src)
+    dst = Path(dst)
+    rows = read_table(table)
     _check_folders(src, dst)
     files, bad = _candidates(src)
     written, unfit = _take_in(_targets(files, dst), names, rows, shortcut, meta)
@@ -702,7 +712,7 @@ def import_models(
 def _with_rejected(dst, bad, written):
     "The model set at `dst`, with all rejected files; what was written and does not fit the set is taken away again"
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', UserWarning)
+        warnings.simplefilter("ignore", UserWarning)
         models = load_modelset(dst)
     for name in set(models.rejected.file) & set(written): (dst/name).unlink()
     rejected = zip(models.rejected.file, models.rejected.reason)

@@ -33,16 +33,16 @@ class Model:
     @property
     def digest(self): # 32 hexadecimal digits
         "Fingerprint of all of its weights, also where only some of them are here"
-        noted = self.meta.get('digest') if self.meta.get('lacks') else None
+        noted = self.meta.get("digest") if self.meta.get("lacks") else None
         return noted or digest(self.state)
 
     @property
     def shortcuts(self): # list of one: str, or None
         "How its shortcuts are built, where its metadata say so"
-        return [self.meta.get('shortcut')]
+        return [self.meta.get("shortcut")]
 
     def __repr__(self):
-        known = {key: self.meta.get(key) for key in ('task', 'run', 'classes', 'val_accuracy')}
+        known = {key: self.meta.get(key) for key in ("task", "run", "classes", "val_accuracy")}
         return printable(f"Model({', '.join(f'{key}={value}' for key, value in known.items())})")
 
 # %% ../../nbs/models/03_modelset.ipynb #0538712a
@@ -52,7 +52,7 @@ def net(self: Model) -> nn.Module: # in float32 and evaluation mode
 
     Raises `ValueError` if only some of its layers are here, or if its architecture is unknown
     """
-    lacks = self.meta.get('lacks')
+    lacks = self.meta.get("lacks")
     if lacks:
         missing = f"{len(lacks)} layers are not ({lacks[0]} … {lacks[-1]})"
         cure = (
@@ -62,17 +62,18 @@ def net(self: Model) -> nn.Module: # in float32 and evaluation mode
             f"{self.meta.get('file', 'model')}: only {', '.join(self.state)} are here, {missing}: for whole networks"
             f" {cure}"
         )
-    hints = {'shortcut': self.meta['shortcut']} if 'shortcut' in self.meta else {}
+    hints = {"shortcut": self.meta["shortcut"]} if "shortcut" in self.meta else {}
     return net_from_state(self.state, **hints)
 
 # %% ../../nbs/models/03_modelset.ipynb #d4f882ad
 @patch
 def weights(self: Model,
     layers: list,       # names of layers, or full names of tensors
-    folded: bool=False, # scale filters as the batch normalisation after them does
+    folded: bool = False, # scale filters as the batch normalisation after them does
 ) -> dict:              # name → float32 `(1, N, C, k, k)`
     "Layers of this model, in the shape of a set of one; raises `ValueError` for a layer that it does not have"
-    shapes, found = shapes_of(self.state), {}
+    shapes = shapes_of(self.state)
+    found = {}
     for layer in layers:
         _check_layer(shapes, layer)
         tensors = {name: self.state[name] for name in _tensor_names(shapes, layer, folded)}
@@ -102,8 +103,9 @@ class _ModelMeta:
 # %% ../../nbs/models/03_modelset.ipynb #6ec9dcd5
 def _recipe_text(meta):
     "Name of a model's recipe and, where training stopped before its end, after how many epochs"
-    recipe, epochs = meta.recipe, None
-    if isinstance(recipe, dict): recipe, epochs = recipe.get('name'), recipe.get('epochs')
+    recipe = meta.recipe
+    epochs = None
+    if isinstance(recipe, dict): recipe, epochs = recipe.get("name"), recipe.get("epochs")
     if meta.epoch is None: return recipe
     return f"{recipe}, after {meta.epoch} of {epochs} epochs" if epochs else f"{recipe}, after {meta.epoch} epochs"
 
@@ -135,7 +137,7 @@ def _manifest_row(file, meta):
 # %% ../../nbs/models/03_modelset.ipynb #04a51d7b
 def _needed_shapes(state):
     "Shape of every tensor that a model must have"
-    return {name: shape for name, shape in shapes_of(state).items() if not name.endswith('num_batches_tracked')}
+    return {name: shape for name, shape in shapes_of(state).items() if not name.endswith("num_batches_tracked")}
 
 def _shape_mismatch(shapes, usual):
     "How a model's shapes differ from the usual ones, as a reason, or None"
@@ -160,15 +162,16 @@ def _read_checked(path, built):
     marked = built or marker_file(path).exists()
     why = not_as_marked(path, file.sha256) if marked else None
     if why: raise ValueError(f"{path.name} {why}")
-    if 'task' not in file.meta: raise ValueError("no task in its metadata")
+    if "task" not in file.meta: raise ValueError("no task in its metadata")
     why = not_real(file.state) or not_finite(file.state)
     if why: raise ValueError(why)
     return _Found(_manifest_row(path.name, file.meta), _needed_shapes(file.state), file.sha256, digest(file.state))
 
 def _rejection_reason(error, path):
     "The reason in an error, without the file's name, which stands beside it"
-    text, name = str(error), re.escape(printable(Path(path).name))
-    text = re.sub(rf'^{name}:? (is |has )?', lambda found: 'has ' if found[1] == 'has ' else '', text)
+    text = str(error)
+    name = re.escape(printable(Path(path).name))
+    text = re.sub(rf"^{name}:? (is |has )?", lambda found: "has " if found[1] == "has " else "", text)
     return printable(text)
 
 # %% ../../nbs/models/03_modelset.ipynb #51246184
@@ -177,23 +180,23 @@ def rejection_summary(
     n: int = 3,  # how many to name
 ) -> str:
     "Files and reasons in one line; nothing where there are none"
-    if not bad: return ''
-    named = '; '.join(f"{printable(file)} ({reason})" for file, reason in list(bad.items())[:n])
-    more = f"; and {len(bad) - n} more" if len(bad) > n else ''
+    if not bad: return ""
+    named = "; ".join(f"{printable(file)} ({reason})" for file, reason in list(bad.items())[:n])
+    more = f"; and {len(bad) - n} more" if len(bad) > n else ""
     return f"{pluralise(len(bad), 'file')}: {named}{more}"
 
 def rejected_table(
     bad: dict,        # file → reason
 ) -> pd.DataFrame:    # columns file, reason
     "Files and reasons as a table"
-    return pd.DataFrame(sorted(bad.items()), columns=['file', 'reason'])
+    return pd.DataFrame(sorted(bad.items()), columns=["file", "reason"])
 
 # %% ../../nbs/models/03_modelset.ipynb #eb001496
 def bundled(
-    name: str = 'modelset.safetensors', # or another file in `lps/data`
+    name: str = "modelset.safetensors", # or another file in `lps/data`
 ) -> Path: # where it is
     "A file of the model set that comes with the package"
-    path = Path(str(importlib.resources.files('lps')))/'data'/name
+    path = Path(str(importlib.resources.files("lps")))/"data"/name
     if not path.is_file():
         raise FileNotFoundError(f"this installation of lps has no {name}: make it with scripts/bundle.py")
     return path
@@ -202,7 +205,7 @@ def bundled(
 def bundled_sets() -> dict: # name, as `load_modelset` takes it → file
     "The model sets that come with the package: finished networks, and networks as they were earlier in their training"
     first = bundled()
-    return {'bundled': first} | {file.stem: file for file in sorted(first.parent.glob('modelset500-*.safetensors'))}
+    return {"bundled": first} | {file.stem: file for file in sorted(first.parent.glob("modelset500-*.safetensors"))}
 
 # %% ../../nbs/models/03_modelset.ipynb #4a1e1e2f
 class FolderSource:
@@ -236,7 +239,7 @@ def tensors(self: FolderSource,
     names: list,  # tensors to read
 ) -> dict:
     "Some tensors of one model"
-    with safe_open(self.path/file, 'pt') as f: return {name: f.get_tensor(name) for name in names}
+    with safe_open(self.path/file, "pt") as f: return {name: f.get_tensor(name) for name in names}
 
 # %% ../../nbs/models/03_modelset.ipynb #83ae52fe
 class ModelSet:
@@ -248,8 +251,12 @@ class ModelSet:
         shapes: dict,           # shape of each tensor by name, in forward order
         source=None,            # where the weights are; None: in the files of the folder
     ):
-        self.path, self.manifest, self.rejected = Path(path), manifest.reset_index(drop=True), rejected
-        self.shapes, self.source, self._cache = shapes, source or FolderSource(self.path), {}
+        self.path = Path(path)
+        self.manifest = manifest.reset_index(drop=True)
+        self.rejected = rejected
+        self.shapes = shapes
+        self.source = source or FolderSource(self.path)
+        self._cache = {}
 
     def __len__(self): return len(self.manifest)
 
@@ -284,7 +291,7 @@ def digests(self: ModelSet) -> list: # of str, 32 hexadecimal digits each
 @patch(as_prop=True)
 def stem(self: ModelSet) -> str: # name of a layer
     "The layer that reads the image"
-    return getattr(self.source, 'stem', None) or stem_of(self.shapes)
+    return getattr(self.source, "stem", None) or stem_of(self.shapes)
 
 @patch(as_prop=True)
 def shortcuts(self: ModelSet) -> list: # of str or None
@@ -316,7 +323,7 @@ def load_modelset(
     if not path.is_dir(): raise FileNotFoundError(f"no model set at {printable(path)}: no such folder or file")
     fit, bad, usual = _fit_models(path)
     if not fit:
-        why = rejection_summary(bad) or 'no *.safetensors file in it'
+        why = rejection_summary(bad) or "no *.safetensors file in it"
         raise ValueError(f"no model in {printable(path)}: {why}")
     if bad: warnings.warn(f"left out {rejection_summary(bad)}", stacklevel=2)
     return _folder_set(path, fit, bad, usual)
@@ -324,7 +331,7 @@ def load_modelset(
 # %% ../../nbs/models/03_modelset.ipynb #dbb9acb2
 def _folder_set(path, fit, bad, shapes):
     "The model set of the fit models of a folder"
-    manifest = pd.DataFrame([model.row for model in fit.values()]).sort_values(['task', 'run', 'file'])
+    manifest = pd.DataFrame([model.row for model in fit.values()]).sort_values(["task", "run", "file"])
     hashes = {name: model.sha256 for name, model in fit.items()}
     digests = {name: model.digest for name, model in fit.items()}
     return ModelSet(path, manifest, rejected_table(bad), shapes, FolderSource(path, hashes, digests))
@@ -332,9 +339,10 @@ def _folder_set(path, fit, bad, shapes):
 # %% ../../nbs/models/03_modelset.ipynb #9ccec78d
 def _read_folder(path):
     "The models in a folder that can be read, and why the others cannot"
-    found, built = {}, (path/'build.json').exists()
+    found = {}
+    built = (path/"build.json").exists()
     bad = {file.name: _why_not_read(file) for file in path.iterdir() if _why_not_read(file)}
-    for file in sorted(path.glob('[!.]*.safetensors')):
+    for file in sorted(path.glob("[!.]*.safetensors")):
         try: found[file.name] = _read_checked(file, built)
         except (ValueError, OSError) as e: bad[file.name] = _rejection_reason(e, file)
     return found, bad
@@ -342,9 +350,9 @@ def _read_folder(path):
 def _why_not_read(file):
     "Why a file that looks like a model is not read, or None"
     kind = file.suffix.lower()
-    if kind in ('.pt', '.pth', '.ckpt', '.bin'): return f"{kind} files are not read here: take it in with import_models"
-    if kind != '.safetensors': return None
-    if file.name.startswith('.'): return "a hidden file"
+    if kind in (".pt", ".pth", ".ckpt", ".bin"): return f"{kind} files are not read here: take it in with import_models"
+    if kind != ".safetensors": return None
+    if file.name.startswith("."): return "a hidden file"
     return None if file.suffix == kind else "its name does not end in .safetensors, in small letters"
 
 def _usual_shapes(models):
@@ -380,26 +388,26 @@ def _tensor_names(shapes, layer, folded):
     if layer in shapes: return [layer]
     norm = norms_of(shapes).get(layer) if folded else None
     vectors = [
-        name for name in shapes if norm and name.rpartition('.')[0] == norm and not name.endswith('num_batches_tracked')
+        name for name in shapes if norm and name.rpartition(".")[0] == norm and not name.endswith("num_batches_tracked")
     ]
-    return [f'{layer}.weight', *vectors]
+    return [f"{layer}.weight", *vectors]
 
 def _layer_weight(tensors, layer, folded):
     "A layer from its tensors, float32 `(N, C, k, k)`; a tensor by its full name as it is"
     if layer in tensors: return tensors[layer].float()
-    weight = tensors[f'{layer}.weight'].float()
+    weight = tensors[f"{layer}.weight"].float()
     weight = weight.reshape(*weight.shape, *(1,)*(4 - weight.ndim))
-    norm = {name.rpartition('.')[2]: v.float() for name, v in tensors.items() if name != f'{layer}.weight'}
+    norm = {name.rpartition(".")[2]: v.float() for name, v in tensors.items() if name != f"{layer}.weight"}
     return fold_conv(weight, None, norm)[0] if folded and norm else weight
 
 # %% ../../nbs/models/03_modelset.ipynb #9a173623
 def _check_layer(shapes, layer):
     "Raises `ValueError` for a layer that models of these shapes do not have"
-    if layer in shapes or f'{layer}.weight' in shapes: return
+    if layer in shapes or f"{layer}.weight" in shapes: return
     known = [
-        name.removesuffix('.weight') for name, shape in shapes.items() if name.endswith('.weight') and len(shape) > 1
+        name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) > 1
     ]
-    shown = ', '.join(known[:12]) + (f', … ({len(known)} layers)' if len(known) > 12 else '')
+    shown = ", ".join(known[:12]) + (f", … ({len(known)} layers)" if len(known) > 12 else "")
     raise ValueError(f"no layer '{printable(layer)}' in these models: known are {printable(shown)}")
 
 # %% ../../nbs/models/03_modelset.ipynb #7930e15f
@@ -438,8 +446,8 @@ def stack(self: ModelSet,
 @patch(as_prop=True)
 def layers(self: ModelSet): # list of str
     "Names of the layers with a weight matrix or filters, in forward order"
-    weights = [name for name, shape in self.shapes.items() if name.endswith('.weight') and len(shape) > 1]
-    return [name.removesuffix('.weight') for name in weights]
+    weights = [name for name, shape in self.shapes.items() if name.endswith(".weight") and len(shape) > 1]
+    return [name.removesuffix(".weight") for name in weights]
 
 # %% ../../nbs/models/03_modelset.ipynb #91fd8549
 @patch
@@ -459,7 +467,8 @@ def task_names(
     models: ModelSet, # or anything with such a `manifest`
 ) -> dict:            # task to text such as '3 / 5'; the bare number where the classes are not known
     "The classes of each task, as figures take them"
-    names, first = {}, models.manifest.drop_duplicates('task').sort_values('task')
+    names = {}
+    first = models.manifest.drop_duplicates("task").sort_values("task")
     for row in first.itertuples():
         known = pd.notna(row.class_0) and pd.notna(row.class_1)
         names[int(row.task)] = printable(f"{row.class_0} / {row.class_1}" if known else row.task)
@@ -478,7 +487,7 @@ def _check_packable(models, layers, path):
 def pack(
     models: ModelSet,         # the models, all of a set or some
     path: str | Path,         # file to write, `….safetensors`
-    layers: tuple = ('conv1',), # layers to keep, each with the batch normalisation after it
+    layers: tuple = ("conv1",), # layers to keep, each with the batch normalisation after it
     classes: dict | None = None, # other names for classes, such as readable ones; the old ones are kept as `class_ids`
     **about,                  # what else to note about the set, fit for JSON
 ) -> ModelSet:                # the packed set
@@ -491,18 +500,18 @@ def pack(
     norms = norms_of(models.shapes)
     kept = {*layers, *(norms[layer] for layer in layers if layer in norms)}
     packed = _packed_models(models, kept, classes or {})
-    tensors = models.weights([name for name in models.shapes if name.rpartition('.')[0] in kept])
+    tensors = models.weights([name for name in models.shapes if name.rpartition(".")[0] in kept])
     save_model(path, tensors, dict(packed=packed, about=about))
     return load_modelset(path)
 
 # %% ../../nbs/models/03_modelset.ipynb #6f43c74c
 def _packed_meta(model, sha256, lacks, classes):
     "A model's metadata in a packed set"
-    meta = {key: value for key, value in model.meta.items() if key != 'layers'}
-    names = meta.get('classes') or []
-    ids = meta.get('class_ids') or names
+    meta = {key: value for key, value in model.meta.items() if key != "layers"}
+    names = meta.get("classes") or []
+    ids = meta.get("class_ids") or names
     if classes and ids: meta |= dict(class_ids=ids, classes=[classes.get(c, old) for c, old in zip(ids, names)])
-    return meta | dict(sha256=sha256, digest=model.digest, lacks=[*lacks, *(meta.get('lacks') or [])])
+    return meta | dict(sha256=sha256, digest=model.digest, lacks=[*lacks, *(meta.get("lacks") or [])])
 
 def _in_common(metas):
     "The entries that all of these dicts share"
@@ -517,7 +526,8 @@ def _without(meta, common):
 
 def _packed_models(models, kept, classes):
     "What a packed set says of its models: first what all have in common, then what each has of its own"
-    lacks, metas = [layer for layer in models.layers if layer not in kept], []
+    lacks = [layer for layer in models.layers if layer not in kept]
+    metas = []
     for model, file, sha256 in zip(models, models.manifest.file, models.hashes):
         metas.append(_packed_meta(model, sha256, lacks, classes) | dict(file=file))
     common = _in_common(metas)
@@ -532,16 +542,19 @@ class PackedSource:
         about: dict,    # of the set
         stem: str | None = None, # the layer that reads the image, which may not be among those in the file
     ):
-        self.stacked, self.metas, self.about, self.stem = stacked, metas, about, stem
-        self.place = {meta['file']: i for i, meta in enumerate(metas)}
+        self.stacked = stacked
+        self.metas = metas
+        self.about = about
+        self.stem = stem
+        self.place = {meta["file"]: i for i, meta in enumerate(metas)}
 
     def sha256(self, file):
         "SHA-256 of a model's own file"
-        return self.metas[self.place[file]]['sha256']
+        return self.metas[self.place[file]]["sha256"]
 
     def digest(self, file):
         "Digest of a model's whole weights"
-        return self.metas[self.place[file]]['digest']
+        return self.metas[self.place[file]]["digest"]
 
 # %% ../../nbs/models/03_modelset.ipynb #ae9c9e43
 @patch
@@ -579,11 +592,11 @@ class _PackedModel:
 def _load_packed(path):
     "The model set in a packed file; raises `ValueError` with the reason for any other file"
     file = read_model(path)
-    if 'packed' not in file.meta:
+    if "packed" not in file.meta:
         raise ValueError(f"{printable(path.name)} is no packed model set: {_kind_of_file(file)}")
     try:
         header, metas = _pack_header(file)
-        rows = [_manifest_row(meta['file'], meta) for meta in metas]
+        rows = [_manifest_row(meta["file"], meta) for meta in metas]
         _check_packed(file.state, metas)
     except ValueError as e: raise ValueError(f"{printable(path.name)} is a broken packed model set: {e}") from None
     return _packed_set(path, file, header, metas, pd.DataFrame(rows))
@@ -591,23 +604,23 @@ def _load_packed(path):
 def _packed_set(path, file, header, metas, manifest):
     "The model set of what a packed file holds"
     shapes = {name: tuple(v.shape[1:]) for name, v in file.state.items()}
-    about = file.meta.get('about')
+    about = file.meta.get("about")
     source = PackedSource(file.state, metas, about if isinstance(about, dict) else {}, header.stem)
     return ModelSet(path, manifest, rejected_table({}), shapes, source)
 
 def _kind_of_file(file: ModelFile):
     "What kind of file this is, if not a packed set"
-    if 'task' in file.meta: return "it is one model, give the folder that it is in"
+    if "task" in file.meta: return "it is one model, give the folder that it is in"
     return printable(f"its metadata has {', '.join(file.meta)}")
 
 # %% ../../nbs/models/03_modelset.ipynb #ce5b29a1
 def _pack_header(file):
     "What a packed set says of itself and of each model; raises `ValueError` with the reason for a broken one"
-    header = checked(file.meta['packed'], _PackHeader, 'packed')
+    header = checked(file.meta["packed"], _PackHeader, "packed")
     metas = [header.common | own for own in header.models]
     if not metas: raise ValueError("it does not say which models it holds")
-    for meta in metas: checked(meta, _PackedModel, 'model')
-    names = {meta['file'] for meta in metas}
+    for meta in metas: checked(meta, _PackedModel, "model")
+    names = {meta["file"] for meta in metas}
     if len(names) < len(metas): raise ValueError("two of its models have one name")
     return header, metas
 
@@ -654,7 +667,7 @@ def join_sets(
 ) -> ModelSet:   # all their models, in the order task, run, file, with the layers that all sets have
     "Several model sets as one; raises `ValueError` for different shapes, and for a file that two sets have"
     shapes = _common_shapes(sets)
-    manifest = pd.concat([models.manifest for models in sets]).sort_values(['task', 'run', 'file'])
+    manifest = pd.concat([models.manifest for models in sets]).sort_values(["task", "run", "file"])
     twice = manifest.file[manifest.file.duplicated()].tolist()
     if twice:
         raise ValueError(f"{pluralise(len(twice), 'file')} in two sets, such as {printable(twice[0])}: leave one out")

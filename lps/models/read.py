@@ -41,7 +41,7 @@ def _package(name):
 
 def _timm_builder(name):
     "What builds a network of timm"
-    timm = _package('timm')
+    timm = _package("timm")
     if not timm.is_model(name): raise ValueError(f"no network of timm is called {printable(name)}")
     return lambda **config: timm.create_model(name, pretrained=False, **config)
 
@@ -53,7 +53,7 @@ def _torchvision_builder(name):
 
 def _own_builder(module, function):
     "A function of the caller's own that builds a network"
-    try: build = functools.reduce(getattr, function.split('.'), importlib.import_module(module))
+    try: build = functools.reduce(getattr, function.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as e:
         raise ValueError(f"{module}:{function} cannot be imported: {e}") from None
     if callable(build): return build
@@ -65,10 +65,10 @@ def network_builder(
     arch: str,   # `'timm/resnet18'`, `'torchvision/resnet18'` or `'package.module:function'`
 ):               # called without arguments, or with `num_classes`, it gives the network
     "What builds the network of a name; raises `ValueError` for other names, `ImportError` where timm is not installed"
-    kind, _, name = arch.partition('/')
-    if kind == 'timm' and name: return _timm_builder(name)
-    if kind == 'torchvision' and name: return _torchvision_builder(name)
-    module, _, function = arch.partition(':')
+    kind, _, name = arch.partition("/")
+    if kind == "timm" and name: return _timm_builder(name)
+    if kind == "torchvision" and name: return _torchvision_builder(name)
+    module, _, function = arch.partition(":")
     if module and function: return _own_builder(module, function)
     known = "timm/NAME, torchvision/NAME or package.module:function"
     raise ValueError(f"arch is {printable(repr(arch))}: give {known}")
@@ -80,7 +80,7 @@ def needed_shapes(
     "Names and shapes that make up a network's identity: no counts of batches, and no whole numbers"
     return {
         name: tuple(v.shape) for name, v in state.items()
-        if v.is_floating_point() and not name.endswith('num_batches_tracked')
+        if v.is_floating_point() and not name.endswith("num_batches_tracked")
     }
 
 def head_of(
@@ -95,7 +95,8 @@ def norms_after(
     net: nn.Module, # any network
 ) -> dict:          # convolution → norm
     "The batch normalisation after each convolution, in the order in which the network was put together"
-    last, found = None, {}
+    last = None
+    found = {}
     for name, layer in net.named_modules():
         if isinstance(layer, nn.Conv2d): last = name, layer.out_channels
         if not isinstance(layer, nn.BatchNorm2d) or last is None: continue
@@ -109,19 +110,19 @@ def channels_of(
 ) -> int:
     "Channels of the images that a network reads; 3 where it has no convolution"
     stem = stem_of(shapes_of(state))
-    return state[f'{stem}.weight'].shape[1] if stem else 3
+    return state[f"{stem}.weight"].shape[1] if stem else 3
 
 # %% ../../nbs/models/02_read.ipynb #1e4680f3
 def _logits(answer):
     "The logits in whatever a network gives"
-    answer = getattr(answer, 'logits', answer)
+    answer = getattr(answer, "logits", answer)
     if isinstance(answer, (tuple, list)) and answer: answer = answer[0]
     if isinstance(answer, Tensor) and answer.ndim > 1: return answer.flatten(1)
     raise ValueError(f"the network answers with {type(answer).__name__}, expected logits, `(B, K)`")
 
 def _resized(x, size):
     "Images with the sides that a network wants"
-    return x if tuple(x.shape[2:]) == tuple(size[1:]) else F.interpolate(x, tuple(size[1:]), mode='bicubic')
+    return x if tuple(x.shape[2:]) == tuple(size[1:]) else F.interpolate(x, tuple(size[1:]), mode="bicubic")
 
 def _taking(net, size):
     "The network, taking images of any size"
@@ -142,13 +143,15 @@ def _loaded(template, state):
 def register_network(
     name: str,       # what it is called
     net: nn.Module,  # the network; a copy of it is kept
-    size: tuple|None=None, # channels, height and width of its images, where they are known
+    size: tuple|None = None, # channels, height and width of its images, where they are known
 ) -> Architecture:   # the entry
     "Make a network known to the registry by the names and shapes of its tensors"
     template = copy.deepcopy(net).cpu().float().requires_grad_(False).eval()
     shapes = needed_shapes(template.state_dict())
-    layers = [layer for layer in convolutions(shapes) if max(shapes[f'{layer}.weight'][2:]) > 1]
-    norms, stem, head = norms_after(template), stem_of(shapes), head_of(template)
+    layers = [layer for layer in convolutions(shapes) if max(shapes[f"{layer}.weight"][2:]) > 1]
+    norms = norms_after(template)
+    stem = stem_of(shapes)
+    head = head_of(template)
     architecture = Architecture(
         name=name,
         recognise=lambda found, **hints: {} if _without_counts(found) == shapes else None,
@@ -165,20 +168,21 @@ def register_network(
 
 def _without_counts(shapes):
     "Shapes without those of the counts of batches"
-    return {name: tuple(shape) for name, shape in shapes.items() if not name.endswith('num_batches_tracked')}
+    return {name: tuple(shape) for name, shape in shapes.items() if not name.endswith("num_batches_tracked")}
 
 # %% ../../nbs/models/02_read.ipynb #aadbc1c5
 @torch.no_grad()
 def probe_module(
     net: nn.Module,       # any network, in evaluation mode
-    size: tuple=(3, 32, 32), # channels, height and width of its input
-    n_images: int=256,    # of the bank
-    probe_seed: int=0,    # of the bank
-    bs: int=32,           # images at once
+    size: tuple = (3, 32, 32), # channels, height and width of its input
+    n_images: int = 256,    # of the bank
+    probe_seed: int = 0,    # of the bank
+    bs: int = 32,           # images at once
 ) -> Tensor:              # centred logits, `(n_images, K)`
     "What any network says to the bank; raises `ValueError` in training mode, and for answers that are not finite"
     if net.training: raise ValueError("the network is in training mode: call net.eval() first")
-    bank, answers = probe_images(n_images, probe_seed, channels=size[0]), []
+    bank = probe_images(n_images, probe_seed, channels=size[0])
+    answers = []
     for xb in bank.split(bs):
         with one_thread(): answers.append(_logits(net(_resized(xb, size))))
     z = centred_outputs(torch.cat(answers)[None])[0]
@@ -186,7 +190,7 @@ def probe_module(
     return z
 
 # %% ../../nbs/models/02_read.ipynb #ee956827
-NESTED = 'pretrained_cfg', 'hyper_parameters', 'hparams', 'config', 'args', 'cfg', 'meta'
+NESTED = "pretrained_cfg", "hyper_parameters", "hparams", "config", "args", "cfg", "meta"
 
 def _places(configs):
     "Each configuration and those inside it, with a name to report"
@@ -194,7 +198,7 @@ def _places(configs):
         if not isinstance(said, dict): continue
         yield where, said
         for key in NESTED:
-            if isinstance(said.get(key), dict): yield f'{where}, {key}', said[key]
+            if isinstance(said.get(key), dict): yield f"{where}, {key}", said[key]
 
 def _numbers(values, n):
     "n finite numbers, or None; one number stands for all channels"
@@ -206,16 +210,16 @@ def _numbers(values, n):
 # %% ../../nbs/models/02_read.ipynb #71e73d36
 def _stats_in(said, n):
     "Mean and standard deviation of n channels in a configuration, or None"
-    if said.get('do_normalize') is False and 'image_mean' in said: return [0.]*n, [1.]*n
-    if said.get('do_rescale') is False or not math.isclose(said.get('rescale_factor') or 1/255, 1/255, rel_tol=1e-3):
+    if said.get("do_normalize") is False and "image_mean" in said: return [0.]*n, [1.]*n
+    if said.get("do_rescale") is False or not math.isclose(said.get("rescale_factor") or 1/255, 1/255, rel_tol=1e-3):
         return None  # its numbers are for pixels of another unit
-    for names in (('image_mean', 'image_std'), ('mean', 'std')):
+    for names in (("image_mean", "image_std"), ("mean", "std")):
         mean, std = (_numbers(said.get(name), n) for name in names)
         if mean and std and min(std) > 0: return mean, std
 
 def normalisation(
     configs: list,  # of (where it stands, configuration)
-    channels: int=3,
+    channels: int = 3,
 ) -> tuple|None:    # mean and standard deviation of each channel for pixels from 0 to 1, and where they stand
     "How images were normalised, from the first configuration that says so"
     for where, said in _places(configs):
@@ -225,7 +229,7 @@ def normalisation(
 # %% ../../nbs/models/02_read.ipynb #55f30b44
 def _side(said):
     "Height and width in what a configuration says of a size, or None"
-    if isinstance(said, dict): said = said.get('shortest_edge') or [said.get('height'), said.get('width')]
+    if isinstance(said, dict): said = said.get("shortest_edge") or [said.get("height"), said.get("width")]
     if isinstance(said, (list, tuple)) and len(said) == 1: said = said[0]
     if isinstance(said, int): said = [said, said]
     fit = isinstance(said, (list, tuple)) and len(said) in (2, 3) and all(type(v) is int for v in said)
@@ -238,7 +242,7 @@ def input_size(
 ) -> tuple|None:    # height, width, and where they stand
     "The size of a network's images, from the first configuration that says so"
     for where, said in _places(configs):
-        for key in ('input_size', 'crop_size', 'size', 'image_size', 'img_size'):
+        for key in ("input_size", "crop_size", "size", "image_size", "img_size"):
             side = _side(said.get(key))
             if side: return *side, where
 
@@ -255,15 +259,15 @@ class _Source:
 
 def _from_checkpoint(name, found: Checkpoint, more=()):
     "A source that is a file"
-    return _Source(name, found.kind, found.state, [*more, ('the file', found.said)], found.beside)
+    return _Source(name, found.kind, found.state, [*more, ("the file", found.said)], found.beside)
 
 # %% ../../nbs/models/02_read.ipynb #621a3b6a
-WEIGHT_FILES = 'model.safetensors', 'pytorch_model.bin'  # in a Hugging Face folder; `….index.json` names shards
+WEIGHT_FILES = "model.safetensors", "pytorch_model.bin"  # in a Hugging Face folder; `….index.json` names shards
 
 def _shards(folder, index):
     "The checkpoint whose parts an index names; raises `ValueError` for parts elsewhere, or tensors that are missing"
     listed = read_json(folder/index)
-    places = listed.get('weight_map') if isinstance(listed, dict) else None
+    places = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(places, dict) or not places: raise ValueError(f"{index} names no tensors")
     if len(places) > MAX_TENSORS: raise ValueError(f"{index} names {len(places)} tensors, {MAX_TENSORS} are allowed")
     state = {}
@@ -273,13 +277,13 @@ def _shards(folder, index):
         state |= read_checkpoint(folder/file).state
     lacking = [name for name in places if name not in state]
     if lacking: raise ValueError(f"{index} names {printable(lacking[0])}, which is in none of its files")
-    return Checkpoint({name: state[name] for name in places}, {}, {}, pluralise(len(set(places.values())), 'shard'))
+    return Checkpoint({name: state[name] for name in places}, {}, {}, pluralise(len(set(places.values())), "shard"))
 
 def _weights_in(folder):
     "The checkpoint of a folder; raises `ValueError` where it has none, or several"
     for name in WEIGHT_FILES:
         if (folder/name).is_file(): return read_checkpoint(folder/name)
-        if (folder/f'{name}.index.json').is_file(): return _shards(folder, f'{name}.index.json')
+        if (folder/f"{name}.index.json").is_file(): return _shards(folder, f"{name}.index.json")
     files = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES]
     if len(files) == 1: return read_checkpoint(files[0])
     raise ValueError(
@@ -288,7 +292,7 @@ def _weights_in(folder):
     )
 
 # %% ../../nbs/models/02_read.ipynb #660881c8
-CONFIGS = 'preprocessor_config.json', 'config.json'
+CONFIGS = "preprocessor_config.json", "config.json"
 MAX_CONFIG = 10_000_000  # bytes
 
 def _config_files(folder):
@@ -305,19 +309,19 @@ def is_model_folder(
     files,   # names of the files in a folder
 ) -> bool:
     "Is a folder one model, as the Hub has them: in shards, or with a configuration beside the weights?"
-    sharded = any(f'{name}.index.json' in files for name in WEIGHT_FILES)
+    sharded = any(f"{name}.index.json" in files for name in WEIGHT_FILES)
     return sharded or any(name in files for name in WEIGHT_FILES) and any(name in files for name in CONFIGS)
 
 def _from_folder(folder):
     "A source that is a Hugging Face folder"
     found = _from_checkpoint(folder.name, _weights_in(folder), _config_files(folder))
-    found.kind = f'Hugging Face folder, {found.kind}' if len(found.configs) > 1 else f'folder, {found.kind}'
+    found.kind = f"Hugging Face folder, {found.kind}" if len(found.configs) > 1 else f"folder, {found.kind}"
     return found
 
 # %% ../../nbs/models/02_read.ipynb #02a12a75
 def _bare(module):
     "A network without what parallel or compiled runs wrap around it"
-    for inner in ('module', '_orig_mod'):
+    for inner in ("module", "_orig_mod"):
         within = getattr(module, inner, None)
         if isinstance(within, nn.Module) and len(list(module.children())) == 1: return _bare(within)
     return module
@@ -326,24 +330,25 @@ def _from_module(module):
     "A source that is a network in memory"
     module = _bare(module)
     state = {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
-    configs = [(f"the module's {name}", _config_of(module, name)) for name in ('pretrained_cfg', 'config')]
-    return _Source(type(module).__name__, 'network in memory', state, configs, net=module)
+    configs = [(f"the module's {name}", _config_of(module, name)) for name in ("pretrained_cfg", "config")]
+    return _Source(type(module).__name__, "network in memory", state, configs, net=module)
 
 def _config_of(module, name):
     "A configuration that a network carries, as a dict"
     config = getattr(module, name, None)
-    return config.to_dict() if hasattr(config, 'to_dict') else config
+    return config.to_dict() if hasattr(config, "to_dict") else config
 
 def _from_timm(source):
     "The weights that timm has under a name"
-    timm, name = _package('timm'), source.removeprefix('timm/')
+    timm = _package("timm")
+    name = source.removeprefix("timm/")
     network_builder(source)
     try: net = timm.create_model(name, pretrained=True)
     except Exception as e:
-        why = printable(str(e).strip().partition('\n')[0])
+        why = printable(str(e).strip().partition("\n")[0])
         raise ValueError(f"{source}: timm could not load its weights ({type(e).__name__}: {why})") from None
     found = _from_module(net)
-    return _Source(source, 'weights of timm', found.state, found.configs, net=net)
+    return _Source(source, "weights of timm", found.state, found.configs, net=net)
 
 # %% ../../nbs/models/02_read.ipynb #247944ba
 def is_elsewhere(
@@ -351,21 +356,22 @@ def is_elsewhere(
 ) -> bool:
     "Is this no path, but a name of timm, a model on the Hub or an address? A path that exists is none of them"
     if not isinstance(source, str) or Path(source).exists(): return False
-    return source.startswith(('https://', 'http://')) or is_hub_name(source) and not source.lower().endswith(SUFFIXES)
+    return source.startswith(("https://", "http://")) or is_hub_name(source) and not source.lower().endswith(SUFFIXES)
 
 def _not_read(entry):
     "A tensor without values in the place of one on the web"
-    real = entry.dtype.startswith(('F', 'BF'))
-    return torch.empty(entry.shape, dtype=torch.float32 if real else torch.int64, device='meta')
+    real = entry.dtype.startswith(("F", "BF"))
+    return torch.empty(entry.shape, dtype=torch.float32 if real else torch.int64, device="meta")
 
 def _from_web(source, names, whole):
     "A source that is a model on the web; tensors that were not read have no values"
     try: model = open_model(source)
     except OSError as e: raise type(e)(e.errno, f"no file or folder {printable(source)}, and {e.strerror}") from None
-    read, state = model.tensors(list(model.shapes) if whole else model.stem_tensors(names)), {}
+    read = model.tensors(list(model.shapes) if whole else model.stem_tensors(names))
+    state = {}
     for file in model.files:
         for name, entry in file.header.tensors.items(): state[name] = read[name] if name in read else _not_read(entry)
-    return _Source(source, f'{model.read:,} of {model.size:,} bytes on the web', state, model.configs)
+    return _Source(source, f"{model.read:,} of {model.size:,} bytes on the web", state, model.configs)
 
 # %% ../../nbs/models/02_read.ipynb #dea16851
 def _opened(source, names, whole):
@@ -374,7 +380,7 @@ def _opened(source, names, whole):
     if not isinstance(source, (str, Path)):
         raise TypeError(f"a {type(source).__name__} is no model: give a file, a folder, timm/NAME or an nn.Module")
     path = Path(source)
-    if not path.exists() and str(source).startswith('timm/'): return _from_timm(str(source))
+    if not path.exists() and str(source).startswith("timm/"): return _from_timm(str(source))
     if is_elsewhere(source): return _from_web(source, names, whole)
     if not path.exists(): raise FileNotFoundError(f"no model file or folder {printable(source)}")
     shown = printable(path.name)
@@ -385,7 +391,7 @@ def _from_file(path, shown):
     "A source that is a file; raises `ValueError` with what it asks to be run, where that is all there is in it"
     try: return _from_checkpoint(shown, read_checkpoint(path))
     except ValueError as e:
-        if 'holds no state dict' in str(e): read_foreign(path)
+        if "holds no state dict" in str(e): read_foreign(path)
         raise
 
 # %% ../../nbs/models/02_read.ipynb #83dd5fef
@@ -395,8 +401,8 @@ def _prefixes(names):
     "What stands before names, up to the third dot, as often as it does"
     counts = Counter()
     for name in names:
-        parts = name.split('.')[:4]
-        for i in range(1, len(parts)): counts['.'.join(parts[:i]) + '.'] += 1
+        parts = name.split(".")[:4]
+        for i in range(1, len(parts)): counts[".".join(parts[:i]) + "."] += 1
     return [prefix for prefix, _ in counts.most_common(MAX_PREFIXES)]
 
 def _under(state, prefix):
@@ -405,7 +411,7 @@ def _under(state, prefix):
 
 def _known_part(state):
     "The tensors of a network that the registry knows, and the prefix that they had; None where there is none"
-    for prefix in ['', *_prefixes(state)]:
+    for prefix in ["", *_prefixes(state)]:
         part = _under(state, prefix)
         if recognise(needed_shapes(part)): return part, prefix
 
@@ -414,9 +420,9 @@ def _known_part(state):
 class _Part:
     "The network in a source"
     state: dict                   # its tensors
-    prefix: str = ''              # that stood before their names
+    prefix: str = ""              # that stood before their names
     outside: list = field(default_factory=list)  # names of tensors that are not the network's
-    title: str = ''               # what the network is called, where it has been named
+    title: str = ""               # what the network is called, where it has been named
     net: nn.Module | None = None  # the network, where it is at hand
 
 def _prefix_of(expected, state):
@@ -424,8 +430,8 @@ def _prefix_of(expected, state):
     first = next(iter(expected))
     for name in state:
         prefix = name.removesuffix(first)
-        if not name.endswith(first) or (prefix and not prefix.endswith('.')): continue
-        if all(f'{prefix}{other}' in state for other in expected): return prefix
+        if not name.endswith(first) or (prefix and not prefix.endswith(".")): continue
+        if all(f"{prefix}{other}" in state for other in expected): return prefix
 
 def _found_below(net, states):
     "The first of some checkpoints that has the tensors of a network, and their prefix there"
@@ -439,10 +445,13 @@ def _found_below(net, states):
 # %% ../../nbs/models/02_read.ipynb #84ae4757
 def _told(net, part):
     "What a builder must be told so that head and stem have the shapes of a checkpoint's"
-    expected, found, config = needed_shapes(net.state_dict()), shapes_of(part), {}
-    head, stem = f'{head_of(net)}.weight', f'{stem_of(expected)}.weight'
-    if head in expected and found[head][:1] != expected[head][:1]: config['num_classes'] = found[head][0]
-    if stem in expected and found[stem][1:2] != expected[stem][1:2]: config['in_chans'] = found[stem][1]
+    expected = needed_shapes(net.state_dict())
+    found = shapes_of(part)
+    config = {}
+    head = f"{head_of(net)}.weight"
+    stem = f"{stem_of(expected)}.weight"
+    if head in expected and found[head][:1] != expected[head][:1]: config["num_classes"] = found[head][0]
+    if stem in expected and found[stem][1:2] != expected[stem][1:2]: config["in_chans"] = found[stem][1]
     return config
 
 def _built(build, **config):
@@ -456,18 +465,21 @@ def _built(build, **config):
 
 def _check_fits(net, part):
     "Raises `ValueError` where a network and the tensors of a checkpoint are of different kinds"
-    expected, found = needed_shapes(net.state_dict()), shapes_of(part)
+    expected = needed_shapes(net.state_dict())
+    found = shapes_of(part)
     for name, shape in expected.items():
         if found[name] == shape: continue
         raise ValueError(f"{printable(name)} has shape {found[name]}, in the network it has {shape}")
-    parts, known = {name for name, _ in net.named_children()}, net.state_dict()
-    more = [name for name in part if name not in known and name.partition('.')[0] in parts]
+    parts = {name for name, _ in net.named_children()}
+    known = net.state_dict()
+    more = [name for name in part if name not in known and name.partition(".")[0] in parts]
     if more: raise ValueError(f"the checkpoint has {printable(more[0])}, the network has not: it is of another kind")
 
 # %% ../../nbs/models/02_read.ipynb #f4b2f86e
 def _named_part(arch, states):
     "The network of a given name in one of some checkpoints; raises `ValueError` where it is in none"
-    title, build = _arch_title(arch), network_builder(arch) if isinstance(arch, str) else arch
+    title = _arch_title(arch)
+    build = network_builder(arch) if isinstance(arch, str) else arch
     try:
         net = _built(build)
         state, prefix = _found_below(net, states)
@@ -482,7 +494,7 @@ def _named_part(arch, states):
 
 def _outside(state, prefix, own):
     "Names of the tensors of a checkpoint that are not among those below a prefix"
-    used = {f'{prefix}{name}' for name in own}
+    used = {f"{prefix}{name}" for name in own}
     return [name for name in state if name not in used]
 
 def _arch_title(arch):
@@ -498,13 +510,13 @@ def _part_of(found, arch, names):
         return _Part(found.state, title=title, net=copy.deepcopy(found.net).cpu().float().eval())
     states = rename(found.state, names), own_names(found.state, names)
     if arch is not None: return _named_part(arch, states)
-    part, prefix = _known_part(states[1]) or (states[1], '')
+    part, prefix = _known_part(states[1]) or (states[1], "")
     return _Part(tidy_state(part), prefix, _outside(states[1], prefix, part))
 
 def _whole_numbers(state):
     "Tensors that are no weights, such as a table of positions: the network makes them itself"
     return [
-        name for name, v in state.items() if not v.is_floating_point() and not name.endswith('num_batches_tracked')
+        name for name, v in state.items() if not v.is_floating_point() and not name.endswith("num_batches_tracked")
     ]
 
 # %% ../../nbs/models/02_read.ipynb #e04902ba
@@ -515,16 +527,16 @@ def _why_not_run(net, size):
     "Why a network cannot be run with images of a size, or None"
     try:
         with one_thread(): _logits(net(torch.zeros(2, *size)))
-    except Exception as e: return f'{type(e).__name__}: {printable(str(e).strip()[:200])}'
+    except Exception as e: return f"{type(e).__name__}: {printable(str(e).strip()[:200])}"
 
 def _published(title):
     "Configurations that come with a network's name: the size of its images, and nothing about anyone's weights"
-    kind, _, name = re.sub(r'\(.*', '', title).partition('/')
-    if kind == 'timm': return [("timm's recipe", dict(_package('timm').get_pretrained_cfg(name).to_dict()))]
-    if kind != 'torchvision': return []
+    kind, _, name = re.sub(r"\(.*", "", title).partition("/")
+    if kind == "timm": return [("timm's recipe", dict(_package("timm").get_pretrained_cfg(name).to_dict()))]
+    if kind != "torchvision": return []
     from torchvision.models import get_model_weights
-    transforms = getattr(get_model_weights(name), 'DEFAULT').transforms()
-    return [("torchvision's recipe", dict(crop_size=getattr(transforms, 'crop_size', None)))]
+    transforms = getattr(get_model_weights(name), "DEFAULT").transforms()
+    return [("torchvision's recipe", dict(crop_size=getattr(transforms, "crop_size", None)))]
 
 def _size_of(part, configs, channels):
     "Channels, height and width of a network's input, and where they stand; None and the reason where it cannot be run"
@@ -585,14 +597,14 @@ def cannot(self: ModelReport) -> dict: # method → reason
 
 @patch
 def table(self: ModelReport,
-    methods: bool=True, # also say which methods cannot look at the model; each is tried
+    methods: bool = True, # also say which methods cannot look at the model; each is tried
 ) -> pd.DataFrame:      # column `found`, by what was looked for
     "The report as a table"
-    names = 'source', 'kind', 'architecture', 'layers', 'norms', 'stem', 'input', 'normalisation', 'head'
+    names = "source", "kind", "architecture", "layers", "norms", "stem", "input", "normalisation", "head"
     rows = {name: getattr(self, name) for name in names}
-    rows |= {f'beside the network: {printable(key)}': printable(what) for key, what in self.ignored.items()}
-    if methods: rows |= {f'cannot be compared by {name}': why for name, why in self.cannot.items()}
-    return pd.DataFrame({'found': rows.values()}, index=pd.Index(rows.keys(), name='what'))
+    rows |= {f"beside the network: {printable(key)}": printable(what) for key, what in self.ignored.items()}
+    if methods: rows |= {f"cannot be compared by {name}": why for name, why in self.cannot.items()}
+    return pd.DataFrame({"found": rows.values()}, index=pd.Index(rows.keys(), name="what"))
 
 @patch
 def _repr_html_(self: ModelReport): return self.table().to_html()
@@ -600,27 +612,27 @@ def _repr_html_(self: ModelReport): return self.table().to_html()
 # %% ../../nbs/models/02_read.ipynb #a629807b
 def _set_of_one(model):
     "A model set with one model in it, in memory"
-    facts = dict(file='model', task=-1, run=0, shortcut=model.meta.get('shortcut'), val_accuracy=None)
-    source = PackedSource({name: v[None] for name, v in model.state.items()}, [dict(file='model')], {})
-    return ModelSet(Path('.'), pd.DataFrame([facts]), rejected_table({}), shapes_of(model.state), source)
+    facts = dict(file="model", task=-1, run=0, shortcut=model.meta.get("shortcut"), val_accuracy=None)
+    source = PackedSource({name: v[None] for name, v in model.state.items()}, [dict(file="model")], {})
+    return ModelSet(Path("."), pd.DataFrame([facts]), rejected_table({}), shapes_of(model.state), source)
 
 def _check_read_out(model):
     "Raises `ValueError` for a model whose features cannot be read"
     known = recognise(shapes_of(model.state))
     if known is None: raise ValueError("it cannot be run, its architecture is not known: name it with arch")
     if known[0].head(known[1]) is None: raise ValueError("it has no layer that gives logits")
-    if 'mean' not in model.meta: raise ValueError("how its images were normalised is not known: pass stats")
+    if "mean" not in model.meta: raise ValueError("how its images were normalised is not known: pass stats")
 
 def _try_method(model, method):
     "Look at a model as a method does; raises where that fails"
-    if hasattr(method, 'embed'): embed_models(method, model)
-    elif method == 'read-out': _check_read_out(model)
+    if hasattr(method, "embed"): embed_models(method, model)
+    elif method == "read-out": _check_read_out(model)
     else: observations(_set_of_one(model), _unfitted(method))
 
 def _unfitted(method):
     "Stands for a fitted method of this name; one that asks about images asks about few"
     named = signature(METHODS[method].observe).parameters if METHODS[method].observe else {}
-    few = dict(n_images=4) if 'n_images' in named else {}
+    few = dict(n_images=4) if "n_images" in named else {}
     return SimpleNamespace(method=method, layers=(), folded=False, observing=few)
 
 def why_not(
@@ -629,46 +641,47 @@ def why_not(
 ) -> dict:               # name of a method → why it cannot look at the model; empty where all can
     "Which methods cannot compare a model, and why: each is tried"
     found = {}
-    for method in [*METHODS, 'read-out'] if methods is None else methods:
+    for method in [*METHODS, "read-out"] if methods is None else methods:
         try: _try_method(model, method)
         except Exception as e:
             name = method if isinstance(method, str) else method.method
-            found[name] = printable(str(e).strip().partition('\n')[0][:200]) or type(e).__name__
+            found[name] = printable(str(e).strip().partition("\n")[0][:200]) or type(e).__name__
     return found
 
 # %% ../../nbs/models/02_read.ipynb #f5f48327
 def _layers_said(state):
     "How many layers and numbers there are, in words"
-    layers = [name for name, v in state.items() if name.endswith('weight') and v.ndim > 1]
+    layers = [name for name, v in state.items() if name.endswith("weight") and v.ndim > 1]
     real = [v for v in state.values() if v.is_floating_point()]
-    kinds = sorted({str(v.dtype).removeprefix('torch.') for v in real})
+    kinds = sorted({str(v.dtype).removeprefix("torch.") for v in real})
     return f"{pluralise(len(layers), 'layer')}, {sum(v.numel() for v in real):,} numbers, {' and '.join(kinds)}"
 
 def _norms_said(state):
     "How many norms of which kind there are, in words"
-    batch = {name.removesuffix('.running_var') for name in state if name.endswith('.running_var')}
-    vectors = {name.removesuffix('.weight') for name, v in state.items() if name.endswith('.weight') and v.ndim == 1}
-    said = [pluralise(len(batch), 'batch normalisation')] if batch else []
+    batch = {name.removesuffix(".running_var") for name in state if name.endswith(".running_var")}
+    vectors = {name.removesuffix(".weight") for name, v in state.items() if name.endswith(".weight") and v.ndim == 1}
+    said = [pluralise(len(batch), "batch normalisation")] if batch else []
     others = vectors - batch
     if others: said.append(f"{len(others)} of another kind, such as {printable(min(others))}")
-    return ' and '.join(said) or 'none'
+    return " and ".join(said) or "none"
 
 def _shape_said(state, layer):
     "A layer with its shape, in words"
-    if layer is None or f'{layer}.weight' not in state: return 'not found'
+    if layer is None or f"{layer}.weight" not in state: return "not found"
     return f"{printable(layer)}, {' × '.join(map(str, state[f'{layer}.weight'].shape))}"
 def _last_matrix_said(state):
     "What may be the head of a network that is not known, in words"
-    matrices = [name.removesuffix('.weight') for name, v in state.items() if name.endswith('.weight') and v.ndim == 2]
-    return f"perhaps {_shape_said(state, matrices[-1])}, the last matrix" if matrices else 'not found'
+    matrices = [name.removesuffix(".weight") for name, v in state.items() if name.endswith(".weight") and v.ndim == 2]
+    return f"perhaps {_shape_said(state, matrices[-1])}, the last matrix" if matrices else "not found"
 
 # %% ../../nbs/models/02_read.ipynb #3e4df809
 def _architecture_said(known, configs):
     "What a network is, or how to say it"
     if known and known[0].spec is None: return known[0].name
-    if known: return ', '.join([known[0].name, *(f'{key} {value}' for key, value in known[1].items())])
+    if known: return ", ".join([known[0].name, *(f"{key} {value}" for key, value in known[1].items())])
     for where, said in _places(configs):
-        name, names = said.get('architecture'), said.get('architectures')
+        name = said.get("architecture")
+        names = said.get("architectures")
         if isinstance(name, str): return printable(f"not known; {where} says {name}: arch='timm/{name}' builds it")
         if isinstance(names, list): return printable(f"not known; {where} says {names}: name it with arch")
     return "not known: name it with arch, such as 'torchvision/resnet18', or rename its tensors with names"
@@ -676,8 +689,8 @@ def _architecture_said(known, configs):
 def _ignored(found, part):
     "What of a source is no tensor of the network: key → what it is"
     beside = {} if _own_meta(found.configs) else found.beside
-    ignored = {key: what for key, what in beside.items() if key != 'format'}
-    groups = Counter(name.partition('.')[0] for name in part.outside)
+    ignored = {key: what for key, what in beside.items() if key != "format"}
+    groups = Counter(name.partition(".")[0] for name in part.outside)
     for name, n in groups.items(): ignored[name] = f"{pluralise(n, 'tensor')} outside of the network"
     for name in _whole_numbers(part.state): ignored[name] = "whole numbers, which the network makes itself"
     return ignored
@@ -686,29 +699,29 @@ def _ignored(found, part):
 def _classes_in(configs):
     "Names of the classes in a configuration, or None"
     for _, said in _places(configs):
-        named = said.get('id2label') or said.get('label_names')
+        named = said.get("id2label") or said.get("label_names")
         if isinstance(named, dict): named = list(named.values())
         if isinstance(named, list) and named and all(isinstance(name, str) for name in named): return named
 
 def _own_meta(configs):
     "Metadata of a file that `save_model` wrote; nothing for others"
     said = configs[-1][1] if configs else {}
-    if not isinstance(said, dict) or not isinstance(said.get('layers'), list): return {}
-    return {key: value for key, value in said.items() if key != 'layers'}
+    if not isinstance(said, dict) or not isinstance(said.get("layers"), list): return {}
+    return {key: value for key, value in said.items() if key != "layers"}
 
 def _with_meta(found, part, hints, size, stats):
     "The model with all that is known of it"
     meta = _own_meta(found.configs) | dict(source=found.name) | hints
-    if part.net is not None: meta['architecture'] = part.title
-    if size: meta['size'] = list(size)
+    if part.net is not None: meta["architecture"] = part.title
+    if size: meta["size"] = list(size)
     if stats: meta |= dict(mean=stats[0], std=stats[1])
     classes = _classes_in(found.configs)
-    if classes: meta['classes'] = classes
+    if classes: meta["classes"] = classes
     here = {name: v for name, v in part.state.items() if not v.is_meta}
-    lacks = [name for name in part.state if name not in here and name.endswith('.weight')]
-    if lacks: meta['lacks'] = [name.removesuffix('.weight') for name in lacks]
+    lacks = [name for name in part.state if name not in here and name.endswith(".weight")]
+    if lacks: meta["lacks"] = [name.removesuffix(".weight") for name in lacks]
     known = recognise(shapes_of(part.state)) if lacks else None
-    if known: meta['architecture'] = known[0].name
+    if known: meta["architecture"] = known[0].name
     return Model(here, meta)
 
 # %% ../../nbs/models/02_read.ipynb #961bd2ad
@@ -727,23 +740,25 @@ def _stats_said(stats):
     mean, std, where = stats
     return f"mean {_numbers_said(mean)}, standard deviation {_numbers_said(std)}, from {printable(where)}"
 
-def _numbers_said(values): return ', '.join(f'{v:.4g}' for v in values)
+def _numbers_said(values): return ", ".join(f"{v:.4g}" for v in values)
 
 # %% ../../nbs/models/02_read.ipynb #e0f1f306
 def _given(size, stats):
     "What a caller says, as a configuration"
     said = {}
-    if size is not None: said['input_size'] = size
-    if stats is not None: said['mean'], said['std'] = stats
+    if size is not None: said["input_size"] = size
+    if stats is not None: said["mean"], said["std"] = stats
     return said
 
 def _read(found, arch, names, given):
     "The model in a source, and the report"
     part = _part_of(found, arch, names)
     check_weights({name: v for name, v in part.state.items() if not v.is_meta})
-    ignored, configs = _ignored(found, part), [('the call', given), *found.configs]
+    ignored = _ignored(found, part)
+    configs = [("the call", given), *found.configs]
     for name in _whole_numbers(part.state): del part.state[name]
-    channels, known = channels_of(part.state), recognise(shapes_of(part.state))
+    channels = channels_of(part.state)
+    known = recognise(shapes_of(part.state))
     stats = normalisation(configs, channels)
     size, input_said = _input_said(part, configs, channels, known)
     hints = _settle(part, size) if part.net is not None else {}
@@ -752,7 +767,7 @@ def _read(found, arch, names, given):
 
 def _report(found, state, model, configs, input_said, stats_said, ignored):
     "What was read, in words; the state has all tensors of the network, also those on the web"
-    known = recognise(shapes_of(state), **{name: v for name, v in model.meta.items() if name == 'shortcut'})
+    known = recognise(shapes_of(state), **{name: v for name, v in model.meta.items() if name == "shortcut"})
     return ModelReport(
         source=printable(found.name),
         kind=found.kind,
@@ -774,7 +789,7 @@ def read_model(
     names=(),        # name map for a checkpoint with foreign names, as in `import_models`
     size=None,       # side of its images, or channels, height and width; None: what its configuration says
     stats=None,      # mean and standard deviation of each channel; None: what its configuration says
-    whole: bool=False, # of a model on the web, read all and not only the first layer; so it is where `arch` is given
+    whole: bool = False, # of a model on the web, read all and not only the first layer; so it is where `arch` is given
 ) -> tuple:          # a `Model`, and a `ModelReport`
     """One model from wherever it is; nothing in a file is run. Raises `FileNotFoundError`, or `ValueError` with the
     source and the reason

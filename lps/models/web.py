@@ -23,7 +23,8 @@ from .checkpoint import own_names
 # %% ../../nbs/models/01_web.ipynb #94a00b5e
 FIRST = 32_768          # bytes of the first request: most headers are shorter
 MAX_RANGE = 2**30       # bytes that one request may ask for
-SECONDS, DEADLINE = 20, 300  # for a server to say something, and for a whole request
+SECONDS = 20  # for a server to say something, and for a whole request
+DEADLINE = 300
 
 @dataclass
 class _Answer:
@@ -40,38 +41,40 @@ class _OnlyHttp(urllib.request.HTTPRedirectHandler):
 
 def _check_url(url):
     "Raises `ValueError` for what is no address on the web"
-    if urllib.parse.urlsplit(url).scheme not in ('http', 'https'):
+    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise ValueError(f"{printable(url)} is no address on the web: it has to start with https://")
 
 # %% ../../nbs/models/01_web.ipynb #dea18985
 def _request(url, headers):
     "An open answer of a server; raises `OSError` or `ValueError` in words where there is none"
     _check_url(url)
-    request = urllib.request.Request(url, headers={'User-Agent': f'lps/{lps.__version__}'} | headers)
+    request = urllib.request.Request(url, headers={"User-Agent": f"lps/{lps.__version__}"} | headers)
     try: return urllib.request.build_opener(_OnlyHttp).open(request, timeout=SECONDS)
     except urllib.error.HTTPError as e:
         e.close()
         if e.code == 404: raise FileNotFoundError(errno.ENOENT, f"no model at {printable(url)}") from None
-        cure = ": a private model? Download it, and give its folder" if e.code in (401, 403) else ''
+        cure = ": a private model? Download it, and give its folder" if e.code in (401, 403) else ""
         raise OSError(errno.EIO, f"{printable(url)} answered {e.code}{cure}") from None
     except (OSError, ValueError) as e:
         raise OSError(errno.EIO, f"{printable(url)} cannot be reached: {printable(e)}") from None
 
 def _body(response, most):
     "No more than `most` bytes of an answer; raises `ValueError` where it has more, or takes too long"
-    parts, n, end = [], 0, time.monotonic() + DEADLINE
+    parts = []
+    n = 0
+    end = time.monotonic() + DEADLINE
     while part := response.read1(65_536):
         n += len(part)
         if n > most: raise ValueError(f"the server sends more than the {most} bytes that were asked for")
         if time.monotonic() > end: raise ValueError(f"the server takes more than {DEADLINE} seconds")
         parts.append(part)
-    return b''.join(parts)
+    return b"".join(parts)
 
 # %% ../../nbs/models/01_web.ipynb #bd857570
 def _range_of(response):
     "First byte, byte after the last, and size of the file, as a server says; raises `ValueError` where it does not"
-    said = response.headers.get('Content-Range') or ''
-    found = re.fullmatch(r'bytes (\d{1,18})-(\d{1,18})/(\d{1,18})', said.strip())
+    said = response.headers.get("Content-Range") or ""
+    found = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", said.strip())
     if found is None: raise ValueError(f"the server says no range, but {printable(said[:60])!r}")
     first, last, size = map(int, found.groups())
     return first, last + 1, size
@@ -79,7 +82,7 @@ def _range_of(response):
 def _read_range(url, start, stop):
     "Some bytes of a file on the web"
     if stop - start > MAX_RANGE: raise ValueError(f"{stop - start} bytes at once, {MAX_RANGE} are allowed")
-    with _request(url, {'Range': f'bytes={start}-{stop - 1}', 'Accept-Encoding': 'identity'}) as response:
+    with _request(url, {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}) as response:
         if response.status != 206:
             cure = "pass download=True to read the whole file"
             raise ValueError(f"{printable(url)}: the server does not send ranges of bytes: {cure}")
@@ -87,13 +90,13 @@ def _read_range(url, start, stop):
         body = _body(response, stop - start)
         if (first, after) != (start, min(stop, size)) or len(body) != after - first:
             raise ValueError(f"bytes {start} to {stop} were asked for, {len(body)} from {first} on were sent")
-        return _Answer(body, size, response.headers.get('ETag'))
+        return _Answer(body, size, response.headers.get("ETag"))
 
 def _read_all(url, most):
     "A whole file on the web"
-    with _request(url, {'Accept-Encoding': 'identity'}) as response:
+    with _request(url, {"Accept-Encoding": "identity"}) as response:
         body = _body(response, most)
-        return _Answer(body, len(body), response.headers.get('ETag'))
+        return _Answer(body, len(body), response.headers.get("ETag"))
 
 # %% ../../nbs/models/01_web.ipynb #267d16ad
 @dataclass
@@ -111,20 +114,21 @@ class RemoteFile:
 
 def open_remote(
     url: str,               # `https://….safetensors`
-    download: bool=False,   # read the whole file where a server does not send ranges
-    most: int=4*2**30,      # bytes that a download may have
+    download: bool = False,   # read the whole file where a server does not send ranges
+    most: int = 4*2**30,      # bytes that a download may have
 ) -> RemoteFile:
     "The header of a file on the web; raises `OSError`, or `ValueError` with the reason"
     try: answer = _read_range(url, 0, FIRST)
     except ValueError as e:
-        if not download or 'does not send ranges' not in str(e): raise
+        if not download or "does not send ranges" not in str(e): raise
         answer = _read_all(url, most)
     try: return _opened(url, answer)
     except ValueError as e: raise ValueError(f"{printable(url)}: {e}") from None
 
 def _opened(url, answer):
     "The file whose first bytes these are"
-    end, start = header_end(answer.body[:9], answer.size), answer.body
+    end = header_end(answer.body[:9], answer.size)
+    start = answer.body
     file = RemoteFile(url, answer.size, None, answer.tag, len(start))
     if len(start) < end: start += file._bytes(len(start), end)
     file.header = parse_header(start[8:end], answer.size)
@@ -173,8 +177,8 @@ def _tensor(entry, data, offset):
     start, stop = entry.data_offsets
     said = dict(tensor=dict(dtype=entry.dtype, shape=entry.shape, data_offsets=[0, stop - start]))
     text = json.dumps(said).encode()
-    own = len(text).to_bytes(8, 'little') + text + data[start - offset:stop - offset]
-    try: return safetensors.torch.load(own)['tensor']
+    own = len(text).to_bytes(8, "little") + text + data[start - offset:stop - offset]
+    try: return safetensors.torch.load(own)["tensor"]
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as e:
         raise ValueError(printable(f"not a safetensors file: {e}")) from None
 
@@ -185,14 +189,14 @@ def is_hub_name(
     name,  # whatever a user gave
 ) -> bool:
     "Could this be the name of a model on the Hub, `org/name`? It says nothing on whether there is one"
-    return isinstance(name, str) and re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', name) is not None
+    return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 def hub_url(
     name: str,  # `org/name`
     file: str,  # a file of it
 ) -> str:
     "Where a file of a model on the Hub is"
-    endpoint = os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     return f"{endpoint.rstrip('/')}/{name}/resolve/main/{urllib.parse.quote(file)}"
 
 def remote_json(
@@ -225,27 +229,27 @@ class RemoteModel:
 
 def _shard_urls(name):
     "Where the shards of a model are; raises `FileNotFoundError` where there is no index of them"
-    index = 'model.safetensors.index.json'
+    index = "model.safetensors.index.json"
     listed = remote_json(hub_url(name, index))
     if listed is None: raise FileNotFoundError(errno.ENOENT, f"{name} has no model.safetensors on the Hub")
-    places = listed.get('weight_map') if isinstance(listed, dict) else None
+    places = listed.get("weight_map") if isinstance(listed, dict) else None
     named = isinstance(places, dict) and 0 < len(places) <= MAX_TENSORS
     if not named: raise ValueError(f"{index} names no tensors, or more than {MAX_TENSORS}")
     files = list(dict.fromkeys(map(str, places.values())))
-    odd = [file for file in files if '/' in file or not file.endswith('.safetensors')]
+    odd = [file for file in files if "/" in file or not file.endswith(".safetensors")]
     if odd: raise ValueError(f"{index} names {printable(odd[0])}, which is no shard beside it")
     return [hub_url(name, file) for file in files]
 
 # %% ../../nbs/models/01_web.ipynb #6b9b3a52
 def open_model(
     source: str,            # `org/name` on the Hub, or `https://….safetensors`
-    download: bool=False,   # read whole files where a server does not send ranges
+    download: bool = False,   # read whole files where a server does not send ranges
 ) -> RemoteModel:           # its tensors unread
     "The headers and configurations of a model on the web; raises `OSError`, or `ValueError` with the reason"
     if not is_hub_name(source): return RemoteModel(source, [open_remote(source, download)], [])
-    try: files = [open_remote(hub_url(source, 'model.safetensors'), download)]
+    try: files = [open_remote(hub_url(source, "model.safetensors"), download)]
     except FileNotFoundError: files = [open_remote(url, download) for url in _shard_urls(source)]
-    said = [(name, remote_json(hub_url(source, name))) for name in ('preprocessor_config.json', 'config.json')]
+    said = [(name, remote_json(hub_url(source, name))) for name in ("preprocessor_config.json", "config.json")]
     return RemoteModel(source, files, [(name, value) for name, value in said if value is not None])
 
 @patch
@@ -270,4 +274,4 @@ def stem_tensors(self: RemoteModel,
     stem = stem_of(shapes)
     if stem is None: raise ValueError(f"no convolution among the {pluralise(len(shapes), 'tensor')} of {self.name}")
     owners = {stem, norms_of(shapes).get(stem)}
-    return [their for ours, (their, _) in theirs.items() if ours.rpartition('.')[0] in owners]
+    return [their for ours, (their, _) in theirs.items() if ours.rpartition(".")[0] in owners]

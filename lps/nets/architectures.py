@@ -40,27 +40,27 @@ def register_architecture(
     ARCHITECTURES[architecture.name] = architecture
 
 # %% ../../nbs/nets/02_architectures.ipynb #1a2b16bb
-def _recognise_resnet(shapes, shortcut='pad_end', **hints):
+def _recognise_resnet(shapes, shortcut="pad_end", **hints):
     "Config of the ResNet with such tensors, or None"
     try: return resnet_config(shapes, shortcut)
     except ValueError: return None
 
 def _resnet_norms(config):
     "The batch normalisation after each convolution, those of shortcuts too"
-    convs = resnet_branches(config['depth'])
-    if config['shortcut'] == 'conv': convs += ['layer2.0.downsample.0', 'layer3.0.downsample.0']
+    convs = resnet_branches(config["depth"])
+    if config["shortcut"] == "conv": convs += ["layer2.0.downsample.0", "layer3.0.downsample.0"]
     return {conv: bn_of(conv) for conv in convs}
 
 register_architecture(Architecture(
-    name='resnet',
+    name="resnet",
     recognise=_recognise_resnet,
     build=lambda config: ResNet(**config),
-    rebuild=lambda state, config: resnet_from_state(state, config['shortcut']),
-    branches=lambda config: resnet_branches(config['depth']),
+    rebuild=lambda state, config: resnet_from_state(state, config["shortcut"]),
+    branches=lambda config: resnet_branches(config["depth"]),
     norms=_resnet_norms,
-    spec=lambda config: resnet_spec(config['depth'], config['width'], config['shortcut']),
-    stem=lambda config: 'conv1',
-    head=lambda config: 'fc',
+    spec=lambda config: resnet_spec(config["depth"], config["width"], config["shortcut"]),
+    stem=lambda config: "conv1",
+    head=lambda config: "fc",
 ))
 
 # %% ../../nbs/nets/02_architectures.ipynb #c5eb68ed
@@ -68,21 +68,21 @@ def _register_plain(name, norm):
     "An entry for plain networks with batch normalisation, or without"
     def recognise(shapes, **hints):
         config = plain_config(shapes)
-        return config if config and config['norm'] == norm else None
+        return config if config and config["norm"] == norm else None
     register_architecture(Architecture(
         name=name,
         recognise=recognise,
         build=lambda config: PlainNet(**dict(norm=norm) | config),
         rebuild=plain_from_state,
-        branches=lambda config: plain_convs(config['depth']),
-        norms=lambda config: {conv: plain_norm(conv) for conv in plain_convs(config['depth']) if norm},
+        branches=lambda config: plain_convs(config["depth"]),
+        norms=lambda config: {conv: plain_norm(conv) for conv in plain_convs(config["depth"]) if norm},
         spec=plain_spec,
-        stem=lambda config: 'conv1',
-        head=lambda config: 'fc',
+        stem=lambda config: "conv1",
+        head=lambda config: "fc",
     ))
 
-_register_plain('plain', norm=True)
-_register_plain('plain-without-norm', norm=False)
+_register_plain("plain", norm=True)
+_register_plain("plain-without-norm", norm=False)
 
 # %% ../../nbs/nets/02_architectures.ipynb #dc3f6bc9
 def shapes_of(
@@ -105,8 +105,8 @@ def convolutions(
     shapes: dict,  # shape of each tensor by name, in forward order
 ) -> list:         # names of the layers whose weight has four axes
     "The convolutions of any network"
-    weights = [name for name, shape in shapes.items() if name.endswith('.weight') and len(shape) == 4]
-    return [name.removesuffix('.weight') for name in weights]
+    weights = [name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 4]
+    return [name.removesuffix(".weight") for name in weights]
 
 def stem_of(
     shapes: dict,  # shape of each tensor by name, in forward order
@@ -117,7 +117,7 @@ def stem_of(
     layers = convolutions(shapes)
     for channels in (3, 1):
         for layer in layers:
-            if shapes[f'{layer}.weight'][1] == channels: return layer
+            if shapes[f"{layer}.weight"][1] == channels: return layer
     return layers[0] if layers else None
 
 # %% ../../nbs/nets/02_architectures.ipynb #c4633770
@@ -127,7 +127,7 @@ def branch_layers(
     "The convolutions that get a branch"
     known = recognise(shapes)
     if known: return known[0].branches(known[1])
-    return [layer for layer in convolutions(shapes) if max(shapes[f'{layer}.weight'][2:]) > 1]
+    return [layer for layer in convolutions(shapes) if max(shapes[f"{layer}.weight"][2:]) > 1]
 
 def norms_of(
     shapes: dict,  # shape of each tensor by name
@@ -135,7 +135,7 @@ def norms_of(
     "The norm that follows each convolution; an unregistered network is expected to name them as a ResNet does"
     known = recognise(shapes)
     norms = known[0].norms(known[1]) if known else {layer: bn_of(layer) for layer in convolutions(shapes)}
-    return {layer: norm for layer, norm in norms.items() if f'{norm}.running_var' in shapes and norm != layer}
+    return {layer: norm for layer, norm in norms.items() if f"{norm}.running_var" in shapes and norm != layer}
 
 # %% ../../nbs/nets/02_architectures.ipynb #821f0a64
 def _not_weights(name, tensor):
@@ -144,7 +144,7 @@ def _not_weights(name, tensor):
     if tensor.layout != torch.strided: return f"is {tensor.layout}: pass tensor.to_dense()"
     if tensor.is_meta: return "is on meta and has no values: load the weights first"
     if tensor.is_quantized: return "is quantised: pass tensor.dequantize()"
-    if not tensor.is_floating_point() and not name.endswith('num_batches_tracked'):
+    if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
         return f"is {tensor.dtype}: weights are floating-point numbers"
     if tensor.numel()*tensor.element_size() > tensor.untyped_storage().nbytes():
         return f"claims {tensor.numel()} values and holds fewer: pass tensor.contiguous() if that is meant"
@@ -166,7 +166,8 @@ def net_from_state(
     _check_state(state)
     known = recognise(shapes_of(state), **hints)
     if known is None:
-        kinds, first = ', '.join(ARCHITECTURES), list(state)[:3]
+        kinds = ", ".join(ARCHITECTURES)
+        first = list(state)[:3]
         raise ValueError(
             f"no known architecture has tensors such as {first}: known are {kinds}; register_architecture adds one"
         )

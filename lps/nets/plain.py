@@ -16,19 +16,19 @@ from .resnet import check_depth
 
 # %% ../../nbs/nets/01_plain.ipynb #e3b98b19
 def plain_convs(
-    depth: int=8,  # layers, `6n + 2`
+    depth: int = 8,  # layers, `6n + 2`
 ) -> list:         # names of convolutions
     "The convolutions of a plain network, in forward order; raises `ValueError` for another depth"
     check_depth(depth)
-    names = ['conv1']
-    for stage in (1, 2, 3): names += [f'stage{stage}.conv{i}' for i in range(1, (depth - 2)//3 + 1)]
+    names = ["conv1"]
+    for stage in (1, 2, 3): names += [f"stage{stage}.conv{i}" for i in range(1, (depth - 2)//3 + 1)]
     return names
 
 def plain_norm(
     conv: str,  # name of a convolution, such as 'stage2.conv1'
 ) -> str:       # such as 'stage2.bn1'
     "The batch normalisation of a convolution's filters"
-    return conv.replace('conv', 'bn')
+    return conv.replace("conv", "bn")
 
 # %% ../../nbs/nets/01_plain.ipynb #03384a26
 def _plain_stage(c_in, c_out, n, stride, norm):
@@ -36,14 +36,14 @@ def _plain_stage(c_in, c_out, n, stride, norm):
     stage = nn.Sequential()
     for i in range(1, n + 1):
         read, step = (c_in, stride) if i == 1 else (c_out, 1)
-        stage.add_module(f'conv{i}', nn.Conv2d(read, c_out, 3, step, padding=1, bias=not norm))
-        if norm: stage.add_module(f'bn{i}', nn.BatchNorm2d(c_out))
-        stage.add_module(f'relu{i}', nn.ReLU(inplace=True))
+        stage.add_module(f"conv{i}", nn.Conv2d(read, c_out, 3, step, padding=1, bias=not norm))
+        if norm: stage.add_module(f"bn{i}", nn.BatchNorm2d(c_out))
+        stage.add_module(f"relu{i}", nn.ReLU(inplace=True))
     return stage
 
 def _start(conv):
     "First weights as a ResNet's, first bias 0"
-    nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     if conv.bias is not None: nn.init.zeros_(conv.bias)
 
 # %% ../../nbs/nets/01_plain.ipynb #804c55d0
@@ -51,17 +51,20 @@ class PlainNet(nn.Module):
     "A chain of `6n + 2` layers without shortcuts; raises `ValueError` for another depth"
     def __init__(
         self,
-        depth: int=8,        # layers, `6n + 2`; 2n convolutions a stage
-        width: int=16,       # channels of the first stage; the others have twice and four times as many
-        n_classes: int=2,    # logits
-        in_channels: int=3,  # channels of the image
-        norm: bool=True,     # batch normalisation after each convolution? Without it, a bias in each
+        depth: int = 8,        # layers, `6n + 2`; 2n convolutions a stage
+        width: int = 16,       # channels of the first stage; the others have twice and four times as many
+        n_classes: int = 2,    # logits
+        in_channels: int = 3,  # channels of the image
+        norm: bool = True,     # batch normalisation after each convolution? Without it, a bias in each
     ):
         super().__init__()
         n = len(plain_convs(depth))//3
-        self.depth, self.width, self.norm = depth, width, norm
+        self.depth = depth
+        self.width = width
+        self.norm = norm
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=not norm)
-        self.bn1, self.relu = nn.BatchNorm2d(width) if norm else nn.Identity(), nn.ReLU(inplace=True)
+        self.bn1 = nn.BatchNorm2d(width) if norm else nn.Identity()
+        self.relu = nn.ReLU(inplace=True)
         self.stage1 = _plain_stage(width, width, n, 1, norm)
         self.stage2 = _plain_stage(width, 2*width, n, 2, norm)
         self.stage3 = _plain_stage(2*width, 4*width, n, 2, norm)
@@ -81,36 +84,36 @@ class PlainNet(nn.Module):
 @lru_cache(maxsize=64)
 def _plain_shapes(depth, width, n_classes, in_channels, norm):
     "Shape of each tensor of such a network"
-    with torch.device('meta'): net = PlainNet(depth, width, n_classes, in_channels, norm)
+    with torch.device("meta"): net = PlainNet(depth, width, n_classes, in_channels, norm)
     return {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
 
 MAX_PLAIN_DEPTH = 110  # layers
 
 def _claimed_config(shapes):
     "What the shapes claim"
-    convs = [name for name in shapes if name.startswith('stage1.conv') and name.endswith('.weight')]
-    width, in_channels = shapes['conv1.weight'][:2]
+    convs = [name for name in shapes if name.startswith("stage1.conv") and name.endswith(".weight")]
+    width, in_channels = shapes["conv1.weight"][:2]
     return dict(
         depth=3*len(convs) + 2,
         width=width,
-        n_classes=shapes['fc.weight'][0],
+        n_classes=shapes["fc.weight"][0],
         in_channels=in_channels,
-        norm='bn1.weight' in shapes,
+        norm="bn1.weight" in shapes,
     )
 
 def _needed(shapes):
     "The tensors that a state must have"
-    return {name: tuple(shape) for name, shape in shapes.items() if not name.endswith('num_batches_tracked')}
+    return {name: tuple(shape) for name, shape in shapes.items() if not name.endswith("num_batches_tracked")}
 
 def plain_config(
     shapes: dict,  # shape of each tensor by name
 ) -> dict|None:    # arguments of `PlainNet`; None: it is no plain network
     "Which plain network has tensors of these names and shapes"
-    if 'stage1.conv1.weight' not in shapes: return None
+    if "stage1.conv1.weight" not in shapes: return None
     try:
         config = _claimed_config(shapes)
-        least = min(config[name] for name in ('width', 'n_classes', 'in_channels'))
-        if config['depth'] > MAX_PLAIN_DEPTH or least < 1: return None
+        least = min(config[name] for name in ("width", "n_classes", "in_channels"))
+        if config["depth"] > MAX_PLAIN_DEPTH or least < 1: return None
         fits = _needed(shapes) == _needed(_plain_shapes(**config))
     except (KeyError, IndexError, ValueError, RuntimeError, TypeError): return None
     return config if fits else None
@@ -121,7 +124,7 @@ def plain_from_state(
 ) -> PlainNet:     # in float32 and evaluation mode
     "Rebuild the plain network that a state dict belongs to"
     net = PlainNet(**config)
-    counts = {name: v for name, v in net.state_dict().items() if name.endswith('num_batches_tracked')}
+    counts = {name: v for name, v in net.state_dict().items() if name.endswith("num_batches_tracked")}
     net.load_state_dict(counts | state)
     return net.float().eval()
 
@@ -130,11 +133,14 @@ def plain_spec(
     config: dict,       # arguments of `PlainNet`
 ) -> PermutationSpec:   # a group for each convolution
     "Which axis of which parameter follows which group; norms are named whether there are any or not"
-    axes, sizes, read = {}, {}, None
-    for conv in plain_convs(config['depth']):
-        own, norm = (conv,), plain_norm(conv)
-        axes |= {f'{conv}.weight': (own, read), f'{conv}.bias': (own,), f'{norm}.num_batches_tracked': ()}
-        for vector in ('weight', 'bias', 'running_mean', 'running_var'): axes[f'{norm}.{vector}'] = (own,)
-        stage = int(conv[5]) if conv.startswith('stage') else 1
-        sizes[conv], read = config['width']*2**(stage - 1), own
-    return PermutationSpec(sizes, axes | {'fc.weight': (None, read), 'fc.bias': (None,)})
+    axes = {}
+    sizes = {}
+    read = None
+    for conv in plain_convs(config["depth"]):
+        own = (conv,)
+        norm = plain_norm(conv)
+        axes |= {f"{conv}.weight": (own, read), f"{conv}.bias": (own,), f"{norm}.num_batches_tracked": ()}
+        for vector in ("weight", "bias", "running_mean", "running_var"): axes[f"{norm}.{vector}"] = (own,)
+        stage = int(conv[5]) if conv.startswith("stage") else 1
+        sizes[conv], read = config["width"]*2**(stage - 1), own
+    return PermutationSpec(sizes, axes | {"fc.weight": (None, read), "fc.bias": (None,)})

@@ -22,10 +22,11 @@ class PadShortcut(nn.Module):
         self,
         n_new: int,         # how many channels of zeros to add
         stride: int,        # keep every `stride`-th pixel
-        where: str='pad_end',  # `'pad_end'`: zeros behind the old channels; `'pad_both'`: half before, half behind
+        where: str = "pad_end",  # `'pad_end'`: zeros behind the old channels; `'pad_both'`: half before, half behind
     ):
         super().__init__()
-        self.stride, before = stride, n_new // 2 if where == 'pad_both' else 0
+        self.stride = stride
+        before = n_new // 2 if where == "pad_both" else 0
         self.pad = (0, 0, 0, 0, before, n_new - before)
 
     def forward(self, x): return F.pad(x[..., ::self.stride, ::self.stride], self.pad)
@@ -34,7 +35,7 @@ class PadShortcut(nn.Module):
 def _shortcut(c_in, c_out, stride, kind):
     "The shortcut of a block, None where it is the identity"
     if c_in == c_out and stride == 1: return None
-    if kind != 'conv': return PadShortcut(c_out - c_in, stride, kind)
+    if kind != "conv": return PadShortcut(c_out - c_in, stride, kind)
     return nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
 def _stage(c_in, c_out, n, stride, kind):
@@ -43,7 +44,7 @@ def _stage(c_in, c_out, n, stride, kind):
     return nn.Sequential(first, *[BasicBlock(c_out, c_out) for _ in range(n - 1)])
 
 # %% ../../nbs/nets/00_resnet.ipynb #33d8f9b9
-SHORTCUTS = ('conv', 'pad_end', 'pad_both')
+SHORTCUTS = ("conv", "pad_end", "pad_both")
 
 def check_depth(
     depth: int,  # layers
@@ -56,25 +57,28 @@ class ResNet(nn.Module):
     "A CIFAR-form residual network of `6n + 2` layers (He et al. 2016, §4.2)"
     def __init__(
         self,
-        depth: int=20,           # layers, `6n + 2`; n blocks a stage. Anything else raises `ValueError`
-        width: int=16,           # channels of the first stage; the others have twice and four times as many
-        n_classes: int=2,        # logits
-        in_channels: int=3,      # channels of the image
-        shortcut: str='conv',    # `'conv'` (1×1 conv + BN), `'pad_end'` or `'pad_both'` (zeros for the new channels)
+        depth: int = 20,           # layers, `6n + 2`; n blocks a stage. Anything else raises `ValueError`
+        width: int = 16,           # channels of the first stage; the others have twice and four times as many
+        n_classes: int = 2,        # logits
+        in_channels: int = 3,      # channels of the image
+        shortcut: str = "conv",    # `'conv'` (1×1 conv + BN), `'pad_end'` or `'pad_both'` (zeros for the new channels)
     ):
         super().__init__()
         check_depth(depth)
         if shortcut not in SHORTCUTS: raise ValueError(f"shortcut {shortcut!r} is unknown: take one of {SHORTCUTS}")
-        self.depth, self.width, self.shortcut = depth, width, shortcut
+        self.depth = depth
+        self.width = width
+        self.shortcut = shortcut
         n_blocks = (depth - 2)//6
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
-        self.bn1, self.relu = nn.BatchNorm2d(width), nn.ReLU(inplace=True)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
         self.layer1 = _stage(width, width, n_blocks, 1, shortcut)
         self.layer2 = _stage(width, 2*width, n_blocks, 2, shortcut)
         self.layer3 = _stage(2*width, 4*width, n_blocks, 2, shortcut)
         self.fc = nn.Linear(4*width, n_classes)
         for m in self.modules():
-            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(
         self,
@@ -86,13 +90,13 @@ class ResNet(nn.Module):
 
 # %% ../../nbs/nets/00_resnet.ipynb #ecb3dbde
 def branch_layers(
-    depth: int=20,  # layers of the network, `6n + 2`
+    depth: int = 20,  # layers of the network, `6n + 2`
 ) -> list:          # names of the convolutions in forward order; 19 for a ResNet20
     "The convolutions that get a branch: the stem and both of each block, without shortcuts"
-    layers = ['conv1']
+    layers = ["conv1"]
     for stage in (1, 2, 3):
         for block in range((depth - 2)//6):
-            layers += [f'layer{stage}.{block}.conv1', f'layer{stage}.{block}.conv2']
+            layers += [f"layer{stage}.{block}.conv1", f"layer{stage}.{block}.conv2"]
     return layers
 
 # %% ../../nbs/nets/00_resnet.ipynb #1af0517b
@@ -100,19 +104,19 @@ def bn_of(
     conv: str,  # name of a convolution, such as `'layer2.0.conv2'`
 ) -> str:       # name of the batch normalisation that follows it
     "The batch normalisation of a convolution's filters"
-    if 'downsample' in conv: return conv.replace('downsample.0', 'downsample.1')
-    return re.sub(r'conv(\d)$', r'bn\1', conv)
+    if "downsample" in conv: return conv.replace("downsample.0", "downsample.1")
+    return re.sub(r"conv(\d)$", r"bn\1", conv)
 
 # %% ../../nbs/nets/00_resnet.ipynb #1ddac56f
 def _resnet_config(shapes, shortcut):
     "Arguments of `ResNet` for tensors of such names and shapes; raises where there are none"
-    blocks = {name.split('.')[1] for name in shapes if name.startswith('layer1.')}
-    kind = 'conv' if any('downsample' in name for name in shapes) else shortcut
-    width, in_channels = shapes['conv1.weight'][:2]
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("layer1.")}
+    kind = "conv" if any("downsample" in name for name in shapes) else shortcut
+    width, in_channels = shapes["conv1.weight"][:2]
     return dict(
         depth=6*len(blocks) + 2,
         width=width,
-        n_classes=shapes['fc.weight'][0],
+        n_classes=shapes["fc.weight"][0],
         in_channels=in_channels,
         shortcut=kind,
     )
@@ -121,7 +125,7 @@ def _resnet_config(shapes, shortcut):
 @lru_cache(maxsize=64)
 def _tensor_shapes(depth, width, n_classes, in_channels, shortcut):
     "Shape of each tensor of such a network; from the third block of a stage on, all are like its second"
-    with torch.device('meta'): model = ResNet(min(depth, 14), width, n_classes, in_channels, shortcut)
+    with torch.device("meta"): model = ResNet(min(depth, 14), width, n_classes, in_channels, shortcut)
     for stage in (model.layer1, model.layer2, model.layer3):
         for _ in range(2, (depth - 2)//6): stage.append(stage[1])
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -131,15 +135,15 @@ MAX_DEPTH = 1202  # layers of the deepest ResNet of He et al. 2016, §4.2
 
 def resnet_config(
     shapes: dict,             # shape of each tensor by name, as `ResNet.state_dict()` names them
-    shortcut: str='pad_end',  # kind of shortcut where there are no `downsample` weights
+    shortcut: str = "pad_end",  # kind of shortcut where there are no `downsample` weights
 ) -> dict:                    # arguments of `ResNet`
     "Which ResNet has tensors of these names and shapes; raises `ValueError` where none has"
     try: config = _resnet_config(shapes, shortcut)
     except (KeyError, IndexError, ValueError) as e:
         raise ValueError(f"not the state of a CIFAR ResNet: lacks {e}") from None
-    if config['depth'] > MAX_DEPTH:
+    if config["depth"] > MAX_DEPTH:
         raise ValueError(f"not the state of a CIFAR ResNet: {config['depth']} layers, {MAX_DEPTH} are the most")
-    for name in ('width', 'n_classes', 'in_channels'):
+    for name in ("width", "n_classes", "in_channels"):
         if config[name] < 1: raise ValueError(f"not the state of a CIFAR ResNet: {name} is {config[name]}, not ≥ 1")
     try: expected = _tensor_shapes(**config)
     except (ValueError, RuntimeError, TypeError) as e:
@@ -150,7 +154,7 @@ def resnet_config(
 # %% ../../nbs/nets/00_resnet.ipynb #2342f66a
 def _check_tensors(expected, shapes):
     "Raises `ValueError` where names or shapes differ; BN's count of batches may be missing"
-    missing = [name for name in expected if name not in shapes and 'num_batches' not in name]
+    missing = [name for name in expected if name not in shapes and "num_batches" not in name]
     unknown = [name for name in shapes if name not in expected]
     if missing or unknown:
         raise ValueError(f"not the state of a CIFAR ResNet: lacks {missing[:3]}, has unknown {unknown[:3]}")
@@ -165,11 +169,11 @@ def _as_float32(tensor):
 
 def resnet_from_state(
     state: dict,              # tensors by name, as `ResNet.state_dict()` names them; any floating type
-    shortcut: str='pad_end',  # kind of shortcut where the state has no `downsample` weights
+    shortcut: str = "pad_end",  # kind of shortcut where the state has no `downsample` weights
 ) -> ResNet:                  # the network in float32, in evaluation mode
     "Rebuild the network that a state dict belongs to; raises `ValueError` for the state of another architecture"
     config = resnet_config({name: tuple(t.shape) for name, t in state.items()}, shortcut)
-    with torch.device('meta'): model = ResNet(**config)
-    tensors = {name: torch.tensor(0) for name in model.state_dict() if name.endswith('num_batches_tracked')}
+    with torch.device("meta"): model = ResNet(**config)
+    tensors = {name: torch.tensor(0) for name in model.state_dict() if name.endswith("num_batches_tracked")}
     model.load_state_dict(tensors | {name: _as_float32(t) for name, t in state.items()}, assign=True)
     return model.eval()

@@ -51,10 +51,10 @@ class KindSets:
 
 def load_kinds(
     folder: str|Path,  # each of its folders that holds models is a kind
-    kinds: tuple=(),   # names of folders, in this order; none: all of them
+    kinds: tuple = (),   # names of folders, in this order; none: all of them
 ) -> KindSets:
     "Open several kinds; raises `ValueError` where there are none, `FileNotFoundError` for one that is not there"
-    found = sorted(path.name for path in Path(folder).iterdir() if any(path.glob('*.safetensors')))
+    found = sorted(path.name for path in Path(folder).iterdir() if any(path.glob("*.safetensors")))
     if not found: raise ValueError(f"no folder of models in {printable(folder)}: give one that has one for each kind")
     return KindSets({kind: load_modelset(Path(folder)/kind) for kind in kinds or found})
 
@@ -94,20 +94,21 @@ def readable_kinds(
 def fit_sets(
     sets: list,   # `ModelSet`s that the method sees in one shape
     method: str,  # name of a method
-    seed: int=0,  # decides everything random
+    seed: int = 0,  # decides everything random
     **settings,   # of the method
 ):                # the fitted method
     "Fit a method on several sets as one; raises `ValueError` where they are seen in different shapes"
-    seen, method = [observe_kind(models, method) for models in sets], get_method(method)
+    seen = [observe_kind(models, method) for models in sets]
+    method = get_method(method)
     for i, other in enumerate(seen):
         for name, v in seen[0].items():
             if name in other and other[name].shape[1:] == v.shape[1:]: continue
-            found = tuple(other[name].shape[1:]) if name in other else 'missing'
+            found = tuple(other[name].shape[1:]) if name in other else "missing"
             why = f"{printable(name)} is {tuple(v.shape[1:])} in set 0 and {found} in set {i}"
             raise ValueError(f"{why}: take a method that sees both alike, such as probes")
     joined = {}
     for name in seen[0]: joined[name] = torch.cat([one[name] for one in seen])
-    facts = dict(stem=sets[0].stem) if 'stem' in method.knows else {}
+    facts = dict(stem=sets[0].stem) if "stem" in method.knows else {}
     return method.fit(joined, torch.cat([models.labels for models in sets]), seed, **facts, **settings)
 
 def embed_sets(
@@ -140,10 +141,13 @@ def is_reversed(
 # %% ../../nbs/study/05_across.ipynb #b25b07ff
 def _ask_one_kind(kinds, kind, method, seed, settings):
     "A row for each network of one kind"
-    models, rest = kinds.sets[kind], [other for name, other in kinds.sets.items() if name != kind]
+    models = kinds.sets[kind]
+    rest = [other for name, other in kinds.sets.items() if name != kind]
     fitted = fit_sets(rest, method, seed, **settings)
-    z, found = embed_sets(fitted, [models]), embed_sets(fitted, rest)
-    query, gallery = models.labels, torch.cat([other.labels for other in rest])
+    z = embed_sets(fitted, [models])
+    found = embed_sets(fitted, rest)
+    query = models.labels
+    gallery = torch.cat([other.labels for other in rest])
     right = first_is_right(similarity(z, found), query, gallery)
     wrong = is_reversed(similarity(z), similarity(z, found), query, gallery)
     return pd.DataFrame(dict(kind=kind, task=query.numpy(), right=right, reversed=wrong))
@@ -151,7 +155,7 @@ def _ask_one_kind(kinds, kind, method, seed, settings):
 def across_kinds(
     kinds: KindSets,  # two kinds at least that the method sees in one shape
     method: str,      # name of a method
-    seed: int=0,      # of the fits
+    seed: int = 0,      # of the fits
     **settings,       # of the method
 ) -> pd.DataFrame:    # one row a query: kind, task, right, reversed
     "Each kind asked about with the others as gallery"
@@ -160,19 +164,19 @@ def across_kinds(
 
 def across_summary(
     asked: pd.DataFrame,  # from `across_kinds`
-    n_boot: int=1000,     # resamples of the tasks
-    seed: int=0,          # decides them
+    n_boot: int = 1000,     # resamples of the tasks
+    seed: int = 0,          # decides them
 ) -> dict:                # rank-1 and reversed, in percent, each with the ends of its 95 % interval; by kind: rank-1
     "What the queries say, with a bootstrap over tasks"
-    by_task = asked.groupby('task')[['right', 'reversed']].agg(['sum', 'size'])
+    by_task = asked.groupby("task")[["right", "reversed"]].agg(["sum", "size"])
     drawn = np.random.default_rng(seed).integers(len(by_task), size=(n_boot, len(by_task)))
     found = {}
-    for column, name in (('right', 'rank-1'), ('reversed', 'reversed')):
-        hits, sizes = (by_task[column, part].to_numpy() for part in ('sum', 'size'))
+    for column, name in (("right", "rank-1"), ("reversed", "reversed")):
+        hits, sizes = (by_task[column, part].to_numpy() for part in ("sum", "size"))
         share = hits[drawn].sum(1)/sizes[drawn].sum(1)
         low, high = np.percentile(100*share, [2.5, 97.5])
         found[name] = [round(float(value), 1) for value in (100*hits.sum()/sizes.sum(), low, high)]
-    by_kind = asked.groupby('kind', sort=False)
+    by_kind = asked.groupby("kind", sort=False)
     return found | dict(
         kinds=(100*by_kind.right.mean()).round(1).to_dict(),
         reversed_by_kind=(100*by_kind.reversed.mean()).round(1).to_dict(),
@@ -183,11 +187,11 @@ def shared_classes(
     manifest: pd.DataFrame,  # of a model set: class_0 and class_1 of each model
 ) -> np.ndarray:             # how many classes each two models have in common, `(M, M)`
     "Overlap of all pairs of models; raises `ValueError` where classes are not known"
-    if manifest[['class_0', 'class_1']].isna().any(axis=None):
+    if manifest[["class_0", "class_1"]].isna().any(axis=None):
         raise ValueError("the classes of some models are not known: build them, or name their classes")
     classes = sorted({*manifest.class_0, *manifest.class_1})
     member = np.zeros((len(manifest), len(classes)), dtype=int)
-    for column in ('class_0', 'class_1'):
+    for column in ("class_0", "class_1"):
         member[np.arange(len(manifest)), [classes.index(c) for c in manifest[column]]] = 1
     return member @ member.T
 
@@ -219,18 +223,20 @@ def auc(self: OverlapPairs,
     weight = np.ones(len(self.shared)) if weight is None else weight
     kept = np.isin(self.shared, (high, low)) & (weight > 0)
     more = self.shared[kept] == high
-    if more.all() or not more.any(): return float('nan')
+    if more.all() or not more.any(): return float("nan")
     return float(roc_auc_score(more, self.similarity[kept], sample_weight=weight[kept]))
 
 @patch
 def interval(self: OverlapPairs,
     high: int,        # classes in common
     low: int,         # fewer
-    n_boot: int=200,  # resamples of the classes
-    seed: int=0,      # decides them
+    n_boot: int = 200,  # resamples of the classes
+    seed: int = 0,      # decides them
 ) -> list:            # both ends of the 95 % interval
     "Bootstrap over classes; a resample without pairs of one sort is left out"
-    rng, n, found = np.random.default_rng(seed), self.member.shape[1], []
+    rng = np.random.default_rng(seed)
+    n = self.member.shape[1]
+    found = []
     for _ in range(n_boot):
         count = np.bincount(rng.integers(n, size=n), minlength=n)
         found.append(self.auc(high, low, np.where(self.member, count, 1).prod(1)))
@@ -238,12 +244,12 @@ def interval(self: OverlapPairs,
 
 def overlap_summary(
     pairs: OverlapPairs,
-    n_boot: int=200,  # resamples of the classes
-    seed: int=0,      # decides them
+    n_boot: int = 200,  # resamples of the classes
+    seed: int = 0,      # decides them
 ) -> dict:            # both areas, each with its interval; mean cosine by classes in common
     "What similarity says of tasks that share classes"
     found = {}
-    for name, (high, low) in {'one against none': (1, 0), 'two against one': (2, 1)}.items():
+    for name, (high, low) in {"one against none": (1, 0), "two against one": (2, 1)}.items():
         values = [pairs.auc(high, low), *pairs.interval(high, low, n_boot, seed)]
         found[name] = [round(value, 3) for value in values]
     cosines = pd.Series(pairs.similarity).groupby(pairs.shared).mean()
@@ -256,21 +262,24 @@ def copy_rows(
     others: ModelSet,  # independent networks, of the originals' tasks and of more
 ) -> pd.DataFrame:     # one row a kind: cosine to the original, and whether the first of the originals and others is it
     "How near each kind of copy is to its original, beside other networks of its task, and networks of others"
-    known, labels = embed_sets(fitted, [copies.sets['original']]), copies.sets['original'].labels
+    known = embed_sets(fitted, [copies.sets["original"]])
+    labels = copies.sets["original"].labels
     z = embed_sets(fitted, [others])
     rows = []
     for kind, models in copies.sets.items():
-        if kind == 'original': continue
+        if kind == "original": continue
         found = embed_sets(fitted, [models])
         rows.append(dict(kind=kind) | _near(found, models.labels, known, z, others.labels))
-    to_others, alike = similarity(known, z), labels[:, None] == others.labels
-    rows.append(dict(kind='another of the task', cosine=float(to_others[alike].mean())))
-    rows.append(dict(kind='of another task', cosine=float(to_others[~alike].mean())))
+    to_others = similarity(known, z)
+    alike = labels[:, None] == others.labels
+    rows.append(dict(kind="another of the task", cosine=float(to_others[alike].mean())))
+    rows.append(dict(kind="of another task", cosine=float(to_others[~alike].mean())))
     return pd.DataFrame(rows)
 
 def _near(found, labels, known, z, tasks):
     "Where copies are: by their original, and by the other networks of their task"
-    own, sim = similarity(found, known), similarity(found, z)
+    own = similarity(found, known)
+    sim = similarity(found, z)
     alike = labels[:, None] == tasks
     first = torch.cat([own.diagonal()[:, None], sim], 1).argmax(1) == 0
     return dict(
@@ -285,11 +294,11 @@ def _near(found, labels, known, z, tasks):
 def _methods_axes(record, key, label):
     "A bar for each method, and axes for it"
     names = list(record[key])
-    ax = plt.subplots(figsize=(7, .6 + .42*len(names)), layout='constrained')[1]
+    ax = plt.subplots(figsize=(7, .6 + .42*len(names)), layout="constrained")[1]
     ax.set_yticks(range(len(names)), [method_title(name) for name in names], fontsize=8)
     ax.invert_yaxis()
     ax.set_xlabel(label, fontsize=8)
-    ax.set_title(printable(record['settings']['name']), fontsize=9)
+    ax.set_title(printable(record["settings"]["name"]), fontsize=9)
     return ax, names
 
 def _bars(ax, places, values, **how):
@@ -301,11 +310,11 @@ def plot_across(
     record: dict,  # a result file of queries across architectures
 ) -> Axes:
     "Rank-1 and share of reversals of each method, with their intervals"
-    ax, names = _methods_axes(record, 'across', '% of queries, bootstrap over tasks')
-    for offset, column, colour in ((-.2, 'rank-1', 'C0'), (.2, 'reversed', 'C3')):
-        values = [record['across'][name][column] for name in names]
+    ax, names = _methods_axes(record, "across", "% of queries, bootstrap over tasks")
+    for offset, column, colour in ((-.2, "rank-1", "C0"), (.2, "reversed", "C3")):
+        values = [record["across"][name][column] for name in names]
         _bars(ax, np.arange(len(names)) + offset, values, color=colour, label=column)
-    ax.axvline(record['chance'], color='.5', lw=.8, ls=':', label='chance of rank-1')
+    ax.axvline(record["chance"], color=".5", lw=.8, ls=":", label="chance of rank-1")
     ax.legend(fontsize=7)
     return ax
 
@@ -313,13 +322,13 @@ def plot_overlap(
     record: dict,  # a result file of overlap
 ) -> Axes:
     "Area under the curve of each method, for one class in common against none and two against one"
-    ax, names = _methods_axes(record, 'overlap', 'area under the ROC curve, bootstrap over classes')
-    for offset, column, colour in ((-.2, 'one against none', 'C0'), (.2, 'two against one', 'C2')):
-        values = [record['overlap'][name][column] for name in names]
-        _bars(ax, np.arange(len(names)) + offset, values, color=colour, label=f'{column} in common')
-    ax.axvline(.5, color='.5', lw=.8, ls=':', label='chance')
+    ax, names = _methods_axes(record, "overlap", "area under the ROC curve, bootstrap over classes")
+    for offset, column, colour in ((-.2, "one against none", "C0"), (.2, "two against one", "C2")):
+        values = [record["overlap"][name][column] for name in names]
+        _bars(ax, np.arange(len(names)) + offset, values, color=colour, label=f"{column} in common")
+    ax.axvline(.5, color=".5", lw=.8, ls=":", label="chance")
     ax.set_xlim(0, 1)
-    ax.legend(fontsize=7, loc='lower right')
+    ax.legend(fontsize=7, loc="lower right")
     return ax
 
 # %% ../../nbs/study/05_across.ipynb #0bfe845b
@@ -327,12 +336,12 @@ def plot_copies(
     record: dict,  # a result file of copies
 ) -> Axes:
     "Cosine of each kind of copy to its original, one line a method"
-    ax = plt.subplots(figsize=(7.5, 3.6), layout='constrained')[1]
-    kinds = next(iter(record['copies'].values()))['kind']
-    for name, rows in record['copies'].items():
-        ax.plot(range(len(kinds)), rows['cosine'], marker='o', ms=3, lw=1, label=method_title(name))
-    ax.set_xticks(range(len(kinds)), kinds, rotation=40, ha='right', fontsize=8)
-    ax.set_ylabel('cosine to the original', fontsize=8)
-    ax.set_title(printable(record['settings']['name']), fontsize=9)
+    ax = plt.subplots(figsize=(7.5, 3.6), layout="constrained")[1]
+    kinds = next(iter(record["copies"].values()))["kind"]
+    for name, rows in record["copies"].items():
+        ax.plot(range(len(kinds)), rows["cosine"], marker="o", ms=3, lw=1, label=method_title(name))
+    ax.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", fontsize=8)
+    ax.set_ylabel("cosine to the original", fontsize=8)
+    ax.set_title(printable(record["settings"]["name"]), fontsize=9)
     ax.legend(fontsize=7)
     return ax

@@ -22,17 +22,17 @@ from .transfer import finding
 
 # %% ../../nbs/study/06_claims.ipynb #a448d2f5
 PAPER = {
-    'table1': dict(measure='top-1', chance=2.0, found={'fc': 5.3, 'frobenius': 5.5, 'lps': 79.8}),
-    'table2': dict(measure='rank-1', chance=10.0, found={'fc': 15.0, 'frobenius': 13.3, 'lps': 80.7}),
-    'branches': dict(chance=2.0, found={'first': 79.8}, weak=(2, 13), none=(14, 19)),
+    "table1": dict(measure="top-1", chance=2.0, found={"fc": 5.3, "frobenius": 5.5, "lps": 79.8}),
+    "table2": dict(measure="rank-1", chance=10.0, found={"fc": 15.0, "frobenius": 13.3, "lps": 80.7}),
+    "branches": dict(chance=2.0, found={"first": 79.8}, weak=(2, 13), none=(14, 19)),
 }
 
 # %% ../../nbs/study/06_claims.ipynb #5f9b1af7
 class Verdict(str, Enum):
     "What a result says about a claim"
-    REPRODUCES = 'reproduces'
-    NOT_DECIDED = 'not decided'
-    FAILS = 'does not reproduce'
+    REPRODUCES = "reproduces"
+    NOT_DECIDED = "not decided"
+    FAILS = "does not reproduce"
 
     def __str__(self): return self.value
 
@@ -114,8 +114,8 @@ MOST_SPLITS = 10_000  # `splits_to_decide` looks no further
 
 def splits_to_decide(
     difference: np.ndarray, # percentage points, one a split
-    power: float=.8,        # chance to find the difference, were it what these splits say
-    level: float=.05,       # chance to find one where there is none
+    power: float = .8,        # chance to find the difference, were it what these splits say
+    level: float = .05,       # chance to find one where there is none
 ) -> int|None:              # None: of one split, or more than `MOST_SPLITS`
     "How many splits a two-sided paired t-test needs to tell a difference from none"
     if len(difference) < 2 or np.mean(difference) == 0: return None
@@ -151,7 +151,7 @@ def signed(
     difference: np.ndarray, # percentage points, one a split
 ) -> str:
     "Their mean, with its sign"
-    return f"{np.mean(difference):+.1f}".replace('-', '−')
+    return f"{np.mean(difference):+.1f}".replace("-", "−")
 
 # %% ../../nbs/study/06_claims.ipynb #15c876fd
 def is_baseline(
@@ -164,7 +164,7 @@ def listed(
     values: dict, # method → percentages, one a split
 ) -> str:
     "Each method's title with its mean and standard deviation"
-    return ', '.join(f"{method_title(m)} {mean_sd(v)}" for m, v in values.items())
+    return ", ".join(f"{method_title(m)} {mean_sd(v)}" for m, v in values.items())
 
 # %% ../../nbs/study/06_claims.ipynb #6315b19e
 @dataclass(frozen=True)
@@ -186,52 +186,53 @@ def table_values(
 ) -> TableValues:
     "What a table says of each method"
     runs = runs_of(record)
-    values = {m: percent(runs, m, measure) for m in record['runs']}
-    n_all = sum(c != 'mAP' for c in runs)
-    chance = 100*random_row((1,), record['n_right'], n_all)[0]
+    values = {m: percent(runs, m, measure) for m in record["runs"]}
+    n_all = sum(c != "mAP" for c in runs)
+    chance = 100*random_row((1,), record["n_right"], n_all)[0]
     baselines = {m: v for m, v in values.items() if is_baseline(m)}
-    others = {m: v for m, v in values.items() if m != 'lps' and m not in baselines}
-    return TableValues(baselines, values['lps'], others, chance)
+    others = {m: v for m, v in values.items() if m != "lps" and m not in baselines}
+    return TableValues(baselines, values["lps"], others, chance)
 
 # %% ../../nbs/study/06_claims.ipynb #d7e6f8f5
 def _weak_without(v, paper):
     "The baselines' claim"
-    said = paper['found']
+    said = paper["found"]
     mean = np.mean(list(v.baselines.values()), 0)
     return Claim(
         says="without alignment little of a network's task can be told",
         paper=f"baselines {said['fc']}, {said['frobenius']}; chance {paper['chance']}",
         found=f"{listed(v.baselines)}; chance {v.chance:.1f}",
-        verdict=stays_below(mean, v.chance, (said['fc'] + said['frobenius'])/2, paper['chance']),
-        number=f'{mean.mean():.1f} %',
-        of='mean of the baselines',
+        verdict=stays_below(mean, v.chance, (said["fc"] + said["frobenius"])/2, paper["chance"]),
+        number=f"{mean.mean():.1f} %",
+        of="mean of the baselines",
     )
 
 # %% ../../nbs/study/06_claims.ipynb #5c478ce7
 def _better_with(v, paper):
     "The claim of alignment"
-    said = paper['found']
-    others = f", {listed(v.others)}" if v.others else ''
+    said = paper["found"]
+    others = f", {listed(v.others)}" if v.others else ""
     return Claim(
-        says='with alignment it can',
+        says="with alignment it can",
         paper=f"LPS {said['lps']}, best baseline {max(said['fc'], said['frobenius'])}",
         found=f"LPS {mean_sd(v.lps)}, best baseline {mean_sd(v.strongest)}{others}, chance {v.chance:.1f}",
         verdict=verdict(v.lps - v.strongest),
         number=signed(v.lps - v.strongest),
-        of='LPS − best baseline, points',
+        of="LPS − best baseline, points",
     )
 
 # %% ../../nbs/study/06_claims.ipynb #1f96c4b0
 def _height(v, paper):
     "The claim of LPS's height"
-    said, measure = paper['found']['lps'], paper['measure']
+    said = paper["found"]["lps"]
+    measure = paper["measure"]
     return Claim(
-        says=f'{measure} is {said} %',
+        says=f"{measure} is {said} %",
         paper=f"LPS {said}; chance {paper['chance']}",
-        found=f'LPS {mean_sd(v.lps)}; chance {v.chance:.1f}',
-        verdict=reaches(v.lps, v.chance, said, paper['chance']),
-        number=f'{v.lps.mean():.1f} %',
-        of='LPS',
+        found=f"LPS {mean_sd(v.lps)}; chance {v.chance:.1f}",
+        verdict=reaches(v.lps, v.chance, said, paper["chance"]),
+        number=f"{v.lps.mean():.1f} %",
+        of="LPS",
     )
 
 def table_claims(
@@ -239,7 +240,7 @@ def table_claims(
     paper: dict,  # `PAPER` of that table
 ) -> list:        # `Claim`s
     "What Tables 1 and 2 claim"
-    values = table_values(record, paper['measure'])
+    values = table_values(record, paper["measure"])
     return [_weak_without(values, paper), _better_with(values, paper), _height(values, paper)]
 
 # %% ../../nbs/study/06_claims.ipynb #effacfbe
@@ -247,39 +248,39 @@ def _first_is_best(v, chance, paper):
     "v: top-1 of each branch, in percent, `(branches, splits)`"
     best = 1 + v[1:].mean(1).argmax()
     return Claim(
-        says='the first branch is the best',
+        says="the first branch is the best",
         paper=f"{paper['found']['first']} for the first; chance {paper['chance']}",
         found=f"first {mean_sd(v[0])}; best of the others, branch {best + 1}, {mean_sd(v[best])}; chance {chance:.1f}",
         verdict=verdict(v[0] - v[best]),
         number=signed(v[0] - v[best]),
-        of='first − next best, points',
+        of="first − next best, points",
     )
 
 def _weak_branches(v, chance, paper):
-    first, last = paper['weak']
+    first, last = paper["weak"]
     weak = v[first - 1:last].mean(0)
     return Claim(
-        says=f'branches {first}–{last} are weak, but above chance',
+        says=f"branches {first}–{last} are weak, but above chance",
         paper=f"above {paper['chance']}",
-        found=f'mean {mean_sd(weak)}; chance {chance:.1f}',
+        found=f"mean {mean_sd(weak)}; chance {chance:.1f}",
         verdict=verdict(weak - chance),
         number=signed(weak - chance),
-        of='mean − chance, points',
+        of="mean − chance, points",
     )
 
 # %% ../../nbs/study/06_claims.ipynb #7cc37f26
 def _branches_at_chance(v, chance, paper, learned):
     "learned: what the file says of the models that each branch learned from, as shares; None: nothing"
-    first, last = paper['none']
+    first, last = paper["none"]
     none = v[first - 1:last].mean(0)
-    known = '' if learned is None else f"; of the models learned from {100*np.mean(learned[first - 1:last]):.1f}"
+    known = "" if learned is None else f"; of the models learned from {100*np.mean(learned[first - 1:last]):.1f}"
     return Claim(
-        says=f'branches {first}–{last} are at chance',
+        says=f"branches {first}–{last} are at chance",
         paper=f"near {paper['chance']}",
-        found=f'mean {mean_sd(none)}{known}; chance {chance:.1f}',
+        found=f"mean {mean_sd(none)}{known}; chance {chance:.1f}",
         verdict=at_chance(none, chance),
         number=signed(none - chance),
-        of='mean − chance, points',
+        of="mean − chance, points",
     )
 
 # %% ../../nbs/study/06_claims.ipynb #57a19824
@@ -288,10 +289,12 @@ def branch_claims(
     paper: dict,  # `PAPER` of it
 ) -> list:        # `Claim`s; only the first where there are fewer branches than the paper has
     "What the paper claims about single branches"
-    runs, layers, chance = runs_of(record), record['settings']['layers'], chance_percent(record)
+    runs = runs_of(record)
+    layers = record["settings"]["layers"]
+    chance = chance_percent(record)
     v = np.array([percent(runs, l) for l in layers])
-    if len(layers) < paper['none'][1]: return [_first_is_best(v, chance, paper)]
-    learned = [record['learned'][l] for l in layers] if 'learned' in record else None
+    if len(layers) < paper["none"][1]: return [_first_is_best(v, chance, paper)]
+    learned = [record["learned"][l] for l in layers] if "learned" in record else None
     at_the_end = _branches_at_chance(v, chance, paper, learned)
     return [_first_is_best(v, chance, paper), _weak_branches(v, chance, paper), at_the_end]
 
@@ -300,12 +303,12 @@ def _half_matters(v, what, without, chance):
     "v: variant → mean top-1 over branches, in percent, one a split"
     means = f"both {mean_sd(v['both'])}, {without} {mean_sd(v[without])}, neither {mean_sd(v['neither'])}"
     return Claim(
-        says=f'aligning {what} matters',
-        paper='a figure without numbers',
-        found=f'mean over branches: {means}; chance {chance:.1f}',
-        verdict=verdict(v['both'] - v[without]),
-        number=signed(v['both'] - v[without]),
-        of='with − without, points',
+        says=f"aligning {what} matters",
+        paper="a figure without numbers",
+        found=f"mean over branches: {means}; chance {chance:.1f}",
+        verdict=verdict(v["both"] - v[without]),
+        number=signed(v["both"] - v[without]),
+        of="with − without, points",
     )
 
 def alignment_claims(
@@ -313,18 +316,21 @@ def alignment_claims(
     paper: dict,  # not used: the paper gives no number
 ) -> list:        # two `Claim`s
     "What each half of the alignment is worth"
-    runs, layers, chance, v = runs_of(record), record['settings']['layers'], chance_percent(record), {}
-    for variant in ALIGNMENTS: v[variant] = np.mean([percent(runs, f'{variant}/{l}') for l in layers], 0)
-    filters = _half_matters(v, 'filters', 'channels only', chance)
-    return [filters, _half_matters(v, 'channels', 'filters only', chance)]
+    runs = runs_of(record)
+    layers = record["settings"]["layers"]
+    chance = chance_percent(record)
+    v = {}
+    for variant in ALIGNMENTS: v[variant] = np.mean([percent(runs, f"{variant}/{l}") for l in layers], 0)
+    filters = _half_matters(v, "filters", "channels only", chance)
+    return [filters, _half_matters(v, "channels", "filters only", chance)]
 
 # %% ../../nbs/study/06_claims.ipynb #a098b5c6
 def _power_text(difference):
     "How many splits would decide a difference; nothing for one split"
-    if len(difference) < 2: return ''
+    if len(difference) < 2: return ""
     needed = splits_to_decide(difference)
-    least = f'about {needed}' if needed else f'more than {MOST_SPLITS:,}'
-    return f'; {least} splits would tell the difference from none'
+    least = f"about {needed}" if needed else f"more than {MOST_SPLITS:,}"
+    return f"; {least} splits would tell the difference from none"
 
 def fusion_claims(
     record: dict, # a result file of the experiment on fusion
@@ -332,18 +338,19 @@ def fusion_claims(
 ) -> list:        # one `Claim`
     "Is no fusion better than the best branch?"
     runs = runs_of(record)
-    v = {m: percent(runs, m) for m in record['runs']}
-    alone, fused = record['best_branch'], max(record['fusions'], key=lambda m: v[m].mean())
+    v = {m: percent(runs, m) for m in record["runs"]}
+    alone = record["best_branch"]
+    fused = max(record["fusions"], key=lambda m: v[m].mean())
     gain = v[fused] - v[alone]
     said = verdict(gain).opposite
-    power = _power_text(gain) if said == Verdict.NOT_DECIDED else ''
+    power = _power_text(gain) if said == Verdict.NOT_DECIDED else ""
     return [Claim(
-        says='no fusion is better than the best branch',
-        paper='no number',
+        says="no fusion is better than the best branch",
+        paper="no number",
         found=f"{fused} {mean_sd(v[fused])}, {alone} {mean_sd(v[alone])}; chance {chance_percent(record):.1f}{power}",
         verdict=said,
         number=signed(gain),
-        of='best fusion − best branch, points',
+        of="best fusion − best branch, points",
     )]
 
 # %% ../../nbs/study/06_claims.ipynb #418e7334
@@ -352,15 +359,15 @@ def transfer_claims(
     paper: dict,  # not used: the paper gives no number
 ) -> list:        # one `Claim`; none without an interval
     "Is similarity of weights proportional to transfer?"
-    rho = record['rho']['lps']
-    if rho['low'] is None: return []
-    verdicts = {'above chance': Verdict.REPRODUCES, 'below chance': Verdict.FAILS}
+    rho = record["rho"]["lps"]
+    if rho["low"] is None: return []
+    verdicts = {"above chance": Verdict.REPRODUCES, "below chance": Verdict.FAILS}
     interval = f"ρ = {rho['rho']:.2f}, from {rho['low']:.2f} to {rho['high']:.2f}"
     return [Claim(
-        says='similarity of weights is roughly proportional to transfer',
-        paper='a scatter without a number',
-        found=interval.replace('-', '−'),
+        says="similarity of weights is roughly proportional to transfer",
+        paper="a scatter without a number",
+        found=interval.replace("-", "−"),
         verdict=verdicts.get(finding(rho), Verdict.NOT_DECIDED),
-        number=f"{rho['rho']:.2f}".replace('-', '−'),
+        number=f"{rho['rho']:.2f}".replace("-", "−"),
         of="Spearman's ρ",
     )]

@@ -38,15 +38,16 @@ def _check_sizes(counts, n_tasks, n_train, n_test):
 def curve_splits(
     labels: Tensor,      # task of each model, `(M,)`
     n_tasks: int,        # tasks to tell apart, from 2 to all there are
-    n_train: int=8,      # models of each task to learn from
-    n_test: int=2,       # models of each task to classify
-    n_splits: int=10,    # how many random splits
-    seed: int=0,         # decides all of them
+    n_train: int = 8,      # models of each task to learn from
+    n_test: int = 2,       # models of each task to classify
+    n_splits: int = 10,    # how many random splits
+    seed: int = 0,         # decides all of them
 ) -> list:               # `(train, test)` a split: numbers of models
     """Random splits of some tasks' models, nested along a curve
 
     Raises `ValueError` for more tasks or models than there are."""
-    labels, splits = np.asarray(labels), []
+    labels = np.asarray(labels)
+    splits = []
     tasks, counts = np.unique(labels, return_counts=True)
     _check_sizes(counts, n_tasks, n_train, n_test)
     for i in range(n_splits):
@@ -59,16 +60,17 @@ def curve_splits(
 # %% ../../nbs/study/03_curves.ipynb #d2231e78
 def _train_and_test(chosen, n_train, n_test):
     "Of each task's models the first to learn from, the last to classify"
-    train, test = [numbers[:n_train] for numbers in chosen], [numbers[-n_test:] for numbers in chosen]
+    train = [numbers[:n_train] for numbers in chosen]
+    test = [numbers[-n_test:] for numbers in chosen]
     return np.concatenate(train), np.concatenate(test)
 
 # %% ../../nbs/study/03_curves.ipynb #8bed8fae
 def top1(
     models: ModelSet,      # all models
     splits: list,          # from `curve_splits` or `classification_splits`
-    workers: int=1,        # processes
-    executor: Executor|None=None, # any `concurrent.futures.Executor` to use instead; it is not shut down
-    progress: str='',      # text of a progress bar; empty: none
+    workers: int = 1,        # processes
+    executor: Executor|None = None, # any `concurrent.futures.Executor` to use instead; it is not shut down
+    progress: str = "",      # text of a progress bar; empty: none
     **kwargs,              # of `fit`
 ) -> list:                 # share of the test models whose task is named, one a split
     "Fit on each split's training models, classify its test models"
@@ -77,17 +79,18 @@ def top1(
         scores = score_models(net, observations(models, net, test))
         return round(float(rank_k(scores, models.labels[test], torch.tensor(net.tasks))[0]), 4)
     return per_split(
-        models, splits, {'lps': kwargs}, share_right, workers=workers, executor=executor, progress=progress
-    )['lps']
+        models, splits, {"lps": kwargs}, share_right, workers=workers, executor=executor, progress=progress
+    )["lps"]
 
 # %% ../../nbs/study/03_curves.ipynb #f67e5cb2
 def _kept_epochs(path):
     "Epochs → where the networks are as they were then: folders in a build, files `…-epochN.safetensors` side by side"
-    if path.is_dir(): pattern, places = r'([0-9]+)', path.glob('epochs/*')
+    if path.is_dir(): pattern, places = r"([0-9]+)", path.glob("epochs/*")
     else:
-        name = re.fullmatch(r'(.+)-epoch[0-9]+\.safetensors', path.name)
+        name = re.fullmatch(r"(.+)-epoch[0-9]+\.safetensors", path.name)
         if not name: return {}
-        pattern, places = re.escape(name[1]) + r'-epoch([0-9]+)\.safetensors', path.parent.iterdir()
+        pattern = re.escape(name[1]) + r"-epoch([0-9]+)\.safetensors"
+        places = path.parent.iterdir()
     found = [(re.fullmatch(pattern, place.name), place) for place in places]
     return dict(sorted((int(match[1]), place) for match, place in found if match))
 
@@ -96,16 +99,16 @@ def other_epochs(
 ) -> dict:             # epochs of training, ascending → `ModelSet`; empty if none were kept
     "The same models earlier and later in their training, as far as they were kept; those that all of the sets have"
     sets = {epochs: load_modelset(place) for epochs, place in _kept_epochs(models.path).items()}
-    if sets and models.path.is_dir(): sets[models[0].meta['recipe']['epochs']] = models
+    if sets and models.path.is_dir(): sets[models[0].meta["recipe"]["epochs"]] = models
     if len(sets) < 2: return {}
     common = set.intersection(*[set(s.manifest.file) for s in sets.values()])
     return {n: s[s.manifest.file.isin(common).to_numpy(copy=True)] for n, s in sets.items()}
 
 # %% ../../nbs/study/03_curves.ipynb #b4564301
 CURVES = {
-    'tasks': 'tasks to tell apart',
-    'models': 'networks of each task to learn from',
-    'epochs': 'epochs of each network',
+    "tasks": "tasks to tell apart",
+    "models": "networks of each task to learn from",
+    "epochs": "epochs of each network",
 }
 
 def _mean_accuracy(models):
@@ -115,10 +118,11 @@ def _mean_accuracy(models):
 
 def _curve_sets(models, n_tasks, n_train):
     "For each point of the curves: curve, x, models, number of tasks, training models of each"
-    all_tasks, most = len(models.tasks), max(n_train)
-    sets = [('tasks', k, models, k, most) for k in n_tasks]
-    sets += [('models', n, models, all_tasks, n) for n in n_train]
-    sets += [('epochs', epochs, early, len(early.tasks), most) for epochs, early in other_epochs(models).items()]
+    all_tasks = len(models.tasks)
+    most = max(n_train)
+    sets = [("tasks", k, models, k, most) for k in n_tasks]
+    sets += [("models", n, models, all_tasks, n) for n in n_train]
+    sets += [("epochs", epochs, early, len(early.tasks), most) for epochs, early in other_epochs(models).items()]
     return sets
 
 # %% ../../nbs/study/03_curves.ipynb #0ea5597c
@@ -126,21 +130,23 @@ def learning_curves(
     models: ModelSet,        # all models
     n_tasks: list,           # points of the curve over tasks
     n_train: list,           # points of the curve over training models; the other curves take the largest
-    n_test: int=2,           # models of each task to classify
-    n_splits: int=10,        # random splits a point
-    seed: int=0,             # decides the splits
-    workers: int=1,          # processes
-    executor: Executor|None=None, # any `concurrent.futures.Executor` to use instead; it is not shut down
-    progress: bool=False,    # show a bar for each point
+    n_test: int = 2,           # models of each task to classify
+    n_splits: int = 10,        # random splits a point
+    seed: int = 0,             # decides the splits
+    workers: int = 1,          # processes
+    executor: Executor|None = None, # any `concurrent.futures.Executor` to use instead; it is not shut down
+    progress: bool = False,    # show a bar for each point
     **kwargs,                # of `fit`
 ) -> list:                   # a dict a point: curve, x, n_tasks, n_train, models, val_accuracy, top1
     "Top-1 over the number of tasks, of training models, and of epochs where networks were kept"
     if not len(n_train): raise ValueError("n_train is empty: give at least one number of models to learn from")
-    points, known = [], {}
+    points = []
+    known = {}
     for curve, x, some, k, n in _curve_sets(models, n_tasks, n_train):
         key = id(some.source), tuple(some.manifest.file), k, n
         if key not in known:
-            splits, bar = curve_splits(some.labels, k, n, n_test, n_splits, seed), f'{curve} {x}' if progress else ''
+            splits = curve_splits(some.labels, k, n, n_test, n_splits, seed)
+            bar = f"{curve} {x}" if progress else ""
             known[key] = top1(some, splits, workers, executor, bar, **kwargs)
         about = dict(models=len(some), val_accuracy=_mean_accuracy(some))
         points.append(dict(curve=curve, x=x, n_tasks=k, n_train=n) | about | dict(top1=known[key]))
@@ -174,14 +180,14 @@ class _CurveRecord:
 # %% ../../nbs/study/03_curves.ipynb #27c01c7a
 def _misfit(point):
     "Field, value and what was expected for the first value that cannot be drawn, or nothing three times"
-    if point.curve not in CURVES: return 'curve', repr(point.curve)[:40], f"one of {', '.join(CURVES)}"
-    if point.n_tasks < 1: return 'n_tasks', point.n_tasks, '1 or more'
-    if not point.top1 or not np.isfinite(point.top1).all(): return 'top1', repr(point.top1)[:40], 'finite shares'
+    if point.curve not in CURVES: return "curve", repr(point.curve)[:40], f"one of {', '.join(CURVES)}"
+    if point.n_tasks < 1: return "n_tasks", point.n_tasks, "1 or more"
+    if not point.top1 or not np.isfinite(point.top1).all(): return "top1", repr(point.top1)[:40], "finite shares"
     return None, None, None
 
 def _checked_points(record):
     "The points of a record; raises `ValueError` with the field for a record that cannot be drawn"
-    where = 'the record of learning curves'
+    where = "the record of learning curves"
     points = checked(record, _CurveRecord, where).points
     if not points: raise ValueError(f"{where}: field 'points' is empty, expected one point at least")
     for i, point in enumerate(points):
@@ -192,7 +198,8 @@ def _checked_points(record):
 # %% ../../nbs/study/03_curves.ipynb #e59946f1
 def _point_row(point):
     "What the table says of a point"
-    mean, n = np.mean(point.top1), len(point.top1)
+    mean = np.mean(point.top1)
+    n = len(point.top1)
     return dict(
         curve=point.curve,
         x=point.x,
@@ -212,7 +219,7 @@ def curve_table(
 # %% ../../nbs/study/03_curves.ipynb #63c10df7
 def _mean_sd_text(mean, sd):
     "A share and its spread in percent; the mean alone where there is one split"
-    return f'{100*mean:.1f}' if np.isnan(sd) else f'{100*mean:.1f} ± {100*sd:.1f}'
+    return f"{100*mean:.1f}" if np.isnan(sd) else f"{100*mean:.1f} ± {100*sd:.1f}"
 
 def curve_summary(
     record: dict,   # from `curve_record`, or a result file
@@ -220,33 +227,34 @@ def curve_summary(
     "The curves as a table for people"
     t = curve_table(record)
     text = pd.DataFrame({
-        '': t.curve.map(CURVES),
-        'number': t.x,
-        'chance, %': (100*t.chance).map('{:.1f}'.format),
-        'top-1, %': [_mean_sd_text(mean, sd) for mean, sd in zip(t['mean'], t.sd)],
-        'times chance': t.times.map('{:.1f}'.format),
-        'accuracy of the networks': t.val_accuracy.map(lambda a: '' if pd.isna(a) else f'{a:.3f}'),
+        "": t.curve.map(CURVES),
+        "number": t.x,
+        "chance, %": (100*t.chance).map("{:.1f}".format),
+        "top-1, %": [_mean_sd_text(mean, sd) for mean, sd in zip(t["mean"], t.sd)],
+        "times chance": t.times.map("{:.1f}".format),
+        "accuracy of the networks": t.val_accuracy.map(lambda a: "" if pd.isna(a) else f"{a:.3f}"),
     })
-    return text.set_index(['', 'number'])
+    return text.set_index(["", "number"])
 
 # %% ../../nbs/study/03_curves.ipynb #3669d8d7
 def _end_text(point):
     "One end of a curve in words"
-    spread = '' if np.isnan(point.sd) else f" ± {100*point.sd:.0f}"
+    spread = "" if np.isnan(point.sd) else f" ± {100*point.sd:.0f}"
     return f"{100*point['mean']:.0f}{spread} % ({point.times:.1f} times"
 
 def _ends_text(curve, points):
     "A curve from its first point to its last"
-    first, last = points.iloc[0], points.iloc[-1]
+    first = points.iloc[0]
+    last = points.iloc[-1]
     ends = f"{_end_text(first)} chance) to {_end_text(last)})"
     return f"from {first.x} to {last.x} {CURVES[curve]}, top-1 goes from {ends}"
 
 def _first_epoch_text(epochs):
     "The first epoch whose mean exceeds chance by more than one standard deviation over splits"
-    early = epochs[epochs['mean'] - epochs.sd > epochs.chance]
-    if not len(early): return 'at none of the epochs kept does the task stand out from chance'
-    first = pluralise(early.x.min(), 'epoch')
-    mark = 'the earliest of those kept where top-1 exceeds chance by more than its standard deviation'
+    early = epochs[epochs["mean"] - epochs.sd > epochs.chance]
+    if not len(early): return "at none of the epochs kept does the task stand out from chance"
+    first = pluralise(early.x.min(), "epoch")
+    mark = "the earliest of those kept where top-1 exceeds chance by more than its standard deviation"
     return f"the task is readable above chance from {first} of training on, {mark}"
 
 # %% ../../nbs/study/03_curves.ipynb #32fb7e49
@@ -255,8 +263,8 @@ def curve_text(
 ) -> str:         # Markdown
     "The curves in words, built from the numbers"
     t = curve_table(record)
-    lines = [_ends_text(curve, points) for curve, points in t.groupby('curve', sort=False) if len(points) > 1]
-    epochs = t[t.curve == 'epochs']
+    lines = [_ends_text(curve, points) for curve, points in t.groupby("curve", sort=False) if len(points) > 1]
+    epochs = t[t.curve == "epochs"]
     if len(epochs): lines.append(_first_epoch_text(epochs))
-    name = html.escape(printable(record['settings'].get('name', 'no name')), quote=False)
-    return f"**{name}**: " + '; '.join(lines) + '.'
+    name = html.escape(printable(record["settings"].get("name", "no name")), quote=False)
+    return f"**{name}**: " + "; ".join(lines) + "."

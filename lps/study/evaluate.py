@@ -30,12 +30,13 @@ def _shuffled_by_task(labels, rng):
 
 def classification_splits(
     labels: Tensor,     # task of each model, `(M,)`
-    n_train: int=8,     # models of each task to learn from; a task with no more than this raises `ValueError`
-    n_splits: int=10,   # how many random splits
-    seed: int=0,        # decides all of them
+    n_train: int = 8,     # models of each task to learn from; a task with no more than this raises `ValueError`
+    n_splits: int = 10,   # how many random splits
+    seed: int = 0,        # decides all of them
 ) -> list:              # `(train, test)` a split: numbers of models
     "Random splits of each task's models, §5.1"
-    rng, splits = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    splits = []
     for _ in range(n_splits):
         by_task = _shuffled_by_task(labels, rng).values()
         least = min(map(len, by_task))
@@ -52,8 +53,8 @@ def first_models(
     n: int,            # models of each task
 ) -> ModelSet:         # the first n models of each task that has so many
     "As many models of one task as of another; raises `ValueError` where no two tasks have so many"
-    of_task = models.manifest.groupby('task').task
-    enough = of_task.transform('size') >= n
+    of_task = models.manifest.groupby("task").task
+    enough = of_task.transform("size") >= n
     tasks = models.manifest.task[enough].nunique()
     if tasks < 2: raise ValueError(f"{tasks} tasks have {n} models: take fewer models of each, or build more")
     return models[(enough & (of_task.cumcount() < n)).to_numpy()]
@@ -61,15 +62,16 @@ def first_models(
 # %% ../../nbs/study/00_evaluate.ipynb #aff00e3e
 def retrieval_splits(
     labels: Tensor,              # task of each model, `(M,)`
-    n_test_tasks: int|None=None, # tasks held out; None: a fifth of them, two at least
-    n_query: int=2,              # models of each held-out task that are queries
-    n_splits: int=10,            # how many random splits
-    seed: int=0,                 # decides all of them
+    n_test_tasks: int|None = None, # tasks held out; None: a fifth of them, two at least
+    n_query: int = 2,              # models of each held-out task that are queries
+    n_splits: int = 10,            # how many random splits
+    seed: int = 0,                 # decides all of them
 ) -> list:                       # `(train, query, gallery)` a split: numbers of models
     """Random splits of the tasks, and of the held-out tasks' models into queries and gallery, §5.2
 
     Raises `ValueError` if fewer than two tasks are left to learn from."""
-    rng, splits = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    splits = []
     for _ in range(n_splits):
         by_task = _shuffled_by_task(labels, rng)
         n_test = n_test_tasks or max(2, len(by_task)//5)
@@ -112,7 +114,7 @@ def random_row(
     ks: tuple,               # the places k
     n_right: int,            # right answers in the list
     n_all: int,              # length of the list
-    replacement: bool=False, # draw with replacement, as the paper does
+    replacement: bool = False, # draw with replacement, as the paper does
 ) -> list:                   # chance that one of the first k is right, for each k
     "Top-k or rank-k of random answers"
     if replacement: return [1 - (1 - n_right/n_all)**k for k in ks]
@@ -124,9 +126,10 @@ def chance_curves(
     n_all: int,    # models in the gallery
 ) -> dict:         # kind of chance → share of queries, `(n_all,)` for k = 1 … n_all
     "Both random rows for every k"
-    ks, curves = range(1, n_all + 1), {}
-    for kind in ('without', 'with'):
-        curves[f'random, {kind} replacement'] = np.array(random_row(ks, n_right, n_all, kind == 'with'))
+    ks = range(1, n_all + 1)
+    curves = {}
+    for kind in ("without", "with"):
+        curves[f"random, {kind} replacement"] = np.array(random_row(ks, n_right, n_all, kind == "with"))
     return curves
 
 # %% ../../nbs/study/00_evaluate.ipynb #d220d739
@@ -144,9 +147,9 @@ def per_split(
     splits: list,                 # tuples of numbers of models; the first says which ones to learn from
     settings: dict,               # name → `method` and settings of its fit
     f,                            # called with the fitted method and the split; what it returns is kept
-    workers: int=1,               # processes; 1: in this one
-    executor: Executor|None=None, # any `concurrent.futures.Executor` to use instead
-    progress: str='',             # text of a progress bar; empty: none
+    workers: int = 1,               # processes; 1: in this one
+    executor: Executor|None = None, # any `concurrent.futures.Executor` to use instead
+    progress: str = "",             # text of a progress bar; empty: none
 ) -> dict:                        # name → list of what `f` returned, one for each split
     "Fit every setting on every split, the same splits for all"
     jobs = []
@@ -160,23 +163,24 @@ def per_split(
 def _frame(rows, columns, name):
     "One frame of the rows of all settings"
     frames = {key: pd.DataFrame(values, columns=columns(len(values[0]))) for key, values in rows.items()}
-    return pd.concat({key: frame.rename_axis('split') for key, frame in frames.items()}, names=[name])
+    return pd.concat({key: frame.rename_axis("split") for key, frame in frames.items()}, names=[name])
 
 # %% ../../nbs/study/00_evaluate.ipynb #c64801a1
-READ_OUTS = ('logits', 'nearest', 'centroid')
+READ_OUTS = ("logits", "nearest", "centroid")
 
 def task_scores(
     fitted,                  # a fitted method
     weights: dict,           # of M models, `(M, …)` by name
-    known: tuple|None=None,  # weights and labels of models of the tasks to choose from; not needed for logits
-    read_out: str='logits',  # or the similarity to a task's `'nearest'` known model, or to the `'centroid'` of them
+    known: tuple|None = None,  # weights and labels of models of the tasks to choose from; not needed for logits
+    read_out: str = "logits",  # or the similarity to a task's `'nearest'` known model, or to the `'centroid'` of them
 ) -> Tensor:                 # a score for each of the method's tasks, `(M, tasks)`
     "How much each model looks like one of each task; raises `ValueError` for an unknown read-out"
     if read_out not in READ_OUTS: raise ValueError(f"read-out {read_out!r} is unknown: take {', '.join(READ_OUTS)}")
-    if read_out == 'logits': return score_models(fitted, weights)
-    z, known_z = embed_models(fitted, weights), embed_models(fitted, known[0])
+    if read_out == "logits": return score_models(fitted, weights)
+    z = embed_models(fitted, weights)
+    known_z = embed_models(fitted, known[0])
     of_task = [known[1] == task for task in fitted.tasks]
-    if read_out == 'centroid': return similarity(z, torch.stack([known_z[at].mean(0) for at in of_task]))
+    if read_out == "centroid": return similarity(z, torch.stack([known_z[at].mean(0) for at in of_task]))
     s = similarity(z, known_z)
     return torch.stack([s[:, at].amax(1) for at in of_task], 1)
 
@@ -187,30 +191,31 @@ def top_k(
     splits: list,     # from `classification_splits`
 ) -> pd.DataFrame:    # one row a name and split, columns top-1 … top-K for K tasks
     "Top-k of scores, whatever they come from"
-    tasks, rows = torch.tensor(models.tasks), {}
+    tasks = torch.tensor(models.tasks)
+    rows = {}
     for name, of_splits in outputs.items():
         rows[name] = [rank_k(scores, models.labels[test], tasks) for scores, (_, test) in zip(of_splits, splits)]
-    return _frame(rows, lambda n: [f'top-{k + 1}' for k in range(n)], 'method')
+    return _frame(rows, lambda n: [f"top-{k + 1}" for k in range(n)], "method")
 
 # %% ../../nbs/study/00_evaluate.ipynb #539215d7
 def classify(
     models: ModelSet,             # all models
     splits: list,                 # from `classification_splits`
-    progress: bool=False,         # show a bar
-    workers: int=1,               # processes; 1: in this one
-    executor: Executor|None=None, # any `concurrent.futures.Executor` to use instead
-    read_out: str='logits',       # as in `task_scores`
-    settings: dict|None=None,     # name → method and settings, for a frame of all of them, with the name as `method`
+    progress: bool = False,         # show a bar
+    workers: int = 1,               # processes; 1: in this one
+    executor: Executor|None = None, # any `concurrent.futures.Executor` to use instead
+    read_out: str = "logits",       # as in `task_scores`
+    settings: dict|None = None,     # name → method and settings, for a frame of all of them, with the name as `method`
     **kwargs,                     # for all: method, layers, epochs, n_filters, …
 ) -> pd.DataFrame:                # one row a split, columns top-1 … top-K for K tasks
     "Fit on each split's training models, classify its test models, §5.1"
     def scores(fitted, split):
         train, test = [observations(models, fitted, which) for which in split]
         return task_scores(fitted, test, (train, models.labels[split[0]]), read_out)
-    asked = {name: kwargs | how for name, how in (settings or {'': {}}).items()}
-    outputs = per_split(models, splits, asked, scores, workers, executor, 'classification'*progress)
+    asked = {name: kwargs | how for name, how in (settings or {"": {}}).items()}
+    outputs = per_split(models, splits, asked, scores, workers, executor, "classification"*progress)
     runs = top_k(outputs, models, splits)
-    return runs if settings else runs.droplevel('method')
+    return runs if settings else runs.droplevel("method")
 
 # %% ../../nbs/study/00_evaluate.ipynb #0b08b4b6
 def _retrieval_row(models, fitted, query, gallery):
@@ -223,29 +228,29 @@ def _retrieval_row(models, fitted, query, gallery):
 def retrieve(
     models: ModelSet,             # all models
     splits: list,                 # from `retrieval_splits`
-    progress: bool=False,         # show a bar
-    workers: int=1,               # processes; 1: in this one
-    executor: Executor|None=None, # any `concurrent.futures.Executor` to use instead
-    settings: dict|None=None,     # name → method and settings, for a frame of all of them, with the name as `method`
+    progress: bool = False,         # show a bar
+    workers: int = 1,               # processes; 1: in this one
+    executor: Executor|None = None, # any `concurrent.futures.Executor` to use instead
+    settings: dict|None = None,     # name → method and settings, for a frame of all of them, with the name as `method`
     **kwargs,                     # for all: method, layers, epochs, n_filters, …
 ) -> pd.DataFrame:                # one row a split, columns rank-1 … rank-G for G models in the gallery, and mAP
     "Fit on each split's training tasks, rank its gallery for each query by the cosine of embeddings, §5.2"
     def row(fitted, split): return _retrieval_row(models, fitted, *split[1:])
-    asked = {name: kwargs | how for name, how in (settings or {'': {}}).items()}
-    rows = per_split(models, splits, asked, row, workers, executor, 'retrieval'*progress)
-    runs = _frame(rows, lambda n: [f'rank-{k + 1}' for k in range(n - 1)] + ['mAP'], 'method')
-    return runs if settings else runs.droplevel('method')
+    asked = {name: kwargs | how for name, how in (settings or {"": {}}).items()}
+    rows = per_split(models, splits, asked, row, workers, executor, "retrieval"*progress)
+    runs = _frame(rows, lambda n: [f"rank-{k + 1}" for k in range(n - 1)] + ["mAP"], "method")
+    return runs if settings else runs.droplevel("method")
 
 # %% ../../nbs/study/00_evaluate.ipynb #4513c897
 def table1(
     models: ModelSet,     # all models
-    n_splits: int=10,     # random splits
-    n_train: int=8,       # models of each task to learn from
-    methods: tuple|None=None, # rows; None: those of `default_methods`
-    seed: int=0,          # decides the splits
-    progress: bool=False, # show a bar
-    workers: int=1,       # processes; 1: in this one
-    executor: Executor|None=None, # any `concurrent.futures.Executor` to use instead
+    n_splits: int = 10,     # random splits
+    n_train: int = 8,       # models of each task to learn from
+    methods: tuple|None = None, # rows; None: those of `default_methods`
+    seed: int = 0,          # decides the splits
+    progress: bool = False, # show a bar
+    workers: int = 1,       # processes; 1: in this one
+    executor: Executor|None = None, # any `concurrent.futures.Executor` to use instead
     **kwargs,             # settings for all methods
 ) -> pd.DataFrame:        # one row a method and split, columns top-1 … top-K
     "Task classification of the paper's Table 1, by LPS and its baselines on the same splits"
@@ -256,14 +261,14 @@ def table1(
 # %% ../../nbs/study/00_evaluate.ipynb #e02a84cf
 def table2(
     models: ModelSet,            # all models
-    n_splits: int=10,            # random splits
-    n_test_tasks: int|None=None, # tasks held out; None: a fifth, two at least
-    n_query: int=2,              # queries of each held-out task
-    methods: tuple|None=None, # rows; None: those of `default_methods`
-    seed: int=0,                 # decides the splits
-    progress: bool=False,        # show a bar
-    workers: int=1,              # processes; 1: in this one
-    executor: Executor|None=None, # any `concurrent.futures.Executor` to use instead
+    n_splits: int = 10,            # random splits
+    n_test_tasks: int|None = None, # tasks held out; None: a fifth, two at least
+    n_query: int = 2,              # queries of each held-out task
+    methods: tuple|None = None, # rows; None: those of `default_methods`
+    seed: int = 0,                 # decides the splits
+    progress: bool = False,        # show a bar
+    workers: int = 1,              # processes; 1: in this one
+    executor: Executor|None = None, # any `concurrent.futures.Executor` to use instead
     **kwargs,                    # settings for all methods
 ) -> pd.DataFrame:               # one row a method and split, columns rank-1 … rank-G and mAP
     "Task retrieval of the paper's Table 2, by LPS and its baselines on the same splits"
@@ -274,35 +279,36 @@ def table2(
 # %% ../../nbs/study/00_evaluate.ipynb #21948840
 def _percent_text(mean, sd):
     "Mean ± sd in percent; of one split the value alone"
-    return f'{mean:.1f} ± {sd:.1f}' if sd >= 0 else f'{mean:.1f}'
+    return f"{mean:.1f} ± {sd:.1f}" if sd >= 0 else f"{mean:.1f}"
 
 def _chance_rows(measure, ks, n_right, n_all, with_map):
     "Both random rows as text"
     rows = {}
-    for kind in ('with', 'without'):
-        chances = random_row(ks, n_right, n_all, kind == 'with')
-        rows[f'random, {kind} replacement'] = {f'{measure}-{k}': f'{100*c:.1f}' for k, c in zip(ks, chances)}
-    if with_map: rows['random, without replacement']['mAP'] = f'{100*random_map(n_right, n_all):.1f}'
+    for kind in ("with", "without"):
+        chances = random_row(ks, n_right, n_all, kind == "with")
+        rows[f"random, {kind} replacement"] = {f"{measure}-{k}": f"{100*c:.1f}" for k, c in zip(ks, chances)}
+    if with_map: rows["random, without replacement"]["mAP"] = f"{100*random_map(n_right, n_all):.1f}"
     return rows
 
 # %% ../../nbs/study/00_evaluate.ipynb #9765f9ac
 def _method_rows(runs):
     "Each method's row as text"
-    rows, stats = {}, (100*runs).groupby(level='method', sort=False).agg(['mean', 'std'])
+    rows = {}
+    stats = (100*runs).groupby(level="method", sort=False).agg(["mean", "std"])
     for method, row in stats.iterrows():
-        rows[method_title(method)] = {c: _percent_text(row[c, 'mean'], row[c, 'std']) for c in runs}
+        rows[method_title(method)] = {c: _percent_text(row[c, "mean"], row[c, "std"]) for c in runs}
     return rows
 
 def summary(
     runs: pd.DataFrame,       # from `table1` or `table2`
-    n_right: int=1, # right answers in each list: 1 for classification, models of a task in the gallery for retrieval
-    ks: tuple=(1, 5, 10),     # the places k to show
+    n_right: int = 1, # right answers in each list: 1 for classification, models of a task in the gallery for retrieval
+    ks: tuple = (1, 5, 10),     # the places k to show
 ) -> pd.DataFrame:            # text, one row a method, both random rows first
     "Mean ± sd in percent over splits, beside chance; of one split the value alone"
-    measure = 'top' if 'top-1' in runs else 'rank'
+    measure = "top" if "top-1" in runs else "rank"
     n_all = int(runs.columns.str.startswith(measure).sum())
-    ks = [k for k in ks if k < n_all or measure == 'rank' and k == n_all]
-    columns = [f'{measure}-{k}' for k in ks] + [c for c in runs if c == 'mAP']
-    rows = _chance_rows(measure, ks, n_right, n_all, 'mAP' in columns)
+    ks = [k for k in ks if k < n_all or measure == "rank" and k == n_all]
+    columns = [f"{measure}-{k}" for k in ks] + [c for c in runs if c == "mAP"]
+    rows = _chance_rows(measure, ks, n_right, n_all, "mAP" in columns)
     rows |= _method_rows(runs[columns])
-    return pd.DataFrame.from_dict(rows, orient='index', columns=columns).fillna('').rename_axis('method')
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).fillna("").rename_axis("method")

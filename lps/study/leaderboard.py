@@ -21,11 +21,12 @@ from ..models.modelset import ModelSet
 def method_seconds(
     models: ModelSet,  # to fit on, and to ask about
     method: str,       # its name
-    n_queries: int=5,  # models that are asked about, one after the other
+    n_queries: int = 5,  # models that are asked about, one after the other
     **settings,        # of the fit
 ) -> float:            # CPU seconds for one model
     "What it costs to read a model and to describe it by a method"
-    fitted, n = fit_method(models, method, **settings), min(n_queries, len(models))
+    fitted = fit_method(models, method, **settings)
+    n = min(n_queries, len(models))
     start = time.process_time()
     for i in range(n): embed_models(fitted, models[i])
     return round((time.process_time() - start)/n, 4)
@@ -36,25 +37,26 @@ def measured(
 ) -> pd.DataFrame:    # one row a method and file: set, tasks, known, splits, top-1 and its sd, rank-1, mAP, seconds
     "What every method reached on every model set"
     rows = []
-    for record in result_files(folder, 'leaderboard').values():
-        for method, runs in record['runs'].items(): rows.append(_measured_row(record, method, runs))
-    columns = ['method', 'set', 'tasks', 'known', 'splits', 'top-1', 'sd', 'rank-1', 'mAP', 'seconds']
+    for record in result_files(folder, "leaderboard").values():
+        for method, runs in record["runs"].items(): rows.append(_measured_row(record, method, runs))
+    columns = ["method", "set", "tasks", "known", "splits", "top-1", "sd", "rank-1", "mAP", "seconds"]
     return pd.DataFrame(rows, columns=columns)
 
 def _measured_row(record, method, runs):
     "A method's numbers in a record; empty where it has none"
-    top1, settings = 100*np.asarray(runs['top-1']), record['settings']
-    unseen = record.get('retrieval', {}).get(method_title(method), {})
-    seconds = record.get('seconds', {}).get(method, np.nan)
+    top1 = 100*np.asarray(runs["top-1"])
+    settings = record["settings"]
+    unseen = record.get("retrieval", {}).get(method_title(method), {})
+    seconds = record.get("seconds", {}).get(method, np.nan)
     return dict(
         method=method,
-        set=settings['name'],
-        tasks=record['model_set']['tasks'],
-        known=settings['n_train'],
+        set=settings["name"],
+        tasks=record["model_set"]["tasks"],
+        known=settings["n_train"],
         splits=len(top1),
         sd=top1.std(ddof=1) if len(top1) > 1 else np.nan,
         seconds=seconds,
-    ) | {'top-1': top1.mean(), 'rank-1': unseen.get('rank-1', ''), 'mAP': unseen.get('mAP', '')}
+    ) | {"top-1": top1.mean(), "rank-1": unseen.get("rank-1", ""), "mAP": unseen.get("mAP", "")}
 
 # %% ../../nbs/study/08_leaderboard.ipynb #5b92a0cb
 def leaderboard(
@@ -64,39 +66,39 @@ def leaderboard(
     found = measured(folder)
     if found.empty: return pd.DataFrame()
     table = _facts(found)
-    for (name, tasks, known), of_set in found.groupby(['set', 'tasks', 'known'], sort=False):
-        heading = f'{name}: {tasks} tasks, {known} known of each'
+    for (name, tasks, known), of_set in found.groupby(["set", "tasks", "known"], sort=False):
+        heading = f"{name}: {tasks} tasks, {known} known of each"
         for column, values in _of_set(of_set).items(): table[heading, column] = values
-    order = found.groupby('method')['top-1'].mean().sort_values(ascending=False).index
+    order = found.groupby("method")["top-1"].mean().sort_values(ascending=False).index
     table = table.loc[order].rename(index=method_title)
     for columns in _joined(folder, table.index): table = table.join(columns)
-    return table.fillna('').rename_axis('method')
+    return table.fillna("").rename_axis("method")
 
 def _facts(found):
     "What the registry and the clock say of each method"
     rows = {}
-    for method, seconds in found.groupby('method', sort=False).seconds:
+    for method, seconds in found.groupby("method", sort=False).seconds:
         known = METHODS.get(method)
         rows[method] = {
-            ('', 'needs'): known.needs if known else '',
-            ('', 'exact invariances'): ', '.join(known.invariances) if known else '',
-            ('', 'seconds a model'): '' if seconds.isna().all() else f'{seconds.mean():.2g}',
-            ('', 'note'): known.caveat if known else '',
+            ("", "needs"): known.needs if known else "",
+            ("", "exact invariances"): ", ".join(known.invariances) if known else "",
+            ("", "seconds a model"): "" if seconds.isna().all() else f"{seconds.mean():.2g}",
+            ("", "note"): known.caveat if known else "",
         }
-    return pd.DataFrame.from_dict(rows, orient='index')
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 # %% ../../nbs/study/08_leaderboard.ipynb #4210da6d
 def _of_set(found):
     "Text for each method on one model set"
-    rows = found.drop_duplicates('method', keep='last').set_index('method')
-    top1 = [f"{mean:.1f} ± {sd:.1f}" for mean, sd in zip(rows['top-1'], rows.sd)]
-    return {'top-1': pd.Series(top1, rows.index), 'rank-1': rows['rank-1'], 'mAP': rows['mAP']}
+    rows = found.drop_duplicates("method", keep="last").set_index("method")
+    top1 = [f"{mean:.1f} ± {sd:.1f}" for mean, sd in zip(rows["top-1"], rows.sd)]
+    return {"top-1": pd.Series(top1, rows.index), "rank-1": rows["rank-1"], "mAP": rows["mAP"]}
 
 def _joined(folder, titles):
     "Tables of other experiments whose rows are methods, under the experiment's title"
     for path, record in result_files(folder).items():
         experiment = EXPERIMENTS[kind_of(path)]
-        if experiment.kind in ('leaderboard', 'table1', 'table2', 'triplet') or experiment.table is None: continue
+        if experiment.kind in ("leaderboard", "table1", "table2", "triplet") or experiment.table is None: continue
         table = experiment.table(record)
         rows = table[table.index.isin(titles)] if table.index.nlevels == 1 else table[:0]
         heading = f"{experiment.title}, {record['settings']['name']}"
@@ -108,10 +110,11 @@ def best_for(
     found: pd.DataFrame, # of one model set, from `measured`
 ) -> dict:               # need → the best top-1 that can be had for so much or less, in %
     "What each further need buys"
-    best, reached = {}, -np.inf
+    best = {}
+    reached = -np.inf
     for need in NEEDS:
         free = [METHODS[m].needs == need and not METHODS[m].caveat for m in found.method]
-        reached = max([reached, *found['top-1'][free]])
+        reached = max([reached, *found["top-1"][free]])
         if any(free): best[need] = reached
     return best
 
@@ -130,25 +133,26 @@ def _spread_labels(heights, apart):
 # %% ../../nbs/study/08_leaderboard.ipynb #f29a6349
 def _short(method):
     "A method's title without what stands before or behind a colon"
-    return 'LPS' if method.name == 'lps' else method.title.split(':')[-1].strip()
+    return "LPS" if method.name == "lps" else method.title.split(":")[-1].strip()
 
 def _draw_need(ax, x, rows):
     "The methods of one need, lowest first, their names beside them"
-    rows = rows.sort_values('top-1', ignore_index=True)
-    labels = _spread_labels(rows['top-1'].tolist(), 5)
-    for i, (name, top1, sd) in enumerate(zip(rows.method, rows['top-1'], rows.sd)):
-        method, place = METHODS[name], x + .04*(i % 3 - 1)
-        colour = 'C3' if name == 'lps' else 'C0'
-        face = 'white' if method.caveat else colour
-        ax.errorbar(place, top1, sd, fmt='o', ms=8, mfc=face, mec=colour, ecolor=colour, elinewidth=1)
+    rows = rows.sort_values("top-1", ignore_index=True)
+    labels = _spread_labels(rows["top-1"].tolist(), 5)
+    for i, (name, top1, sd) in enumerate(zip(rows.method, rows["top-1"], rows.sd)):
+        method = METHODS[name]
+        place = x + .04*(i % 3 - 1)
+        colour = "C3" if name == "lps" else "C0"
+        face = "white" if method.caveat else colour
+        ax.errorbar(place, top1, sd, fmt="o", ms=8, mfc=face, mec=colour, ecolor=colour, elinewidth=1)
         ax.annotate(
             text=f"{_short(method)}  {top1:.0f}",
             xy=(place, top1),
             xytext=(x + .12, labels[i]),
-            va='center',
+            va="center",
             fontsize=8,
             color=colour,
-            arrowprops=dict(arrowstyle='-', lw=.4, color='.7', shrinkA=0, shrinkB=5),
+            arrowprops=dict(arrowstyle="-", lw=.4, color=".7", shrinkA=0, shrinkB=5),
         )
 
 # %% ../../nbs/study/08_leaderboard.ipynb #901ce21b
@@ -158,20 +162,21 @@ def plot_needs(
     ax=None,             # to draw on; None: a new one
 ):                       # axes
     "Top-1 of each method against what it needs, and the best for so much or less"
-    if ax is None: _, ax = plt.subplots(figsize=(8, 4.6), layout='constrained')
-    best, needs = best_for(found), found.method.map(lambda name: METHODS[name].needs)
+    if ax is None: _, ax = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    best = best_for(found)
+    needs = found.method.map(lambda name: METHODS[name].needs)
     used = [need for need in NEEDS if need in set(needs)]
     for x, need in enumerate(used): _draw_need(ax, x, found[needs == need])
     heights = [chance, *(best.get(need, np.nan) for need in used)]
     places = [-.6, *range(len(used)), len(used) - .2]
-    ax.step(places, [*heights, heights[-1]], where='post', color='C0', lw=6, alpha=.15)
-    ax.axhline(chance, color='.6', lw=1, ls=':')
-    ax.text(len(used) - .25, chance + 1, f'chance {chance:.0f}', ha='right', color='.5', fontsize=8)
-    caveats = {METHODS[name].caveat for name in found.method} - {''}
-    if caveats: ax.set_xlabel('hollow: ' + '; '.join(sorted(caveats)), fontsize=8)
-    ax.set(xlim=(-.6, len(used) - .2), ylim=(0, 105), ylabel='task named right, %')
+    ax.step(places, [*heights, heights[-1]], where="post", color="C0", lw=6, alpha=.15)
+    ax.axhline(chance, color=".6", lw=1, ls=":")
+    ax.text(len(used) - .25, chance + 1, f"chance {chance:.0f}", ha="right", color=".5", fontsize=8)
+    caveats = {METHODS[name].caveat for name in found.method} - {""}
+    if caveats: ax.set_xlabel("hollow: " + "; ".join(sorted(caveats)), fontsize=8)
+    ax.set(xlim=(-.6, len(used) - .2), ylim=(0, 105), ylabel="task named right, %")
     ax.set_xticks(range(len(used)), used)
-    ax.spines[['top', 'right']].set_visible(False)
+    ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 # %% ../../nbs/study/08_leaderboard.ipynb #ec8ae50f
@@ -181,12 +186,13 @@ def show_needs(
 ):                      # axes
     "The picture of one model set; raises `ValueError` with those there are for another name"
     found = measured(folder)
-    known = (found['set'] == name) & found.method.isin(list(METHODS))
-    of_set = found[known & (found.tasks == found.tasks[known].max())].drop_duplicates('method', keep='last')
+    known = (found["set"] == name) & found.method.isin(list(METHODS))
+    of_set = found[known & (found.tasks == found.tasks[known].max())].drop_duplicates("method", keep="last")
     if of_set.empty:
-        names = ', '.join(found['set'].unique())
+        names = ", ".join(found["set"].unique())
         raise ValueError(f"no methods were measured on {name!r}: take one of {names}")
-    tasks, n_train = of_set.tasks.iloc[0], of_set.known.iloc[0]
+    tasks = of_set.tasks.iloc[0]
+    n_train = of_set.known.iloc[0]
     ax = plot_needs(of_set, 100/tasks)
     ax.set_title(f"{name}: {tasks} tasks, {n_train} networks of each to learn from", fontsize=10)
     return ax

@@ -32,16 +32,16 @@ from .transfer import PREDICTORS, check_transfer, with_interval
 # %% ../../nbs/study/04_plots.ipynb #89d06451
 def _plain(text, n=None):
     "Text as matplotlib shows it literally: no formulas, no control characters, one line, at most n characters"
-    text = printable(' '.join(str(text).split()))
-    if n and len(text) > n: text = text[:n - 1] + '…'
-    return text.replace('$', r'\$')
+    text = printable(" ".join(str(text).split()))
+    if n and len(text) > n: text = text[:n - 1] + "…"
+    return text.replace("$", r"\$")
 
 def _task_texts(tasks, names, n=24):
     "What to write for each of the ascending tasks; names is a dict by task, a list in this order, or None"
     if names is None: return [str(t) for t in tasks]
     if not isinstance(names, dict):
         if len(names) != len(tasks):
-            cure = 'give one for each task in ascending order, or a dict task → name'
+            cure = "give one for each task in ascending order, or a dict task → name"
             raise ValueError(f"{len(names)} names for {len(tasks)} tasks: {cure}")
         names = dict(zip(tasks, names))
     return [_plain(names.get(t, t), n) for t in tasks]
@@ -50,13 +50,13 @@ def _task_texts(tasks, names, n=24):
 def _order_by_task(labels):
     "Order of the models by task, the ascending tasks, and where each one starts and the last one ends"
     labels = np.asarray(labels)
-    order = np.argsort(labels, kind='stable')
+    order = np.argsort(labels, kind="stable")
     tasks, starts = np.unique(labels[order], return_index=True)
     return order, tasks.tolist(), np.append(starts, len(labels))
 
 def _axes_or_new(ax, width, height):
     "The axes given, or those of a new figure, in inches"
-    return ax if ax is not None else plt.subplots(figsize=(width, height), layout='constrained')[1]
+    return ax if ax is not None else plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 # %% ../../nbs/study/04_plots.ipynb #6e29f16c
 def _label_size(ax, n):
@@ -69,7 +69,8 @@ def _label_size(ax, n):
 def _name_blocks(ax, texts, edges):
     "Write each task's name at the middle of its models, on both axes"
     size, step = _label_size(ax, len(texts))
-    middle, texts = ((edges[:-1] + edges[1:] - 1)/2)[::step], texts[::step]
+    middle = ((edges[:-1] + edges[1:] - 1)/2)[::step]
+    texts = texts[::step]
     upright = max(map(len, texts)) > 3 or len(texts) > 25
     ax.set_xticks(middle, texts, fontsize=size, rotation=90 if upright else 0)
     ax.set_yticks(middle, texts, fontsize=size)
@@ -89,18 +90,18 @@ def _checked_similarity(sim, n):
 def _draw_similarity(ax, sim, edges):
     "The heatmap, with white lines between tasks"
     low = np.floor(10*sim.min() + 1e-4)/10
-    image = ax.imshow(sim, cmap='viridis', vmin=low, vmax=1, interpolation='nearest')
+    image = ax.imshow(sim, cmap="viridis", vmin=low, vmax=1, interpolation="nearest")
     width = float(np.clip(8/(len(edges) - 1), .25, 1))
-    for draw in (ax.hlines, ax.vlines): draw(edges[1:-1] - .5, -.5, len(sim) - .5, colors='white', lw=width)
-    ax.figure.colorbar(image, ax=ax, shrink=.7, label='similarity (cosine)')
+    for draw in (ax.hlines, ax.vlines): draw(edges[1:-1] - .5, -.5, len(sim) - .5, colors="white", lw=width)
+    ax.figure.colorbar(image, ax=ax, shrink=.7, label="similarity (cosine)")
 
 # %% ../../nbs/study/04_plots.ipynb #609dbd04
 def plot_similarity(
     sim: Tensor,              # similarity of all pairs, `(M, M)`, in [-1, 1]
     labels: Tensor,           # task of each model, `(M,)`
-    names: dict|list=None,    # task → text, or one text a task in ascending order; default: the number
-    title: str='',            # say which data set it is
-    ax: Axes=None,            # where to draw; default: a new figure
+    names: dict|list = None,    # task → text, or one text a task in ascending order; default: the number
+    title: str = "",            # say which data set it is
+    ax: Axes = None,            # where to draw; default: a new figure
 ) -> Axes:                    # the axes; `.figure` is the figure
     "Heatmap of the models' similarity, ordered by task; raises `ValueError` for other shapes and for NaN"
     if not len(labels): raise ValueError("no models: there is nothing to draw")
@@ -130,24 +131,24 @@ def _principal_components(x):
 
 def map_2d(
     embedding: Tensor, # `(M, E)`
-    seed: int=0,       # of t-SNE; the same seed gives the same map
+    seed: int = 0,       # of t-SNE; the same seed gives the same map
 ):                     # array `(M, 2)`, and how it was made, as text
     "A plane map of embeddings: t-SNE of cosine distances; principal components for models that are few or all equal"
     x = _unit_rows(embedding)
-    if len(x) < 12 or np.ptp(x, axis=0).max() < 1e-6: return _principal_components(x), 'first two principal components'
+    if len(x) < 12 or np.ptp(x, axis=0).max() < 1e-6: return _principal_components(x), "first two principal components"
     perplexity = min(30, (len(x) - 1)//3)
-    tsne = TSNE(metric='cosine', init='pca', perplexity=perplexity, random_state=seed)
+    tsne = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed)
     with threadpool_limits(1): xy = tsne.fit_transform(x.astype(np.float32))
-    return xy, f't-SNE, cosine distance, perplexity {perplexity}'
+    return xy, f"t-SNE, cosine distance, perplexity {perplexity}"
 
 # %% ../../nbs/study/04_plots.ipynb #f424a6af
 # Okabe and Ito's colours, without the yellow that is too light for lines
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#E69F00', '#000000', '#8C6D1F')
-SHAPES = 'osD^vPX*'
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C6D1F")
+SHAPES = "osD^vPX*"
 
 def _spread_shades(n):
     "n shades of which neighbours in number are far apart in colour"
-    shades = plt.get_cmap('turbo')(np.linspace(.03, .97, n))*[.8, .8, .8, 1]
+    shades = plt.get_cmap("turbo")(np.linspace(.03, .97, n))*[.8, .8, .8, 1]
     step = int(n*.38) or 1
     while np.gcd(step, n) != 1: step += 1
     return [shades[i*step % n] for i in range(n)]
@@ -156,7 +157,7 @@ def _task_marks(tasks):
     "Marker, colour and size for each task"
     if len(tasks) <= len(COLOURS): return [(m, c, 34) for m, c in zip(SHAPES, COLOURS)][:len(tasks)]
     size = 22 if len(tasks) > 20 else 34
-    return [(f'${t}$', shade, size*len(str(t))) for t, shade in zip(tasks, _spread_shades(len(tasks)))]
+    return [(f"${t}$", shade, size*len(str(t))) for t, shade in zip(tasks, _spread_shades(len(tasks)))]
 
 # %% ../../nbs/study/04_plots.ipynb #dff3b329
 def _legend_columns(ax, texts, size):
@@ -171,7 +172,7 @@ def _legend_below(ax, size, below=.05):
     handles, texts = ax.get_legend_handles_labels()
     look = dict(frameon=False, handletextpad=.5, columnspacing=1.5, fontsize=size)
     n_cols = _legend_columns(ax, texts, size)
-    ax.legend(handles, texts, loc='upper center', bbox_to_anchor=(.5, -below), ncols=n_cols, **look)
+    ax.legend(handles, texts, loc="upper center", bbox_to_anchor=(.5, -below), ncols=n_cols, **look)
 
 # %% ../../nbs/study/04_plots.ipynb #4c7ad22e
 def _scatter_tasks(ax, xy, labels, texts):
@@ -197,18 +198,19 @@ def _finish_map(ax, how, title):
 def plot_embedding(
     embedding: Tensor,        # `(M, E)`
     labels: Tensor,           # task of each model, `(M,)`
-    names: dict|list=None,    # task → text, or one text a task in ascending order; default: the number
-    title: str='',            # say which data set it is
-    seed: int=0,              # of t-SNE
-    ax: Axes=None,            # where to draw; default: a new figure
+    names: dict|list = None,    # task → text, or one text a task in ascending order; default: the number
+    title: str = "",            # say which data set it is
+    seed: int = 0,              # of t-SNE
+    ax: Axes = None,            # where to draw; default: a new figure
 ) -> Axes:                    # the axes; `.figure` is the figure
     "Map of the models in the plane, one colour and shape a task; raises `ValueError` for NaN"
-    labels, named = np.asarray(labels), names is not None
+    labels = np.asarray(labels)
+    named = names is not None
     _check_labelled(embedding, labels)
     (xy, how), tasks = map_2d(embedding, seed), np.unique(labels).tolist()
     many = len(tasks) > len(COLOURS)
     ax = _axes_or_new(ax, 6.6, 6.6 + .01*len(tasks)*named if many else 4.8)
-    _scatter_tasks(ax, xy, labels, _task_texts(tasks, names if named else [f'task {t}' for t in tasks]))
+    _scatter_tasks(ax, xy, labels, _task_texts(tasks, names if named else [f"task {t}" for t in tasks]))
     if not many or named and len(tasks) <= 60: _legend_below(ax, 7 if many else 9)
     return _finish_map(ax, how, title)
 
@@ -220,11 +222,11 @@ def _drawing_order(method):
 
 def _curves_of(runs):
     "Title of each method → its share of right answers, `(splits, K)`"
-    k = [c for c in runs if str(c).startswith(('rank-', 'top-'))]
-    if not k or 'method' not in runs.index.names:
-        found = ', '.join(map(str, runs))
+    k = [c for c in runs if str(c).startswith(("rank-", "top-"))]
+    if not k or "method" not in runs.index.names:
+        found = ", ".join(map(str, runs))
         raise ValueError(f"curves has columns {found}: give the runs from table1 or table2, or arrays by name")
-    by_method = {m: of_method[k].to_numpy() for m, of_method in runs.groupby(level='method', sort=False)}
+    by_method = {m: of_method[k].to_numpy() for m, of_method in runs.groupby(level="method", sort=False)}
     return {method_title(m): by_method[m] for m in sorted(by_method, key=_drawing_order)}
 
 def _mean_and_sd(name, shares):
@@ -238,18 +240,20 @@ def _mean_and_sd(name, shares):
 # %% ../../nbs/study/04_plots.ipynb #600e83ba
 def _draw_curve(ax, name, mean, sd, i):
     "A curve in percent, with a band of one standard deviation"
-    k, colour = np.arange(1, len(mean) + 1), COLOURS[i % len(COLOURS)]
+    k = np.arange(1, len(mean) + 1)
+    colour = COLOURS[i % len(COLOURS)]
     look = dict(color=colour, marker=SHAPES[i % len(SHAPES)], ms=4, lw=2.2 if i == 0 else 1.5)
     ax.plot(k, 100*mean, label=_plain(name, 60), **look)
     if sd is None: return
-    low, high = np.maximum(100*(mean - sd), 0), np.minimum(100*(mean + sd), 100)
+    low = np.maximum(100*(mean - sd), 0)
+    high = np.minimum(100*(mean + sd), 100)
     ax.fill_between(k, low, high, color=colour, alpha=.15, lw=0)
 
 def _draw_chance(ax, chance, k_max):
     "Grey lines for kinds of chance"
-    for (name, share), style in zip(chance.items(), ('--', ':', '-.')):
+    for (name, share), style in zip(chance.items(), ("--", ":", "-.")):
         share = 100*np.asarray(share)[:k_max]
-        ax.plot(np.arange(1, len(share) + 1), share, color='0.45', ls=style, lw=1.3, label=_plain(name, 60))
+        ax.plot(np.arange(1, len(share) + 1), share, color="0.45", ls=style, lw=1.3, label=_plain(name, 60))
 
 def _rank_ticks(k_max):
     "Ranks to write under the axis"
@@ -271,7 +275,7 @@ def _draw_curves(ax, spread, k_max):
 
 def _finish_ranks(ax, k_max, title):
     "Axes, legend and title of a figure over ranks"
-    ax.set(xlabel='k', ylabel='right among the first k, %', xticks=_rank_ticks(k_max))
+    ax.set(xlabel="k", ylabel="right among the first k, %", xticks=_rank_ticks(k_max))
     ax.set(xlim=(0.5, k_max + 0.5), ylim=(0, 101))
     ax.grid(alpha=.25)
     _legend_below(ax, 9, .13)
@@ -281,10 +285,10 @@ def _finish_ranks(ax, k_max, title):
 # %% ../../nbs/study/04_plots.ipynb #91ca4d31
 def plot_rank_k(
     curves: dict|pd.DataFrame, # name → share right for k = 1 … K, `(K,)` or `(splits, K)`; or runs of a table
-    chance: dict=None,         # name → share, `(K,)`, from `chance_curves`
-    title: str='',             # say which data set it is
-    k_max: int=20,             # last k to draw
-    ax: Axes=None,             # where to draw; default: a new figure
+    chance: dict = None,         # name → share, `(K,)`, from `chance_curves`
+    title: str = "",             # say which data set it is
+    k_max: int = 20,             # last k to draw
+    ax: Axes = None,             # where to draw; default: a new figure
 ) -> Axes:                     # the axes; `.figure` is the figure
     "Rank-k (CMC) curves in percent: mean over splits with a band of one sd, and chance in grey"
     spread = _spread_of(curves, k_max)
@@ -330,13 +334,13 @@ class _DrawnRecord:
 # %% ../../nbs/study/04_plots.ipynb #c74b6959
 def _checked_record(record, *needed):
     "Raise `ValueError` with the field unless a record has what its figure needs; `needed` as 'settings.layers'"
-    where = 'the record to draw'
+    where = "the record to draw"
     known = checked(record, _DrawnRecord, where)
     if not known.runs: raise ValueError(f"{where}: field 'runs' is empty, expected one method at least")
     if known.model_set.tasks < 1: raise ValueError(f"{where}: field 'model_set.tasks' is {known.model_set.tasks}")
     for field in needed:
         part = known
-        for name in field.split('.'): part = getattr(part, name, None)
+        for name in field.split("."): part = getattr(part, name, None)
         if not part: raise ValueError(f"{where}: field {field!r} is missing or empty, this figure needs it")
 
 # %% ../../nbs/study/04_plots.ipynb #d44dd95a
@@ -346,27 +350,30 @@ def _splits_title(record):
 
 def _unseen_embedding(unseen):
     "Embeddings of unseen models, `(M, E)`; raises `ValueError` for rows of different lengths"
-    if len({len(row) for row in unseen['embedding']}) > 1:
+    if len({len(row) for row in unseen["embedding"]}) > 1:
         raise ValueError("the record to draw: field 'unseen.embedding' has rows of different lengths")
-    return torch.tensor(unseen['embedding'])
+    return torch.tensor(unseen["embedding"])
 
 def _retrieval_axes(record, runs):
     "Axes of the curve over k, beside chance"
-    n_all = len([c for c in runs if c != 'mAP'])
-    return plot_rank_k(runs, chance_curves(record['n_right'], n_all), _splits_title(record))
+    n_all = len([c for c in runs if c != "mAP"])
+    return plot_rank_k(runs, chance_curves(record["n_right"], n_all), _splits_title(record))
 
 # %% ../../nbs/study/04_plots.ipynb #6199a7db
 def record_figures(
     record: dict, # from `result_record`, with `unseen_record` merged in
 ) -> list:        # axes of the curve over k, the heatmap and the map
     "Draw a result file; raises `ValueError` with the field for a record that lacks something"
-    _checked_record(record, 'settings.n_splits', 'n_right', 'unseen.tasks', 'unseen.embedding')
-    name, unseen, runs = record['settings']['name'], record['unseen'], runs_of(record)
-    z, names = _unseen_embedding(unseen), {int(t): text for t, text in unseen['names'].items()}
+    _checked_record(record, "settings.n_splits", "n_right", "unseen.tasks", "unseen.embedding")
+    name = record["settings"]["name"]
+    unseen = record["unseen"]
+    runs = runs_of(record)
+    z = _unseen_embedding(unseen)
+    names = {int(t): text for t, text in unseen["names"].items()}
     return [
         _retrieval_axes(record, runs),
-        plot_similarity(similarity(z), unseen['tasks'], names, f'{name}: similarity of unseen models'),
-        plot_embedding(z, unseen['tasks'], names, f'{name}: map of unseen models'),
+        plot_similarity(similarity(z), unseen["tasks"], names, f"{name}: similarity of unseen models"),
+        plot_embedding(z, unseen["tasks"], names, f"{name}: map of unseen models"),
     ]
 
 # %% ../../nbs/study/04_plots.ipynb #4b8d5042
@@ -374,13 +381,13 @@ def chance_percent(
     record: dict, # a result file
 ) -> float:       # percent
     "How often a guess among the tasks is right"
-    return 100/record['model_set']['tasks']
+    return 100/record["model_set"]["tasks"]
 
 # %% ../../nbs/study/04_plots.ipynb #bcef7ebe
 def percent(
     runs: pd.DataFrame,     # from `runs_of`
     method: str,            # a row's name
-    measure: str='top-1',   # a column's name
+    measure: str = "top-1",   # a column's name
 ) -> np.ndarray:            # `(splits,)`
     "A measure of a method in percent; raises `ValueError` for one that is not in the runs"
     try: return 100*runs.loc[method, measure].to_numpy()
@@ -390,93 +397,101 @@ def percent(
 # %% ../../nbs/study/04_plots.ipynb #79abe834
 def _error_points(ax, x, values, i, label):
     "Mean and standard deviation over splits"
-    mean, sd = np.mean(values, 1), np.std(values, 1, ddof=1) if np.shape(values)[1] > 1 else None
+    mean = np.mean(values, 1)
+    sd = np.std(values, 1, ddof=1) if np.shape(values)[1] > 1 else None
     ax.errorbar(x, mean, sd, color=COLOURS[i], marker=SHAPES[i], ms=5, capsize=3, lw=1.3, label=label)
 
 def _finish_branches(ax, record, ylabel):
     "Chance, title and legend of a figure over branches"
-    n_splits = len(next(iter(record['runs'].values()))['top-1'])
-    ax.axhline(chance_percent(record), color='0.45', ls='--', lw=1.3, label='chance')
+    n_splits = len(next(iter(record["runs"].values()))["top-1"])
+    ax.axhline(chance_percent(record), color="0.45", ls="--", lw=1.3, label="chance")
     ax.set(ylabel=ylabel, ylim=(0, None))
     ax.set_title(_plain(f"{record['settings']['name']}: {n_splits} splits"), fontsize=11)
     ax.grid(alpha=.25)
-    ax.legend(fontsize=9, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
+    ax.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 # %% ../../nbs/study/04_plots.ipynb #9cad7990
 def _draw_top_k(ax, x, record, runs):
     "Top-1, 5 and 10 of each branch, as far as there are more tasks than that"
-    layers = record['settings']['layers']
-    for i, k in enumerate(k for k in (1, 5, 10) if k < record['model_set']['tasks']):
-        _error_points(ax, x, [percent(runs, l, f'top-{k}') for l in layers], i, f'top-{k}')
+    layers = record["settings"]["layers"]
+    for i, k in enumerate(k for k in (1, 5, 10) if k < record["model_set"]["tasks"]):
+        _error_points(ax, x, [percent(runs, l, f"top-{k}") for l in layers], i, f"top-{k}")
 
 def _draw_learned(ax, x, record):
     "Top-1 of the models that each branch learned from"
-    learned = [100*np.mean(record['learned'][l]) for l in record['settings']['layers']]
-    ax.plot(x, learned, color=COLOURS[0], ls=':', label='top-1 of the models\nlearned from')
+    learned = [100*np.mean(record["learned"][l]) for l in record["settings"]["layers"]]
+    ax.plot(x, learned, color=COLOURS[0], ls=":", label="top-1 of the models\nlearned from")
 
 # %% ../../nbs/study/04_plots.ipynb #aa736575
 def plot_branches(
     record: dict, # a result file of the experiment on branches
 ) -> Axes:
     "Top-1, 5 and 10 of each branch alone, and, where the file has it, top-1 of the models that it learned from"
-    _checked_record(record, 'settings.layers')
-    runs, ax = runs_of(record), _axes_or_new(None, 7.4, 3.8)
-    x = np.arange(1, len(record['settings']['layers']) + 1)
+    _checked_record(record, "settings.layers")
+    runs = runs_of(record)
+    ax = _axes_or_new(None, 7.4, 3.8)
+    x = np.arange(1, len(record["settings"]["layers"]) + 1)
     _draw_top_k(ax, x, record, runs)
-    if 'learned' in record: _draw_learned(ax, x, record)
-    ax.set(xlabel='branch', xticks=x)
-    return _finish_branches(ax, record, 'right among the first k, %')
+    if "learned" in record: _draw_learned(ax, x, record)
+    ax.set(xlabel="branch", xticks=x)
+    return _finish_branches(ax, record, "right among the first k, %")
 
 # %% ../../nbs/study/04_plots.ipynb #004496d7
 ALIGNMENTS = {
-    'both': {},
-    'filters only': dict(align_channels=False),
-    'channels only': dict(align_filters=False),
-    'neither': dict(align_filters=False, align_channels=False),
+    "both": {},
+    "filters only": dict(align_channels=False),
+    "channels only": dict(align_filters=False),
+    "neither": dict(align_filters=False, align_channels=False),
 }
 
 def plot_alignment(
     record: dict, # a result file of the experiment on alignment
 ) -> Axes:
     "Top-1 of each branch with parts of the alignment switched off"
-    _checked_record(record, 'settings.layers')
-    runs, layers, ax = runs_of(record), record['settings']['layers'], _axes_or_new(None, 7.4, 3.8)
+    _checked_record(record, "settings.layers")
+    runs = runs_of(record)
+    layers = record["settings"]["layers"]
+    ax = _axes_or_new(None, 7.4, 3.8)
     x = np.arange(2, len(layers) + 2)
     for i, variant in enumerate(ALIGNMENTS):
-        _error_points(ax, x + .12*(i - 1.5), [percent(runs, f'{variant}/{l}') for l in layers], i, variant)
-    ax.set(xlabel='branch', xticks=x)
-    return _finish_branches(ax, record, 'top-1, %')
+        _error_points(ax, x + .12*(i - 1.5), [percent(runs, f"{variant}/{l}") for l in layers], i, variant)
+    ax.set(xlabel="branch", xticks=x)
+    return _finish_branches(ax, record, "top-1, %")
 
 # %% ../../nbs/study/04_plots.ipynb #e496c94c
 def alignment_table(
     record: dict,    # a result file of the experiment on alignment
 ) -> pd.DataFrame:   # text, one row a layer, one column a variant
     "Top-1 in percent, mean ± sd over splits"
-    _checked_record(record, 'settings.layers')
-    top1, layers, columns = summary(runs_of(record), ks=(1,))['top-1'], record['settings']['layers'], {}
+    _checked_record(record, "settings.layers")
+    top1 = summary(runs_of(record), ks=(1,))["top-1"]
+    layers = record["settings"]["layers"]
+    columns = {}
     for variant in ALIGNMENTS:
-        missing = [l for l in layers if f'{variant}/{l}' not in top1]
+        missing = [l for l in layers if f"{variant}/{l}" not in top1]
         if missing: raise ValueError(printable(f"the record to draw: field 'runs.{variant}/{missing[0]}' is missing"))
-        columns[variant] = {l: top1[f'{variant}/{l}'] for l in layers}
-    return pd.DataFrame(columns).rename_axis('layer')
+        columns[variant] = {l: top1[f"{variant}/{l}"] for l in layers}
+    return pd.DataFrame(columns).rename_axis("layer")
 
 # %% ../../nbs/study/04_plots.ipynb #412699fe
 def _finish_bars(ax, names, chance, title):
     "Chance, names and title of a figure of bars, the first name on top"
-    ax.axvline(chance, color='0.45', ls='--', lw=1.3)
+    ax.axvline(chance, color="0.45", ls="--", lw=1.3)
     ax.invert_yaxis()
     ax.set_yticks(np.arange(len(names)), names)
-    ax.tick_params(axis='y', labelsize=9)
-    ax.set(xlim=(0, None), xlabel='%')
+    ax.tick_params(axis="y", labelsize=9)
+    ax.set(xlim=(0, None), xlabel="%")
     ax.set_title(title, fontsize=10)
 
 def _draw_bars(ax, values, chance, title):
     "Mean and standard deviation over splits for each name, and chance"
-    means, names = [np.mean(v) for v in values.values()], [_plain(name, 60) for name in values]
+    means = [np.mean(v) for v in values.values()]
+    names = [_plain(name, 60) for name in values]
     sd = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in values.values()]
-    colours = ['0.75' if name.startswith('oracle') else COLOURS[0] for name in names]
-    y, xerr = np.arange(len(values)), sd if any(sd) else None
+    colours = ["0.75" if name.startswith("oracle") else COLOURS[0] for name in names]
+    y = np.arange(len(values))
+    xerr = sd if any(sd) else None
     ax.barh(y, means, xerr=xerr, color=colours, error_kw=dict(capsize=3, lw=1))
     _finish_bars(ax, names, chance, title)
 
@@ -488,31 +503,32 @@ def _title_splits(fig, record):
 def _percents(record, measure):
     "Method → a measure in percent, `(splits,)`"
     runs = runs_of(record)
-    return {method: percent(runs, method, measure) for method in record['runs']}
+    return {method: percent(runs, method, measure) for method in record["runs"]}
 
 def _branch_weights(record):
     "Weight of each branch, `(L, splits)`; raises `ValueError` unless each split has one a layer"
-    n = len(record['settings']['layers'])
-    if {len(weights) for weights in record['alpha']} != {n}:
+    n = len(record["settings"]["layers"])
+    if {len(weights) for weights in record["alpha"]} != {n}:
         raise ValueError(f"the record to draw: field 'alpha' does not hold {n} weights a split, one a layer")
-    return np.array(record['alpha']).T
+    return np.array(record["alpha"]).T
 
 def _draw_weights(ax, weights):
     "Mean and standard deviation of each branch's weight"
     n = len(weights)
-    _error_points(ax, range(1, n + 1), weights, 2, 'α')
-    ax.set(xlabel='branch', ylim=(0, None), xticks=range(1, n + 1, 2))
-    ax.set_title('α learned on held-out models', fontsize=10)
+    _error_points(ax, range(1, n + 1), weights, 2, "α")
+    ax.set(xlabel="branch", ylim=(0, None), xticks=range(1, n + 1, 2))
+    ax.set_title("α learned on held-out models", fontsize=10)
 
 # %% ../../nbs/study/04_plots.ipynb #9e65863b
 def plot_fusion(
     record: dict, # a result file of the experiment on fusion
 ) -> Figure:
     "Top-1 of each way to put branches together, and the weight that each branch was given"
-    _checked_record(record, 'settings.layers', 'settings.n_splits', 'alpha')
-    top1, weights = _percents(record, 'top-1'), _branch_weights(record)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout='constrained', width_ratios=(3, 2))
-    _draw_bars(left, top1, chance_percent(record), 'top-1')
+    _checked_record(record, "settings.layers", "settings.n_splits", "alpha")
+    top1 = _percents(record, "top-1")
+    weights = _branch_weights(record)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.8), layout="constrained", width_ratios=(3, 2))
+    _draw_bars(left, top1, chance_percent(record), "top-1")
     _draw_weights(right, weights)
     _title_splits(fig, record)
     return fig
@@ -520,54 +536,55 @@ def plot_fusion(
 # %% ../../nbs/study/04_plots.ipynb #61130a5d
 def _check_classification(record):
     "Raises `ValueError` unless a record holds the runs of a classification"
-    if not record['classification'].get('runs'):
+    if not record["classification"].get("runs"):
         raise ValueError("the record to draw: field 'classification.runs' is missing or empty, this figure needs it")
 
 def _first_by_chance(record):
     "How often the first of a random ranking is right, in percent"
-    return 100*record['n_right']/runs_of(record).columns.str.startswith('rank').sum()
+    return 100*record["n_right"]/runs_of(record).columns.str.startswith("rank").sum()
 
 # %% ../../nbs/study/04_plots.ipynb #dfe3c4d7
 def plot_triplet(
     record: dict, # a result file of the experiment on triplet loss
 ) -> Figure:
     "Retrieval and classification with either loss"
-    _checked_record(record, 'settings.n_splits', 'n_right', 'classification')
+    _checked_record(record, "settings.n_splits", "n_right", "classification")
     _check_classification(record)
-    unseen, known = _percents(record, 'rank-1'), _percents(record['classification'], 'top-1')
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout='constrained')
-    _draw_bars(left, unseen, _first_by_chance(record), 'rank-1, unseen tasks')
-    _draw_bars(right, known, chance_percent(record), 'top-1, known tasks')
-    right.tick_params(axis='y', labelsize=7)
+    unseen = _percents(record, "rank-1")
+    known = _percents(record["classification"], "top-1")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+    _draw_bars(left, unseen, _first_by_chance(record), "rank-1, unseen tasks")
+    _draw_bars(right, known, chance_percent(record), "top-1, known tasks")
+    right.tick_params(axis="y", labelsize=7)
     _title_splits(fig, record)
     return fig
 
 # %% ../../nbs/study/04_plots.ipynb #dd1fd682
 def _draw_top1(ax, points, curve):
     "Top-1 and chance in percent; over epochs also the accuracy of the networks"
-    look = dict(color=COLOURS[0], marker='o', ms=4, capsize=3)
-    ax.errorbar(points.x, 100*points['mean'], 100*points.sd, label='LPS, mean ± sd over splits', **look)
-    ax.plot(points.x, 100*points.chance, color='0.45', ls='--', label='chance')
-    if curve == 'epochs' and points.val_accuracy.notna().all():
-        own = dict(color=COLOURS[2], ls=':', marker='s', ms=3, label='accuracy of the networks\non their own task')
+    look = dict(color=COLOURS[0], marker="o", ms=4, capsize=3)
+    ax.errorbar(points.x, 100*points["mean"], 100*points.sd, label="LPS, mean ± sd over splits", **look)
+    ax.plot(points.x, 100*points.chance, color="0.45", ls="--", label="chance")
+    if curve == "epochs" and points.val_accuracy.notna().all():
+        own = dict(color=COLOURS[2], ls=":", marker="s", ms=3, label="accuracy of the networks\non their own task")
         ax.plot(points.x, 100*points.val_accuracy.astype(float), **own)
 
 def _draw_times_chance(ax, points, curve):
     "Top-1 as a multiple of chance"
-    ax.errorbar(points.x, points.times, points.sd/points.chance, color=COLOURS[0], marker='o', ms=4, capsize=3)
-    ax.axhline(1, color='0.45', ls='--')
+    ax.errorbar(points.x, points.times, points.sd/points.chance, color=COLOURS[0], marker="o", ms=4, capsize=3)
+    ax.axhline(1, color="0.45", ls="--")
     ax.set(xlabel=CURVES[curve], xticks=points.x)
 
 # %% ../../nbs/study/04_plots.ipynb #7ec624d2
 def _curve_grid(n):
     "A figure with two rows of n axes"
-    grid = dict(figsize=(3.4*n, 5.2), sharex='col', sharey='row', squeeze=False, layout='constrained')
+    grid = dict(figsize=(3.4*n, 5.2), sharex="col", sharey="row", squeeze=False, layout="constrained")
     return plt.subplots(2, n, **grid)
 
 def _finish_curves(fig, axs, name):
     "Units, legend and title of the curves"
-    axs[0, 0].set(ylabel='top-1, %', ylim=(0, None))
-    axs[1, 0].set(ylabel='times chance', ylim=(0, None))
+    axs[0, 0].set(ylabel="top-1, %", ylim=(0, None))
+    axs[1, 0].set(ylabel="times chance", ylim=(0, None))
     axs[0, -1].legend(fontsize=8, frameon=False)
     fig.suptitle(_plain(name), fontsize=11)
     return fig
@@ -584,30 +601,32 @@ def plot_curves(
         _draw_top1(top, t[t.curve == curve], curve)
         _draw_times_chance(low, t[t.curve == curve], curve)
         for ax in (top, low): ax.grid(alpha=.25)
-    return _finish_curves(fig, axs, record['settings'].get('name', ''))
+    return _finish_curves(fig, axs, record["settings"].get("name", ""))
 
 # %% ../../nbs/study/04_plots.ipynb #fb8e4c28
 def _draw_predictor(ax, record, name, other):
     "Transfer against one predictor"
     colour = COLOURS[1] if name in METHODS else COLOURS[0]
-    x, y = np.array(record['predictors'][name], float)[other], np.array(record['ari'], float)[other]
+    x = np.array(record["predictors"][name], float)[other]
+    y = np.array(record["ari"], float)[other]
     ax.scatter(x, y, s=14, alpha=.6, lw=0, color=colour)
     ax.set_title(f"{_plain(PREDICTORS.get(name, name))}\nρ {with_interval(record['rho'][name], '')}", fontsize=9)
     ax.grid(alpha=.25)
-    ax.locator_params(axis='x', nbins=5)
+    ax.locator_params(axis="x", nbins=5)
 
 def plot_transfer(
     record: dict,  # from `transfer_record`, or a result file
 ) -> Figure:
     "Transfer against each predictor, one point an ordered pair of tasks"
     check_transfer(record)
-    n, other = len(record['predictors']), ~np.eye(len(record['ari']), dtype=bool)
+    n = len(record["predictors"])
+    other = ~np.eye(len(record["ari"]), dtype=bool)
     n_rows = -(-n//3)
-    fig, axs = plt.subplots(n_rows, 3, figsize=(9.6, 3.1*n_rows), sharey=True, squeeze=False, layout='constrained')
-    for ax, name in zip(axs.flat, record['predictors']): _draw_predictor(ax, record, name, other)
-    for ax in axs.flat[n:]: ax.axis('off')
-    for ax in axs[:, 0]: ax.set_ylabel('transfer (ARI)')
-    fig.suptitle(_plain(record['settings']['name']), fontsize=11)
+    fig, axs = plt.subplots(n_rows, 3, figsize=(9.6, 3.1*n_rows), sharey=True, squeeze=False, layout="constrained")
+    for ax, name in zip(axs.flat, record["predictors"]): _draw_predictor(ax, record, name, other)
+    for ax in axs.flat[n:]: ax.axis("off")
+    for ax in axs[:, 0]: ax.set_ylabel("transfer (ARI)")
+    fig.suptitle(_plain(record["settings"]["name"]), fontsize=11)
     return fig
 
 # %% ../../nbs/study/04_plots.ipynb #9be591b4
@@ -616,9 +635,9 @@ def _draw_worth(ax, worth, measure, scale):
     for y, (name, found) in enumerate(worth.items()):
         mean, low, high = (scale*v for v in found[measure])
         error = [[mean - low], [high - mean]]
-        ax.errorbar([mean], [y], xerr=error, fmt='o', ms=5, capsize=3, color=NEEDS[ADVISERS[name].needs])
+        ax.errorbar([mean], [y], xerr=error, fmt="o", ms=5, capsize=3, color=NEEDS[ADVISERS[name].needs])
     ax.set(yticks=range(len(worth)), ylim=(len(worth) - .5, -.5))
-    ax.grid(alpha=.25, axis='x')
+    ax.grid(alpha=.25, axis="x")
 
 def _needs_legend(fig, worth):
     "What each colour stands for, below the axes; needs of one colour share an entry"
@@ -626,8 +645,8 @@ def _needs_legend(fig, worth):
     for name in worth:
         needs = ADVISERS[name].needs
         texts.setdefault(NEEDS[needs], dict())[needs] = None
-    handles = [plt.Line2D([], [], color=colour, marker='o', label=', '.join(needs)) for colour, needs in texts.items()]
-    fig.legend(handles=handles, loc='outside lower center', ncols=2, frameon=False, fontsize=8)
+    handles = [plt.Line2D([], [], color=colour, marker="o", label=", ".join(needs)) for colour, needs in texts.items()]
+    fig.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
 
 # %% ../../nbs/study/04_plots.ipynb #8aed3b7d
 def plot_sources(
@@ -635,14 +654,14 @@ def plot_sources(
 ) -> Figure:
     "Regret and ranking of each adviser with 95 % intervals over targets"
     known = check_sources(record)
-    fig, axs = plt.subplots(1, 2, figsize=(9.6, 4.8), sharey=True, layout='constrained')
-    _draw_worth(axs[0], known.worth, 'regret', 100)
-    _draw_worth(axs[1], known.worth, 'rho', 1)
+    fig, axs = plt.subplots(1, 2, figsize=(9.6, 4.8), sharey=True, layout="constrained")
+    _draw_worth(axs[0], known.worth, "regret", 100)
+    _draw_worth(axs[1], known.worth, "rho", 1)
     axs[0].set_yticklabels([ADVISERS[name].title for name in known.worth], fontsize=9)
-    axs[0].set(xlabel='points of accuracy behind the best source', xlim=(0, None))
+    axs[0].set(xlabel="points of accuracy behind the best source", xlim=(0, None))
     axs[1].set_xlabel("Spearman's ρ within targets")
-    axs[1].axvline(0, color='0.45', ls='--', lw=1.3)
+    axs[1].axvline(0, color="0.45", ls="--", lw=1.3)
     _needs_legend(fig, known.worth)
-    n = len(known.tasks['targets'])
+    n = len(known.tasks["targets"])
     fig.suptitle(_plain(f"{record['settings']['name']}: {n} targets"), fontsize=11)
     return fig

@@ -26,7 +26,7 @@ def fingerprint(
     models: ModelSet, # any model set
 ) -> str:             # 16 hexadecimal digits
     "The same for the same files, and for no others"
-    return hashlib.sha256(''.join(sorted(models.hashes)).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(sorted(models.hashes)).encode()).hexdigest()[:16]
 
 # %% ../../nbs/study/01_records.ipynb #683c5e4b
 def _known(column):
@@ -51,7 +51,7 @@ def about_models(
     )
 
 # %% ../../nbs/study/01_records.ipynb #55e88758
-MEASURED_BY = ('lps.order_chain', 'lps.models.modelset', 'lps.align', 'lps.second_order', 'lps.methods.registry', 'lps.study.evaluate')
+MEASURED_BY = ("lps.order_chain", "lps.models.modelset", "lps.align", "lps.second_order", "lps.methods.registry", "lps.study.evaluate")
 
 def plain_source(
     text: str, # Python source
@@ -74,7 +74,7 @@ def source_hash(
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.has_location:
             raise ValueError(f"{name} is no module with a source file: name those that the result depends on")
-        sha.update(plain_source(Path(spec.origin).read_text(encoding='utf-8')).encode())
+        sha.update(plain_source(Path(spec.origin).read_text(encoding="utf-8")).encode())
     return sha.hexdigest()[:16]
 
 def computed_by(
@@ -88,21 +88,21 @@ def runs_of(
     record: dict,     # from `result_record`, or a result file
 ) -> pd.DataFrame:    # one row a method and split, as `table1` and `table2` give it
     "The runs in a result file"
-    tables = {m: pd.DataFrame(r).rename_axis('split') for m, r in record['runs'].items()}
-    return pd.concat(tables, names=['method'])
+    tables = {m: pd.DataFrame(r).rename_axis("split") for m, r in record["runs"].items()}
+    return pd.concat(tables, names=["method"])
 
 def result_record(
     models: ModelSet,     # what was evaluated
     runs: pd.DataFrame,   # from `table1` or `table2`
-    n_right: int=1,       # right answers in each list, as for `summary`
-    sources: tuple=MEASURED_BY, # modules that the numbers depend on
+    n_right: int = 1,       # right answers in each list, as for `summary`
+    sources: tuple = MEASURED_BY, # modules that the numbers depend on
     **settings,           # how: n_splits, seed, layers, epochs, …
 ) -> dict:                # for `write_json`; beside the runs all of the above
     "Everything that a reader needs to trust a table or to make it again"
-    splits = {m: r.round(4).to_dict('list') for m, r in runs.groupby(level='method', sort=False)}
+    splits = {m: r.round(4).to_dict("list") for m, r in runs.groupby(level="method", sort=False)}
     table = summary(runs_of(dict(runs=splits)), n_right)
     record = dict(model_set=about_models(models), settings=settings, n_right=n_right)
-    return record | dict(summary=table.to_dict('index'), runs=splits) | computed_by(*sources) | provenance()
+    return record | dict(summary=table.to_dict("index"), runs=splits) | computed_by(*sources) | provenance()
 
 # %% ../../nbs/study/01_records.ipynb #f3348fe3
 @dataclass
@@ -118,7 +118,7 @@ class _Models:
 @dataclass
 class _Settings:
     "What a record says about how it was measured: anything, but these have their types"
-    name: str = ''
+    name: str = ""
     layers: list[str] = field(default_factory=list)
 
 @dataclass
@@ -165,7 +165,8 @@ def read_record(
     path: str|Path, # a result file
 ) -> dict:          # its record; ValueError with file and field where it is none, OSError if it cannot be read
     "What a result file says"
-    record, name = read_json(path), Path(path).name
+    record = read_json(path)
+    name = Path(path).name
     known = checked(record, _Record, name)
     if known.runs is not None: _check_splits(known.runs, name)
     return record
@@ -181,15 +182,15 @@ def is_current(
     record: dict, # from a result file
 ) -> bool:        # False too where the record carries no hash
     "Was it computed by the sources as they are now?"
-    sources = record.get('sources')
+    sources = record.get("sources")
     if not sources: return False
-    return source_hash(*sources['modules']) == sources['sha256']
+    return source_hash(*sources["modules"]) == sources["sha256"]
 
 # %% ../../nbs/study/01_records.ipynb #8eaf1c6a
 def find_record(
     path: str|Path,    # a result file, which need not exist; a folder raises `ValueError`
     models: ModelSet,  # the models that it must be about
-    sources: tuple=MEASURED_BY, # the modules whose source must not have changed since
+    sources: tuple = MEASURED_BY, # the modules whose source must not have changed since
     **settings,        # what must be in its settings
 ) -> dict|None:        # the record; None: there is none of these models, settings and sources
     "A result that was computed before and is still current"
@@ -197,37 +198,38 @@ def find_record(
     if path.is_dir(): raise ValueError(f"{path} is a folder: a result file is needed there")
     if not path.exists(): return None
     record = read_record(path)
-    same_models = record['model_set'].get('sha256') == fingerprint(models)
-    same_code = record.get('sources') == computed_by(*sources)['sources']
-    return record if same_models and same_code and _holds(record['settings'], settings) else None
+    same_models = record["model_set"].get("sha256") == fingerprint(models)
+    same_code = record.get("sources") == computed_by(*sources)["sources"]
+    return record if same_models and same_code and _holds(record["settings"], settings) else None
 
 # %% ../../nbs/study/01_records.ipynb #6e3a8fa4
 def from_uncommitted(
     record: dict, # from a result file
 ) -> bool:
     "Was it measured with changes that were not committed?"
-    return str(record.get('commit')).endswith('+changes')
+    return str(record.get("commit")).endswith("+changes")
 
 def record_marks(
     record: dict, # from a result file
 ) -> list:        # phrases; none for a result that is beyond doubt
     "What speaks against taking a result as current"
     marks = []
-    if from_uncommitted(record): marks.append('measured from an uncommitted tree')
-    if not record.get('sources'): marks.append('older than the hash of sources')
-    elif not is_current(record): marks.append('older than its sources')
+    if from_uncommitted(record): marks.append("measured from an uncommitted tree")
+    if not record.get("sources"): marks.append("older than the hash of sources")
+    elif not is_current(record): marks.append("older than its sources")
     return marks
 
 # %% ../../nbs/study/01_records.ipynb #6e99bc02
 def _models_text(m):
     "The models of a record"
-    accuracy = f", mean validation accuracy {m['val_accuracy']['mean']:.3f}" if m['val_accuracy'] else ''
-    data, recipe = ', '.join(m['data']) or 'unknown', ', '.join(m['recipe']) or 'unknown'
+    accuracy = f", mean validation accuracy {m['val_accuracy']['mean']:.3f}" if m["val_accuracy"] else ""
+    data = ", ".join(m["data"]) or "unknown"
+    recipe = ", ".join(m["recipe"]) or "unknown"
     return f"{m['models']} models of {m['tasks']} tasks; data {data}, recipe {recipe}{accuracy}"
 
 def _fit_text(s):
     "The fit of a record"
-    weights = 'folded' if s['folded'] else 'raw'
+    weights = "folded" if s["folded"] else "raw"
     filters = f"{s['n_filters']} second-order filters, momentum {s['momentum']}"
     return f"{s['epochs']} epochs, {filters}, {weights} weights of {', '.join(s['layers'])}"
 
@@ -235,8 +237,9 @@ def record_text(
     record: dict, # from `result_record`
 ) -> str:         # one line
     "What a result was measured on, for a caption"
-    s, models = record['settings'], _models_text(record['model_set'])
-    if 'how' in s: return f"{models}. {s['how']}."
+    s = record["settings"]
+    models = _models_text(record["model_set"])
+    if "how" in s: return f"{models}. {s['how']}."
     splits = f"{pluralise(s['n_splits'], 'random split')}, seed {s['seed']}"
     return f"{models}. {splits}; {_fit_text(s)}."
 
@@ -257,7 +260,7 @@ def as_text(
 ) -> list:      # M lines of K numbers
     "A matrix for a result file"
     lines = []
-    for row in t.tolist(): lines.append(' '.join(f'{v:.5f}' for v in row))
+    for row in t.tolist(): lines.append(" ".join(f"{v:.5f}" for v in row))
     return lines
 
 def from_text(

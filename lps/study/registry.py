@@ -53,8 +53,8 @@ class Experiment:
     words: Callable|None = None   # record → Markdown: what it says beside the claims
     small: dict = field(default_factory=dict) # parameters that the tests run its notebook with
     needs: tuple = ()             # of 'all layers', 'images', 'several kinds', 'shared classes', 'copies'
-    variant: str = ''             # what tells two of its files on one model set apart, with names of settings in braces
-    notebook: str|Path = ''       # where its notebook is; default: among this project's
+    variant: str = ""             # what tells two of its files on one model set apart, with names of settings in braces
+    notebook: str|Path = ""       # where its notebook is; default: among this project's
 
 # %% ../../nbs/study/07_registry.ipynb #1bdea968
 EXPERIMENTS = {}
@@ -64,7 +64,7 @@ def register_experiment(
 ) -> Experiment:            # the same; ValueError for a kind that is taken or no name
     "Make an experiment known to the runner, the pages and the tests"
     kind = experiment.kind
-    if not re.fullmatch(r'[A-Za-z]\w*', kind):
+    if not re.fullmatch(r"[A-Za-z]\w*", kind):
         raise ValueError(f"'{kind}' is no name for an experiment: use letters, digits and _")
     if kind in EXPERIMENTS: raise ValueError(f"'{kind}' is taken by {EXPERIMENTS[kind].title}: choose another kind")
     EXPERIMENTS[kind] = experiment
@@ -75,62 +75,63 @@ def plot_table(
     record: dict, # a result file of Table 1 or 2
 ):                # axes
     "Right answers among the first k for each method"
-    runs, s = runs_of(record), record['settings']
-    unseen = f", {s['n_test_tasks']} unseen tasks" if 'n_test_tasks' in s else ''
-    chance = chance_curves(record['n_right'], sum(c != 'mAP' for c in runs))
+    runs = runs_of(record)
+    s = record["settings"]
+    unseen = f", {s['n_test_tasks']} unseen tasks" if "n_test_tasks" in s else ""
+    chance = chance_curves(record["n_right"], sum(c != "mAP" for c in runs))
     return plot_rank_k(runs, chance, f"{s['name']}{unseen}: {s['n_splits']} splits")
 
 def runs_table(
     record: dict,   # a result file with runs
 ) -> pd.DataFrame:  # text, one row a method
     "Mean and standard deviation of each method, beside chance"
-    return summary(runs_of(record), record['n_right'])
+    return summary(runs_of(record), record["n_right"])
 
 # %% ../../nbs/study/07_registry.ipynb #3388c1de
 SMALL_FIT = dict(n_models=4, zoo_epochs=1, n_splits=2, n_filters=8, epochs=3, workers=1)
 
 register_experiment(Experiment(
-    kind='table1',
-    title='Task classification',
-    where='Table 1, §5.1',
+    kind="table1",
+    title="Task classification",
+    where="Table 1, §5.1",
     plot=plot_table,
     table=runs_table,
-    paper=PAPER['table1'],
+    paper=PAPER["table1"],
     claims=table_claims,
-    small=SMALL_FIT | dict(model_set='digits', n_train=2),
+    small=SMALL_FIT | dict(model_set="digits", n_train=2),
 ))
 register_experiment(Experiment(
-    kind='table2',
-    title='Task retrieval',
-    where='Table 2, §5.2',
+    kind="table2",
+    title="Task retrieval",
+    where="Table 2, §5.2",
     plot=plot_table,
     table=runs_table,
-    paper=PAPER['table2'],
+    paper=PAPER["table2"],
     claims=table_claims,
-    small=SMALL_FIT | dict(model_set='digits', n_query=1),
-    variant='{n_test_tasks} unseen',
+    small=SMALL_FIT | dict(model_set="digits", n_query=1),
+    variant="{n_test_tasks} unseen",
 ));
 
 # %% ../../nbs/study/07_registry.ipynb #762a278c
 register_experiment(Experiment(
-    kind='learning_curve',
-    title='Learning curves',
-    where='not in the paper',
+    kind="learning_curve",
+    title="Learning curves",
+    where="not in the paper",
     plot=plot_curves,
     table=curve_summary,
     words=curve_text,
-    small=SMALL_FIT | dict(n_tasks='3', n_train='1,2', n_test=1, zoo_epochs=2, keep='1'),
+    small=SMALL_FIT | dict(n_tasks="3", n_train="1,2", n_test=1, zoo_epochs=2, keep="1"),
 ))
 register_experiment(Experiment(
-    kind='transfer',
-    title='Transferability',
-    where='Fig. (a), §5.3',
+    kind="transfer",
+    title="Transferability",
+    where="Fig. (a), §5.3",
     plot=plot_transfer,
     table=transfer_table,
     claims=transfer_claims,
     words=transfer_text,
     small=SMALL_FIT | dict(n_init=2, n_boot=50),
-    needs=('all layers', 'images'),
+    needs=("all layers", "images"),
 ));
 
 # %% ../../nbs/study/07_registry.ipynb #bdfd80e3
@@ -138,68 +139,68 @@ def leaderboard_table(
     record: dict,   # a result file of methods beside each other
 ) -> pd.DataFrame:  # text, one row a method: top-1 of known tasks, rank-1 and mAP of unseen ones
     "What each method reaches, in percent, and chance"
-    table = pd.DataFrame.from_dict(record['summary'], orient='index')[['top-1']]
-    retrieved = pd.DataFrame.from_dict(record['retrieval'], orient='index')
-    table = table.join(retrieved[[column for column in ('rank-1', 'mAP') if column in retrieved]])
-    return table.fillna('').rename_axis('method')
+    table = pd.DataFrame.from_dict(record["summary"], orient="index")[["top-1"]]
+    retrieved = pd.DataFrame.from_dict(record["retrieval"], orient="index")
+    table = table.join(retrieved[[column for column in ("rank-1", "mAP") if column in retrieved]])
+    return table.fillna("").rename_axis("method")
 
 register_experiment(Experiment(
-    kind='leaderboard',
-    title='Past the paper',
-    where='not in the paper',
+    kind="leaderboard",
+    title="Past the paper",
+    where="not in the paper",
     plot=plot_table,
     table=leaderboard_table,
-    small=SMALL_FIT | dict(model_set='digits', n_train=2, n_query=1, methods='lps,stem-signature,probes'),
+    small=SMALL_FIT | dict(model_set="digits", n_train=2, n_query=1, methods="lps,stem-signature,probes"),
 ));
 
 # %% ../../nbs/study/07_registry.ipynb #a55f283d
 def _with_interval(values, form):
     "A value with the ends of its interval"
     middle, low, high = [format(value, form) for value in values]
-    return f'{middle} ({low}–{high})'
+    return f"{middle} ({low}–{high})"
 
 def across_table(
     record: dict,   # a result file of queries across architectures
 ) -> pd.DataFrame:  # text, one row a method: rank-1 and reversed in percent, and rank-1 of the queries of each kind
     "What each method finds across architectures, in percent; a kind that it cannot compare is left blank"
     rows = {}
-    for name, found in record['across'].items():
-        row = {column: _with_interval(found[column], '.0f') for column in ('rank-1', 'reversed')}
-        rows[method_title(name)] = row | {kind: f'{share:.0f}' for kind, share in found['kinds'].items()}
-    table = pd.DataFrame.from_dict(rows, orient='index')
-    kinds = [kind for kind in record['kinds'] if kind in table]
-    return table[['rank-1', 'reversed', *kinds]].fillna('').rename_axis('method')
+    for name, found in record["across"].items():
+        row = {column: _with_interval(found[column], ".0f") for column in ("rank-1", "reversed")}
+        rows[method_title(name)] = row | {kind: f"{share:.0f}" for kind, share in found["kinds"].items()}
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    kinds = [kind for kind in record["kinds"] if kind in table]
+    return table[["rank-1", "reversed", *kinds]].fillna("").rename_axis("method")
 
 def overlap_table(
     record: dict,   # a result file of overlap
 ) -> pd.DataFrame:  # text, one row a method: both areas, and the mean cosine of pairs by classes in common
     "What each method says of tasks that share classes"
     rows = {}
-    for name, found in record['overlap'].items():
-        row = {column: _with_interval(found[column], '.2f') for column in ('one against none', 'two against one')}
-        for shared, cosine in found['cosine'].items(): row[f'cosine, {shared} shared'] = f'{cosine:.2f}'
+    for name, found in record["overlap"].items():
+        row = {column: _with_interval(found[column], ".2f") for column in ("one against none", "two against one")}
+        for shared, cosine in found["cosine"].items(): row[f"cosine, {shared} shared"] = f"{cosine:.2f}"
         rows[method_title(name)] = row
-    return pd.DataFrame.from_dict(rows, orient='index').rename_axis('method')
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("method")
 
 def copies_table(
     record: dict,   # a result file of copies
 ) -> pd.DataFrame:  # text, one row a kind of copy: for each method the cosine to the original
     "How near each kind of copy is to its original, and in percent how often the original comes first"
     columns = {}
-    for name, rows in record['copies'].items():
+    for name, rows in record["copies"].items():
         cells = []
-        for cosine, first in zip(rows['cosine'], rows['first']):
-            cells.append(f'{cosine:.2f}' if first is None else f'{cosine:.2f} ({100*first:.0f} %)')
+        for cosine, first in zip(rows["cosine"], rows["first"]):
+            cells.append(f"{cosine:.2f}" if first is None else f"{cosine:.2f} ({100*first:.0f} %)")
         columns[method_title(name)] = cells
-    return pd.DataFrame(columns, index=pd.Index(rows['kind'], name='copy'))
+    return pd.DataFrame(columns, index=pd.Index(rows["kind"], name="copy"))
 
 # %% ../../nbs/study/07_registry.ipynb #090ee726
 def across_words(
     record: dict, # a result file of queries across architectures
 ) -> str:         # Markdown
     "What the best method found, and what none can compare"
-    best = max(record['across'], key=lambda name: record['across'][name]['rank-1'][0])
-    found = record['across'][best]
+    best = max(record["across"], key=lambda name: record["across"][name]["rank-1"][0])
+    found = record["across"][best]
     return (
         f"{method_title(best)}: the first that is found solves the query's task for {found['rank-1'][0]:.0f} % of the "
         f"queries, chance {record['chance']:.0f} %; {found['reversed'][0]:.0f} % are reversed."
@@ -210,57 +211,58 @@ def shuffled_words(
 ) -> str:         # Markdown
     "Whether a network of shuffled labels looks like its task, for each method"
     said = []
-    for name, rows in record['copies'].items():
-        if 'shuffled-labels' not in rows['kind']: continue
-        i = rows['kind'].index('shuffled-labels')
-        own, other = rows['to_its_task'][i], rows['to_other_tasks'][i]
+    for name, rows in record["copies"].items():
+        if "shuffled-labels" not in rows["kind"]: continue
+        i = rows["kind"].index("shuffled-labels")
+        own = rows["to_its_task"][i]
+        other = rows["to_other_tasks"][i]
         said.append(f"{method_title(name)} {own:.2f} and {other:.2f}")
-    if not said: return ''
-    what = 'Mean cosine of networks of shuffled labels to those of their task, and to those of others'
+    if not said: return ""
+    what = "Mean cosine of networks of shuffled labels to those of their task, and to those of others"
     return f"{what}: {'; '.join(said)}."
 
 # %% ../../nbs/study/07_registry.ipynb #3d57fe25
-SMALL_ACROSS = dict(model_set='digits', n_models=2, zoo_epochs=1, n_boot=20, n_splits=1, workers=1)
-SMALL_ACROSS |= dict(epochs=3, n_filters=8, methods='probes,all-layer-signature')
+SMALL_ACROSS = dict(model_set="digits", n_models=2, zoo_epochs=1, n_boot=20, n_splits=1, workers=1)
+SMALL_ACROSS |= dict(epochs=3, n_filters=8, methods="probes,all-layer-signature")
 
 register_experiment(Experiment(
-    kind='architectures',
-    title='Across architectures',
-    where='not in the paper',
+    kind="architectures",
+    title="Across architectures",
+    where="not in the paper",
     plot=plot_across,
     table=across_table,
     words=across_words,
     small=SMALL_ACROSS,
-    needs=('several kinds',),
+    needs=("several kinds",),
 ))
 register_experiment(Experiment(
-    kind='overlap',
-    title='Tasks that share a class',
-    where='not in the paper',
+    kind="overlap",
+    title="Tasks that share a class",
+    where="not in the paper",
     plot=plot_overlap,
     table=overlap_table,
     small=SMALL_ACROSS,
-    needs=('all layers', 'shared classes'),
+    needs=("all layers", "shared classes"),
 ))
 register_experiment(Experiment(
-    kind='copies',
-    title='Copies',
-    where='not in the paper',
+    kind="copies",
+    title="Copies",
+    where="not in the paper",
     plot=plot_copies,
     table=copies_table,
     words=shuffled_words,
     small=SMALL_ACROSS | dict(n_models=3),
-    needs=('copies',),
+    needs=("copies",),
 ));
 
 # %% ../../nbs/study/07_registry.ipynb #4229c839
 register_experiment(Experiment(
-    kind='first_weights',
-    title='First weights',
-    where='not in the paper',
+    kind="first_weights",
+    title="First weights",
+    where="not in the paper",
     plot=plot_table,
     table=runs_table,
-    small=SMALL_FIT | dict(model_set='digits', others='', n_tasks=3, n_first=4, n_train=2),
+    small=SMALL_FIT | dict(model_set="digits", others="", n_tasks=3, n_first=4, n_train=2),
 ));
 
 # %% ../../nbs/study/07_registry.ipynb #b930f441
@@ -279,14 +281,14 @@ SMALL_SOURCES = dict(
 )
 
 register_experiment(Experiment(
-    kind='start_from',
-    title='Which network to start from',
-    where='not in the paper',
+    kind="start_from",
+    title="Which network to start from",
+    where="not in the paper",
     plot=plot_sources,
     table=sources_table,
     words=sources_words,
     small=SMALL_SOURCES,
-    needs=('all layers', 'images'),
+    needs=("all layers", "images"),
 ));
 
 # %% ../../nbs/study/07_registry.ipynb #ca6df611
@@ -294,82 +296,84 @@ def fusion_words(
     record: dict, # a result file of the experiment on fusion
 ) -> str:         # Markdown
     "Which branches were best, on which models"
-    chosen, oracle = ', '.join(record['chosen']), ', '.join(record['oracle'])
+    chosen = ", ".join(record["chosen"])
+    oracle = ", ".join(record["oracle"])
     return f"The best branches on held-out models: {chosen}; on the test models: {oracle}."
 
 # %% ../../nbs/study/07_registry.ipynb #96a93a32
 register_experiment(Experiment(
-    kind='branches',
-    title='Branches',
-    where='Fig. (b), §5.4',
+    kind="branches",
+    title="Branches",
+    where="Fig. (b), §5.4",
     plot=plot_branches,
-    paper=PAPER['branches'],
+    paper=PAPER["branches"],
     claims=branch_claims,
     small=SMALL_FIT | dict(n_train=2),
-    needs=('all layers',),
+    needs=("all layers",),
 ))
 register_experiment(Experiment(
-    kind='alignment',
-    title='Alignment of filters and channels',
-    where='Fig. (c), §5.5',
+    kind="alignment",
+    title="Alignment of filters and channels",
+    where="Fig. (c), §5.5",
     plot=plot_alignment,
     claims=alignment_claims,
     small=SMALL_FIT | dict(n_train=2),
-    needs=('all layers',),
+    needs=("all layers",),
 ));
 
 # %% ../../nbs/study/07_registry.ipynb #c9560f2e
 def _all_of(runs, measure):
     "Each method with its mean and standard deviation"
-    return ', '.join(f"{m} {mean_sd(percent(runs, m, measure))}" for m in runs.index.unique('method'))
+    return ", ".join(f"{m} {mean_sd(percent(runs, m, measure))}" for m in runs.index.unique("method"))
 
 def triplet_words(
     record: dict, # a result file of the experiment on triplet loss
 ) -> str:         # Markdown
     "Either loss, on unseen and on known tasks"
-    unseen = _all_of(runs_of(record), 'rank-1')
-    known = _all_of(runs_of(record['classification']), 'top-1')
+    unseen = _all_of(runs_of(record), "rank-1")
+    known = _all_of(runs_of(record["classification"]), "top-1")
     return f"Rank-1 for unseen tasks: {unseen}. Top-1 for known tasks: {known}; chance {chance_percent(record):.1f}."
 
 # %% ../../nbs/study/07_registry.ipynb #afd756f0
 register_experiment(Experiment(
-    kind='fusion',
-    title='Fusion of all branches',
-    where='§5.4',
+    kind="fusion",
+    title="Fusion of all branches",
+    where="§5.4",
     plot=plot_fusion,
     table=runs_table,
     claims=fusion_claims,
     words=fusion_words,
     small=SMALL_FIT | dict(n_train=3, n_held=1),
-    needs=('all layers',),
+    needs=("all layers",),
 ))
 register_experiment(Experiment(
-    kind='triplet',
-    title='Triplet loss',
-    where='named in §4',
+    kind="triplet",
+    title="Triplet loss",
+    where="named in §4",
     plot=plot_triplet,
     table=runs_table,
     words=triplet_words,
-    small=SMALL_FIT | dict(model_set='digits', n_train=2, n_query=1, bs=6, per_task=2),
+    small=SMALL_FIT | dict(model_set="digits", n_train=2, n_query=1, bs=6, per_task=2),
 ));
 
 # %% ../../nbs/study/07_registry.ipynb #556545b1
 def open_models(
     model_set: str,          # a folder, a set that comes with lps, or 'digits', which are built
-    runs: str|Path='../../runs', # folder for what is built
-    n_models: int=10,        # networks for each task of digits
-    zoo_epochs: int=0,       # epochs for each network of digits; 0: those of the recipe
-    seed: int=0,             # of digits
-    workers: int=2,          # processes
-    keep: tuple=(),          # epochs after which the networks of digits are kept too
+    runs: str|Path = "../../runs", # folder for what is built
+    n_models: int = 10,        # networks for each task of digits
+    zoo_epochs: int = 0,       # epochs for each network of digits; 0: those of the recipe
+    seed: int = 0,             # of digits
+    workers: int = 2,          # processes
+    keep: tuple = (),          # epochs after which the networks of digits are kept too
 ) -> ModelSet:
     "The models of an experiment"
-    if model_set != 'digits': return load_modelset(model_set)
-    recipe, folder = recipes['digits'], 'digits-epochs' if keep else 'digits'
-    if zoo_epochs: recipe = replace(recipe, name=f'digits, {zoo_epochs} epochs', epochs=zoo_epochs, milestones=())
+    if model_set != "digits": return load_modelset(model_set)
+    recipe = recipes["digits"]
+    folder = "digits-epochs" if keep else "digits"
+    if zoo_epochs: recipe = replace(recipe, name=f"digits, {zoo_epochs} epochs", epochs=zoo_epochs, milestones=())
     return build(
-        f'{runs}/{folder}',
-        images='digits',
+        f"{runs}/{folder}",
+        images="digits",
         recipe=recipe,
         n_models=n_models,
         seed=seed,
@@ -381,70 +385,72 @@ def open_models(
 # %% ../../nbs/study/07_registry.ipynb #d041dc5c
 def _small_recipe(zoo_epochs, **changes):
     "Small networks for digits"
-    recipe = replace(recipes['digits'], **dict(depth=8, width=8) | changes)
+    recipe = replace(recipes["digits"], **dict(depth=8, width=8) | changes)
     if not zoo_epochs: return recipe
-    return replace(recipe, name=f'digits, {zoo_epochs} epochs', epochs=zoo_epochs, milestones=())
+    return replace(recipe, name=f"digits, {zoo_epochs} epochs", epochs=zoo_epochs, milestones=())
 
-SMALL_KINDS = {'resnet8': {}, 'half-width': dict(width=4), 'plain': dict(architecture='plain')}
+SMALL_KINDS = {"resnet8": {}, "half-width": dict(width=4), "plain": dict(architecture="plain")}
 
 def _small_kind(kind, runs, zoo_epochs=0, **how):
     "Networks of one kind for three tasks of digits"
-    recipe, folder = _small_recipe(zoo_epochs, **SMALL_KINDS[kind]), f'{runs}/digits-kinds/{kind}'
-    return build(folder, 'digits', recipe, n_tasks=3, progress=False, **how)
+    recipe = _small_recipe(zoo_epochs, **SMALL_KINDS[kind])
+    folder = f"{runs}/digits-kinds/{kind}"
+    return build(folder, "digits", recipe, n_tasks=3, progress=False, **how)
 
 def open_kinds(
     model_set: str,              # a folder with a folder for each kind, or 'digits', which are built
-    runs: str|Path='../../runs', # folder for what is built
-    zoo_epochs: int=0,           # epochs for each network of digits; 0: those of the recipe
+    runs: str|Path = "../../runs", # folder for what is built
+    zoo_epochs: int = 0,           # epochs for each network of digits; 0: those of the recipe
     **how,                       # further arguments of `build`
 ) -> KindSets:
     "The kinds of networks of an experiment"
-    if model_set != 'digits': return load_kinds(model_set)
+    if model_set != "digits": return load_kinds(model_set)
     return KindSets({kind: _small_kind(kind, runs, zoo_epochs, **how) for kind in SMALL_KINDS})
 
 def open_overlap(
     model_set: str,              # a folder, or 'digits', which are built
-    runs: str|Path='../../runs', # folder for what is built
-    zoo_epochs: int=0,           # epochs for each network of digits; 0: those of the recipe
+    runs: str|Path = "../../runs", # folder for what is built
+    zoo_epochs: int = 0,           # epochs for each network of digits; 0: those of the recipe
     **how,                       # further arguments of `build`
 ) -> ModelSet:
     "The models of an experiment on tasks that share classes"
-    if model_set != 'digits': return load_modelset(model_set)
+    if model_set != "digits": return load_modelset(model_set)
     pairs = list(combinations(range(4), 2))
-    return build(f'{runs}/digits-overlap', 'digits', _small_recipe(zoo_epochs), pairs=pairs, progress=False, **how)
+    return build(f"{runs}/digits-overlap", "digits", _small_recipe(zoo_epochs), pairs=pairs, progress=False, **how)
 
 # %% ../../nbs/study/07_registry.ipynb #734d8a3f
 def _copies_in_order(folder):
     "The kinds of copies that there are, from the nearest to the farthest"
-    kinds = ['original', *CHANGED, *TRAINED]
+    kinds = ["original", *CHANGED, *TRAINED]
     return load_kinds(folder, tuple(kind for kind in kinds if (Path(folder)/kind).is_dir()))
 
 def open_copies(
     model_set: str,              # a folder with a folder for each kind of copy, or 'digits', which are built
     others: str,                 # folder of independent networks of the same tasks; those of digits are built
-    runs: str|Path='../../runs', # folder for what is built
+    runs: str|Path = "../../runs", # folder for what is built
     **how,                       # as for `open_kinds`
 ) -> tuple:                      # the copies, as `KindSets`; the others, as `ModelSet`
     "The copies of an experiment, and independent networks of their tasks"
-    if model_set != 'digits':
-        copies, known = _copies_in_order(model_set), load_modelset(others)
-        originals = copies.sets['original'].digests
+    if model_set != "digits":
+        copies = _copies_in_order(model_set)
+        known = load_modelset(others)
+        originals = copies.sets["original"].digests
         return copies, known[[digest not in originals for digest in known.digests]]
-    known = _small_kind('resnet8', runs, **how)
+    known = _small_kind("resnet8", runs, **how)
     first = (known.manifest.run == 0).to_numpy()
-    write_copies(Path(runs)/'digits-copies', known[first])
-    return _copies_in_order(Path(runs)/'digits-copies'), known[~first]
+    write_copies(Path(runs)/"digits-copies", known[first])
+    return _copies_in_order(Path(runs)/"digits-copies"), known[~first]
 
 # %% ../../nbs/study/07_registry.ipynb #ea59b63c
 def result_path(
     results: str|Path, # folder for result files, which need not exist
     kind: str,         # of a registered experiment
     model_set: str,    # as for `open_models`
-    variant: str='',   # what tells two files of one kind and set apart
+    variant: str = "",   # what tells two files of one kind and set apart
 ) -> Path:             # ValueError where no file can be written
     "Where an experiment's result goes"
     names = [kind, Path(model_set).name, variant]
-    path = Path(results)/('-'.join(n for n in names if n) + '.json')
+    path = Path(results)/("-".join(n for n in names if n) + ".json")
     kind_of(path)
     if path.is_dir(): raise ValueError(f"{path} is a folder: move it, a result file goes there")
     if Path(results).is_file(): raise ValueError(f"{results} is a file: give a folder for result files")
@@ -456,7 +462,7 @@ def kind_of(
 ) -> str:           # a key of `EXPERIMENTS`; ValueError for a file of anything else
     "Which experiment a result file is of"
     name = printable(Path(path).name)
-    kind = name.removesuffix('.json').split('-')[0]
+    kind = name.removesuffix(".json").split("-")[0]
     if kind in EXPERIMENTS: return kind
     raise ValueError(f"{name}: '{kind}' is not a known experiment: name files `<experiment>-<set>.json`, "
                      f"with one of {', '.join(EXPERIMENTS)}")
@@ -482,17 +488,17 @@ class _PageSettings:
 
 def result_files(
     folder: str|Path, # folder with result files
-    kind: str='',     # those of one experiment; default: all
+    kind: str = "",     # those of one experiment; default: all
 ) -> dict:            # path → record, experiments in the order of the registry
     "All results there are"
     order = list(EXPERIMENTS)
-    if kind and kind not in EXPERIMENTS: kind_of(f'{kind}-')
-    paths = sorted(Path(folder).glob(f'{kind}-*.json' if kind else '*.json'))
+    if kind and kind not in EXPERIMENTS: kind_of(f"{kind}-")
+    paths = sorted(Path(folder).glob(f"{kind}-*.json" if kind else "*.json"))
     paths.sort(key=lambda path: order.index(kind_of(path)))
     found = {path: read_record(path) for path in paths}
     for path, record in found.items():
-        settings = record['settings']
-        checked(settings, _HowSettings if 'how' in settings else _PageSettings, f'{path.name}: settings')
+        settings = record["settings"]
+        checked(settings, _HowSettings if "how" in settings else _PageSettings, f"{path.name}: settings")
     return found
 
 # %% ../../nbs/study/07_registry.ipynb #ee05fa47
@@ -500,9 +506,11 @@ def caption(
     record: dict, # a result file
 ) -> str:         # Markdown
     "On what, when and where a result was measured, and what speaks against it"
-    layers, text = record['settings'].get('layers', []), record_text(record)
-    if len(layers) > 3: text = text.replace(', '.join(layers), f'{len(layers)} layers')
-    machine, marks = record['machine'], '; '.join(record_marks(record))
+    layers = record["settings"].get("layers", [])
+    text = record_text(record)
+    if len(layers) > 3: text = text.replace(", ".join(layers), f"{len(layers)} layers")
+    machine = record["machine"]
+    marks = "; ".join(record_marks(record))
     text += f" {record['time'][:10]}, commit {record['commit']}, {machine['cores']} cores of {machine['cpu']}."
     text = html.escape(printable(text), quote=False)
     return f"{text} *Marked: {marks}.*" if marks else text
@@ -526,7 +534,7 @@ def claims_table(
     "The paper's claims beside what a result file says of them"
     rows = []
     for c in claims_of(path, record): rows.append([c.says, c.paper, c.found, str(c.verdict)])
-    return pd.DataFrame(rows, columns=['the paper says', 'its numbers', 'found here', 'verdict'])
+    return pd.DataFrame(rows, columns=["the paper says", "its numbers", "found here", "verdict"])
 
 # %% ../../nbs/study/07_registry.ipynb #887bb80a
 def in_words(
@@ -535,14 +543,14 @@ def in_words(
 ) -> str:            # Markdown; empty where the claims say all
     "What a result file says beside the claims"
     words = EXPERIMENTS[kind_of(path)].words
-    return words(record) if words else ''
+    return words(record) if words else ""
 
 # %% ../../nbs/study/07_registry.ipynb #4f869cc1
-SIGNS = {Verdict.REPRODUCES: '✓', Verdict.NOT_DECIDED: '?', Verdict.FAILS: '✗'}
+SIGNS = {Verdict.REPRODUCES: "✓", Verdict.NOT_DECIDED: "?", Verdict.FAILS: "✗"}
 VERDICT_COLOURS = {  # ground, letters
-    '✓': ('#cfe6f5', '#00395c'),
-    '?': ('#eaeaea', '#333333'),
-    '✗': ('#fad9c3', '#662700'),
+    "✓": ("#cfe6f5", "#00395c"),
+    "?": ("#eaeaea", "#333333"),
+    "✗": ("#fad9c3", "#662700"),
 }
 
 def entry_html(
@@ -552,16 +560,16 @@ def entry_html(
     spans = []
     for entry in text.splitlines():
         ground, letters = VERDICT_COLOURS[entry[0]]
-        style = f'background:{ground};color:{letters};padding:0 .3em'
+        style = f"background:{ground};color:{letters};padding:0 .3em"
         spans.append(f'<span style="{style}">{html.escape(printable(entry))}</span>')
-    return '<br>'.join(spans)
+    return "<br>".join(spans)
 
 # %% ../../nbs/study/07_registry.ipynb #dd278c24
 def verdict_html(
     verdict: str, # a value of `Verdict`
 ) -> str:
     "A verdict with its sign, in its colour"
-    return entry_html(f'{SIGNS[Verdict(verdict)]} {verdict}')
+    return entry_html(f"{SIGNS[Verdict(verdict)]} {verdict}")
 
 def legend_html() -> str:
     "Each verdict in its colour"
@@ -572,25 +580,26 @@ def legend_html() -> str:
 def show_result(
     path: str|Path,    # a result file's name
     record: dict,      # what is in it
-    tables: bool=True, # show its table of numbers too?
+    tables: bool = True, # show its table of numbers too?
 ):
     "Show a result: caption, figure, table, claims, words"
-    experiment, name = EXPERIMENTS[kind_of(path)], printable(record['settings']['name'])
+    experiment = EXPERIMENTS[kind_of(path)]
+    name = printable(record["settings"]["name"])
     display(Markdown(f"#### {html.escape(name)}"))
     display(Markdown(f"`results/{printable(Path(path).name)}`: {caption(record)}"))
     experiment.plot(record)
     plt.show()
     if tables and experiment.table: display(experiment.table(record))
     claims = claims_table(path, record)
-    if len(claims): display(claims.style.hide().format({'verdict': verdict_html}))
+    if len(claims): display(claims.style.hide().format({"verdict": verdict_html}))
     words = in_words(path, record)
     if words: display(Markdown(words))
 
 # %% ../../nbs/study/07_registry.ipynb #2d7aaf63
 def show_results(
     kind: str,                          # of a registered experiment
-    folder: str|Path='../../results',   # folder with result files
-    tables: bool=True,                  # show tables of numbers too?
+    folder: str|Path = "../../results",   # folder with result files
+    tables: bool = True,                  # show tables of numbers too?
 ):
     "Show all results of an experiment, one model set after the other"
     found = result_files(folder, kind)
@@ -611,12 +620,12 @@ def grid_entry(
     record: dict, # what the claim was made from
 ) -> str:         # '✓ +41.2', with the variant where the experiment has several
     "What a claim says in the grid"
-    entry = f'{SIGNS[claim.verdict]} {claim.number}'
-    variant = experiment.variant.format(**record['settings'])
-    return f'{entry} ({variant})' if variant else entry
+    entry = f"{SIGNS[claim.verdict]} {claim.number}"
+    variant = experiment.variant.format(**record["settings"])
+    return f"{entry} ({variant})" if variant else entry
 
 # %% ../../nbs/study/07_registry.ipynb #dfaed807
-GRID_ROWS = ['where', 'the paper says', 'number']
+GRID_ROWS = ["where", "the paper says", "number"]
 
 def grid_entries(
     folder: str|Path, # folder with result files
@@ -624,10 +633,11 @@ def grid_entries(
     "All that the grid shows, one after the other"
     entries = []
     for path, record in result_files(folder).items():
-        experiment, name = EXPERIMENTS[kind_of(path)], record['settings']['name']
+        experiment = EXPERIMENTS[kind_of(path)]
+        name = record["settings"]["name"]
         for claim in claims_of(path, record):
             entries.append([*grid_row(experiment, claim), name, grid_entry(experiment, claim, record)])
-    return pd.DataFrame(entries, columns=[*GRID_ROWS, 'model set', 'entry'])
+    return pd.DataFrame(entries, columns=[*GRID_ROWS, "model set", "entry"])
 
 # %% ../../nbs/study/07_registry.ipynb #6a41d24f
 def overview(
@@ -635,25 +645,25 @@ def overview(
 ) -> pd.DataFrame:    # text; rows: where, the paper says, number; one column a model set
     "What reproduces, what does not, and on which data"
     entries = grid_entries(folder)
-    cells = entries.groupby([*GRID_ROWS, 'model set'], sort=False).entry.agg('\n'.join).unstack(fill_value='')
+    cells = entries.groupby([*GRID_ROWS, "model set"], sort=False).entry.agg("\n".join).unstack(fill_value="")
     in_order = entries[GRID_ROWS].drop_duplicates().apply(tuple, axis=1)
     return cells.loc[in_order] if len(cells) else cells
 
 # %% ../../nbs/study/07_registry.ipynb #0432e9f3
-CELL_STYLE = 'padding:.1em .4em;border:1px solid #ccc;text-align:left;line-height:1.25'
+CELL_STYLE = "padding:.1em .4em;border:1px solid #ccc;text-align:left;line-height:1.25"
 
 def claim_html(
     row: tuple, # from `grid_row`
 ) -> str:
     "A claim with its place in the paper, and what its number is in small letters"
     where, says, of = map(html.escape, row)
-    return f'<small>{where}:</small> {says} <small>({of})</small>'
+    return f"<small>{where}:</small> {says} <small>({of})</small>"
 
 def row_html(
     cells: list, # HTML of each
 ) -> str:
     "A row of the grid"
-    return '<tr>' + ''.join(f'<td style="{CELL_STYLE}">{cell}</td>' for cell in cells) + '</tr>'
+    return "<tr>" + "".join(f'<td style="{CELL_STYLE}">{cell}</td>' for cell in cells) + "</tr>"
 
 # %% ../../nbs/study/07_registry.ipynb #da635a1f
 def show_overview(
@@ -661,7 +671,7 @@ def show_overview(
 ) -> HTML:            # table with its legend; a wide one scrolls
     "`overview` as a table with colours"
     grid = overview(folder)
-    names = [f'<b>{html.escape(printable(name))}</b>' for name in grid]
+    names = [f"<b>{html.escape(printable(name))}</b>" for name in grid]
     rows = [row_html(['<div style="min-width:13em"><b>claim of the paper</b></div>', *names])]
     for claim, texts in grid.iterrows(): rows.append(row_html([claim_html(claim), *map(entry_html, texts)]))
     table = f"<table style='border-collapse:collapse;font-size:.85em'>{''.join(rows)}</table>"
@@ -669,10 +679,10 @@ def show_overview(
 
 # %% ../../nbs/study/07_registry.ipynb #058285ca
 OUTCOMES = {  # which signs a claim has on all model sets → what that says
-    '✓': 'Reproduces wherever it is decided',
-    '✓✗': 'Reproduces on some model sets and not on others',
-    '✗': 'Does not reproduce',
-    '': 'Not decided anywhere',
+    "✓": "Reproduces wherever it is decided",
+    "✓✗": "Reproduces on some model sets and not on others",
+    "✗": "Does not reproduce",
+    "": "Not decided anywhere",
 }
 
 def outcomes(
@@ -682,8 +692,8 @@ def outcomes(
     found = {outcome: [] for outcome in OUTCOMES.values()}
     for (where, says), entries in grid_entries(folder).groupby(GRID_ROWS[:2], sort=False):
         signs = entries.entry.str[0]
-        decided = ''.join(sign for sign in '✓✗' if sign in signs.to_list())
-        found[OUTCOMES[decided]].append(f'{says} ({where})')
+        decided = "".join(sign for sign in "✓✗" if sign in signs.to_list())
+        found[OUTCOMES[decided]].append(f"{says} ({where})")
     return found
 
 # %% ../../nbs/study/07_registry.ipynb #ecf68767
@@ -694,7 +704,7 @@ def outcomes_text(
     lines = []
     for outcome, claims in outcomes(folder).items():
         if claims: lines.append(f"- **{outcome}**: {'; '.join(claims)}.")
-    return '\n'.join(lines)
+    return "\n".join(lines)
 
 # %% ../../nbs/study/07_registry.ipynb #58c352e4
 def same_networks(
@@ -703,6 +713,7 @@ def same_networks(
     "Names of model sets that are the same networks"
     names = {}
     for record in records:
-        digest, name = record['model_set'].get('sha256'), record['settings']['name']
+        digest = record["model_set"].get("sha256")
+        name = record["settings"]["name"]
         if digest: names.setdefault(digest, {})[name] = None
     return [tuple(n) for n in names.values() if len(n) > 1]

@@ -20,7 +20,7 @@ from PIL import Image
 from ..core.files import printable, provenance, write_atomic
 
 # %% ../../nbs/study/09_report.ipynb #6629311d
-CSS = '''
+CSS = """
 :root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --page: #fff; --head: #f6f8fa; }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto,
@@ -49,10 +49,10 @@ footer { margin-top: 3rem; padding-top: .75rem; border-top: 1px solid var(--line
   img { padding: .5rem; border-radius: 6px; } }
 @media print { main { max-width: none; padding: 0; } body { font-size: 11pt; } nav { display: none; } figure, tr {
   break-inside: avoid; } h2 { break-after: avoid; } .table { overflow: visible; } th, td { white-space: normal; } }
-'''
+"""
 
 # %% ../../nbs/study/09_report.ipynb #e99f8d00
-TEMPLATE = '''<!DOCTYPE html>
+TEMPLATE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -94,18 +94,18 @@ TEMPLATE = '''<!DOCTYPE html>
 </main>
 </body>
 </html>
-'''
+"""
 
 # %% ../../nbs/study/09_report.ipynb #bfa4262d
 def _alternative_text(fig):
     "The titles of a figure, for readers who do not see it"
     titles = [fig.get_suptitle(), *(ax.get_title() for ax in fig.axes)]
-    return '; '.join(title.replace(r'\$', '$') for title in titles if title) or 'figure'
+    return "; ".join(title.replace(r"\$", "$") for title in titles if title) or "figure"
 
 def _figure_block(fig, caption, dpi):
     "A figure as PNG in base64, with its size in CSS pixels and its alternative text"
     file = io.BytesIO()
-    fig.savefig(file, format='png', dpi=dpi, bbox_inches='tight', facecolor='white')
+    fig.savefig(file, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
     width, height = (round(pixels*96/dpi) for pixels in Image.open(file).size)
     png = base64.b64encode(file.getvalue()).decode()
     return dict(png=png, width=width, height=height, alt=caption or _alternative_text(fig), caption=caption)
@@ -113,11 +113,11 @@ def _figure_block(fig, caption, dpi):
 # %% ../../nbs/study/09_report.ipynb #8d00d166
 def _number_format(column):
     "How a column's numbers are written: one number of decimals for all of them"
-    if not pd.api.types.is_float_dtype(column): return '.4g'
+    if not pd.api.types.is_float_dtype(column): return ".4g"
     size = column.abs().max()
-    if not .01 <= size < 1e6: return '.3g'
-    if (column.dropna() % 1 == 0).all(): return '.0f'
-    return '.3f' if size <= 2 else '.1f'
+    if not .01 <= size < 1e6: return ".3g"
+    if (column.dropna() % 1 == 0).all(): return ".0f"
+    return ".3f" if size <= 2 else ".1f"
 
 def _is_missing(value):
     "Is there nothing to show?"
@@ -125,45 +125,47 @@ def _is_missing(value):
 
 def _cell_text(value, number_format):
     "A table's cell as text, nothing for a missing value"
-    if _is_missing(value): return ''
+    if _is_missing(value): return ""
     return format(value, number_format) if isinstance(value, (float, np.floating)) else printable(value)
 
 def _header_text(label):
     "A column's name; the levels of a nested one are joined"
     levels = label if isinstance(label, tuple) else (label,)
-    return printable(' '.join(str(level) for level in levels if level != ''))
+    return printable(" ".join(str(level) for level in levels if level != ""))
 
 # %% ../../nbs/study/09_report.ipynb #217d4043
 def _with_index(df):
     "A table whose index, if it has a name or is more than a count, has become its first columns"
     if isinstance(df.index, pd.RangeIndex) and df.index.name is None: return df
-    names = ['' if name is None else name for name in df.index.names]
+    names = ["" if name is None else name for name in df.index.names]
     return df.reset_index(names=names, allow_duplicates=True)
 
 def _table_html(df):
     "A table as HTML, escaped; the class `n3` says that column 3 holds numbers"
-    df, text, classes = _with_index(df), {}, []
+    df = _with_index(df)
+    text = {}
+    classes = []
     for i in range(df.shape[1]):
         column = df.iloc[:, i]
         number_format = _number_format(column)
         text[i] = [_cell_text(value, number_format) for value in column]
-        if pd.api.types.is_numeric_dtype(column): classes.append(f'n{i + 1}')
+        if pd.api.types.is_numeric_dtype(column): classes.append(f"n{i + 1}")
     shown = pd.DataFrame(text, dtype=object).set_axis(map(_header_text, df.columns), axis=1)
-    with pd.option_context('display.max_colwidth', None):
-        return shown.to_html(index=False, border=0, justify='left', classes=classes)
+    with pd.option_context("display.max_colwidth", None):
+        return shown.to_html(index=False, border=0, justify="left", classes=classes)
 
 def _number_columns(n):
     "Style rules that align up to n columns of numbers to the right"
-    return '\n'.join(f'.n{i} :is(th, td):nth-child({i}) {{ text-align: right; }}' for i in range(1, n + 1))
+    return "\n".join(f".n{i} :is(th, td):nth-child({i}) {{ text-align: right; }}" for i in range(1, n + 1))
 
 # %% ../../nbs/study/09_report.ipynb #206a5463
 def _plain_lines(text):
     "Text whose control characters are shown; line breaks stay"
-    return '\n'.join(map(printable, str(text).splitlines()))
+    return "\n".join(map(printable, str(text).splitlines()))
 
 def _block(item, dpi):
     "What the template shows for an item of a section"
-    thing, caption = item if isinstance(item, tuple) and len(item) == 2 else (item, '')
+    thing, caption = item if isinstance(item, tuple) and len(item) == 2 else (item, "")
     caption = _plain_lines(caption)
     if isinstance(thing, Axes): thing = thing.figure
     if isinstance(thing, str) and not caption: return dict(text=_plain_lines(thing))
@@ -177,12 +179,13 @@ def _block(item, dpi):
 def _footer():
     "Versions, machine, commit and time in one line"
     p = provenance()
-    versions, machine = dict(p['versions']), p['machine']
+    versions = dict(p["versions"])
+    machine = p["machine"]
     parts = [f"Made with lps {versions.pop('lps')}"]
-    parts += [f'{package} {version}' for package, version in versions.items() if version]
+    parts += [f"{package} {version}" for package, version in versions.items() if version]
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}"
-    commit = [f"commit {p['commit']}"] if p['commit'] else []
-    return ' · '.join([', '.join(parts), where, *commit, p['time']])
+    commit = [f"commit {p['commit']}"] if p["commit"] else []
+    return " · ".join([", ".join(parts), where, *commit, p["time"]])
 
 # %% ../../nbs/study/09_report.ipynb #c4ffd3d4
 def _close_figures(items):
@@ -194,7 +197,7 @@ def _close_figures(items):
 def _page(title, sections):
     "The report as HTML, from headings and blocks"
     widest = 0
-    for _, blocks in sections: widest = max([widest, *(block.get('columns', 0) for block in blocks)])
+    for _, blocks in sections: widest = max([widest, *(block.get("columns", 0) for block in blocks)])
     css = CSS + _number_columns(widest)
     template = jinja2.Environment(autoescape=True).from_string(TEMPLATE)
     return template.render(title=printable(title), sections=sections, css=css, footer=_footer())
@@ -204,11 +207,12 @@ def html_report(
     path: str|Path,   # file to write
     title: str,       # title of the page
     sections: list,   # `(heading, items)`; an item is text, a DataFrame, a figure or axes, or (one of these, caption)
-    dpi: int=150,     # pixels an inch for the figures
-    close: bool=True, # close the figures afterwards, so that they do not pile up in memory
+    dpi: int = 150,     # pixels an inch for the figures
+    close: bool = True, # close the figures afterwards, so that they do not pile up in memory
 ) -> Path:            # the file
     "Write a report as one HTML file, whole or not at all; raises `TypeError` for an item that is none of these"
-    path, sections = Path(path), [(printable(heading), list(items)) for heading, items in sections]
+    path = Path(path)
+    sections = [(printable(heading), list(items)) for heading, items in sections]
     blocks = []
     for heading, items in sections: blocks.append((heading, [_block(item, dpi) for item in items]))
     write_atomic(path, _page(title, blocks).encode())

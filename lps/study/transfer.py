@@ -39,14 +39,14 @@ from ..zoo.train import normalise
 def features(
     model: Model,     # a trained network
     x: Tensor,               # images, uint8 `(n, C, H, W)`
-    stats: tuple|None=None,  # mean and standard deviation of each channel, for a model whose metadata has none
-    bs: int=250,             # images at once
+    stats: tuple|None = None,  # mean and standard deviation of each channel, for a model whose metadata has none
+    bs: int = 250,             # images at once
 ) -> Tensor:                 # what its last layer reads, float32 `(n, F)`
     "Penultimate features of a trained network; raises `ValueError` where nothing says how images were normalised"
     if bs < 1: raise ValueError(f"bs is {bs}: take one image at once at least")
-    if 'mean' in model.meta: stats = model.meta['mean'], model.meta['std']
+    if "mean" in model.meta: stats = model.meta["mean"], model.meta["std"]
     if stats is None:
-        cure = 'pass stats=channel_stats(training images)'
+        cure = "pass stats=channel_stats(training images)"
         raise ValueError(f"{model!r} does not say how its images were normalised: {cure}")
     net = model.net
     net.fc = nn.Identity()
@@ -55,22 +55,23 @@ def features(
 # %% ../../nbs/study/02_transfer.ipynb #d1cd2dd9
 def _classes_of_tasks(models):
     "Task → its two classes, tasks ascending"
-    first = models.manifest.drop_duplicates('task').sort_values('task')
+    first = models.manifest.drop_duplicates("task").sort_values("task")
     return {int(r.task): (r.class_0, r.class_1) for r in first.itertuples()}
 
 def task_targets(
     models: ModelSet,      # M models of T tasks; their manifest names the classes
     images: ImageSet,      # held-out images
-    names: dict|None=None, # class in the manifest → class of the images, where they differ
+    names: dict|None = None, # class in the manifest → class of the images, where they differ
 ) -> dict:                 # task → its images uint8 `(n, C, H, W)` and labels 0 and 1
     "The held-out images of each task; raises `ValueError` for a class that there are no images of"
-    targets, names = {}, names or {}
+    targets = {}
+    names = names or {}
     for task, classes in _classes_of_tasks(models).items():
         classes = [names.get(c, c) for c in classes]
         missing = [c for c in classes if c not in images.classes]
         if missing:
             there = f"'{images.name}' has {', '.join(images.classes[:4])}, …"
-            cure = 'pass names= to say which is which'
+            cure = "pass names= to say which is which"
             raise ValueError(printable(f"task {task} has the class {missing[0]!r}, {there}: {cure}"))
         targets[task] = task_images(images, [images.classes.index(c) for c in classes])
     return targets
@@ -79,8 +80,8 @@ def task_targets(
 def cluster_ari(
     z: Tensor,       # features, `(n, F)`
     y: Tensor,       # classes, `(n,)`
-    n_init: int=10,  # starts of k-means; the tightest clusters count
-    seed: int=0,     # of k-means
+    n_init: int = 10,  # starts of k-means; the tightest clusters count
+    seed: int = 0,     # of k-means
 ) -> float:          # from −0.5 to 1; 0: no better than chance
     "Adjusted Rand index of two clusters and the classes"
     return float(adjusted_rand_score(y, KMeans(2, n_init=n_init, random_state=seed).fit_predict(z)))
@@ -131,19 +132,20 @@ def _cka_with_own(features, labels, targets):
 def transfer(
     models: ModelSet,       # M models of T tasks, whole networks
     targets: dict,          # from `task_targets`
-    stats: tuple|None=None, # mean and standard deviation of each channel, for models whose metadata has none
-    n_init: int=10,         # starts of k-means
-    seed: int=0,            # of k-means
-    workers: int=1,         # processes
-    executor: Executor|None=None, # any `concurrent.futures.Executor` to use instead; it is not shut down
-    progress: bool=False,   # show a bar
+    stats: tuple|None = None, # mean and standard deviation of each channel, for models whose metadata has none
+    n_init: int = 10,         # starts of k-means
+    seed: int = 0,            # of k-means
+    workers: int = 1,         # processes
+    executor: Executor|None = None, # any `concurrent.futures.Executor` to use instead; it is not shut down
+    progress: bool = False,   # show a bar
 ) -> dict:                  # 'ari', 'logme', 'cka': one row a source model, by its task, one column a target, `(M, T)`
     "How well each model sees each task, and the two measures that may use the images"
     units = ((i, models.source, f, targets, stats, n_init, seed) for i, f in enumerate(models.manifest.file))
     done = each_done(_seen_by, units, len(models), workers, executor)
-    seen = dict(track(done, 'features', total=len(models), disable=not progress, transient=True))
+    seen = dict(track(done, "features", total=len(models), disable=not progress, transient=True))
     aris, logmes, zs = zip(*[seen[i] for i in range(len(models))])
-    rows, columns = pd.Index(models.labels.tolist(), name='source'), pd.Index(list(targets), name='target')
+    rows = pd.Index(models.labels.tolist(), name="source")
+    columns = pd.Index(list(targets), name="target")
     tables = dict(ari=aris, logme=logmes, cka=_cka_with_own(zs, models.labels, targets))
     return {name: pd.DataFrame(table, rows, columns) for name, table in tables.items()}
 
@@ -151,7 +153,7 @@ def by_task(
     scores: pd.DataFrame,  # one row a source model, from `transfer`
 ) -> pd.DataFrame:         # `(T, T)`
     "Mean over the models of each source task"
-    return scores.groupby(level='source').mean()
+    return scores.groupby(level="source").mean()
 
 # %% ../../nbs/study/02_transfer.ipynb #be71830c
 def task_similarity(
@@ -159,17 +161,18 @@ def task_similarity(
     labels: Tensor,  # task of each model, `(M,)`
 ) -> pd.DataFrame:   # mean cosine over pairs of models, `(T, T)`
     "Similarity of tasks from vectors of their models"
-    z, tasks = F.normalize(z, dim=1), labels.unique().tolist()
+    z = F.normalize(z, dim=1)
+    tasks = labels.unique().tolist()
     means = torch.stack([z[labels == t].mean(0) for t in tasks])
-    return pd.DataFrame((means @ means.T).numpy(), pd.Index(tasks, name='source'), pd.Index(tasks, name='target'))
+    return pd.DataFrame((means @ means.T).numpy(), pd.Index(tasks, name="source"), pd.Index(tasks, name="target"))
 
 # %% ../../nbs/study/02_transfer.ipynb #70aadc01
 def weight_similarity(
     models: ModelSet,        # M models
-    layers: tuple|None=None, # layers to compare; None: all convolutions
+    layers: tuple|None = None, # layers to compare; None: all convolutions
 ) -> pd.DataFrame:           # `(T, T)`
     "Similarity of tasks by the cosine of raw weights, not aligned"
-    if layers is None: layers = [l for l in models.layers if len(models.shapes[f'{l}.weight']) == 4]
+    if layers is None: layers = [l for l in models.layers if len(models.shapes[f"{l}.weight"]) == 4]
     if not len(layers):
         raise ValueError("layers is empty: name one layer at least, or leave it out for all convolutions")
     weights = models.weights(tuple(layers))
@@ -178,8 +181,8 @@ def weight_similarity(
 # %% ../../nbs/study/02_transfer.ipynb #0ff62a94
 def unseen_folds(
     tasks: list,       # the tasks
-    n_groups: int=10,  # groups to put them into; no more than there are tasks
-    seed: int=0,       # decides who is with whom
+    n_groups: int = 10,  # groups to put them into; no more than there are tasks
+    seed: int = 0,       # decides who is with whom
 ) -> list:             # sets of tasks to hold out
     """Tasks to hold out, so that every two of them are held out together
 
@@ -195,12 +198,12 @@ def unseen_folds(
 # %% ../../nbs/study/02_transfer.ipynb #9e0dc5e4
 def unseen_similarity(
     models: ModelSet,      # models of five tasks at least
-    n_groups: int=10,      # groups of tasks, of which two are held out at a time
-    n_splits: int=1,       # how many times to put the tasks into groups; the mean counts
-    seed: int=0,           # decides groups, and initialisation and order of each fit
-    workers: int=1,        # processes
-    executor: Executor|None=None, # any `concurrent.futures.Executor` to use instead; it is not shut down
-    progress: bool=False,  # show a bar
+    n_groups: int = 10,      # groups of tasks, of which two are held out at a time
+    n_splits: int = 1,       # how many times to put the tasks into groups; the mean counts
+    seed: int = 0,           # decides groups, and initialisation and order of each fit
+    workers: int = 1,        # processes
+    executor: Executor|None = None, # any `concurrent.futures.Executor` to use instead; it is not shut down
+    progress: bool = False,  # show a bar
     **kwargs,              # of `fit`: epochs, layers, n_filters, …
 ) -> pd.DataFrame:         # mean cosine of embeddings, `(T, T)`
     "Similarity of every two tasks from second-order networks that saw neither of them"
@@ -209,9 +212,9 @@ def unseen_similarity(
     for s in range(n_splits): folds += unseen_folds(models.tasks, n_groups, seed + s)
     held_out = [np.isin(models.labels, fold) for fold in folds]
     jobs = [dict(train=np.flatnonzero(~held), seed=seed + i, **kwargs) for i, held in enumerate(held_out)]
-    nets = fit_many(models, jobs, workers, executor, 'unseen tasks' if progress else '')
+    nets = fit_many(models, jobs, workers, executor, "unseen tasks" if progress else "")
     parts = [task_similarity(embed_models(net, models[held]), models.labels[held]) for net, held in zip(nets, held_out)]
-    return pd.concat(parts).groupby(level=0).mean().sort_index(axis=1).rename_axis(index='source', columns='target')
+    return pd.concat(parts).groupby(level=0).mean().sort_index(axis=1).rename_axis(index="source", columns="target")
 
 # %% ../../nbs/study/02_transfer.ipynb #e4ca2f7f
 def shared_superclass(
@@ -227,12 +230,12 @@ def shared_superclass(
     table = {}
     for target, theirs in found.items():
         table[target] = {source: len(own & theirs)/len(own | theirs) for source, own in found.items()}
-    return pd.DataFrame(table).rename_axis(index='source', columns='target')
+    return pd.DataFrame(table).rename_axis(index="source", columns="target")
 
 # %% ../../nbs/study/02_transfer.ipynb #cce56f18
 def _rho(values):
     "Spearman's ρ of the first row with each of the others"
-    with np.errstate(invalid='ignore'): return np.corrcoef(rankdata(values, axis=1))[0, 1:]
+    with np.errstate(invalid="ignore"): return np.corrcoef(rankdata(values, axis=1))[0, 1:]
 
 def _mean_of_known(values):
     "Mean over rows of the values that are not NaN; NaN where there is none"
@@ -241,7 +244,9 @@ def _mean_of_known(values):
 
 def _rhos(tables, drawn):
     "ρ of all predictors over the pairs that some tasks make, and its mean within targets, `(2, P)`"
-    pairs, differ, n = tables[:, drawn][:, :, drawn], drawn[:, None] != drawn, len(np.unique(drawn))
+    pairs = tables[:, drawn][:, :, drawn]
+    differ = drawn[:, None] != drawn
+    n = len(np.unique(drawn))
     over_all = within = np.full(len(tables) - 1, np.nan)
     if n > 2: over_all = _rho(pairs[:, differ])
     if n > 3: within = _mean_of_known(np.stack([_rho(pairs[:, d, j]) for j, d in enumerate(differ.T)]))
@@ -257,7 +262,8 @@ def _bootstrap_interval(tables, rng, n_boot):
 
 def _permutation_p(tables, rho, rng, n_boot):
     "How often ρ is as far from 0 when the predictors' tasks are shuffled, `(2, P)`"
-    tasks, as_far = np.arange(tables.shape[1]), np.zeros_like(rho)
+    tasks = np.arange(tables.shape[1])
+    as_far = np.zeros_like(rho)
     for _ in range(n_boot):
         order = rng.permutation(len(tasks))
         shuffled = np.concatenate([tables[:1], tables[1:, order][:, :, order]])
@@ -268,46 +274,47 @@ def _permutation_p(tables, rho, rng, n_boot):
 def rank_agreement(
     ari: pd.DataFrame,   # transfer from each source to each target, `(T, T)`, T at least 5
     predictors: dict,    # name → what may predict it, `(T, T)`
-    n_boot: int=1000,    # bootstrap samples of the tasks, and as many permutations
-    seed: int=0,         # of both
+    n_boot: int = 1000,    # bootstrap samples of the tasks, and as many permutations
+    seed: int = 0,         # of both
 ) -> pd.DataFrame:       # one row a predictor: rho, low, high, p over all pairs; the same within targets
     "Spearman's ρ of predictors and transfer, 95 % intervals by a bootstrap over tasks, p by permutations of them"
     if len(ari) < 5: raise ValueError(f"{len(ari)} tasks: ranks of their pairs say nothing, give five at least")
     if n_boot < 1: raise ValueError(f"n_boot is {n_boot}: take one sample at least")
-    tables, rng = np.stack([ari, *predictors.values()]).astype(float), np.random.default_rng(seed)
+    tables = np.stack([ari, *predictors.values()]).astype(float)
+    rng = np.random.default_rng(seed)
     low, high = _bootstrap_interval(tables, rng, n_boot)
     rho = _rhos(tables, np.arange(len(ari)))
     p = _permutation_p(tables, rho, rng, n_boot)
     columns = {}
-    for i, which in enumerate(('', '_within')):
+    for i, which in enumerate(("", "_within")):
         values = dict(rho=rho[i], low=low[i], high=high[i], p=p[i])
-        columns |= {f'{name}{which}': value for name, value in values.items()}
-    return pd.DataFrame(columns, pd.Index(list(predictors), name='predictor'))
+        columns |= {f"{name}{which}": value for name, value in values.items()}
+    return pd.DataFrame(columns, pd.Index(list(predictors), name="predictor"))
 
 # %% ../../nbs/study/02_transfer.ipynb #ab928174
-OTHER_HALF = 'other half of the source models'
+OTHER_HALF = "other half of the source models"
 
 def halves_agreement(
     scores: pd.DataFrame,  # ARI, one row a source model, from `transfer`
     **kwargs,              # of `rank_agreement`
 ) -> pd.DataFrame:         # one row
     "ρ between transfer from one half of each task's models and transfer from the other half"
-    odd = (scores.groupby(level='source').cumcount() % 2 == 1).to_numpy()
+    odd = (scores.groupby(level="source").cumcount() % 2 == 1).to_numpy()
     return rank_agreement(by_task(scores[~odd]), {OTHER_HALF: by_task(scores[odd])}, **kwargs)
 
 # %% ../../nbs/study/02_transfer.ipynb #ee151856
 PREDICTORS = {
-    'lps': 'LPS of unseen tasks',
-    'stem': 'raw stem weights',
-    'convs': 'raw weights of all convolutions',
-    'superclass': 'shared superclass',
-    'cka': 'linear CKA (sees images)',
-    'logme': 'LogME (sees images and labels)',
+    "lps": "LPS of unseen tasks",
+    "stem": "raw stem weights",
+    "convs": "raw weights of all convolutions",
+    "superclass": "shared superclass",
+    "cka": "linear CKA (sees images)",
+    "logme": "LogME (sees images and labels)",
 }
 
 def _four_digits(value):
     "A number with four significant digits, None for NaN"
-    return None if np.isnan(value) else float(f'{value:.4g}')
+    return None if np.isnan(value) else float(f"{value:.4g}")
 
 def _number_lists(frame):
     "Rows of a table as lists of numbers, fit for JSON"
@@ -318,12 +325,13 @@ def transfer_record(
     models: ModelSet,      # what was evaluated
     scores: pd.DataFrame,  # ARI, one row a source model, from `transfer`
     predictors: dict,      # name, as in `PREDICTORS` → `(T, T)`
-    n_boot: int=1000,      # bootstrap samples
-    seed: int=0,           # of the bootstrap
+    n_boot: int = 1000,      # bootstrap samples
+    seed: int = 0,           # of the bootstrap
     **settings,            # how: name, images, epochs, …
 ) -> dict:                 # for `write_json`
     "All that a reader needs to trust the result or to make it again"
-    ari, first = by_task(scores), models.manifest.drop_duplicates('task').sort_values('task')
+    ari = by_task(scores)
+    first = models.manifest.drop_duplicates("task").sort_values("task")
     tables = rank_agreement(ari, predictors, n_boot, seed), halves_agreement(scores, n_boot=n_boot, seed=seed)
     rho = {}
     for table in tables: rho |= {k: dict(zip(table.columns, *_number_lists(table.loc[[k]]))) for k in table.index}
@@ -359,10 +367,10 @@ def check_transfer(
     record: dict, # from `transfer_record`, or a result file
 ):
     "Raise `ValueError` with the field for a record that cannot be shown"
-    where = 'the record of transferability'
+    where = "the record of transferability"
     known = checked(record, _TransferRecord, where)
     n = len(known.ari)
-    tables = {'ari': known.ari} | {f'predictors.{name}': table for name, table in known.predictors.items()}
+    tables = {"ari": known.ari} | {f"predictors.{name}": table for name, table in known.predictors.items()}
     for field, table in tables.items():
         if not n or not _is_square(table, n):
             raise ValueError(printable(f"{where}: field {field!r} is not {n} rows of {n} numbers, one a task"))
@@ -370,7 +378,7 @@ def check_transfer(
 
 def _check_rho(rho, field):
     "Raises `ValueError` unless a correlation has its value and its interval"
-    for value in ('rho', 'low', 'high'):
+    for value in ("rho", "low", "high"):
         if value not in rho: raise ValueError(printable(f"{field}.{value}' is missing"))
 
 # %% ../../nbs/study/02_transfer.ipynb #245070c7
@@ -379,15 +387,15 @@ def with_interval(
     which: str, # '': over all pairs; '_within': within targets
 ) -> str:       # empty where there is no ranking
     "ρ with its interval, as text"
-    if rho.get(f'rho{which}') is None: return ''
-    value, low, high = (rho.get(f'{name}{which}') for name in ('rho', 'low', 'high'))
-    if low is None or high is None: return f"{value:.2f}".replace('-', '−')
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]".replace('-', '−')
+    if rho.get(f"rho{which}") is None: return ""
+    value, low, high = (rho.get(f"{name}{which}") for name in ("rho", "low", "high"))
+    if low is None or high is None: return f"{value:.2f}".replace("-", "−")
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]".replace("-", "−")
 
 def _p_text(rho, which):
     "p as text, empty where there is no ranking"
-    p = rho.get(f'p{which}')
-    return '' if p is None else f"{p:.2g}"
+    p = rho.get(f"p{which}")
+    return "" if p is None else f"{p:.2g}"
 
 def _predictor_title(name): return PREDICTORS.get(name, printable(name))
 
@@ -398,47 +406,48 @@ def transfer_table(
     "Spearman's ρ with its interval and p, over all pairs and within targets"
     check_transfer(record)
     rows = {}
-    for name, rho in record['rho'].items():
+    for name, rho in record["rho"].items():
         row = rows[_predictor_title(name)] = {}
-        for title, which in (('all pairs', ''), ('within targets', '_within')):
-            row |= {f'ρ, {title}': with_interval(rho, which), f'p, {title}': _p_text(rho, which)}
-    return pd.DataFrame(rows).T.rename_axis('predictor')
+        for title, which in (("all pairs", ""), ("within targets", "_within")):
+            row |= {f"ρ, {title}": with_interval(rho, which), f"p, {title}": _p_text(rho, which)}
+    return pd.DataFrame(rows).T.rename_axis("predictor")
 
 # %% ../../nbs/study/02_transfer.ipynb #f73b3a4a
 def finding(
     rho: dict,          # of one predictor, from a record
-    within: bool=False, # within targets?
+    within: bool = False, # within targets?
 ) -> str:               # 'above chance', 'below chance', 'not told from chance' or 'without a ranking'
     "What an interval says about a predictor"
-    low, high = (rho.get(f"{end}{'_within' if within else ''}") for end in ('low', 'high'))
-    if low is None or high is None: return 'without a ranking'
-    if low > 0: return 'above chance'
-    return 'below chance' if high < 0 else 'not told from chance'
+    low, high = (rho.get(f"{end}{'_within' if within else ''}") for end in ("low", "high"))
+    if low is None or high is None: return "without a ranking"
+    if low > 0: return "above chance"
+    return "below chance" if high < 0 else "not told from chance"
 
 def _findings_text(record, within):
     "Predictors by what is found about them"
-    found = {_predictor_title(name): finding(record['rho'][name], within) for name in record['predictors']}
+    found = {_predictor_title(name): finding(record["rho"][name], within) for name in record["predictors"]}
     found = pd.Series({html.escape(title, quote=False): what for title, what in found.items()})
-    return '; '.join(f"{what}: {', '.join(group.index)}" for what, group in found.groupby(found))
+    return "; ".join(f"{what}: {', '.join(group.index)}" for what, group in found.groupby(found))
 
 # %% ../../nbs/study/02_transfer.ipynb #2ede58cf
 ANSWERS = { # above chance over all pairs, and within targets → what weights do
-    (True, True): '**predict** transfer',
-    (True, False): 'predict transfer over all pairs, but not which source is best for a target',
-    (False, True): 'predict which source is better for a target, but not transfer over all pairs',
-    (False, False): 'do **not** predict transfer beyond chance',
+    (True, True): "**predict** transfer",
+    (True, False): "predict transfer over all pairs, but not which source is best for a target",
+    (False, True): "predict which source is better for a target, but not transfer over all pairs",
+    (False, False): "do **not** predict transfer beyond chance",
 }
 
 def _ari_text(ari):
     "What clusters know of a network's own task and of others"
     ari = np.array(ari, dtype=float)
-    own, other = np.diag(ari), ari[~np.eye(len(ari), dtype=bool)]
+    own = np.diag(ari)
+    other = ari[~np.eye(len(ari), dtype=bool)]
     spread = f"{other.mean():.2f} ± {other.std():.2f} on others"
     return f"the clusters' ARI is {own.mean():.2f} on a network's own task and {spread}."
 
 def _lps_text(rho):
     "What weights, read by LPS, say about transfer"
-    answer = ANSWERS[finding(rho) == 'above chance', finding(rho, within=True) == 'above chance']
+    answer = ANSWERS[finding(rho) == "above chance", finding(rho, within=True) == "above chance"]
     over_all = f"{with_interval(rho, '')} over all pairs (p = {_p_text(rho, '')})"
     within = f"{with_interval(rho, '_within')} within targets (p = {_p_text(rho, '_within')})"
     return f"Weights alone, read by LPS, {answer}: ρ = {over_all}, {within}."
@@ -449,12 +458,12 @@ def transfer_text(
 ) -> str:         # Markdown
     "The result in words, built from the numbers"
     check_transfer(record)
-    for name in ('lps', OTHER_HALF):
-        if name not in record['rho']: raise ValueError(f"the record of transferability: field 'rho.{name}' is missing")
-    name = html.escape(printable(record['settings']['name']), quote=False)
-    return ' '.join([
+    for name in ("lps", OTHER_HALF):
+        if name not in record["rho"]: raise ValueError(f"the record of transferability: field 'rho.{name}' is missing")
+    name = html.escape(printable(record["settings"]["name"]), quote=False)
+    return " ".join([
         f"**{name}**, {len(record['ari'])} tasks: {_ari_text(record['ari'])}",
-        _lps_text(record['rho']['lps']),
+        _lps_text(record["rho"]["lps"]),
         f"Over all pairs, {_findings_text(record, False)}. Within targets, {_findings_text(record, True)}.",
         f"The two halves of the source networks agree with ρ = {with_interval(record['rho'][OTHER_HALF], '')}.",
     ])

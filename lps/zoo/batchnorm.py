@@ -15,12 +15,12 @@ from torch import Tensor, nn
 # %% ../../nbs/zoo/01_batchnorm.ipynb #09abb37d
 LANES = 128  # numbers that are worked on side by side; a channel count must divide it
 
-@njit(inline='always')
+@njit(inline="always")
 def _to_float(u):
     "A bfloat16, given as its 16 bits, as float32"
     return np.uint32(np.uint32(u) << np.uint32(16)).view(np.float32)
 
-@njit(inline='always')
+@njit(inline="always")
 def _to_bits(f):
     "A float32 rounded to the nearest bfloat16, ties to even, as 16 bits"
     u = np.float32(f).view(np.uint32)
@@ -32,7 +32,8 @@ BLOCK = 128  # rows added up in float32 before they go into a float64 sum
 @njit(fastmath=True, cache=True)
 def _sums(x, total, squares):
     "Sum and sum of squares of each lane"
-    s, q = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    s = np.empty(LANES, np.float32)
+    q = np.empty(LANES, np.float32)
     for start in range(0, len(x), BLOCK):
         s[:], q[:] = 0, 0
         for i in range(start, min(start + BLOCK, len(x))):
@@ -71,7 +72,8 @@ def _rectified(y, grad, out):
 @njit(fastmath=True, cache=True)
 def _grad_sums(x, grad, mean, total, products):
     "Sum of the gradient, and of its product with the centred input, of each lane"
-    s, q = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    s = np.empty(LANES, np.float32)
+    q = np.empty(LANES, np.float32)
     for start in range(0, len(x), BLOCK):
         s[:], q[:] = 0, 0
         for i in range(start, min(start + BLOCK, len(x))):
@@ -117,7 +119,8 @@ def _moments(x, eps):
 def _scaled(x, shortcut, scale, shift):
     "max(scale·x + shift + shortcut, 0) as a new tensor"
     y = torch.empty_like(x)
-    scale, shift = _repeat_to_lanes(scale), _repeat_to_lanes(shift)
+    scale = _repeat_to_lanes(scale)
+    shift = _repeat_to_lanes(shift)
     if shortcut is None: _forward(_as_lanes(x), scale, shift, _as_lanes(y))
     else: _forward_add(_as_lanes(x), _as_lanes(shortcut), scale, shift, _as_lanes(y))
     return y
@@ -137,7 +140,10 @@ class _BatchNormReLU(torch.autograd.Function):
         scale = weight.detach().double().numpy()/std
         y = _scaled(x, shortcut, scale, bias.detach().double().numpy() - mean*scale)
         ctx.save_for_backward(x, y)
-        ctx.mean, ctx.invstd, ctx.scale, ctx.has_shortcut = mean, 1/std, scale, shortcut is not None
+        ctx.mean = mean
+        ctx.invstd = 1/std
+        ctx.scale = scale
+        ctx.has_shortcut = shortcut is not None
         stats = torch.from_numpy(mean).float(), torch.from_numpy(var).float()
         ctx.mark_non_differentiable(*stats)
         return y, *stats
@@ -145,9 +151,13 @@ class _BatchNormReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         x, y = ctx.saved_tensors
-        C, n, mean, dx = x.shape[1], x.numel()//x.shape[1], _repeat_to_lanes(ctx.mean), torch.empty_like(x)
+        C = x.shape[1]
+        n = x.numel()//x.shape[1]
+        mean = _repeat_to_lanes(ctx.mean)
+        dx = torch.empty_like(x)
         rectified = _where_positive(y, grad)
-        rows, out = _as_lanes(x), _as_lanes(rectified)
+        rows = _as_lanes(x)
+        out = _as_lanes(rectified)
         total, products = _channel_sums(_grad_sums, C, rows, out, mean)
         factors = ctx.scale, ctx.scale*total/n, ctx.scale*ctx.invstd**2*products/n
         _backward(rows, out, mean, *map(_repeat_to_lanes, factors), _as_lanes(dx))
@@ -157,13 +167,13 @@ class _BatchNormReLU(torch.autograd.Function):
 # %% ../../nbs/zoo/01_batchnorm.ipynb #1a780cad
 def _fits(x):
     "Can the kernels read this tensor?"
-    in_memory = x.dtype == torch.bfloat16 and x.device.type == 'cpu'
+    in_memory = x.dtype == torch.bfloat16 and x.device.type == "cpu"
     return in_memory and x.is_contiguous(memory_format=torch.channels_last) and x.numel() % LANES == 0
 
 def bn_relu(
     bn: nn.BatchNorm2d,         # the normalisation; in training mode its running statistics are updated as torch does
     x: Tensor,                  # feature maps, `(B, C, H, W)`
-    shortcut: Tensor|None=None, # added before the ReLU, same shape as `x`
+    shortcut: Tensor|None = None, # added before the ReLU, same shape as `x`
 ) -> Tensor:                    # `relu(bn(x) + shortcut)`, same shape
     "Batch normalisation, sum with the shortcut and ReLU; one pass for training in bfloat16, channels last, on a CPU"
     fits = _fits(x) and LANES % x.shape[1] == 0 and (shortcut is None or _fits(shortcut))

@@ -40,7 +40,7 @@ def model_file(
     run: int,  # number of the model within its task
 ) -> str:      # such as 'task03_run7.safetensors'
     "File name of one model"
-    return f'task{task:02d}_run{run}.safetensors'
+    return f"task{task:02d}_run{run}.safetensors"
 
 # %% ../../nbs/zoo/04_build.ipynb #dfb93124
 @dataclass(frozen=True)
@@ -57,16 +57,18 @@ class ModelPlace:
         task: int, # number of the task
         run: int,  # number of the model within its task
     ):
-        self.folder, self.name, self.key = Path(path), model_file(task, run), dict(task=task, run=run)
+        self.folder = Path(path)
+        self.name = model_file(task, run)
+        self.key = dict(task=task, run=run)
         self.model = self.folder/self.name
-        self.aside = self.folder/'set_aside'/f'{self.model.stem}.json'
-        self.checkpoint = self.folder/'checkpoints'/self.name
+        self.aside = self.folder/"set_aside"/f"{self.model.stem}.json"
+        self.checkpoint = self.folder/"checkpoints"/self.name
 
     def epoch(self,
         n: int, # after how many epochs
     ) -> Path:  # file of the network as it was then
         "Where the network is kept as it was after n epochs"
-        return self.folder/'epochs'/f'{n:03d}'/self.name
+        return self.folder/"epochs"/f"{n:03d}"/self.name
 
 # %% ../../nbs/zoo/04_build.ipynb #d468e154
 @patch
@@ -79,7 +81,7 @@ def finished(self: ModelPlace,
     file = self.epoch(until) if until else self.model
     try: record = None if not_as_marked(file) else read_marker(file)
     except OSError: return None
-    return record if record and record.get('seed') == seed else None
+    return record if record and record.get("seed") == seed else None
 
 def _unlink(*files):
     "Remove files that are no longer needed; one that stays does no harm"
@@ -91,18 +93,18 @@ def _write_model(file, result, about):
     "A model and its marker; `result` as from `train_model`"
     net, metrics = result
     meta = about | metrics
-    seconds = {k: meta.pop(k) for k in ('seconds',) if k in meta}
+    seconds = {k: meta.pop(k) for k in ("seconds",) if k in meta}
     save_model(file, net.state_dict(), meta)
-    noted = {k: meta[k] for k in ('task', 'run', 'seed', 'val_accuracy', 'train_accuracy')}
+    noted = {k: meta[k] for k in ("task", "run", "seed", "val_accuracy", "train_accuracy")}
     return mark_complete(file, **noted, **seconds)
 
 def _set_aside(place, about, diverged):
     "Record why there is no model, and remove what was kept of it after some of the epochs"
     reason = f"diverged: {diverged}"
-    why = dict(seed=about['seed'], reason=reason, recipe=about['recipe'], versions=versions())
+    why = dict(seed=about["seed"], reason=reason, recipe=about["recipe"], versions=versions())
     write_json(place.aside, place.key | why)
-    kept = place.folder.glob(f'epochs/*/{place.name}')
-    markers = place.folder.glob(f'epochs/*/complete/{place.model.stem}.json')
+    kept = place.folder.glob(f"epochs/*/{place.name}")
+    markers = place.folder.glob(f"epochs/*/complete/{place.model.stem}.json")
     _unlink(place.model, *kept, *markers)
     return place.key | dict(reason=reason)
 
@@ -126,7 +128,7 @@ def _write_kept(self: _Unit, n, results):
     for place, about, result in zip(self.places, self.abouts, results):
         if isinstance(result, Diverged): continue
         net, metrics = result
-        noted = {k: v for k, v in metrics.items() if k != 'seconds'}
+        noted = {k: v for k, v in metrics.items() if k != "seconds"}
         _write_model(place.epoch(n), (net, noted), about | dict(epoch=n))
 
 @patch
@@ -140,26 +142,27 @@ def _finish(self: _Unit, place, about, result):
 @patch
 def _train(self: _Unit):
     "For each model its network and metrics, or the `Diverged` that ended it"
-    return self._train_one() if len(self.places) == 1 and self.device == 'cpu' else self._train_many()
+    return self._train_one() if len(self.places) == 1 and self.device == "cpu" else self._train_many()
 
 @patch
 def _train_many(self: _Unit):
     "All models as one network"
-    seeds, stats = [a['seed'] for a in self.abouts], (self.abouts[0]['mean'], self.abouts[0]['std'])
+    seeds = [a["seed"] for a in self.abouts]
+    stats = (self.abouts[0]["mean"], self.abouts[0]["std"])
     return train_models(self.tasks, self.recipe, seeds, stats, device=self.device, keep=self.keep,
                         kept=self._write_kept, until=self.until, **self.saving)
 
 @patch(as_prop=True)
 def _precision(self: _Unit):
     "The precision in which a model is trained on its own"
-    return best_precision() if self.recipe.precision == 'auto' else self.recipe.precision
+    return best_precision() if self.recipe.precision == "auto" else self.recipe.precision
 
 # %% ../../nbs/zoo/04_build.ipynb #44560871
 @patch
 def _train_one(self: _Unit):
     "The only model, on one thread"
-    (train, valid), seed = self.tasks[0], self.abouts[0]['seed']
-    stats = self.abouts[0]['mean'], self.abouts[0]['std']
+    (train, valid), seed = self.tasks[0], self.abouts[0]["seed"]
+    stats = self.abouts[0]["mean"], self.abouts[0]["std"]
     def keep_epoch(n, net):
         metrics = both_accuracies(net, train, valid, stats) | dict(precision=self._precision)
         self._write_kept(n, [(net, metrics)])
@@ -171,13 +174,13 @@ def _train_one(self: _Unit):
 # %% ../../nbs/zoo/04_build.ipynb #6dd54b24
 def _checkpoint_file(path, metas):
     "Where a unit keeps its checkpoint: under its model's name or, for many models, a name made from their seeds"
-    if len(metas) == 1: return ModelPlace(path, metas[0]['task'], metas[0]['run']).checkpoint
-    seeds = json.dumps([m['seed'] for m in metas])
-    return Path(path)/'checkpoints'/f'unit_{zlib.crc32(seeds.encode()):08x}.safetensors'
+    if len(metas) == 1: return ModelPlace(path, metas[0]["task"], metas[0]["run"]).checkpoint
+    seeds = json.dumps([m["seed"] for m in metas])
+    return Path(path)/"checkpoints"/f"unit_{zlib.crc32(seeds.encode()):08x}.safetensors"
 
 def _device_name(device):
     "The name of a device, as models record it"
-    return torch.cuda.get_device_name(device) if torch.device(device).type == 'cuda' else device
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
 
 def _as_tensors(arrays):
     "Training and validation images with labels, from the arrays of a task"
@@ -190,23 +193,24 @@ def train_unit(
     recipe: dict,   # fields of the recipe
     metas: list,    # for each model what is known before training: task, run, seed, classes, mean, std, …
     arrays: dict,   # for each task images and labels for training, images and labels for validation, as numpy arrays
-    device: str = 'cpu', # where to train; several models, or one on a GPU, are trained as one network
+    device: str = "cpu", # where to train; several models, or one on a GPU, are trained as one network
     every: int = 10, # epochs from one checkpoint to the next
     keep: tuple = (), # epochs after which the networks are kept as well
     until: int | None = None, # stop after so many epochs: keep the networks as they are then, and their checkpoint
 ) -> list:          # for each model task, run, and either file, sha256 and val_accuracy, or why there is no model
     "Train some models of a build and write them; raises `OSError` if a file cannot be written"
-    places = [ModelPlace(path, m['task'], m['run']) for m in metas]
-    done = [p.finished(m['seed'], until) for p, m in zip(places, metas)]
+    places = [ModelPlace(path, m["task"], m["run"]) for m in metas]
+    done = [p.finished(m["seed"], until) for p, m in zip(places, metas)]
     if all(done): return done
     known = dict(recipe=recipe, device=_device_name(device))
-    if device == 'cpu': known['instruction_set'] = instruction_set()
-    if Recipe(**recipe).architecture == 'resnet': known['shortcut'] = 'conv'
-    abouts, tasks = [m | known for m in metas], [_as_tensors(arrays[m['task']]) for m in metas]
+    if device == "cpu": known["instruction_set"] = instruction_set()
+    if Recipe(**recipe).architecture == "resnet": known["shortcut"] = "conv"
+    abouts = [m | known for m in metas]
+    tasks = [_as_tensors(arrays[m["task"]]) for m in metas]
     saving = dict(checkpoint=_checkpoint_file(path, metas), every=every)
     unit = _Unit(places, abouts, tasks, Recipe(**recipe), device=device, keep=keep, until=until, saving=saving)
     records = [d or unit._finish(*what) for d, *what in zip(done, places, abouts, unit._train())]
-    if until is None: _unlink(saving['checkpoint'])
+    if until is None: _unlink(saving["checkpoint"])
     return records
 
 # %% ../../nbs/zoo/04_build.ipynb #5718d201
@@ -257,12 +261,13 @@ def plan_build(
     return BuildPlan(images, recipe_fields(recipe), seed, in_lists, mean=mean.tolist(), std=std.tolist())
 
 # %% ../../nbs/zoo/04_build.ipynb #048bd419
-def _field_differences(old, new, under=''):
+def _field_differences(old, new, under=""):
     "Where two plans differ, in words"
     for k in dict.fromkeys([*old, *new]):
-        a, b = old.get(k), new.get(k)
-        if isinstance(a, dict) and isinstance(b, dict): yield from _field_differences(a, b, f'{under}{k} ')
-        elif a != b and k not in ('pairs', 'mean', 'std'): yield f"{under}{k} {str(a)[:60]}, now {str(b)[:60]}"
+        a = old.get(k)
+        b = new.get(k)
+        if isinstance(a, dict) and isinstance(b, dict): yield from _field_differences(a, b, f"{under}{k} ")
+        elif a != b and k not in ("pairs", "mean", "std"): yield f"{under}{k} {str(a)[:60]}, now {str(b)[:60]}"
 
 def _with_recipe_defaults(plan):
     "A plan as a dict, with the defaults of its recipe"
@@ -280,9 +285,9 @@ def plan_differences(
 # %% ../../nbs/zoo/04_build.ipynb #17b0d046
 def _write_first_plan(path, file, plan):
     "Write the plan of a new folder, unless another build was faster"
-    with FileLock(path/'.build.lock'):
+    with FileLock(path/".build.lock"):
         if file.exists(): return
-        if any(path.glob('*.safetensors')):
+        if any(path.glob("*.safetensors")):
             raise ValueError(f"{path} holds models, but no build.json: it was not made by a build, "
                              "choose another folder")
         write_json(file, asdict(plan))
@@ -292,7 +297,7 @@ def settle_plan(
     plan: BuildPlan, # what is to be built
 ):
     "Write down what is built here; raises `ValueError` if it is something else than before, or cannot be read"
-    file = path/'build.json'
+    file = path/"build.json"
     if not file.exists(): _write_first_plan(path, file, plan)
     try: differ = plan_differences(read_json(file, BuildPlan), plan)
     except (TypeError, ValueError) as e: raise ValueError(f"{path} has no plan that can be read: {e}") from None
@@ -308,7 +313,7 @@ class Build:
     plan: BuildPlan
     n_tasks: int | None = None # how many pairs of classes; None: all
     n_models: int = 10         # models for each task
-    device: str = 'cpu'        # where to train
+    device: str = "cpu"        # where to train
     at_once: int | None = None # models that train as one network; None: 1 on a processor, 100 on a GPU
     every: int = 10            # epochs from one checkpoint to the next
     keep: tuple = ()           # epochs after which each network is kept as well
@@ -316,12 +321,12 @@ class Build:
 
     def __post_init__(self):
         def settle(name, value): object.__setattr__(self, name, value)
-        if self.n_tasks is None: settle('n_tasks', len(self.plan.pairs))
-        if self.at_once is None: settle('at_once', 1 if self.device == 'cpu' else 100)
-        settle('keep', tuple(self.keep))
+        if self.n_tasks is None: settle("n_tasks", len(self.plan.pairs))
+        if self.at_once is None: settle("at_once", 1 if self.device == "cpu" else 100)
+        settle("keep", tuple(self.keep))
         self._check_numbers()
         self._check_epochs()
-        if self.until == self.recipe.epochs: settle('until', None)
+        if self.until == self.recipe.epochs: settle("until", None)
 
     @property
     def recipe(self): return Recipe(**self.plan.recipe)
@@ -330,7 +335,8 @@ class Build:
 @patch
 def _check_numbers(self: Build):
     "Raises `ValueError` for impossible numbers of tasks, models or checkpoints"
-    pairs, images = self.plan.pairs, self.plan.images
+    pairs = self.plan.pairs
+    images = self.plan.images
     if not 1 <= self.n_tasks <= len(pairs):
         classes = f"the {len(images.classes)} classes of '{images.name}'"
         raise ValueError(f"{self.n_tasks} tasks, but {classes} make {len(pairs)} pairs")
@@ -347,7 +353,9 @@ def _check_counts(self: Build):
 @patch
 def _check_epochs(self: Build):
     "Raises `ValueError` if the recipe does not have the epochs to keep, or the one to stop after"
-    name, epochs, until = self.recipe.name, self.recipe.epochs, self.until
+    name = self.recipe.name
+    epochs = self.recipe.epochs
+    until = self.until
     if until is not None and not 1 <= until <= epochs:
         raise ValueError(f"until {until} epochs: recipe '{name}' has {epochs}, take 1 to {epochs}")
     wrong = [n for n in self.keep if not 1 <= n < epochs]
@@ -383,10 +391,10 @@ def missing(self: Build, metas: list) -> list: # those of the metas that are sti
     "The models that are still to be trained; checkpoints of finished ones are removed"
     missing = []
     for m in metas:
-        place = ModelPlace(self.path, m['task'], m['run'])
-        done = place.finished(m['seed'])
+        place = ModelPlace(self.path, m["task"], m["run"])
+        done = place.finished(m["seed"])
         if done: _unlink(place.checkpoint)
-        early = place.finished(m['seed'], self.until) if self.until else done
+        early = place.finished(m["seed"], self.until) if self.until else done
         if early: continue
         if done:
             raise ValueError(f"{place.name} is trained to its end and was not kept after {self.until} epochs: "
@@ -397,14 +405,16 @@ def missing(self: Build, metas: list) -> list: # those of the metas that are sti
 # %% ../../nbs/zoo/04_build.ipynb #9454eb90
 def _unit_seeds(checkpoint):
     "Seeds of the models of a unit, from its checkpoint; None: it cannot be read"
-    try: return [int(s) for s in load_model(checkpoint)[1]['about']['seeds']]
+    try: return [int(s) for s in load_model(checkpoint)[1]["about"]["seeds"]]
     except (OSError, ValueError, KeyError, TypeError): return None
 
 @patch
 def _interrupted(self: Build, metas: list, missing: list) -> list: # a list of metas for each unit
     "The units of many models that have a checkpoint and lack some of their models"
-    by_seed, seeds_missing, units = {m['seed']: m for m in metas}, {m['seed'] for m in missing}, []
-    for f in sorted((self.path/'checkpoints').glob('unit_*.safetensors')):
+    by_seed = {m["seed"]: m for m in metas}
+    seeds_missing = {m["seed"] for m in missing}
+    units = []
+    for f in sorted((self.path/"checkpoints").glob("unit_*.safetensors")):
         seeds = _unit_seeds(f)
         if seeds is None: _unlink(f)
         elif not set(seeds) <= set(by_seed): continue
@@ -422,9 +432,10 @@ def units(self: Build,
     "What is still to be trained, as models that train together"
     if self.at_once == 1: return [[m] for m in missing]
     units = self._interrupted(metas, missing)
-    taken, by_size = {m['seed'] for m in itertools.chain(*units)}, {}
+    taken = {m["seed"] for m in itertools.chain(*units)}
+    by_size = {}
     for m in missing:
-        if m['seed'] not in taken: by_size.setdefault(n_images(m['task']), []).append(m)
+        if m["seed"] not in taken: by_size.setdefault(n_images(m["task"]), []).append(m)
     for _, models in sorted(by_size.items()):
         units += [models[i:i + self.at_once] for i in range(0, len(models), self.at_once)]
     return units
@@ -445,8 +456,8 @@ def _check_images(train, test):
     classes = list(train.classes), list(test.classes)
     if classes[0] != classes[1]:
         raise ValueError(f"training classes are {classes[0][:5]}, test classes {classes[1][:5]}: give both the same")
-    _check_classes(train, 'training')
-    _check_classes(test, 'test')
+    _check_classes(train, "training")
+    _check_classes(test, "test")
 
 # %% ../../nbs/zoo/04_build.ipynb #ff8023c5
 @patch
@@ -467,7 +478,8 @@ def check_space(self: Build,
     workers: int, # units that are trained at the same time
 ):
     "Raises `OSError` with both sizes if the disk has no room for what will be written"
-    need, free = self.bytes_needed(n, workers), shutil.disk_usage(self.path).free
+    need = self.bytes_needed(n, workers)
+    free = shutil.disk_usage(self.path).free
     if n and need > free:
         more = math.ceil((need - free)/1e6)
         raise OSError(f"{n} models need {need/1e6:.0f} MB in {self.path}, {free/1e6:.0f} MB are free: "
@@ -476,7 +488,7 @@ def check_space(self: Build,
 # %% ../../nbs/zoo/04_build.ipynb #c0ddac1c
 def _remove_old_temporary(path, seconds=600):
     "Remove temporary files that a killed build left behind"
-    for f in path.rglob('.*.tmp'):
+    for f in path.rglob(".*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - f.stat().st_mtime > seconds: f.unlink()
 
@@ -485,7 +497,7 @@ def _progress_text(accuracies, aside):
     parts = []
     if accuracies: parts.append(f"val accuracy {np.mean(accuracies):.3f}")
     if aside: parts.append(f"{aside} set aside")
-    return ', '.join(parts)
+    return ", ".join(parts)
 
 # %% ../../nbs/zoo/04_build.ipynb #397066b9
 def _unit_results(units, workers, executor):
@@ -495,13 +507,14 @@ def _unit_results(units, workers, executor):
 
 def _watched(results, total, done, progress):
     "Pass results on, with a progress bar: models done, time left, mean accuracy"
-    numbers = MofNCompleteColumn(), TimeRemainingColumn(), TextColumn('{task.fields[text]}')
-    accuracies, aside = [], 0
-    with Progress(TextColumn('models'), BarColumn(), *numbers, disable=not progress) as bar:
-        models = bar.add_task('', total=total, completed=done, text='')
+    numbers = MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}")
+    accuracies = []
+    aside = 0
+    with Progress(TextColumn("models"), BarColumn(), *numbers, disable=not progress) as bar:
+        models = bar.add_task("", total=total, completed=done, text="")
         for r in results:
-            aside += 'reason' in r
-            if 'val_accuracy' in r: accuracies.append(r['val_accuracy'])
+            aside += "reason" in r
+            if "val_accuracy" in r: accuracies.append(r["val_accuracy"])
             bar.update(models, advance=1, text=_progress_text(accuracies, aside))
             yield r
 
@@ -521,10 +534,10 @@ def run(self: Build,
     metas = self.metas()
     missing = self.missing(metas)
     groups = self.units(metas, missing, lambda task: len(arrays(task)[1]))
-    if self.device != 'cpu': workers = 1
+    if self.device != "cpu": workers = 1
     self.check_space(len(missing), workers)
     how = self.device, self.every, self.keep, self.until
-    def unit(group): return str(self.path), self.plan.recipe, group, {m['task']: arrays(m['task']) for m in group}, *how
+    def unit(group): return str(self.path), self.plan.recipe, group, {m["task"]: arrays(m["task"]) for m in group}, *how
     units = [unit(group) for group in groups]
     with contextlib.closing(_unit_results(units, workers, executor)) as results:
         for _ in _watched(results, len(metas), len(metas) - len(missing), progress): pass
@@ -534,13 +547,13 @@ def run(self: Build,
 @patch(as_prop=True)
 def models(self: Build) -> ModelSet:
     "All models in the folder; with `until`, all networks as they were then"
-    return load_modelset(self.path/'epochs'/f'{self.until:03d}' if self.until else self.path)
+    return load_modelset(self.path/"epochs"/f"{self.until:03d}" if self.until else self.path)
 
 # %% ../../nbs/zoo/04_build.ipynb #c725f3f3
 def build(
     path: str | Path,         # folder for the models; a build that was interrupted goes on
-    images: str | Path | tuple = 'digits', # 'digits', 'cifar100', an image folder, or two `ImageSet`s (train, test)
-    recipe: str | Recipe = 'digits', # a recipe or the name of one
+    images: str | Path | tuple = "digits", # 'digits', 'cifar100', an image folder, or two `ImageSet`s (train, test)
+    recipe: str | Recipe = "digits", # a recipe or the name of one
     n_tasks: int | None = None, # how many pairs of classes; None: all
     n_models: int = 10,       # models for each task
     seed: int = 0,            # decides the pairs, unless they are given, and every model's seed
@@ -549,7 +562,7 @@ def build(
     progress: bool = True,    # show a progress bar?
     every: int = 10,          # epochs from one checkpoint of a training run to the next: what a crash can cost
     keep: tuple = (),         # epochs after which each network is kept as well, in `path/epochs/…`
-    device: str = 'cpu',      # 'cuda': train on the GPU, many models as one network
+    device: str = "cpu",      # 'cuda': train on the GPU, many models as one network
     at_once: int | None = None, # models that train as one network; None: 1 on a processor, 100 on a GPU
     until: int | None = None, # stop after so many epochs; the same build without it goes on from there
     pairs: list | None = None, # numbers of the two classes of each task; None: the classes in disjoint pairs
@@ -557,7 +570,7 @@ def build(
 ) -> ModelSet:                # all models in the folder; with `until`, all networks in `path/epochs/…`
     "Train a zoo; raises `ValueError` for a folder with another build, `OSError` if the disk is full or fails"
     device = str(check_device(device, here=executor is None))
-    train, test = images if isinstance(images, tuple) else (load_images(images, s, **kwargs) for s in ('train', 'test'))
+    train, test = images if isinstance(images, tuple) else (load_images(images, s, **kwargs) for s in ("train", "test"))
     _check_images(train, test)
     plan = plan_build(train, get_recipe(recipe), seed, pairs)
     job = Build(Path(path), plan, n_tasks, n_models, device=device, at_once=at_once, every=every,
@@ -565,6 +578,7 @@ def build(
     job.path.mkdir(parents=True, exist_ok=True)
     settle_plan(job.path, plan)
     _remove_old_temporary(job.path)
-    trained, models = job.run(train, test, workers, executor, progress=progress), job.models
-    if trained or not (models.path/'DATASHEET.md').exists(): write_datasheet(models)
+    trained = job.run(train, test, workers, executor, progress=progress)
+    models = job.models
+    if trained or not (models.path/"DATASHEET.md").exists(): write_datasheet(models)
     return models

@@ -29,28 +29,28 @@ NEVER = [
 # %% ../../nbs/zoo/05_datasheet.ipynb #4c2f1a6e
 def _recipe_limits(recipes):
     "Claims that the models cannot support because of how they were trained, one sentence each"
-    named = dict.fromkeys(str(recipe['name']) for recipe in recipes if recipe.get('name'))
-    names = ', '.join(named) or 'not known'
+    named = dict.fromkeys(str(recipe["name"]) for recipe in recipes if recipe.get("name"))
+    names = ", ".join(named) or "not known"
     limits = [f"Claims about other architectures or recipes: all are {_networks(recipes)}, recipe '{names}'."]
     for epochs in map(_stopped, recipes):
         if epochs: limits.append(f"Claims about finished networks: these are as they were {epochs}.")
-    if names != 'paper': limits.append(f"Claims about the paper's recipe, which has 160 epochs: '{names}' is another.")
+    if names != "paper": limits.append(f"Claims about the paper's recipe, which has 160 epochs: '{names}' is another.")
     return limits
 
 def _networks(recipes):
     "What networks of these recipes are"
-    known = bool(recipes) and {'depth', 'width'} <= set(recipes[0])
-    return f"ResNet{recipes[0]['depth']}s of width {recipes[0]['width']}" if known else 'networks of one architecture'
+    known = bool(recipes) and {"depth", "width"} <= set(recipes[0])
+    return f"ResNet{recipes[0]['depth']}s of width {recipes[0]['width']}" if known else "networks of one architecture"
 
 def _stopped(recipe):
     "After how many epochs the networks of a recipe were stopped, or None"
-    if recipe.get('stopped_after'): return f"after {recipe['stopped_after']} of {recipe.get('epochs')} epochs"
+    if recipe.get("stopped_after"): return f"after {recipe['stopped_after']} of {recipe.get('epochs')} epochs"
 
 # %% ../../nbs/zoo/05_datasheet.ipynb #266e3857
 def _data_limits(data, n_tasks, n_planned):
     "Claims that the models cannot support because of their images and the number of tasks"
     limits = []
-    if data != 'cifar100':
+    if data != "cifar100":
         saw = f"its models saw CIFAR-100, these saw {data or 'other images'}"
         limits.append(f"Claims about CIFAR-100, or numbers to set beside the paper's: {saw}.")
     if n_planned and n_tasks < n_planned:
@@ -60,8 +60,8 @@ def _data_limits(data, n_tasks, n_planned):
 
 def _limits(training, n_tasks, n_planned, lacks):
     "What a set must not be used for, one sentence each"
-    data = training['data'][0] if training['data'] else None
-    limits = [*_recipe_limits(training['recipes']), *_data_limits(data, n_tasks, n_planned), *NEVER]
+    data = training["data"][0] if training["data"] else None
+    limits = [*_recipe_limits(training["recipes"]), *_data_limits(data, n_tasks, n_planned), *NEVER]
     if lacks: limits.append("Anything that needs whole networks: only some layers are in this file.")
     return limits
 
@@ -100,17 +100,18 @@ class _Plan:
 # %% ../../nbs/zoo/05_datasheet.ipynb #39941791
 def _folder_of_build(models):
     "The folder of the build, and what the set is called if its models are of one epoch"
-    folder, epoch = models.path, models.path.name
-    if folder.parent.name != 'epochs': return folder, None
+    folder = models.path
+    epoch = models.path.name
+    if folder.parent.name != "epochs": return folder, None
     build = folder.parent.parent
-    return build, f'{build.resolve().name}, after {int(epoch)} epochs' if epoch.isdecimal() else None
+    return build, f"{build.resolve().name}, after {int(epoch)} epochs" if epoch.isdecimal() else None
 
 def _left_by_build(models):
     "The plan of a build and the models that it set aside; of a packed set, what its sheet has of them"
-    if not models.path.is_dir(): return checked(models.about.get('datasheet') or {}, _LeftByBuild, 'datasheet')
+    if not models.path.is_dir(): return checked(models.about.get("datasheet") or {}, _LeftByBuild, "datasheet")
     folder, name = _folder_of_build(models)
-    plan = read_json(folder/'build.json', _Plan) if (folder/'build.json').exists() else _Plan()
-    aside = [read_json(file, _SetAside) for file in sorted(folder.glob('set_aside/*.json'))]
+    plan = read_json(folder/"build.json", _Plan) if (folder/"build.json").exists() else _Plan()
+    aside = [read_json(file, _SetAside) for file in sorted(folder.glob("set_aside/*.json"))]
     return _LeftByBuild(name, None if plan.pairs is None else len(plan.pairs), set_aside=aside)
 
 # %% ../../nbs/zoo/05_datasheet.ipynb #e9e43aa9
@@ -130,40 +131,41 @@ def _distinct(values):
 # %% ../../nbs/zoo/05_datasheet.ipynb #d9a758f5
 def _model_entry(file, sha256, meta):
     "What the sheet says about one model"
-    known = {name: meta.get(name) for name in ('seed', 'val_accuracy', 'train_accuracy')}
-    return dict(file=file, task=meta['task'], run=meta.get('run', 0), **known, sha256=sha256)
+    known = {name: meta.get(name) for name in ("seed", "val_accuracy", "train_accuracy")}
+    return dict(file=file, task=meta["task"], run=meta.get("run", 0), **known, sha256=sha256)
 
 def _task_entry(task, metas, classes):
     "What the sheet says about one task"
-    ids = metas[0].get('class_ids') or metas[0].get('classes') or []
-    names = [classes.get(c, old) for c, old in zip(ids, metas[0].get('classes') or [])]
-    accuracy = _summary_statistics([meta.get('val_accuracy') for meta in metas])
+    ids = metas[0].get("class_ids") or metas[0].get("classes") or []
+    names = [classes.get(c, old) for c, old in zip(ids, metas[0].get("classes") or [])]
+    accuracy = _summary_statistics([meta.get("val_accuracy") for meta in metas])
     return dict(task=task, classes=names, class_ids=ids, models=len(metas), val_accuracy=accuracy)
 
 def _task_entries(models, metas, classes):
     "What the sheet says about each task"
     of_task = {task: [] for task in models.tasks}
-    for meta in metas: of_task[meta['task']].append(meta)
+    for meta in metas: of_task[meta["task"]].append(meta)
     return [_task_entry(task, of_task[task], classes) for task in models.tasks]
 
 # %% ../../nbs/zoo/05_datasheet.ipynb #c9febbe3
 def _recipe_entry(meta):
     "A model's recipe, with the epoch after which it was stopped; None if it is not known"
-    recipe, epoch = meta.get('recipe'), meta.get('epoch')
+    recipe = meta.get("recipe")
+    epoch = meta.get("epoch")
     if recipe is None: return None
     if not isinstance(recipe, dict): recipe = dict(name=recipe)
     return recipe | dict(stopped_after=epoch) if epoch else recipe
 
 def _training_facts(metas):
     "How the models were trained; where they differ, every value is listed"
-    known = [checked(meta, _SheetMeta, meta.get('file', 'model')) for meta in metas]
-    data = _distinct(meta.get('data') for meta in metas)
+    known = [checked(meta, _SheetMeta, meta.get("file", "model")) for meta in metas]
+    data = _distinct(meta.get("data") for meta in metas)
     return dict(
         data=data,
         source=[source_of(name) for name in data or [None]],
         recipes=_distinct(_recipe_entry(meta) for meta in metas),
         precision=_distinct(m.precision for m in known),
-        shortcut=_distinct(meta.get('shortcut') for meta in metas),
+        shortcut=_distinct(meta.get("shortcut") for meta in metas),
         build_seeds=_distinct(m.build_seed for m in known),
         trained_with=_distinct(m.versions for m in known),
     )
@@ -173,7 +175,7 @@ def _training_hours(models, metas):
     "Hours of all models together; None unless each has its time, in its metadata or its marker"
     seconds = 0
     for file, meta in zip(models.manifest.file, metas):
-        marker = {} if meta.get('seconds') else read_marker(models.path/file) or {}
+        marker = {} if meta.get("seconds") else read_marker(models.path/file) or {}
         one = checked(marker | meta, _SheetMeta, file).seconds
         if not one: return None
         seconds += one
@@ -193,9 +195,9 @@ def _about_build(models, metas, left):
     "What was left out, how long it took, and what it must not be used for"
     return dict(
         set_aside=[vars(aside) for aside in left.set_aside],
-        rejected=models.rejected.to_dict('records') or left.rejected,
+        rejected=models.rejected.to_dict("records") or left.rejected,
         training_hours=_training_hours(models, metas) or left.training_hours,
-        not_for=_limits(_training_facts(metas), len(models.tasks), left.planned_tasks, metas[0].get('lacks')),
+        not_for=_limits(_training_facts(metas), len(models.tasks), left.planned_tasks, metas[0].get("lacks")),
         written=provenance(),
     )
 
@@ -208,7 +210,8 @@ def datasheet(
     "Everything that should be known about a model set before it is used; raises `ValueError` for an empty one"
     if not isinstance(models, ModelSet): models = load_modelset(models)
     if len(models) == 0: raise ValueError("a model set of 0 models has no datasheet: give at least one model")
-    metas, left = [model.meta for model in models], _left_by_build(models)
+    metas = [model.meta for model in models]
+    left = _left_by_build(models)
     what = dict(
         name=name or left.name or models.path.resolve().stem,
         models=len(models),
@@ -223,94 +226,95 @@ def markdown_table(
 ) -> str:
     "A Markdown table; floats have three digits"
     lines = [list(map(_cell_text, row)) for row in (header, *rows)]
-    lines.insert(1, ['---']*len(header))
-    return '\n'.join(f"| {' | '.join(line)} |" for line in lines)
+    lines.insert(1, ["---"]*len(header))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 def _cell_text(value):
     "The text of a table's cell"
-    if value is None: return ''
-    return f'{value:.3f}' if isinstance(value, float) else _escaped(value)
+    if value is None: return ""
+    return f"{value:.3f}" if isinstance(value, float) else _escaped(value)
 
 def _escaped(text):
     "Text from a file, as Markdown shows it"
-    return printable(text).replace('|', '\\|').replace('<', '\\<')
+    return printable(text).replace("|", "\\|").replace("<", "\\<")
 
 # %% ../../nbs/zoo/05_datasheet.ipynb #2dd36ab0
 def _what_text(sheet):
     "How many models and tasks there are, out of how many, and how far they were trained"
     text = f"{pluralise(sheet['models'], 'model')} of {pluralise(len(sheet['tasks']), 'task')}"
-    if sheet['planned_tasks']: text += f", of the {sheet['planned_tasks']} in this split of the classes"
-    for recipe in sheet['recipes']:
-        if _stopped(recipe): text += f', {_stopped(recipe)}'
+    if sheet["planned_tasks"]: text += f", of the {sheet['planned_tasks']} in this split of the classes"
+    for recipe in sheet["recipes"]:
+        if _stopped(recipe): text += f", {_stopped(recipe)}"
     return text
 
 def _fields_text(dicts):
     "Names and values of dicts, those without a value left out"
     texts = []
     for fields in dicts:
-        known = [f'{name} {value}' for name, value in fields.items() if value is not None]
-        texts.append(', '.join(known))
-    return '; '.join(texts)
+        known = [f"{name} {value}" for name, value in fields.items() if value is not None]
+        texts.append(", ".join(known))
+    return "; ".join(texts)
 
 # %% ../../nbs/zoo/05_datasheet.ipynb #bd52651e
 def _seeds_text(seeds):
     "Where the models' seeds come from"
-    if not seeds: return 'not known, or one a model: see the last table'
+    if not seeds: return "not known, or one a model: see the last table"
     return f"of the build {', '.join(map(str, seeds))}; each model has its own, made of the build's seed, task and run"
 
 def _written_text(written):
     "When and by what a sheet was written"
-    machine, version = written['machine'], written['versions']['lps']
+    machine = written["machine"]
+    version = written["versions"]["lps"]
     made = f"{written['time']}, lps {version}, commit {written['commit']}"
     return f"{made}, {machine['cpu']}, {machine['cores']} cores, {machine['system']}"
 
 # %% ../../nbs/zoo/05_datasheet.ipynb #06136225
 def _facts(sheet):
     "What the sheet says in one line each, by heading"
-    aside = [f"task {a['task']} run {a['run']}: {a['reason']}" for a in sheet['set_aside']]
-    unfit = [f"{r.get('file')}: {r.get('reason')}" for r in sheet['rejected'] if isinstance(r, dict)]
-    hours = sheet['training_hours']
+    aside = [f"task {a['task']} run {a['run']}: {a['reason']}" for a in sheet["set_aside"]]
+    unfit = [f"{r.get('file')}: {r.get('reason')}" for r in sheet["rejected"] if isinstance(r, dict)]
+    hours = sheet["training_hours"]
     facts = {
-        'What': _what_text(sheet),
-        'Images and their terms': '; '.join(sheet['source']),
-        'Recipe': _fields_text(sheet['recipes']),
-        'Precision of training': ', '.join(sheet['precision']),
-        'Shortcuts': ', '.join(sheet['shortcut']),
-        'Seeds': _seeds_text(sheet['build_seeds']),
-        'Set aside': '; '.join(aside) or 'none',
-        'Unfit files': '; '.join(unfit) or 'none',
-        'Training time': f"{hours:.2f} hours, summed over models that trained side by side" if hours else '',
-        'Trained with': _fields_text(sheet['trained_with']),
-        'This sheet': _written_text(sheet['written']),
+        "What": _what_text(sheet),
+        "Images and their terms": "; ".join(sheet["source"]),
+        "Recipe": _fields_text(sheet["recipes"]),
+        "Precision of training": ", ".join(sheet["precision"]),
+        "Shortcuts": ", ".join(sheet["shortcut"]),
+        "Seeds": _seeds_text(sheet["build_seeds"]),
+        "Set aside": "; ".join(aside) or "none",
+        "Unfit files": "; ".join(unfit) or "none",
+        "Training time": f"{hours:.2f} hours, summed over models that trained side by side" if hours else "",
+        "Trained with": _fields_text(sheet["trained_with"]),
+        "This sheet": _written_text(sheet["written"]),
     }
-    return {heading: text or 'not known' for heading, text in facts.items()}
+    return {heading: text or "not known" for heading, text in facts.items()}
 
 def _classes_text(task):
     "The classes of a task, with ids where they are something else"
-    texts = [name if name == i else f'{name} ({i})' for name, i in zip(task['classes'], task['class_ids'])]
-    return ' / '.join(map(str, texts))
+    texts = [name if name == i else f"{name} ({i})" for name, i in zip(task["classes"], task["class_ids"])]
+    return " / ".join(map(str, texts))
 
 # %% ../../nbs/zoo/05_datasheet.ipynb #396db789
 def _accuracy_table(sheet):
     "How accurate the models are"
-    spreads = dict(validation=sheet['val_accuracy'], training=sheet['train_accuracy'])
+    spreads = dict(validation=sheet["val_accuracy"], training=sheet["train_accuracy"])
     rows = [[which, *spread.values()] for which, spread in spreads.items() if spread]
-    columns = 'accuracy', 'models', 'mean', 'sd', 'min', 'lower quartile', 'median', 'upper quartile', 'max'
-    return markdown_table(columns, rows) if rows else 'not known'
+    columns = "accuracy", "models", "mean", "sd", "min", "lower quartile", "median", "upper quartile", "max"
+    return markdown_table(columns, rows) if rows else "not known"
 
 def _task_table(sheet):
     "A row for each task"
     rows = []
-    for task in sheet['tasks']:
-        spread = task['val_accuracy'] or {}
-        accuracy = [spread.get(name) for name in ('mean', 'sd', 'min', 'max')]
-        rows.append([task['task'], _classes_text(task), task['models'], *accuracy])
-    return markdown_table(['task', 'classes', 'models', 'mean accuracy', 'sd', 'min', 'max'], rows)
+    for task in sheet["tasks"]:
+        spread = task["val_accuracy"] or {}
+        accuracy = [spread.get(name) for name in ("mean", "sd", "min", "max")]
+        rows.append([task["task"], _classes_text(task), task["models"], *accuracy])
+    return markdown_table(["task", "classes", "models", "mean accuracy", "sd", "min", "max"], rows)
 
 def _member_table(sheet):
     "A row for each model"
-    rows = [[m['file'], m['seed'], m['val_accuracy'], m['sha256']] for m in sheet['members']]
-    return markdown_table(['file', 'seed', 'accuracy', 'SHA-256'], rows)
+    rows = [[m["file"], m["seed"], m["val_accuracy"], m["sha256"]] for m in sheet["members"]]
+    return markdown_table(["file", "seed", "accuracy", "SHA-256"], rows)
 
 # %% ../../nbs/zoo/05_datasheet.ipynb #93c4fb4b
 def datasheet_text(
@@ -318,20 +322,20 @@ def datasheet_text(
     members: bool = True, # with a row for each model?
 ) -> str:                 # Markdown
     "A datasheet, to read"
-    facts = [f'- **{heading}**: {_escaped(text)}' for heading, text in _facts(sheet).items()]
-    limits = [f'- {_escaped(text)}' for text in sheet['not_for']]
+    facts = [f"- **{heading}**: {_escaped(text)}" for heading, text in _facts(sheet).items()]
+    limits = [f"- {_escaped(text)}" for text in sheet["not_for"]]
     parts = [
         f"# {_escaped(sheet['name'])}",
-        '\n'.join(facts),
-        '## It must not be used for',
-        '\n'.join(limits),
-        '## Accuracy',
+        "\n".join(facts),
+        "## It must not be used for",
+        "\n".join(limits),
+        "## Accuracy",
         _accuracy_table(sheet),
-        '## Tasks',
+        "## Tasks",
         _task_table(sheet),
     ]
-    if members: parts += ['## Models', _member_table(sheet)]
-    return '\n\n'.join(parts) + '\n'
+    if members: parts += ["## Models", _member_table(sheet)]
+    return "\n\n".join(parts) + "\n"
 
 # %% ../../nbs/zoo/05_datasheet.ipynb #98583d72
 def write_datasheet(
@@ -344,7 +348,8 @@ def write_datasheet(
     if folder is None and not models.path.is_dir():
         name = printable(models.path.name)
         raise ValueError(f"{name} is a packed set: say in which folder to write its datasheet")
-    folder, sheet = Path(folder or models.path), datasheet(models, **kwargs)
-    write_json(folder/'datasheet.json', sheet)
-    write_atomic(folder/'DATASHEET.md', datasheet_text(sheet).encode())
+    folder = Path(folder or models.path)
+    sheet = datasheet(models, **kwargs)
+    write_json(folder/"datasheet.json", sheet)
+    write_atomic(folder/"DATASHEET.md", datasheet_text(sheet).encode())
     return sheet

@@ -38,7 +38,8 @@ class ManyLinear(nn.Linear):
         x: Tensor, # features, `(n, M·n_features)`
     ) -> Tensor:   # logits, `(n, M, n_classes)`
         by_model = x.unflatten(1, (self.M, -1)).transpose(0, 1)
-        weight, bias = self.weight.unflatten(0, (self.M, -1)), self.bias.view(self.M, 1, -1)
+        weight = self.weight.unflatten(0, (self.M, -1))
+        bias = self.bias.view(self.M, 1, -1)
         return torch.baddbmm(bias, by_model, weight.transpose(1, 2)).transpose(0, 1)
 
 # %% ../../nbs/zoo/03_many.ipynb #73cd866e
@@ -49,7 +50,8 @@ class ManyPad(nn.Module):
         one: PadShortcut, # the shortcut of one of them
     ):
         super().__init__()
-        self.M, self.one = M, one
+        self.M = M
+        self.one = one
 
     def forward(self,
         x: Tensor, # `(n, M·C, H, W)`
@@ -72,7 +74,7 @@ def _replace_modules(net, new):
     for name, m in list(net.named_modules()):
         other = new(m)
         if other is None: continue
-        parent, _, leaf = name.rpartition('.')
+        parent, _, leaf = name.rpartition(".")
         setattr(net.get_submodule(parent), leaf, other)
     return net
 
@@ -94,7 +96,8 @@ def _check_one_kind(nets):
 
 def _fused_state(blank, nets):
     "The tensors of all networks one after the other, in the shapes of `blank`"
-    states, fused = [n.state_dict() for n in nets], {}
+    states = [n.state_dict() for n in nets]
+    fused = {}
     for name, v in blank.state_dict().items():
         fused[name] = torch.cat([state[name].reshape(-1, *v.shape[1:]) for state in states])
     return fused
@@ -106,11 +109,12 @@ class FusedModels(nn.Module):
         nets, # the `ResNet`s
     ):
         super().__init__()
-        self.shape, self.M = _check_one_kind(nets), len(nets)
-        with torch.device('meta'):
+        self.shape = _check_one_kind(nets)
+        self.M = len(nets)
+        with torch.device("meta"):
             self.nets = _replace_modules(ResNet(**self.shape), lambda m: _side_by_side(m, self.M))
         self.nets.load_state_dict(_fused_state(self.nets, nets), assign=True)
-        self.register_buffer('diverged_at', torch.full((self.M, 2), -1))
+        self.register_buffer("diverged_at", torch.full((self.M, 2), -1))
         self.to(memory_format=torch.channels_last)
 
     def forward(self,
@@ -129,7 +133,7 @@ def each(
 @patch
 def unfuse(self: FusedModels) -> list: # M `ResNet`s on the CPU, in evaluation mode
     "The networks, with the weights and running statistics that they have now"
-    with torch.device('meta'): blank = ResNet(**self.shape)
+    with torch.device("meta"): blank = ResNet(**self.shape)
     shapes = {k: v.shape for k, v in blank.state_dict().items()}
     fused = {k: each(v.detach().cpu(), self.M) for k, v in self.nets.state_dict().items()}
     nets = [copy.deepcopy(blank) for _ in range(self.M)]
@@ -149,7 +153,7 @@ class SummedLoss:
         pred: Tensor, # logits, `(n, M, n_classes)`
         yb: Tensor,   # labels, long `(n, M)`
     ) -> Tensor:      # a number; `.each` has the loss of each model, `(M,)`
-        losses = F.cross_entropy(pred.flatten(0, 1), yb.flatten(), reduction='none').view_as(yb).mean(0)
+        losses = F.cross_entropy(pred.flatten(0, 1), yb.flatten(), reduction="none").view_as(yb).mean(0)
         self.each = losses.detach()
         return torch.where(self.model.alive & self.each.isfinite(), losses, 0.).sum()
 
@@ -191,7 +195,7 @@ def diverged(self: FusedModels) -> dict: # `{number: Diverged}`
 # %% ../../nbs/zoo/03_many.ipynb #2ced6513
 def _momentum(opt):
     "The momentum tensors of a fastai optimiser around torch's SGD"
-    buffers = [s.get('momentum_buffer') for s in opt.opt.state.values()]
+    buffers = [s.get("momentum_buffer") for s in opt.opt.state.values()]
     return [b for b in buffers if b is not None]
 
 class SetAside(Callback):
@@ -260,12 +264,15 @@ class MultiLoader:
         recipe: Recipe,   # batch size, pad and flip
         stats: tuple | list, # mean and standard deviation of each channel; a list: of each model
         generators: list, # for each model a `torch.Generator` on the CPU
-        device='cpu',     # where the images lie and the batches are made
+        device="cpu",     # where the images lie and the batches are made
     ):
         _check_tasks(tasks)
         _check_generators(generators, len(tasks))
-        self.recipe, self.generators, self.device = recipe, generators, torch.device(device)
-        self.n, self.size = len(tasks[0][0]), tasks[0][0].shape[2:]
+        self.recipe = recipe
+        self.generators = generators
+        self.device = torch.device(device)
+        self.n = len(tasks[0][0])
+        self.size = tasks[0][0].shape[2:]
         unique, numbers = unique_tasks(tasks)
         self.images = torch.cat([_padded_rows(x, recipe.pad) for x, _ in unique]).to(self.device)
         self.labels = torch.cat([y for _, y in unique]).to(self.device)
@@ -280,11 +287,12 @@ def draw(self: MultiLoader,
     idx: tuple, # for each model the numbers of its images, long `(n,)`
 ) -> Tensor:    # for each image and model: which image, upper and left edge, mirrored? Long `(4, n, M)`
     "What a batch is made of, drawn from each model's own generator"
-    r, draws = self.recipe, []
+    r = self.recipe
+    draws = []
     for i, g in zip(idx, self.generators): draws.append(torch.stack([i, *draw_augment(len(i), r.pad, r.flip, g)]))
     draws = torch.stack(draws, -1)
     draws[0] += self.first
-    return draws.pin_memory().to(self.device, non_blocking=True) if self.device.type == 'cuda' else draws
+    return draws.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else draws
 
 @patch
 def __iter__(self: MultiLoader):
@@ -302,7 +310,8 @@ def batch(self: MultiLoader,
 ) -> tuple:           # images float32 `(n, M, C, H, W)`, channels last in memory, and labels `(n, M)`
     "Gather, crop, mirror and normalise one batch for each model"
     h, w = (torch.arange(s, device=self.device)[:, None] for s in self.size)
-    rows, cols = dy[:, None] + h, dx[:, None] + torch.where(mirrored[:, None] > 0, len(w) - 1 - w, w)
+    rows = dy[:, None] + h
+    cols = dx[:, None] + torch.where(mirrored[:, None] > 0, len(w) - 1 - w, w)
     pixels = self.images[i[:, None, None], rows[:, :, None], cols[:, None]]
     return _normalise(pixels, *self.stats), self.labels[i]
 
@@ -311,8 +320,8 @@ def device_precision(
     device, # such as `'cuda'`
 ) -> str:   # 'bfloat16' or 'float32'
     "The precision that `'auto'` stands for on a device"
-    if torch.device(device).type != 'cuda': return best_precision()
-    return 'bfloat16' if torch.cuda.get_device_capability(device) >= (8, 0) else 'float32'
+    if torch.device(device).type != "cuda": return best_precision()
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
 
 class DeviceAutocast(Autocast):
     "Forward pass in bfloat16 on the device of the model, loss in float32"
@@ -342,8 +351,8 @@ def many_learner(
 ) -> Learner:
     "The `Learner` of a recipe for many models at the same time"
     own = [SetAside()]
-    if recipe.precision == 'bfloat16': own.append(DeviceAutocast())
-    learn = make_learner(model, dl, replace(recipe, precision='float32'), [*own, *cbs]).remove_cb(StopIfDiverged)
+    if recipe.precision == "bfloat16": own.append(DeviceAutocast())
+    learn = make_learner(model, dl, replace(recipe, precision="float32"), [*own, *cbs]).remove_cb(StopIfDiverged)
     learn.loss_func = SummedLoss(model)
     return learn
 
@@ -356,8 +365,10 @@ def accuracies(
 ) -> list:              # for each model the fraction of its images that it gets right, in float32
     "How many of its images each network gets right"
     model.eval()
-    device, hits = model.diverged_at.device, 0
-    stats, longest = _stack_stats(stats, model.M, device), max(len(y) for _, y in tasks)
+    device = model.diverged_at.device
+    hits = 0
+    stats = _stack_stats(stats, model.M, device)
+    longest = max(len(y) for _, y in tasks)
     pad = nn.utils.rnn.pad_sequence
     for s in range(0, longest, 125):
         xb = pad([x[s:s + 125] for x, _ in tasks]).to(device)
@@ -371,7 +382,8 @@ def _results(model, tasks, stats, **noted):
     "For each model the network and what is known about it, or why there is none"
     train = accuracies(model, [t for t, _ in tasks], stats)
     val = accuracies(model, [v for _, v in tasks], stats)
-    why, results = model.diverged(), []
+    why = model.diverged()
+    results = []
     for m, net in enumerate(model.unfuse()):
         metrics = dict(val_accuracy=val[m], train_accuracy=train[m]) | noted
         results.append(why[m] if m in why else (net, metrics))
@@ -390,7 +402,7 @@ def _check_models(tasks, seeds, keep, kept):
 
 def _with_precision(recipe, device):
     "The recipe with the precision that it stands for on a device"
-    return replace(recipe, precision=device_precision(device)) if recipe.precision == 'auto' else recipe
+    return replace(recipe, precision=device_precision(device)) if recipe.precision == "auto" else recipe
 
 def _fresh_networks(trains, recipe, seeds, stats, device):
     "Fresh networks as one, their batches, and the generators of those"
@@ -402,7 +414,7 @@ def _fresh_networks(trains, recipe, seeds, stats, device):
 # %% ../../nbs/zoo/03_many.ipynb #47de8528
 def train_models(
     tasks: list,      # for each model `(train, valid)`, each images uint8 `(n, C, H, W)` and labels
-    recipe: str | Recipe = 'digits', # a recipe or the name of one
+    recipe: str | Recipe = "digits", # a recipe or the name of one
     seeds: list = (0,), # for each model its seed: first weights, order of images, crops and flips
     stats: tuple | None = None, # mean and standard deviation of each channel; None: of each model's training images
     device: str | None = None, # 'cuda' or 'cpu'; None: the GPU if there is one
@@ -414,14 +426,15 @@ def train_models(
     until: int | None = None, # stop after so many epochs, with the recipe's schedule; None: at the recipe's end
 ) -> list:            # for each model `(ResNet, metrics)` as from `train_model`, or the `Diverged` that ended it
     "Train many networks at the same time, each as `train_model` would; all need as many training images"
-    start, device = time.perf_counter(), check_device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    start = time.perf_counter()
+    device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     recipe = _with_precision(get_recipe(recipe), device)
     _check_models(tasks, seeds, keep, kept)
-    if recipe.architecture != 'resnet':
+    if recipe.architecture != "resnet":
         cure = "only networks of 'resnet' train as one: give at_once=1"
         raise ValueError(f"architecture {recipe.architecture!r}: {cure}")
     trains = [t for t, _ in tasks]
-    if stats is None: stats = [channel_stats(ImageSet(*xy, ['0', '1'], 'train')) for xy in trains]
+    if stats is None: stats = [channel_stats(ImageSet(*xy, ["0", "1"], "train")) for xy in trains]
     model, dl, generators = _fresh_networks(trains, recipe, seeds, stats, device)
     def results():
         seconds = round((time.perf_counter() - start)/len(tasks), 2)

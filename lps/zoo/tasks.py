@@ -35,7 +35,8 @@ class ImageSet:
     converted: dict = field(default_factory=dict) # how images that were not 8-bit RGB were converted, with their number
 
     def __post_init__(self):
-        images, n = self.images, len(self.labels)
+        images = self.images
+        n = len(self.labels)
         if images.dtype != torch.uint8: raise TypeError(f"images are {images.dtype}, not torch.uint8")
         if images.ndim != 4: raise ValueError(f"images have shape {tuple(images.shape)}, not (n, C, H, W)")
         if len(images) != n: raise ValueError(f"{len(images)} images but {n} labels")
@@ -55,56 +56,57 @@ def _digits(split, **kwargs):
     d = load_digits()
     x = torch.from_numpy((d.images * 255 / 16).round().astype(np.uint8))[:, None]
     train, test = train_test_split(np.arange(len(x)), test_size=0.25, random_state=0, stratify=d.target)
-    idx = torch.from_numpy(np.sort(train if split == 'train' else test))
-    return ImageSet(x[idx], torch.from_numpy(d.target).long()[idx], [str(o) for o in d.target_names], 'digits')
+    idx = torch.from_numpy(np.sort(train if split == "train" else test))
+    return ImageSet(x[idx], torch.from_numpy(d.target).long()[idx], [str(o) for o in d.target_names], "digits")
 
 # %% ../../nbs/zoo/00_tasks.ipynb #de1f0c40
 def lps_home() -> Path: # `$LPS_HOME`, or `~/.cache/lps`
     "Return the folder for data, which is not created"
-    return Path(os.environ.get('LPS_HOME') or Path.home()/'.cache'/'lps').expanduser()
+    return Path(os.environ.get("LPS_HOME") or Path.home()/".cache"/"lps").expanduser()
 
 # %% ../../nbs/zoo/00_tasks.ipynb #4cfdf405
 _superclasses_of_cifar100 = {
-    'aquatic mammals': 'beaver dolphin otter seal whale',
-    'fish': 'aquarium_fish flatfish ray shark trout',
-    'flowers': 'orchid poppy rose sunflower tulip',
-    'food containers': 'bottle bowl can cup plate',
-    'fruit and vegetables': 'apple mushroom orange pear sweet_pepper',
-    'household electrical devices': 'clock keyboard lamp telephone television',
-    'household furniture': 'bed chair couch table wardrobe',
-    'insects': 'bee beetle butterfly caterpillar cockroach',
-    'large carnivores': 'bear leopard lion tiger wolf',
-    'large man-made outdoor things': 'bridge castle house road skyscraper',
-    'large natural outdoor scenes': 'cloud forest mountain plain sea',
-    'large omnivores and herbivores': 'camel cattle chimpanzee elephant kangaroo',
-    'medium-sized mammals': 'fox porcupine possum raccoon skunk',
-    'non-insect invertebrates': 'crab lobster snail spider worm',
-    'people': 'baby boy girl man woman',
-    'reptiles': 'crocodile dinosaur lizard snake turtle',
-    'small mammals': 'hamster mouse rabbit shrew squirrel',
-    'trees': 'maple_tree oak_tree palm_tree pine_tree willow_tree',
-    'vehicles 1': 'bicycle bus motorcycle pickup_truck train',
-    'vehicles 2': 'lawn_mower rocket streetcar tank tractor',
+    "aquatic mammals": "beaver dolphin otter seal whale",
+    "fish": "aquarium_fish flatfish ray shark trout",
+    "flowers": "orchid poppy rose sunflower tulip",
+    "food containers": "bottle bowl can cup plate",
+    "fruit and vegetables": "apple mushroom orange pear sweet_pepper",
+    "household electrical devices": "clock keyboard lamp telephone television",
+    "household furniture": "bed chair couch table wardrobe",
+    "insects": "bee beetle butterfly caterpillar cockroach",
+    "large carnivores": "bear leopard lion tiger wolf",
+    "large man-made outdoor things": "bridge castle house road skyscraper",
+    "large natural outdoor scenes": "cloud forest mountain plain sea",
+    "large omnivores and herbivores": "camel cattle chimpanzee elephant kangaroo",
+    "medium-sized mammals": "fox porcupine possum raccoon skunk",
+    "non-insect invertebrates": "crab lobster snail spider worm",
+    "people": "baby boy girl man woman",
+    "reptiles": "crocodile dinosaur lizard snake turtle",
+    "small mammals": "hamster mouse rabbit shrew squirrel",
+    "trees": "maple_tree oak_tree palm_tree pine_tree willow_tree",
+    "vehicles 1": "bicycle bus motorcycle pickup_truck train",
+    "vehicles 2": "lawn_mower rocket streetcar tank tractor",
 }
 CIFAR100_SUPERCLASSES = {}  # class → superclass (Krizhevsky 2009)
 for _superclass, _classes in _superclasses_of_cifar100.items():
     CIFAR100_SUPERCLASSES |= dict.fromkeys(_classes.split(), _superclass)
 
 # %% ../../nbs/zoo/00_tasks.ipynb #a490b027
-_suffixes = {'.png', '.jpg', '.jpeg', '.bmp', '.webp', '.ppm', '.pgm', '.tif', '.tiff', '.gif'}
+_suffixes = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 
 def _scale(mode, low, high):
     "The factor that brings values to 0 to 255; None where their range is unknown"
     if not low >= 0: return None
-    if mode == 'F' and high <= 1: return 255
-    if mode == 'F': return 1 if high <= 255 else None
-    if mode == 'I' and 0 < high <= 255: return None
+    if mode == "F" and high <= 1: return 255
+    if mode == "F": return 1 if high <= 255 else None
+    if mode == "I" and 0 < high <= 255: return None
     return 255/65535 if high <= 65535 else None
 
 def _scaled_to_bytes(im):
     "An image of 16 or 32 bits, or of floats, as 8-bit grey; raises `ValueError` where its range is unknown"
     values = np.asarray(im, dtype=np.float64)
-    low, high = values.min(), values.max()
+    low = values.min()
+    high = values.max()
     scale = _scale(im.mode, low, high)
     if scale is None:
         raise ValueError(f"{im.mode} values from {low:g} to {high:g}: known are 16 bits, and floats to 1 or to 255")
@@ -113,42 +115,43 @@ def _scaled_to_bytes(im):
 # %% ../../nbs/zoo/00_tasks.ipynb #44a1c62b
 def _to_rgb(im):
     "An image as 8-bit RGB, and what was done to it; None: nothing"
-    done = ['first frame of an animation'] if getattr(im, 'n_frames', 1) > 1 else []
-    if im.mode in ('F', 'I') or im.mode.startswith('I;16'):
-        done.append('scaled to 8 bits by their range')
+    done = ["first frame of an animation"] if getattr(im, "n_frames", 1) > 1 else []
+    if im.mode in ("F", "I") or im.mode.startswith("I;16"):
+        done.append("scaled to 8 bits by their range")
         im = _scaled_to_bytes(im)
-    elif im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info:
-        done.append('transparency laid on black')
-        im = Image.alpha_composite(Image.new('RGBA', im.size, 'black'), im.convert('RGBA'))
-    elif im.mode not in ('RGB', 'L', '1'): done.append(f"{'palette' if im.mode == 'P' else im.mode} to RGB")
-    return im.convert('RGB'), ', '.join(done) or None
+    elif im.mode in ("RGBA", "LA", "PA") or "transparency" in im.info:
+        done.append("transparency laid on black")
+        im = Image.alpha_composite(Image.new("RGBA", im.size, "black"), im.convert("RGBA"))
+    elif im.mode not in ("RGB", "L", "1"): done.append(f"{'palette' if im.mode == 'P' else im.mode} to RGB")
+    return im.convert("RGB"), ", ".join(done) or None
 
 # %% ../../nbs/zoo/00_tasks.ipynb #3eb590b9
 def _central_square(im, size):
     "The central square of an image, shrunk to `size` pixels a side"
     w, h = im.size
     side = min(w, h)
-    left, top = (w - side)//2, (h - side)//2
+    left = (w - side)//2
+    top = (h - side)//2
     return im.resize((size, size), Image.Resampling.BOX, box=(left, top, left + side, top + side))
 
 def _read_image(path, size=None):
     "One image as uint8 `(H, W, 3)` and what was done to it, or the reason why not as a string"
-    if not path.is_file(): return 'not a file'
+    if not path.is_file(): return "not a file"
     try:
         with Image.open(path) as im: im, done = _to_rgb(im)
         if size and im.size != (size, size): im = _central_square(im, size)
         return np.array(im), done
     except Exception as e:  # PIL's readers raise what they like
-        lines = str(e).splitlines() or ['no message']
+        lines = str(e).splitlines() or ["no message"]
         return f"{type(e).__name__}: {lines[0]}"
 
 # %% ../../nbs/zoo/00_tasks.ipynb #3d53fd21
 def _split_folder(root, split):
     "The subfolder of `root` that holds a split"
-    names = ['train'] if split == 'train' else ['val', 'test']
+    names = ["train"] if split == "train" else ["val", "test"]
     for name in names:
         if (root/name).is_dir(): return root/name
-    wanted = ' or '.join(f'{name}/' for name in names)
+    wanted = " or ".join(f"{name}/" for name in names)
     raise FileNotFoundError(
         f"{_shown(root)} has no {wanted} folder: an image folder needs train/CLASS/… and val/CLASS/… (or test/CLASS/…)"
     )
@@ -159,7 +162,7 @@ def _class_folders(folder):
 
 def _images_below(folder):
     "Files in a folder, at any depth, whose names are those of images"
-    return [file for file in sorted(folder.rglob('*')) if file.suffix.lower() in _suffixes]
+    return [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in _suffixes]
 
 def _check_same(classes, others, both):
     "Raises `ValueError` for class folders that are only in one of two splits"
@@ -170,7 +173,8 @@ def _check_same(classes, others, both):
 # %% ../../nbs/zoo/00_tasks.ipynb #206983a6
 def _image_files(root, split):
     "Class names of a tree and all `(file, class number)` of one of its splits"
-    classes, here = _class_folders(_split_folder(root, 'train')), _split_folder(root, split)
+    classes = _class_folders(_split_folder(root, "train"))
+    here = _split_folder(root, split)
     _check_same(classes, _class_folders(here), f"{here} and {root/'train'}")
     files = []
     for number, name in enumerate(classes): files += [(f, number) for f in _images_below(here/name)]
@@ -180,25 +184,26 @@ def _image_files(root, split):
 # %% ../../nbs/zoo/00_tasks.ipynb #e2546a78
 def _other_files(root, split):
     "Files in the class folders without the suffix of an image, with the reason; hidden ones do not count"
-    here, other = _split_folder(root, split), {}
-    for f in sorted(here.rglob('*')):
-        if f.suffix.lower() in _suffixes or f.name.startswith('.') or f.parent == here or not f.is_file(): continue
+    here = _split_folder(root, split)
+    other = {}
+    for f in sorted(here.rglob("*")):
+        if f.suffix.lower() in _suffixes or f.name.startswith(".") or f.parent == here or not f.is_file(): continue
         other[str(f)] = f"suffix '{f.suffix}' is not that of an image"
     return other
 
 def _shown(text):
     "Text without control characters: names of files may hold any"
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(text))
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 # %% ../../nbs/zoo/00_tasks.ipynb #16490337
 def _warn_left_out(bad, n_files, converted):
     "One warning about the files left out, one about those converted"
     if bad:
-        named = '; '.join(_shown(f"{file} ({reason})") for file, reason in list(bad.items())[:5])
-        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ''
+        named = "; ".join(_shown(f"{file} ({reason})") for file, reason in list(bad.items())[:5])
+        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
         warnings.warn(f"{len(bad)} of {n_files} images left out: {named}{more}", stacklevel=4)
     if converted:
-        counted = '; '.join(f"{count} {what}" for what, count in converted.items())
+        counted = "; ".join(f"{count} {what}" for what, count in converted.items())
         warnings.warn(f"of {n_files} images: {counted}", stacklevel=4)
 
 def _check_classes(split, classes, labels):
@@ -225,7 +230,8 @@ def _check_sizes(good):
 def _read_all(files, size):
     "Readable ones of `(file, class number)`, with pixels and conversion; for the others the reason, by file"
     with ThreadPoolExecutor(max_workers=4) as ex: read = list(ex.map(lambda file: _read_image(file[0], size), files))
-    good, bad = [], {}
+    good = []
+    bad = {}
     for (file, number), found in zip(files, read):
         if isinstance(found, str): bad[str(file)] = found
         else: good.append((file, number, *found))
@@ -236,7 +242,8 @@ def _load_folder(root, split, size=None):
     (classes, files), other = _image_files(root, split), _other_files(root, split)
     good, bad = _read_all(files, size)
     if not good: raise ValueError(f"none of {len(files)} images under {_shown(root)} can be read")
-    left_out, converted = bad | other, dict(Counter(done for _, _, _, done in good if done))
+    left_out = bad | other
+    converted = dict(Counter(done for _, _, _, done in good if done))
     _warn_left_out(left_out, len(files) + len(other), converted)
     images, labels = _stacked(good)
     _check_classes(split, classes, labels)
@@ -256,10 +263,11 @@ _cifar100_side = 32
 def _read_sheet(file):
     "The tiles of a class sheet as uint8 `(n, 32, 32, 3)`, row by row"
     try:
-        with Image.open(file) as im: pixels = np.array(im.convert('RGB'))
+        with Image.open(file) as im: pixels = np.array(im.convert("RGB"))
     except OSError as e: raise ValueError(f"{_shown(file)} is not an image: {_shown(e)}") from None
     side = _cifar100_side
-    rows, columns = pixels.shape[0]//side, pixels.shape[1]//side
+    rows = pixels.shape[0]//side
+    columns = pixels.shape[1]//side
     if pixels.shape[:2] != (rows*side, columns*side):
         size = f"{pixels.shape[1]}×{pixels.shape[0]} pixels"
         raise ValueError(f"{_shown(file)} has {size}: a class sheet holds whole tiles of {side}×{side}")
@@ -274,14 +282,14 @@ def _load_sheets(folder, split):
     tiles = [_read_sheet(sheets[name]) for name in classes]
     images = torch.from_numpy(np.concatenate(tiles)).permute(0, 3, 1, 2).contiguous()
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(t) for t in tiles]))
-    return ImageSet(images, labels, classes, 'cifar100')
+    return ImageSet(images, labels, classes, "cifar100")
 
 # %% ../../nbs/zoo/00_tasks.ipynb #e1bc9772
 def _check_cifar100_classes(names, where):
     "Raises `ValueError` unless the names are those of CIFAR-100's classes"
     odd = sorted(set(names) ^ set(CIFAR100_SUPERCLASSES))
     if not odd: return
-    kind = 'unknown' if odd[0] in names else 'missing'
+    kind = "unknown" if odd[0] in names else "missing"
     raise ValueError(_shown(
         f"{where} has {len(set(names))} classes, CIFAR-100 has 100 ('{odd[0]}' is {kind}): put all of them there, or"
         " give the folder itself as images (--images on the command line)"
@@ -289,11 +297,11 @@ def _check_cifar100_classes(names, where):
 
 def _load_cifar100_tree(folder, split):
     "CIFAR-100 from an image tree"
-    _check_cifar100_classes(_class_folders(folder/'train'), folder/'train')
+    _check_cifar100_classes(_class_folders(folder/"train"), folder/"train")
     images = _load_folder(folder, split)
     if images.images.shape[2:] != (_cifar100_side,)*2:
         raise ValueError(f"images in {_shown(folder)} are not 32×32: CIFAR-100's are")
-    images.name = 'cifar100'
+    images.name = "cifar100"
     return images
 
 # %% ../../nbs/zoo/00_tasks.ipynb #0d735834
@@ -314,22 +322,22 @@ def _quiet():
 def _load_torchvision_cifar100(folder, split, download):
     "CIFAR-100 from torchvision's files, class after class"
     try:
-        with _quiet(): dataset = CIFAR100(folder, train=split == 'train', download=download)
+        with _quiet(): dataset = CIFAR100(folder, train=split == "train", download=download)
     except (OSError, RuntimeError) as e:
         reason = f"the download of {CIFAR100.url} failed ({e})" if download else "download=False"
         raise _missing_cifar100(folder, reason) from None
     labels = torch.tensor(dataset.targets)
     order = labels.argsort(stable=True)
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2)[order].contiguous()
-    return ImageSet(images, labels[order], dataset.classes, 'cifar100')
+    return ImageSet(images, labels[order], dataset.classes, "cifar100")
 
 # %% ../../nbs/zoo/00_tasks.ipynb #e24643a7
 def _cifar100(split, root=None, download=True, **kwargs):
     "CIFAR-100 from an image tree, class sheets or torchvision's files, downloaded if there are none"
-    folder = Path(root) if root else lps_home()/'data'
-    for own in (folder/'cifar100', folder):
-        if not (own/'train').is_dir(): continue
-        tree = any(file.is_dir() for file in (own/'train').iterdir())
+    folder = Path(root) if root else lps_home()/"data"
+    for own in (folder/"cifar100", folder):
+        if not (own/"train").is_dir(): continue
+        tree = any(file.is_dir() for file in (own/"train").iterdir())
         return _load_cifar100_tree(own, split) if tree else _load_sheets(own, split)
     return _load_torchvision_cifar100(folder, split, download)
 
@@ -363,7 +371,7 @@ def source_of(
 # %% ../../nbs/zoo/00_tasks.ipynb #0707196e
 def _tinyimagenet32(split, root=None, size=None, **kwargs):
     "TinyImageNet32 from an image folder"
-    folder = Path(root) if root else lps_home()/'data'/'tinyimagenet32'
+    folder = Path(root) if root else lps_home()/"data"/"tinyimagenet32"
     if folder.is_dir(): return _load_folder(folder, split, size)
     raise FileNotFoundError(
         f"no TinyImageNet32 in {folder}: put its train/ and val/ folders there, or give another folder"
@@ -371,7 +379,7 @@ def _tinyimagenet32(split, root=None, size=None, **kwargs):
 
 register_dataset(
     DataSet(
-        'digits',
+        "digits",
         _digits,
         "scikit-learn's `load_digits`: 1797 images of 8×8 pixels, the test part of *Optical Recognition of Handwritten"
         " Digits* (E. Alpaydin, C. Kaynak; UCI Machine Learning Repository, CC BY 4.0)",
@@ -381,7 +389,7 @@ register_dataset(
 # %% ../../nbs/zoo/00_tasks.ipynb #c723328d
 register_dataset(
     DataSet(
-        'cifar100',
+        "cifar100",
         _cifar100,
         "CIFAR-100 (A. Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009), a labelled part of"
         " the 80 Million Tiny Images, which their authors withdrew in 2020. Its authors' page,"
@@ -391,7 +399,7 @@ register_dataset(
 )
 register_dataset(
     DataSet(
-        'tinyimagenet32',
+        "tinyimagenet32",
         _tinyimagenet32,
         "TinyImageNet32: the first 100 classes, by WordNet id, of Tiny ImageNet (Stanford CS231n), 500 training and 50"
         " validation images a class, averaged from 64×64 to 32×32 pixels. Tiny ImageNet is a part of ImageNet"
@@ -410,8 +418,8 @@ def _load_known(name, split, size, **kwargs):
 
 # %% ../../nbs/zoo/00_tasks.ipynb #f02d0d42
 def load_images(
-    name: str | Path = 'digits', # a data set by name, such as 'cifar100', or a folder with train/ and val/ (or test/)
-    split: str = 'train',        # 'train' or 'test'
+    name: str | Path = "digits", # a data set by name, such as 'cifar100', or a folder with train/ and val/ (or test/)
+    split: str = "train",        # 'train' or 'test'
     root: str | Path | None = None, # where a data set's files lie; default: a folder of `lps_home()/'data'`
     size: int | None = None,     # side in pixels to bring a folder's images to; None: they already have one size
     download: bool = True,       # may a data set be downloaded?
@@ -420,7 +428,7 @@ def load_images(
 
     Raises `ValueError` for an unknown name or images that cannot make tasks, `FileNotFoundError` where they are not
     """
-    if split not in ('train', 'test'): raise ValueError(f"split is '{split}', known are 'train' and 'test'")
+    if split not in ("train", "test"): raise ValueError(f"split is '{split}', known are 'train' and 'test'")
     _check_side(size)
     if str(name) in DATASETS: return _load_known(str(name), split, root=root, size=size, download=download)
     folder = Path(os.path.expanduser(name))
@@ -436,7 +444,7 @@ def _check_side(size):
 def _unknown_images(name, folder):
     "The error for an unknown name"
     if not str(name).strip(): return ValueError("the name of the images is empty: give a data set's name or a folder")
-    known = ', '.join(f"'{dataset}'" for dataset in DATASETS)
+    known = ", ".join(f"'{dataset}'" for dataset in DATASETS)
     others = f"any folder with train/ and val/ (there is no folder {_shown(folder)})"
     return ValueError(f"unknown images '{_shown(name)}': known are {known}, and {others}")
 
@@ -516,7 +524,8 @@ def channel_stats(
 
     Raises `ValueError` for a channel that is the same in all images
     """
-    values, shares = torch.arange(256, dtype=torch.float64)/255, _shares_of_values(images)
+    values = torch.arange(256, dtype=torch.float64)/255
+    shares = _shares_of_values(images)
     for number, share in enumerate(shares):
         if share.max() < 1: continue
         constant = f"channel {number} of '{_shown(images.name)}' is {share.argmax()} in every pixel"

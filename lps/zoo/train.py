@@ -28,7 +28,7 @@ from fastai.optimizer import OptimWrapper
 from torch import Tensor, nn
 
 # %% ../../nbs/zoo/02_train.ipynb #64f14d79
-CHOICES = dict(precision=('float32', 'bfloat16', 'auto'), init=('fan_out', 'fan_in'))
+CHOICES = dict(precision=("float32", "bfloat16", "auto"), init=("fan_out", "fan_in"))
 LEAST = dict(epochs=1, batch_size=1, pad=0, width=1)
 
 def _check_names(recipe):
@@ -38,7 +38,7 @@ def _check_names(recipe):
         if value not in known: raise ValueError(f"{field} is '{value}', known are {' and '.join(map(repr, known))}")
     kind = recipe.architecture
     if kind not in ARCHITECTURES:
-        known = ', '.join(ARCHITECTURES)
+        known = ", ".join(ARCHITECTURES)
         raise ValueError(f"architecture is {kind!r}, known are {known}: register_architecture adds one")
 
 def _check_numbers(recipe):
@@ -47,7 +47,7 @@ def _check_numbers(recipe):
         value = getattr(recipe, field)
         if not isinstance(value, int) or value < least:
             raise ValueError(f"recipe '{recipe.name}' has {field} {value}: give a whole number, at least {least}")
-    for field in ('lr', 'momentum', 'weight_decay'):
+    for field in ("lr", "momentum", "weight_decay"):
         value = getattr(recipe, field)
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"recipe '{recipe.name}' has {field} {value}: give a finite number, at least 0")
@@ -68,12 +68,12 @@ class Recipe:
     flip: bool = True           # mirror half of the images left to right?
     depth: int = 20             # layers of the network
     width: int = 16             # channels of its first stage
-    precision: str = 'auto'     # 'float32', 'bfloat16', or 'auto': bfloat16 on a processor made for it
-    init: str = 'fan_out'       # which fan of a convolution sets the variance of its first weights; or 'fan_in'
-    architecture: str = 'resnet' # a registered kind of network whose config has depth, width and in_channels
+    precision: str = "auto"     # 'float32', 'bfloat16', or 'auto': bfloat16 on a processor made for it
+    init: str = "fan_out"       # which fan of a convolution sets the variance of its first weights; or 'fan_in'
+    architecture: str = "resnet" # a registered kind of network whose config has depth, width and in_channels
 
     def __post_init__(self):
-        object.__setattr__(self, 'milestones', tuple(self.milestones))
+        object.__setattr__(self, "milestones", tuple(self.milestones))
         _check_names(self)
         _check_numbers(self)
 
@@ -83,16 +83,16 @@ def recipe_fields(
 ) -> dict:          # its fields, fit for JSON
     "A recipe as models, checkpoints and builds keep it; `Recipe(**fields)` gives it back"
     fields = asdict(recipe) | dict(milestones=list(recipe.milestones))
-    for field, default in dict(init='fan_out', architecture='resnet').items():
+    for field, default in dict(init="fan_out", architecture="resnet").items():
         if fields[field] == default: del fields[field]
     return fields
 
 # %% ../../nbs/zoo/02_train.ipynb #b131cbe7
 recipes = {r.name: r for r in (
-    Recipe('paper', epochs=160, lr=0.1, milestones=(80, 120)),
-    Recipe('short', epochs=40, lr=0.1, milestones=(20, 30)),
-    Recipe('digits', epochs=12, lr=0.1, milestones=(8, 11), weight_decay=1e-2, batch_size=32,
-           pad=1, flip=False, precision='float32'))}
+    Recipe("paper", epochs=160, lr=0.1, milestones=(80, 120)),
+    Recipe("short", epochs=40, lr=0.1, milestones=(20, 30)),
+    Recipe("digits", epochs=12, lr=0.1, milestones=(8, 11), weight_decay=1e-2, batch_size=32,
+           pad=1, flip=False, precision="float32"))}
 
 def get_recipe(
     recipe: str | Recipe, # a recipe or the name of one
@@ -106,7 +106,7 @@ def get_recipe(
 class StepSchedule(Callback):
     "Divide the learning rate by 10 after each of the milestones"
     def __init__(self, lr, milestones): self.lr0, self.milestones = lr, milestones
-    def before_epoch(self): self.opt.set_hyper('lr', self.lr0 * 0.1**sum(self.epoch >= m for m in self.milestones))
+    def before_epoch(self): self.opt.set_hyper("lr", self.lr0 * 0.1**sum(self.epoch >= m for m in self.milestones))
 
 # %% ../../nbs/zoo/02_train.ipynb #ebe21b3d
 def check_stats(
@@ -124,7 +124,7 @@ def checked_stats(
     stats: tuple | None = None, # mean and standard deviation of each channel; None: those of the images
 ) -> tuple:    # the same; raises `ValueError` where they cannot be used
     "What to normalise the images of a task with"
-    if stats is None: stats = channel_stats(ImageSet(x, y, ['0', '1'], 'train'))
+    if stats is None: stats = channel_stats(ImageSet(x, y, ["0", "1"], "train"))
     check_stats(stats)
     return stats
 
@@ -140,7 +140,7 @@ def normalise(
 # %% ../../nbs/zoo/02_train.ipynb #fd5343e8
 class BatchLoader:
     "Augmented, normalised batches of images that lie in memory, in a new order each time"
-    device = torch.device('cpu') # where there is a GPU, fastai would move the model there
+    device = torch.device("cpu") # where there is a GPU, fastai would move the model there
     def __init__(self,
         x: Tensor,      # images, uint8 `(n, C, H, W)`
         y: Tensor,      # labels, long `(n,)`
@@ -152,28 +152,29 @@ class BatchLoader:
     def __len__(self): return math.ceil(len(self.x)/self.recipe.batch_size)
 
     def __iter__(self):
-        r, g = self.recipe, self.generator
+        r = self.recipe
+        g = self.generator
         for i in torch.randperm(len(self.x), generator=g).split(r.batch_size):
             yield normalise(augment(self.x[i], r.pad, r.flip, g), self.stats), self.y[i]
 
 # %% ../../nbs/zoo/02_train.ipynb #d9c2f6a7
 def best_precision() -> str: # 'bfloat16' or 'float32'
     "The precision that `'auto'` stands for on this processor"
-    has = [getattr(torch.cpu, f'_is_{n}_supported', lambda: False) for n in ('avx512_bf16', 'amx_tile')]
-    return 'bfloat16' if any(f() for f in has) else 'float32'
+    has = [getattr(torch.cpu, f"_is_{n}_supported", lambda: False) for n in ("avx512_bf16", "amx_tile")]
+    return "bfloat16" if any(f() for f in has) else "float32"
 
 # %% ../../nbs/zoo/02_train.ipynb #f89547e6
-_instruction_sets = dict(amx_tile='amx_bf16', avx512_bf16='avx512_bf16', avx512='avx512', avx2='avx2')
+_instruction_sets = dict(amx_tile="amx_bf16", avx512_bf16="avx512_bf16", avx512="avx512", avx2="avx2")
 
 def instruction_set() -> str: # 'amx_bf16', 'avx512_bf16', 'avx512', 'avx2', or the kind of machine
     "Return the widest instruction set that oneDNN uses here; `ONEDNN_MAX_CPU_ISA` lowers it"
-    highest = os.environ.get('ONEDNN_MAX_CPU_ISA', '').lower()
+    highest = os.environ.get("ONEDNN_MAX_CPU_ISA", "").lower()
     names = list(_instruction_sets)
-    if highest.startswith('avx512_core_bf16'): names.remove('amx_tile')
-    elif highest.startswith('avx512'): names = ['avx512', 'avx2']
-    elif highest.startswith('avx2'): names = ['avx2']
+    if highest.startswith("avx512_core_bf16"): names.remove("amx_tile")
+    elif highest.startswith("avx512"): names = ["avx512", "avx2"]
+    elif highest.startswith("avx2"): names = ["avx2"]
     for name in names:
-        supported = getattr(torch.cpu, f'_is_{name}_supported', lambda: False)
+        supported = getattr(torch.cpu, f"_is_{name}_supported", lambda: False)
         if supported(): return _instruction_sets[name]
     return platform.machine()
 
@@ -181,7 +182,7 @@ def instruction_set() -> str: # 'amx_bf16', 'avx512_bf16', 'avx512', 'avx2', or 
 class Autocast(Callback):
     "Forward pass in bfloat16, loss in float32"
     def before_fit(self): self.ctx = contextlib.ExitStack()
-    def before_batch(self): self.ctx.enter_context(torch.autocast('cpu', dtype=torch.bfloat16))
+    def before_batch(self): self.ctx.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
     def after_pred(self):
         self.ctx.close()
         self.learn.pred = self.pred.float()
@@ -216,7 +217,7 @@ def init_model(
     "A fresh network; torch's global random state is left as it was"
     config = dict(depth=recipe.depth, width=recipe.width, in_channels=in_channels)
     with seeded(seed): net = ARCHITECTURES[recipe.architecture].build(config)
-    if recipe.init == 'fan_in': _scale_to_fan_in(net)
+    if recipe.init == "fan_in": _scale_to_fan_in(net)
     return net
 
 # %% ../../nbs/zoo/02_train.ipynb #37cc5664
@@ -228,7 +229,7 @@ def make_learner(
 ) -> Learner:
     "The `Learner` of a recipe: torch's SGD with weight decay on everything, learning rate in steps"
     own = [TrainEvalCallback(), StepSchedule(recipe.lr, recipe.milestones), StopIfDiverged()]
-    if recipe.precision == 'bfloat16':
+    if recipe.precision == "bfloat16":
         own.append(Autocast())
         if isinstance(model, ResNet): model = FusedResNet(model)
     opt = partial(OptimWrapper, opt=torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
@@ -268,15 +269,15 @@ def fit_silently(
 ):
     "Fit; raises `Diverged` and `OSError` with their own messages, without the text that fastai adds"
     try: learn.fit(epochs, start_epoch=start)
-    except Diverged as e: raise Diverged(str(e).split('\n\t')[-1]) from None
+    except Diverged as e: raise Diverged(str(e).split("\n\t")[-1]) from None
     except OSError as e: raise OSError(e.errno, e.strerror) if e.errno else e from None
 
 # %% ../../nbs/zoo/02_train.ipynb #fbc9242c
 def _training_state(learn, generators):
     "All that the next epoch depends on, as named tensors"
-    state = {f'model.{k}': v for k, v in learn.model.state_dict().items()}
-    for i, p in enumerate(learn.model.parameters()): state[f'momentum.{i}'] = learn.opt.opt.state[p]['momentum_buffer']
-    for i, g in enumerate(generators): state[f'generator.{i}'] = g.get_state()
+    state = {f"model.{k}": v for k, v in learn.model.state_dict().items()}
+    for i, p in enumerate(learn.model.parameters()): state[f"momentum.{i}"] = learn.opt.opt.state[p]["momentum_buffer"]
+    for i, g in enumerate(generators): state[f"generator.{i}"] = g.get_state()
     return state
 
 class Checkpoint(Callback):
@@ -292,34 +293,34 @@ class Checkpoint(Callback):
     def after_train(self):
         n = self.epoch + 1
         due = n % self.every == 0 or n == self.n_epoch
-        if due and n < self.about['recipe']['epochs']:
+        if due and n < self.about["recipe"]["epochs"]:
             save_model(self.path, _training_state(self.learn, self.generators), dict(epoch=n, about=self.about))
 
 # %% ../../nbs/zoo/02_train.ipynb #b1d840bd
 def _expected_shapes(learn, generators):
     "Shapes of the tensors that `_training_state` would give after an epoch"
-    shapes = {f'model.{k}': v.shape for k, v in learn.model.state_dict().items()}
-    for i, p in enumerate(learn.model.parameters()): shapes[f'momentum.{i}'] = p.shape
-    for i, g in enumerate(generators): shapes[f'generator.{i}'] = g.get_state().shape
+    shapes = {f"model.{k}": v.shape for k, v in learn.model.state_dict().items()}
+    for i, p in enumerate(learn.model.parameters()): shapes[f"momentum.{i}"] = p.shape
+    for i, g in enumerate(generators): shapes[f"generator.{i}"] = g.get_state().shape
     return shapes
 
 def _read_checkpoint(path, about, shapes):
     "Tensors and epoch of a checkpoint of this training run; epoch 0: there is none"
     try: state, meta = load_model(path)
     except (OSError, ValueError): return {}, 0
-    same = meta.get('about') == about and {k: v.shape for k, v in state.items()} == shapes
-    epoch = meta.get('epoch')
+    same = meta.get("about") == about and {k: v.shape for k, v in state.items()} == shapes
+    epoch = meta.get("epoch")
     return (state, epoch) if same and isinstance(epoch, int) and not not_finite(state) else ({}, 0)
 
 # %% ../../nbs/zoo/02_train.ipynb #75e9905c
 def _restore(learn, generators, state):
     "Set network, momentum and generators to what `_training_state` gave"
-    weights = {k.removeprefix('model.'): v for k, v in state.items() if k.startswith('model.')}
+    weights = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
     learn.model.load_state_dict(weights)
     learn.create_opt()
     for i, p in enumerate(learn.model.parameters()):
-        learn.opt.opt.state[p]['momentum_buffer'] = torch.empty_like(p).copy_(state[f'momentum.{i}'])
-    for i, g in enumerate(generators): g.set_state(state[f'generator.{i}'])
+        learn.opt.opt.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(state[f"momentum.{i}"])
+    for i, g in enumerate(generators): g.set_state(state[f"generator.{i}"])
 
 # %% ../../nbs/zoo/02_train.ipynb #04a11404
 def resume(
@@ -348,7 +349,8 @@ def fit_with_checkpoints(
     until: int | None = None, # stop after so many epochs, with the recipe's schedule; None: at the recipe's end
 ):
     "Fit to the end of the recipe or to `until`, from the last checkpoint where there is one"
-    epochs, start = about['recipe']['epochs'], 0
+    epochs = about["recipe"]["epochs"]
+    start = 0
     if every < 1: raise ValueError(f"a checkpoint every {every} epochs: at least 1 is needed")
     if until is not None and not 1 <= until <= epochs:
         raise ValueError(f"until {until} epochs: recipe '{about['recipe']['name']}' has {epochs}, take 1 to {epochs}")
@@ -366,13 +368,13 @@ class KeepEpochs(Callback):
         keep,   # called with the number of epochs and the network
     ): self.epochs, self.keep = set(epochs), keep
     def after_train(self):
-        if self.epoch + 1 in self.epochs: self.keep(self.epoch + 1, getattr(self.model, 'net', self.model).eval())
+        if self.epoch + 1 in self.epochs: self.keep(self.epoch + 1, getattr(self.model, "net", self.model).eval())
 
 # %% ../../nbs/zoo/02_train.ipynb #57da3f84
 def check_task(
     x: Tensor, # images, uint8 `(n, C, H, W)`
     y: Tensor, # labels, long `(n,)`
-    what: str = 'task', # what to call it in a message
+    what: str = "task", # what to call it in a message
 ):
     "Raises `ValueError` where there is no image, or not one label for each image"
     if len(x) != len(y): raise ValueError(f"{what} has {len(x)} images and {len(y)} labels: give one label an image")
@@ -382,7 +384,7 @@ def check_task(
 def train_model(
     train: tuple[Tensor, Tensor], # images uint8 `(n, C, H, W)` and labels, or how likely each class is, `(n, K)`
     valid: tuple[Tensor, Tensor], # the same for validation
-    recipe: str | Recipe = 'digits', # a recipe or the name of one
+    recipe: str | Recipe = "digits", # a recipe or the name of one
     seed: int = 0,                # decides first weights, order of images, crops and flips
     stats: tuple | None = None,   # mean and standard deviation of each channel; None: those of `train`
     cbs=(),                       # further fastai callbacks
@@ -392,10 +394,11 @@ def train_model(
     start_from: dict | None = None, # weights to go on from, by name; None: fresh ones, drawn by the seed
 ) -> tuple[nn.Module, dict]:      # the network in evaluation mode; val_accuracy, train_accuracy, precision, seconds
     "Train one network on one task; raises `Diverged` if the loss or a weight is no longer finite"
-    recipe, start = get_recipe(recipe), time.perf_counter()
-    if recipe.precision == 'auto': recipe = replace(recipe, precision=best_precision())
-    check_task(*train, 'train')
-    check_task(*valid, 'valid')
+    recipe = get_recipe(recipe)
+    start = time.perf_counter()
+    if recipe.precision == "auto": recipe = replace(recipe, precision=best_precision())
+    check_task(*train, "train")
+    check_task(*valid, "valid")
     stats = checked_stats(*train, stats)
     model = init_model(seed, recipe, train[0].shape[1]).to(memory_format=torch.channels_last)
     if start_from: model.load_state_dict(start_from)
@@ -404,5 +407,5 @@ def train_model(
     about = dict(recipe=recipe_fields(recipe), seed=seed, n=len(train[0]))
     fit_with_checkpoints(learn, about, [generator], checkpoint, every=every, until=until)
     metrics = both_accuracies(model, train, valid, stats) | dict(precision=recipe.precision)
-    metrics['seconds'] = round(time.perf_counter() - start, 2)
+    metrics["seconds"] = round(time.perf_counter() - start, 2)
     return model.to(memory_format=torch.contiguous_format), metrics
