@@ -3,8 +3,9 @@
     python benchmarks/search.py [ROWS]
     python benchmarks/search.py --graph
 
-Rows of 128 float32 in a store of `lps.index.store`, on one core, CPU time of this process. One query at a time, and 32 at
-once; in turn, five repeats. FAISS takes part where it is installed. The graph of lps.index.store, by usearch, has 100,000
+Rows of 128 float32 in a store of `lps.index.store`, on one core, CPU time of this process. One query at a time, and
+32 at once; in turn, five repeats. FAISS takes part where it is installed. The graph of lps.index.store, by usearch, has
+100,000
 rows; its recall is counted against exact search, for models of a task that is there and for others. Also: what opening
 a store and adding one model to it cost. Writes benchmarks/results/search.json; with --graph, the graph's part alone.
 """

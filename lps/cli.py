@@ -12,7 +12,7 @@ __all__ = ['app', 'zoo', 'market', 'console', 'Models', 'Seed', 'TABLE', 'NAME_M
 # %% ../nbs/04_cli.ipynb #015ebfd2
 import re, sys, time, warnings
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -139,7 +139,7 @@ def zoo_build(
     models: Annotated[int, typer.Option(min=1, help="Models a task")] = 10,
     seed: Seed = 0,
     workers: Annotated[int, typer.Option(min=1, help="Processes that train models")] = 2,
-    device: Annotated[str, typer.Option(help="cpu, or cuda: the GPU, a hundred models at a time (experimental)")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, or cuda: the GPU, 100 models at a time (experimental)")] = "cpu",
     keep: Annotated[str, typer.Option(help="Epochs after which each network is kept as well, such as 10,40,80")] = "",
     until: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs; without it, go on")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Side in pixels to bring a folder's images to")] = None,
@@ -618,7 +618,7 @@ def index_report(
     arch: Arch = None,
     size: Size = None,
     stats: Stats = None,
-    whole: Annotated[bool, typer.Option("--whole", help="Of a model on the web, read all, not the first layer")] = False,
+    whole: Annotated[bool, typer.Option("--whole", help="Of a model on the web, read all layers")] = False,
 ):
     "What is read of a model: layers, norms, input, head, what is ignored, and which methods cannot compare it."
     from lps.models.read import read_model

@@ -13,8 +13,10 @@ from lps.study.evaluate import table1
 from lps.study.registry import claims_of, result_files
 from lps.core.files import write_json
 from lps.models.modelset import load_modelset
-from lps.study.records import (MEASURED_BY, computed_by, find_record, from_uncommitted, is_current, plain_source, read_record,
-                         record_marks, result_record, source_hash)
+from lps.study.records import (
+    MEASURED_BY, computed_by, find_record, from_uncommitted, is_current, plain_source, read_record,
+    record_marks, result_record, source_hash,
+)
 
 RECORD = json.loads((ROOT/"results/table1-bundled.json").read_text(encoding="utf-8"))
 

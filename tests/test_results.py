@@ -10,9 +10,10 @@ from conftest import ROOT
 from nbclient import NotebookClient
 
 from lps.study.claims import at_chance, reaches, stays_below, verdict
-from lps.study.registry import (EXPERIMENTS, caption, claims_of, claims_table, in_words, kind_of, outcomes_text, overview,
-                             result_files,
-                             same_networks)
+from lps.study.registry import (
+    EXPERIMENTS, caption, claims_of, claims_table, in_words, kind_of, outcomes_text, overview,
+    result_files, same_networks,
+)
 from lps.study.plots import ALIGNMENTS
 
 PAGE = json.loads((ROOT/"nbs/results.ipynb").read_text(encoding="utf-8"))

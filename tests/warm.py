@@ -10,7 +10,8 @@ import socket
 import sys
 import threading
 
-MODULES = ["lps.demo", "lps.study.report", "lps.index.index", "lps.cli", "ipykernel.kernelapp", "matplotlib_inline.backend_inline"]
+MODULES = ["lps.demo", "lps.study.report", "lps.index.index", "lps.cli",
+           "ipykernel.kernelapp", "matplotlib_inline.backend_inline"]
 
 
 def kernel(path: str, *argv: str):

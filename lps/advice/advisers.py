@@ -380,7 +380,7 @@ def advice(
     seen: list,        # from `see_targets`
     tasks: np.ndarray, # of the networks, `(S,)`
     seed: int = 0,       # of the regressions
-    asking: np.ndarray|None = None, # bool `(S,)`: networks that stand for targets and are no sources; None: each is both
+    asking: np.ndarray|None = None, # bool `(S,)`: networks that are targets and no sources; None: each is both
 ) -> dict:             # scores: adviser → `(S, T)`; accuracy, ari, own, out: `(S, T)`; targets; seconds: CPU, a source
     "What each adviser says of every source for every target, and what came of it; pairs in `out` do not count"
     said = _of_all(seen, tasks, seed)

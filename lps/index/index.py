@@ -19,16 +19,20 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..methods.all_methods import LEADERS, as_fitted, leading_method
-from .answer import (Answer, Calibration, calibrate, can_hold_out, held_out_trials, kinship, own_trials,
-                         sketch_correlation, weight_sketch)
+from lps.index.answer import (
+    Answer, Calibration, calibrate, can_hold_out, held_out_trials, kinship, own_trials,
+    sketch_correlation, weight_sketch,
+)
 from ..core.files import checked, load_model, printable, read_json, save_model, write_json
 from ..models.checkpoint import read_table
 from ..nets.architectures import recognise, shapes_of
 from .gather import (EVERYTHING, Item, embed_all, find_models, labelled_models, name_it, one_model,
                         take_in)
 from ..models.read import channels_of, is_elsewhere
-from ..methods.registry import (embed_models, fit_method, fitted_parts, get_method, load_fitted, method_title, restore_fitted,
-                         save_fitted)
+from lps.methods.registry import (
+    embed_models, fit_method, fitted_parts, get_method, load_fitted, method_title, restore_fitted,
+    save_fitted,
+)
 from ..models.modelset import ModelSet, Model, bundled, load_modelset, rejected_table, rejection_summary
 from ..methods.probes import probe_images
 from ..advice.score import features_and_outputs

@@ -76,7 +76,7 @@ def get_method(
     if isinstance(name, Method): return name
     if name not in METHODS:
         known = ", ".join(METHODS)
-        cure = f"take one of {known}, or import the module that registers it, such as lps.methods.signatures or lps.methods.probes"
+        cure = f"take one of {known}, or import the module that registers it, such as lps.methods.probes"
         raise ValueError(f"method {printable(repr(name))} is unknown: {cure}")
     return METHODS[name]
 

@@ -22,10 +22,13 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 import lps.methods.all_methods  # noqa: F401  it makes every method known
-from ..nets.architectures import Architecture, convolutions, recognise, register_architecture, shapes_of, stem_of
+from lps.nets.architectures import (
+    Architecture, convolutions, recognise, register_architecture, shapes_of, stem_of,
+)
 from ..core.files import MAX_TENSORS, pluralise, printable, read_json
-from .checkpoint import (SUFFIXES, Checkpoint, check_weights, own_names, read_checkpoint, read_foreign, rename,
-                         tidy_state)
+from lps.models.checkpoint import (
+    SUFFIXES, Checkpoint, check_weights, own_names, read_checkpoint, read_foreign, rename, tidy_state,
+)
 from ..core.jobs import one_thread
 from ..methods.registry import METHODS, embed_models, observations
 from .modelset import ModelSet, PackedSource, Model, rejected_table

@@ -51,7 +51,10 @@ def about_models(
     )
 
 # %% ../../nbs/study/01_records.ipynb #55e88758
-MEASURED_BY = ("lps.order_chain", "lps.models.modelset", "lps.align", "lps.second_order", "lps.methods.registry", "lps.study.evaluate")
+MEASURED_BY = (
+    "lps.order_chain", "lps.models.modelset", "lps.align", "lps.second_order", "lps.methods.registry",
+    "lps.study.evaluate",
+)
 
 def plain_source(
     text: str, # Python source

@@ -23,16 +23,20 @@ import pandas as pd
 from IPython.display import HTML, Markdown, display
 
 from .across import KindSets, load_kinds, plot_across, plot_copies, plot_overlap
-from .claims import (PAPER, Claim, Verdict, alignment_claims, branch_claims, fusion_claims, mean_sd, table_claims,
-                        transfer_claims)
+from lps.study.claims import (
+    PAPER, Claim, Verdict, alignment_claims, branch_claims, fusion_claims, mean_sd, table_claims,
+    transfer_claims,
+)
 from .curves import curve_summary, curve_text
 from ..lineage.benchmark import CHANGED, TRAINED, write_copies
 from .evaluate import chance_curves, summary
 from ..core.files import checked, printable
 from ..methods.registry import method_title
 from ..models.modelset import ModelSet, load_modelset
-from .plots import (chance_percent, percent, plot_alignment, plot_branches, plot_curves, plot_fusion, plot_rank_k,
-                       plot_sources, plot_transfer, plot_triplet)
+from lps.study.plots import (
+    chance_percent, percent, plot_alignment, plot_branches, plot_curves, plot_fusion, plot_rank_k,
+    plot_sources, plot_transfer, plot_triplet,
+)
 from .records import read_record, record_marks, record_text, runs_of
 from ..advice.advisers import sources_table, sources_words
 from ..zoo.train import recipes

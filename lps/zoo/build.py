@@ -13,12 +13,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .tasks import channel_stats, load_images, pair_classes, task_images
-from ..core.files import load_model, mark_complete, not_as_marked, read_json, read_marker, save_model, versions, write_json
+from lps.core.files import (
+    load_model, mark_complete, not_as_marked, read_json, read_marker, save_model, versions, write_json,
+)
 from ..models.modelset import ModelSet, load_modelset
 from .datasheet import write_datasheet
 from ..core.jobs import check_device, check_seed, each_done, one_thread
-from .train import (Diverged, KeepEpochs, Recipe, best_precision, both_accuracies, check_stats, get_recipe,
-                       init_model, instruction_set, recipe_fields, train_model)
+from lps.zoo.train import (
+    Diverged, KeepEpochs, Recipe, best_precision, both_accuracies, check_stats, get_recipe, init_model,
+    instruction_set, recipe_fields, train_model,
+)
 from .many import train_models
 import numpy as np
 import torch

@@ -14,8 +14,10 @@ from pathlib import Path
 from ..nets.resnet import PadShortcut, ResNet
 from .tasks import ImageSet, channel_stats, draw_augment
 from ..core.jobs import check_device, check_seed
-from .train import (Autocast, Diverged, KeepEpochs, Recipe, StopIfDiverged, best_precision, check_stats, check_task,
-                       fit_with_checkpoints, get_recipe, init_model, make_learner, recipe_fields)
+from lps.zoo.train import (
+    Autocast, Diverged, KeepEpochs, Recipe, StopIfDiverged, best_precision, check_stats, check_task,
+    fit_with_checkpoints, get_recipe, init_model, make_learner, recipe_fields,
+)
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback, CancelFitException
