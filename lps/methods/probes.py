@@ -23,7 +23,7 @@ from ..nets.architectures import net_from_state
 from ..core.files import checked, digest, printable
 from ..core.jobs import one_thread
 from .registry import INVARIANCES, Method, register_method
-from ..models.modelset import Model
+from ..models.model import Model
 from ..nets.resnet import SHORTCUTS
 from ..zoo.tasks import images_below
 
