@@ -304,7 +304,7 @@ def test_commands_take_the_bundled_set(tmp_path, monkeypatch, capsys, ours):
     assert main(["zoo", "datasheet", "bundled"]) == 0
     out, err = capsys.readouterr()
     assert (
-        not err and "Closest models" in out and ours.manifest.class_0[0] in out and "## It must not be used for" in out
+        not err and "Closest models" in out and ours.manifest.class_0[0] in out and "## Not suitable for" in out
     )
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["mine.safetensors", "net.safetensors"]
 

@@ -172,7 +172,7 @@ def test_a_method_from_outside_arrives_in_records_and_verdicts(toys, registries)
         baseline=False,
         reads=lambda models, **settings: ("conv1",),
         fit=fit_middle,
-        restore=lambda config, tensors: None,
+        fitted=lambda config, tensors: None,
     )
     runs = table1(toys, n_splits=2, n_train=4, **FEW)
     record = result_record(toys, runs, **HOW, **FEW)

@@ -6,7 +6,7 @@ import torch
 from fastcore.test import expect_fail
 from networks import CHANGES, WIDTH, scaled, some_net, write_models
 
-from lps import equivariant, experts, matching  # noqa: F401  they register their methods
+import lps.methods.all_methods  # noqa: F401  it registers every method
 from lps.methods.matching import match, matchable
 from lps.methods.registry import embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
 from lps.models.model import Model
@@ -90,7 +90,7 @@ def test_what_cannot_be_learned_is_refused(models, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_parts_that_do_not_fit_are_refused(fitted, method):
     config, state = fitted[method].config, fitted[method].state_dict()
-    restore = get_method(method).restore
+    restore = get_method(method).fitted
     for field in config:
         with expect_fail(ValueError, field): restore({k: v for k, v in config.items() if k != field}, state)
         for odd in (None, 3.5, "a", {"x": 1}, [[1]]):

@@ -6,7 +6,7 @@ import torch
 from fastcore.test import expect_fail
 from networks import CHANGES, WIDTH, flipped, scaled, shuffled, some_net, write_models
 
-from lps import chain, signatures
+from lps.methods import chain, signatures
 from lps.core.files import save_model
 from lps.methods.registry import embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
 from lps.models.model import Model
@@ -129,7 +129,7 @@ ODD = [None, 3, "a", [], {}, [1, 1], [0.5, 1], {"stem": -1}, {"stem": 2**70}, {"
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("field", ["layers", "tasks", "sizes", "observing"])
 def test_a_config_that_does_not_fit_is_refused(fitted, method, field):
-    restore, config = get_method(method).restore, fitted[method].config
+    restore, config = get_method(method).fitted, fitted[method].config
     refuse = partial(restore, tensors=fitted[method].state_dict())
     with expect_fail(ValueError, field): refuse({k: v for k, v in config.items() if k != field})
     for value in ODD:
@@ -142,7 +142,7 @@ def test_a_config_that_does_not_fit_is_refused(fitted, method, field):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_tensors_that_do_not_fit_are_refused(fitted, method):
-    restore, state = get_method(method).restore, fitted[method].state_dict()
+    restore, state = get_method(method).fitted, fitted[method].state_dict()
     refuse = partial(restore, fitted[method].config)
     for name, v in state.items():
         for bad in (v.float(), v[:-1], v*float("nan")):

@@ -125,7 +125,8 @@ def _misfit(error):
     "The first field that does not fit, in words"
     field = ".".join(map(str, error["loc"]))
     found = "is missing" if error["type"] == "missing" else f"is {repr(error['input'])[:40]}"
-    return f"field {field!r} {found} ({error['msg'].lower()})"
+    why = error["msg"].removeprefix("Value error, ")
+    return f"field {field!r} {found} ({why[:1].lower()}{why[1:]})" if field else why
 
 # %% ../../nbs/core/00_files.ipynb #511001bf
 def read_json(

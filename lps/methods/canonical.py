@@ -145,7 +145,7 @@ register_method(Method(
     invariances=OF_STEM,
     reads=reads_canonical,
     fit=fit_canonical,
-    restore=restore_canonical,
+    fitted=restore_canonical,
     knows=("stem",),
     observe=canonical_layers,
 ))

@@ -201,6 +201,6 @@ register_method(Method(
     invariances=OF_STEM,
     reads=reads_members,
     fit=fit_product,
-    restore=restore_product,
+    fitted=restore_product,
     observe=observe_members,
 ))

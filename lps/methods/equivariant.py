@@ -170,7 +170,7 @@ register_method(Method(
     invariances=OF_STEM,
     reads=_reads_one_stem,
     fit=fit_equivariant,
-    restore=restore_equivariant,
+    fitted=restore_equivariant,
     observe=stem_rows,
 ))
 
@@ -309,6 +309,6 @@ register_method(Method(
     invariances=tuple(INVARIANCES),
     reads=_reads_all_layers,
     fit=fit_all_layers,
-    restore=restore_all_layers,
+    fitted=restore_all_layers,
     observe=_observe_channels,
 ))

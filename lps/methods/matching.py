@@ -211,6 +211,6 @@ register_method(Method(
     invariances=OF_STEM,
     reads=_reads_one_stem,
     fit=fit_landmarks,
-    restore=restore_landmarks,
+    fitted=restore_landmarks,
     observe=stem_rows,
 ))

@@ -676,7 +676,7 @@ register_method(Method(
     by_default=False,
     reads=_reads_experts,
     fit=fit_experts,
-    restore=restore_experts,
+    fitted=restore_experts,
     observe=observe_experts,
     invariances=OF_STEM,
     caveat=SEES_COLOURS,
