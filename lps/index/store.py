@@ -60,14 +60,12 @@ def _digest_numbers(digests):
         raise ValueError(f"digests are {printable(str(list(digests))[:60])}: give 32 hexadecimal digits each")
     return np.frombuffer(data, "<u8").reshape(-1, 2)
 
-def _fact_lines(facts):
-    "Encode facts as lines of JSON; raises `ValueError` for facts that are too long to be read again"
-    lines = [json.dumps(fact).encode() + b"\n" for fact in facts]
-    for fact, line in zip(facts, lines):
-        if len(line) <= MAX_FACTS: continue
-        name = printable(fact.get("file", "a row"))
-        raise ValueError(f"facts of {name} take {len(line)} bytes, the limit is {MAX_FACTS}: shorten its metadata")
-    return lines
+def fact_line(fact):
+    "Encode facts as a line of JSON; raises `ValueError` for facts that are too long to be read again"
+    line = json.dumps(fact).encode() + b"\n"
+    if len(line) <= MAX_FACTS: return line
+    name = printable(fact.get("file", "a row"))
+    raise ValueError(f"facts of {name} take {len(line)} bytes, the limit is {MAX_FACTS}: shorten its metadata")
 
 def encode_rows(rows, digests, labels, facts, width, start=0):
     "Encode new rows as arrays and bytes, for facts that begin at byte `start`; raises `ValueError` for bad input"
@@ -77,7 +75,7 @@ def encode_rows(rows, digests, labels, facts, width, start=0):
     if not len(rows) == len(digests) == len(labels) == len(facts):
         raise ValueError(f"{len(rows)} rows, {len(digests)} digests, {len(labels)} labels and {len(facts)} facts")
     if not np.isfinite(rows).all(): raise ValueError("rows contain NaN or inf: exclude these models")
-    lines = _fact_lines(facts)
+    lines = [fact_line(fact) for fact in facts]
     records = np.empty(len(rows), RECORD)
     records["digest"] = _digest_numbers(digests)
     records["label"] = labels
