@@ -82,7 +82,7 @@ class Flow:
 # %% ../../nbs/methods/02_chain.ipynb #dd206b94
 def _check_followed(shapes, known, norms):
     "Raise `ValueError` unless networks have a permutation spec and batch normalisation"
-    has_spec = known and known[0].spec
+    has_spec = known and known.spec
     if has_spec and norms: return
     why = "it has no batch normalisation" if has_spec else "its architecture is not registered with a permutation spec"
     names = printable(", ".join(list(shapes)[:3]))
@@ -99,7 +99,7 @@ def patterns(
     known = recognise(shapes, shortcut=shortcut)
     norms = norms_of(shapes)
     _check_followed(shapes, known, norms)
-    spec = known[0].spec(known[1])
+    spec = known.spec
     tensors = canonical(tensors, shortcut)
     flow = Flow(spec.sizes, relu)
     found = {}
