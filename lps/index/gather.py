@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..core.files import checked, load_model, printable, read_header
+from ..core.files import checked, load_tensors, printable, read_header
 from ..core.jobs import each_done
 from .answer import weight_sketch
 from .store import HEADER_FILE, fact_line
@@ -140,7 +140,7 @@ def _read(source, place, reading, more):
         return models[models.manifest.file.tolist().index(source.inner)]
     own = isinstance(place, (str, Path)) and Path(place).suffix.lower() == ".safetensors" and Path(place).is_file()
     own = own and "layers" in read_header(place).meta
-    model = Model(*load_model(place)) if own else read_model(place, None, reading.names, **more)[0]
+    model = Model(*load_tensors(place)) if own else read_model(place, None, reading.names, **more)[0]
     known = model.architecture
     if reading.arch is None or isinstance(place, nn.Module) or known and known.spec is not None: return model
     return read_model(place, reading.arch, reading.names, **more)[0]

@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.files import checked, header_end, load_model, parse_header, printable, write_json
+from ..core.files import checked, header_end, load_tensors, parse_header, printable, write_json
 from lps.index.answer import (
     Answer, Calibration, calibrate, can_hold_out, held_out_trials, lineage_note, own_trials,
     sketch_correlation, weight_sketch,
@@ -665,7 +665,7 @@ class _Outputs:
 
 def bundled_outputs() -> tuple: # name of a method; its observations of M networks; a table with one row for each
     "Load the bundled outputs of two-class networks on synthetic images"
-    tensors, meta = load_model(bundled(BUNDLED_OUTPUTS))
+    tensors, meta = load_tensors(bundled(BUNDLED_OUTPUTS))
     known = checked(meta["answers"], _Outputs, BUNDLED_OUTPUTS)
     first = tensors["first"].float()
     observed = dict(outputs=torch.stack([first, -first], dim=2))  # two centred logits are one number and its negative
@@ -673,7 +673,7 @@ def bundled_outputs() -> tuple: # name of a method; its observations of M networ
 
 def _held_out(models):
     "Test which bundled models were held out from the fit of the bundled LPS, `(M,)`"
-    held_out = load_model(bundled("net.safetensors"))[1]["trained_on"]["held_out"]
+    held_out = load_tensors(bundled("net.safetensors"))[1]["trained_on"]["held_out"]
     return models.manifest.file.isin(held_out).to_numpy(copy=True)
 
 # %% ../../nbs/index/03_index.ipynb #0991aa14

@@ -6,14 +6,15 @@
 __all__ = ['save_pretrained', 'from_pretrained', 'push_to_hub']
 
 # %% ../../nbs/index/04_share.ipynb #aa1c2a67
-import importlib, json
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 import lps
-from ..core.files import pluralise, printable, read_json, save_model, write_atomic, write_json
+from ..core.files import pluralise, printable, read_json, save_tensors, write_atomic, write_json
+from ..core.optional import optional
 from .index import ModelIndex
 from ..methods.registry import load_fitted, method_title, save_fitted
 from ..models.modelset import ModelSet, load_modelset, pack
@@ -111,7 +112,7 @@ def _write_modelset(models, folder):
     if "lacks" in models[0].meta: pack(models, folder/"models.safetensors", models.layers, **models.about)
     else:
         for model, file in zip(models, models.manifest.file):
-            save_model(folder/"models"/file, model.state, model.meta)
+            save_tensors(folder/"models"/file, model.state, model.meta)
     write_atomic(folder/"DATASHEET.md", datasheet_text(datasheet(models, folder.name)).encode())
 
 # %% ../../nbs/index/04_share.ipynb #ffcf7a70
@@ -159,9 +160,7 @@ def from_pretrained(
 # %% ../../nbs/index/04_share.ipynb #91e0af4b
 def hub():
     "Import `huggingface_hub`; raises `ImportError` with the command that installs it"
-    try: return importlib.import_module("huggingface_hub")
-    except ImportError as e:
-        raise ImportError("the Hub needs huggingface_hub, which is not installed: pip install 'lps[hub]'") from e
+    return optional("huggingface_hub", "hub")
 
 def _on_hub(thing=None, text=""):
     "Wrap an object for the mixin of the Hub, which fills the arguments of `__init__` from a file: there are none"

@@ -6,7 +6,7 @@
 __all__ = ['LOCK_FILE', 'Rows', 'Store', 'create_store']
 
 # %% ../../nbs/index/00_store.ipynb #f6d12f57
-import contextlib, hashlib, importlib, io, json, mmap, os, re, zipfile
+import contextlib, hashlib, io, json, mmap, os, re, zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from filelock import FileLock
 
 from ..core.files import checked, printable, write_atomic, write_new
+from ..core.optional import optional
 
 # %% ../../nbs/index/00_store.ipynb #d1f0f1e4
 BLOCK = 16_384  # rows compared at a time
@@ -526,10 +527,7 @@ EXPANSION = 512      # rows examined for a query, then compared exactly
 
 def usearch():
     "Import `usearch.index`; raises `ImportError` with the command that installs it"
-    try: return importlib.import_module("usearch.index")
-    except ImportError as e:
-        cure = "pip install 'lps[approximate]', or search exactly"
-        raise ImportError(f"approximate search needs usearch, which is not installed: {cure}") from e
+    return optional("usearch.index", "approximate")
 
 def _empty_graph(width):
     "Create an empty graph, with one byte per number; the rows themselves are in the store"
