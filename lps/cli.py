@@ -355,9 +355,7 @@ def _show_answers(near, tasks, k):
 def _known_index(place):
     "An index by its place; one that is not calibrated is, if it can be"
     from lps.index.index import ModelIndex
-    if place != "bundled" and not _place(place).exists():
-        raise ValueError(f"no index at {place}: build one with lps index build {place} FOLDER")
-    return _calibrated(ModelIndex.load(place))
+    return _calibrated(ModelIndex.load(place if place == "bundled" else _place(place)))
 
 def _calibrated(index):
     "An index that knows what its similarities mean, where that can be found out"
@@ -386,10 +384,8 @@ def _index_by(place, method):
     raise ValueError(f"{place} compares by {index.fitted.method}, asked for is {method}: {cure}")
 
 def _is_index(place):
-    "Is this an index, and no model set?"
-    from lps.core.files import read_header
-    if place.is_dir(): return (place/"header.json").exists()
-    return place.is_file() and "index" in read_header(place).meta
+    "Test whether this is an index and not a model set"
+    return (place/"header.json").exists() if place.is_dir() else place.suffix == ".zip"
 
 # %% ../nbs/04_cli.ipynb #8e42edfe
 def _expected_cells(table):
@@ -424,7 +420,8 @@ Stats = Annotated[tuple[str, str] | None, typer.Option(
 def _reading(names, arch, size, stats):
     "What is said of models that their files do not say; a module of the user's own may lie in the current folder"
     if arch and ":" in arch and "" not in sys.path: sys.path.insert(0, "")
-    return dict(names=_name_map(names), arch=arch, size=size, stats=_numbers_of(stats))
+    from lps.index.gather import Reading
+    return Reading(names=_name_map(names), arch=arch, size=size, stats=_numbers_of(stats))
 
 def _numbers_of(stats):
     "Mean and standard deviation of each channel, from text"
@@ -439,11 +436,6 @@ def _index_of(where, method):
     if method is None: return (_known_index if len(where) == 1 else _gallery_index)(*where)
     if len(where) == 1: return _index_by(*where, method)
     raise ValueError(f"{where[0]} is a fitted method, and --method says {method}: give one of them")
-
-def _relation():
-    "What accuracy goes with a transfer score, as measured"
-    from lps.advice.advisers import expected_accuracy
-    return expected_accuracy()
 
 def _source(text):
     "A model from the command line: a path, a set that comes with lps, or a model elsewhere"
@@ -490,10 +482,10 @@ def query(
     index = _index_of(where, method)
     reading = _reading(names, arch, size, stats)
     if len(where) == 1 or as_json:
-        relation = _relation() if expected else None
-        answer = index.answer(model, k, expected=relation, approximate=approximate, **reading)
+        answer = index.answer(model, k, reading, expected=expected, approximate=approximate)
         return print(_json(answer.to_dict())) if as_json else _show_answer(answer)
-    _show_answers(index.query(model, k, approximate=approximate, **reading), index.tasks(model, **reading), k)
+    near = index.query(model, k, reading=reading, approximate=approximate)
+    _show_answers(near, index.tasks(model, reading=reading), k)
 
 # %% ../nbs/04_cli.ipynb #98197eed
 Market = Annotated[Path, typer.Argument(parser=_place, help="Folder of the index")]
@@ -530,24 +522,22 @@ def index_build(
     stats: Stats = None,
 ):
     "Take in models, learn how to compare them from those whose tasks are known, and keep all in a folder."
-    from lps.index.index import ModelIndex
+    from lps.index.index import BuildSettings, ModelIndex
+    settings = BuildSettings(workers=workers, seed=seed, fit=_fit_settings(layers, epochs, folded))
+    reading = _reading(names, arch, size, stats)
     with console.status(f"taking in models for {path}"):
-        index = ModelIndex.build(
-            list(map(_source, sources)),
-            path,
-            method=method,
-            table=table,
-            workers=workers,
-            seed=seed,
-            **_reading(names, arch, size, stats),
-            **_fit_settings(layers, epochs, folded),
-        )
+        index = ModelIndex.build(list(map(_source, sources)), path, method, table, reading, settings)
     _tell_index(index, path)
-    console.print(f"Probabilities: {index.calibration}." if index.calibration else NOT_CALIBRATED, soft_wrap=True)
+    console.print(str(index.calibration or NOT_CALIBRATED), soft_wrap=True)
 
 NOT_CALIBRATED = "Not calibrated: give two models at least of two tasks, named in their files or by --table."
 
 # %% ../nbs/04_cli.ipynb #e7bfd81a
+def _save_packed(index, path):
+    "Write an index that was changed in memory back to its packed file"
+    if str(path) == "bundled": raise ValueError("the bundled index cannot be changed: save it to a folder first")
+    if path.is_file(): index.save(path)
+
 @market.command("add", epilog="Example: lps index add market downloads/new-model.pth")
 def index_add(
     path: Market,
@@ -560,9 +550,12 @@ def index_add(
     stats: Stats = None,
 ):
     "Take in models that the index does not have yet, or that were changed since."
+    from lps.index.index import BuildSettings
     index = _known_index(str(path))
+    reading = _reading(names, arch, size, stats)
     with console.status(f"taking in models for {path}"):
-        n = index.add(list(map(_source, sources)), table, workers=workers, **_reading(names, arch, size, stats))
+        n = index.add(list(map(_source, sources)), table, reading, BuildSettings(workers=workers))
+    _save_packed(index, path)
     console.print(f"{n} more")
     _tell_index(index, path)
 
@@ -574,6 +567,7 @@ def index_remove(
     "Remove models from the index; their files stay."
     index = _known_index(str(path))
     n = index.remove(list(map(_source, models)))
+    _save_packed(index, path)
     console.print(f"{n} fewer")
     _tell_index(index, path)
 
@@ -601,14 +595,14 @@ def index_info(
 ):
     "What is in an index, what it could not read, and how far it can be trusted."
     index = _known_index(str(path))
-    if check and hasattr(index.rows, "check"): index.rows.check()
+    if check: index.check()
     facts = _index_facts(index)
     if as_json: return print(_json(facts))
     _tell_index(index, path)
     kinds = ", ".join(f"{_cell(name)} ({n})" for name, n in facts["architectures"].items())
     console.print(f"Architectures: {kinds or 'not known'}. {facts['numbers']} numbers a model.", soft_wrap=True)
-    console.print(f"Probabilities: {index.calibration}." if index.calibration else NOT_CALIBRATED, soft_wrap=True)
-    if check: console.print("Every byte is the one that was written.")
+    console.print(str(index.calibration or NOT_CALIBRATED), soft_wrap=True)
+    if check: console.print("All checksums match.")
 
 # %% ../nbs/04_cli.ipynb #8d1dfaba
 @market.command("report", epilog="Example: lps index report my-model.pth --arch timm/resnet18")
@@ -622,7 +616,9 @@ def index_report(
 ):
     "What is read of a model: layers, norms, input, head, what is ignored, and which methods cannot compare it."
     from lps.models.read import read_model
-    report = read_model(_source(model), whole=whole, **_reading(names, arch, size, stats))[1]
+    reading = _reading(names, arch, size, stats)
+    more = dict(size=reading.size, stats=reading.stats, whole=whole)
+    report = read_model(_source(model), reading.arch, reading.names, **more)[1]
     for what, found in report.table().found.items(): console.print(f"{_cell(what)}: {_cell(found)}", soft_wrap=True)
     if not report.cannot: console.print("every method can compare it")
 

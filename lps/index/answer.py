@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
-from fastcore.basics import patch
 
 from ..core.files import pluralise, printable
 from ..methods.registry import embed_models, fit_many
@@ -260,7 +259,7 @@ def lineage_note(
     return "same embedding" if similarity > equal else ""
 
 # %% ../../nbs/index/01_answer.ipynb #deed526a
-@dataclass
+@dataclass(repr=False)
 class Answer:
     "Result of a query for one model"
     query: str             # name of the query
@@ -284,7 +283,7 @@ class Answer:
         method = f"Method: {self.method}, from {self.reads}; no images of yours were needed."
         return [printable(sentence) for sentence in (first, method, calibrated, self.expected) if sentence]
 
-    def __str__(self): return "\n".join([self.table.to_string(float_format="%.3f"), *self.sentences])
+    def __repr__(self): return "\n".join([self.table.to_string(float_format="%.3f"), *self.sentences])
 
     def _repr_html_(self):
         paragraphs = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in self.sentences)

@@ -117,11 +117,12 @@ EVERYTHING = SimpleNamespace(layers=())  # stands for a method that reads all la
 
 def take_in(
     source,            # an `Item`, a source that `read_model` takes, or a `Model`
-    reading=Reading(), # what a user adds about it
+    reading=None,      # what a user adds about it
     fitted=None,       # method to read it for; None: of a model on the web, the first layer is enough
 ) -> Model:
     "Read a model with finite weights; raises `ValueError` with the reason for any other"
     place = source.path if isinstance(source, Item) else source
+    reading = reading or Reading()
     more = dict(size=reading.size, stats=reading.stats)
     model = source if isinstance(source, Model) else _read(source, place, reading, more)
     lacks = set(model.meta.get("lacks") or ())
@@ -229,7 +230,7 @@ def _read_known(item, reading, table, fitted=None):
 
 def labelled_models(
     items: list,              # of `Item`
-    reading=Reading(),        # what a user adds about the files
+    reading=None,             # what a user adds about the files
     table: dict|None = None,  # rows of a table by file name
     n: int = MOST_FITTED,     # at most this many
     seed: int = 0,            # determines which
@@ -242,7 +243,7 @@ def labelled_models(
 
 def one_model(
     items: list,              # of `Item`
-    reading=Reading(),        # what a user adds about the files
+    reading=None,             # what a user adds about the files
     table: dict|None = None,  # rows of a table by file name
 ) -> ModelSet|None:           # None: none can be read
     "Load the first model that can be read, as a set of one"
@@ -283,7 +284,7 @@ class Embedded:
 def embed_items(
     fitted,                   # a fitted method
     items: list,              # of `Item`
-    reading=Reading(),        # what a user adds about the files
+    reading=None,             # what a user adds about the files
     table: dict|None = None,  # rows of a table by file name
 ) -> Embedded:
     "Read and embed some models"
@@ -312,7 +313,7 @@ def _reason(item, error):
 def embed_all(
     fitted,                   # a fitted method
     items: list,              # of `Item`
-    reading=Reading(),        # what a user adds about the files
+    reading=None,             # what a user adds about the files
     table: dict|None = None,  # rows of a table by file name
     workers: int = 1,         # processes; 1: in this one
     executor: Executor|None = None,  # any `concurrent.futures.Executor` to use instead

@@ -208,7 +208,7 @@ def query(self: ModelIndex,
     model,                     # a `ModelSet`, a `Model`, a module, a file, or a model elsewhere
     k: int = 10,               # number of models to find
     with_self: bool = False,   # also find the query itself, if the index has it
-    reading: Reading = Reading(), # what the file does not record
+    reading: Reading|None = None, # what the file does not record
     approximate: bool = False, # compare only candidates from the graph of `build_graph`
 ) -> pd.DataFrame:             # similarity, task, classes, val_accuracy, file by rank; for a set by query and rank
     "Find the most similar models; raises `ValueError` for a model that the method cannot embed"
@@ -225,7 +225,7 @@ def kneighbors(self: ModelIndex,
     approximate: bool = False,    # compare only candidates from the graph of `build_graph`
 ):                                # cosine distances and numbers of rows of `manifest`, `(Q, n_neighbors)` each
     "Find neighbours as scikit-learn's `NearestNeighbors` does; a model finds itself"
-    if not isinstance(X, (np.ndarray, Tensor)): X = self._embed(X, Reading()).embedding
+    if not isinstance(X, (np.ndarray, Tensor)): X = self._embed(X, None).embedding
     similarity, places = self._search(np.asarray(X), n_neighbors, approximate)
     numbers = np.searchsorted(self.rows.places, places)
     return (1 - similarity, numbers) if return_distance else numbers
@@ -235,7 +235,7 @@ def kneighbors(self: ModelIndex,
 def tasks(self: ModelIndex,
     model,                   # as for `query`
     with_self: bool = False, # include the query itself, if the index has it
-    reading: Reading = Reading(), # what the file does not record
+    reading: Reading|None = None, # what the file does not record
 ) -> pd.DataFrame:           # by rank: task, classes, mean similarity, that of the nearest model and its file, …
     "Rank tasks by the mean similarity of their models"
     queries = self._embed(model, reading)
@@ -460,12 +460,13 @@ def build(cls: ModelIndex,
     path: str|Path|None = None, # folder of the index; an existing index is continued. None: in memory
     method="auto",              # a name, a fitted method, or a file of one; 'auto': the one that leads
     table=None,                 # DataFrame or csv/tsv file that names tasks, as in `import_models`
-    reading: Reading = Reading(),                 # what the files do not record
-    settings: BuildSettings = BuildSettings(),    # processes, seed, settings of the fit
+    reading: Reading|None = None,                 # what the files do not record
+    settings: BuildSettings|None = None,    # processes, seed, settings of the fit
 ) -> ModelIndex:                # `rejected` lists the files without a row
     "Build an index of models; raises `ValueError` if none can be read, or if the index has another method"
     items, bad = find_models(sources)
     table = read_table(table)
+    settings = settings or BuildSettings()
     if path is not None and (Path(path)/HEADER_FILE).exists():
         index = cls.load(path)
         fitted = _open_method(method)
@@ -485,13 +486,13 @@ def build(cls: ModelIndex,
 def add(self: ModelIndex,
     sources,                      # as for `build`
     table=None,                   # table that names tasks
-    reading: Reading = Reading(), # what the files do not record
-    settings: BuildSettings = BuildSettings(),  # processes
+    reading: Reading|None = None, # what the files do not record
+    settings: BuildSettings|None = None,  # processes
 ) -> int:                         # change of the number of models
     "Add models that are not in the index, and replace those that have changed"
     before = len(self)
     items, bad = find_models(sources)
-    self._grow(items, bad, reading, read_table(table), settings)
+    self._grow(items, bad, reading, read_table(table), settings or BuildSettings())
     return len(self) - before
 
 @patch
@@ -559,7 +560,7 @@ def calibrate(self: ModelIndex) -> Calibration|None: # None: too few models have
 def answer(self: ModelIndex,
     model,                        # a `Model`, a module, a file, or a model elsewhere
     k: int = 5,                   # number of models to find
-    reading: Reading = Reading(), # what the file does not record
+    reading: Reading|None = None, # what the file does not record
     expected=False,               # True, or a relation from `expected_accuracy`: estimate accuracies after fine-tuning
     approximate: bool = False,    # compare only candidates from the graph of `build_graph`
 ) -> Answer:
@@ -576,7 +577,7 @@ def answer(self: ModelIndex,
     if "expected_accuracy" in table:
         independent = independent.sort_values("expected_accuracy", ascending=False, kind="stable")
     read = list(self.fitted.layers)
-    reads = f"layer{'s'*(len(read) > 1)} " + ", ".join(read[:5]) if read else "all layers"
+    reads = f"layer {read[0]}" if len(read) == 1 else ", ".join(read[:5]) or "all layers"
     if len(read) > 5: reads += f" and {len(read) - 5} more"
     n_images = getattr(self.fitted, "observing", {}).get("n_images")
     if n_images: reads = f"outputs on {n_images} synthetic images"
