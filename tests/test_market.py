@@ -18,7 +18,8 @@ from lps.index.answer import Trials, calibrate, lineage_note, own_trials, sketch
 from lps.cli import main
 from lps.core.files import load_tensors, save_tensors
 from lps.models.model import Model
-from lps.models.modelset import load_modelset
+from lps.methods.registry import load_fitted
+from lps.models.modelset import bundled, load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.nets.resnet import ResNet
 from lps.index.index import BuildSettings, ModelIndex
@@ -259,6 +260,15 @@ def test_a_damaged_folder_gives_one_error(market, tmp_path, spoiled, says):
     file, = path.glob(spoiled)
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ValueError, match=says): ModelIndex.load(path)
+
+
+def test_the_bundled_index_is_that_of_the_bundled_models():
+    "Made by scripts/bundle.py; another machine rounds otherwise"
+    fresh = ModelIndex(load_fitted(bundled("net.safetensors")), load_modelset("bundled"))
+    index = ModelIndex.bundled()
+    assert index.digests == fresh.digests and index.manifest.equals(fresh.manifest)
+    assert torch.allclose(index.embedding, fresh.embedding, atol=1e-4)
+    assert index.calibration.threshold == pytest.approx(fresh.calibrate().threshold, abs=1e-3)
 
 
 def test_probabilities_are_those_that_were_put_in():

@@ -103,10 +103,10 @@ def find_models(
             except (ValueError, OSError) as e: bad[printable(path)] = printable(e)
     return list(found.values()), bad
 
-# %% ../../nbs/index/02_gather.ipynb #8236bdb1
+# %% ../../nbs/index/02_gather.ipynb #1bccac5d
 @dataclass(frozen=True)
 class Reading:
-    "What a user adds about a model file"
+    "Information that a user adds about a model file"
     names: object = ()          # name map, as in `import_models`
     arch: object = None         # architecture, if it cannot be recognised from the tensors
     size: object = None         # side of its images, or channels, height and width
@@ -266,7 +266,8 @@ def _set_of(read):
         rows.append(dict(fact, task=fact["label"]))
         models.append(model)
     first = models[0]
-    stacked = {name: torch.stack([model.state[name] for model in models]) for name in first.state}
+    stacked = {}
+    for name in first.state: stacked[name] = torch.stack([model.state[name] for model in models])
     source = PackedSource(stacked, metas, {}, first.stem)
     return ModelSet(Path(), pd.DataFrame(rows), rejected_table({}), first.shapes, source)
 

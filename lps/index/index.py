@@ -95,8 +95,7 @@ def _once(self: ModelIndex, name, compute):
 
 def _manifest(facts):
     "Make a table of facts, without those that only the index uses"
-    shown = [{name: v for name, v in fact.items() if name not in ("sketch", "key")} for fact in facts]
-    manifest = pd.DataFrame(shown)
+    manifest = pd.DataFrame(facts).drop(columns=["sketch", "key"], errors="ignore")
     accuracies = [column for column in ("val_accuracy", "train_accuracy") if column in manifest]
     manifest[accuracies] = manifest[accuracies].astype(float)
     return manifest
@@ -645,7 +644,8 @@ def _with_expected(self: ModelIndex, table, places, model, source, relation, rea
         from lps.advice.advisers import expected_accuracy
         relation = expected_accuracy()
     table = table.copy()
-    for name, values in zip(("expected_accuracy", "expected_low", "expected_high"), relation.predict(scores).to_numpy().T):
+    names = "expected_accuracy", "expected_low", "expected_high"
+    for name, values in zip(names, relation.predict(scores).to_numpy().T):
         table.insert(table.columns.get_loc("task"), name, values)
     explained = (
         "Expected accuracy: of a linear probe on the model's features, with an interval that was right for"

@@ -504,7 +504,7 @@ def _segments(self: Store):
 
 @patch
 def check(self: Store):
-    "Raise `ValueError` unless every byte is the one that was written"
+    "Compare all checksums; raises `ValueError` if one does not match"
     segments = self._segments()
     row = 0
     byte = 0
