@@ -460,7 +460,8 @@ def save_packed(index, path: Path):
     if path.is_file(): index.save(path)
 
 # %% ../nbs/04_cli.ipynb #98197eed
-IndexFolder = Annotated[Path, Argument(parser=path_of, metavar="INDEX", help="An index: a folder, or a packed .zip file; bundled")]
+INDEX_PLACE = "An index: a folder or a packed .zip file; bundled: the one that comes with lps"
+IndexFolder = Annotated[Path, Argument(parser=path_of, metavar="INDEX", help=INDEX_PLACE)]
 SOURCES = "Folders, model files, packed sets, timm/NAME, org/name on the Hub; bundled: the set that comes with lps"
 Sources = Annotated[list[str], Argument(metavar="SOURCES", help=SOURCES)]
 Workers = Annotated[int, Option(min=1, help="Processes that read models")]

@@ -137,7 +137,8 @@ def test_broken_files_among_many_are_listed_after_a_stop(tmp_path, monkeypatch):
 
 
 def test_any_executor_gives_the_same(models):
-    with ThreadPoolExecutor(3) as executor: index = ModelIndex.build(models, None, STEM, settings=BuildSettings(executor=executor))
+    with ThreadPoolExecutor(3) as executor:
+        index = ModelIndex.build(models, None, STEM, settings=BuildSettings(executor=executor))
     one = ModelIndex.build(models, None, STEM)
     pd.testing.assert_frame_equal(index.manifest.sort_values("file", ignore_index=True),
                                   one.manifest.sort_values("file", ignore_index=True))
@@ -205,7 +206,8 @@ def test_the_start_is_no_copy(market, models):
     assert answer.table.note[1] == "derived" and answer.recommended == answer.table.file[2]
     alone = index.answer(tuned, 1)
     assert alone.recommended == "" and alone.sentences[0].startswith("All of these are copies of the query")
-    assert ModelIndex(STEM, load_modelset(models)).answer(models/"t3_0.safetensors", 1).recommended == "", "not calibrated"
+    without = ModelIndex(STEM, load_modelset(models)).answer(models/"t3_0.safetensors", 1)
+    assert without.calibration is None and without.recommended == ""
 
 
 def test_the_same_number_in_two_folders_is_not_the_same_task(models, tmp_path):
@@ -213,7 +215,8 @@ def test_the_same_number_in_two_folders_is_not_the_same_task(models, tmp_path):
     for name, classes in (("a", None), ("b", None), ("c", ["x", "y"]), ("d", ["y", "x"])):
         meta = dict(task=0) | (dict(classes=classes) if classes else {})
         save_tensors(tmp_path/name/"m.safetensors", network(0, ord(name)), meta)
-    index = ModelIndex.build([tmp_path/name for name in "abcd"], method="probes", settings=BuildSettings(fit=dict(n_images=8)))
+    few = BuildSettings(fit=dict(n_images=8))
+    index = ModelIndex.build([tmp_path/name for name in "abcd"], method="probes", settings=few)
     label = dict(zip([Path(file).parent.name for file in index.manifest.file], index.manifest.label))
     assert label["a"] != label["b"] and label["c"] == label["d"] != label["a"]
 

@@ -201,8 +201,9 @@ def changed(files, field, value, folder):
     if part == "fact":
         rows = unpack_rows(files, "index")
         facts = rows.facts(rows.places)
+        facts[0][name] = value
         other = Rows(rows.width)
-        other.append(rows.rows, rows.digests(rows.places), rows.labels(rows.places), [facts[0] | {name: value}, *facts[1:]])
+        other.append(rows.rows, rows.digests(rows.places), rows.labels(rows.places), facts)
         return files | other.files(**rows.about)
     if part == "config":
         method = folder/"method.safetensors"
