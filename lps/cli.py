@@ -65,7 +65,7 @@ def _registered():
     "What stands in the registries, by the word that a help text has for it"
     METHODS = _all_methods()
     from lps.zoo.tasks import DATASETS
-    from lps.zoo.train import recipes
+    from lps.zoo.recipe import recipes
     baselines = [name for name, method in METHODS.items() if method.baseline]
     methods = [name for name in METHODS if name not in baselines]
     return dict(
@@ -143,14 +143,18 @@ def zoo_build(
     keep: Annotated[str, typer.Option(help="Epochs after which each network is kept as well, such as 10,40,80")] = "",
     until: Annotated[int | None, typer.Option(min=1, help="Stop after so many epochs; without it, go on")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Side in pixels to bring a folder's images to")] = None,
+    packed: Annotated[
+        str | None, typer.Option(help="Packed models of this build, or their folder: they are not trained again")
+    ] = None,
 ):
     "Train a model set: several networks for each pair of classes."
     from lps.zoo.build import build
+    from lps.zoo.tasks import load_splits
     if not re.fullmatch(r"(\d+(,\d+)*)?", keep):
         raise ValueError(f"--keep is '{keep}': give epochs with commas between them, such as 10,40,80")
     built = build(
         path,
-        images=images,
+        images=load_splits(images, size=size),
         recipe=recipe,
         n_tasks=tasks,
         n_models=models,
@@ -159,7 +163,7 @@ def zoo_build(
         device=device,
         keep=tuple(map(int, keep.split(","))) if keep else (),
         until=until,
-        size=size,
+        packed=packed,
     )
     _tell(built)
 

@@ -13,7 +13,7 @@ from lps.demo import digits
 from lps.core.files import load_model
 from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 from lps.zoo.build import build
 
 LPS = Path(sys.executable).parent/"lps"
@@ -334,7 +334,7 @@ SMALL = """
 import sys
 from dataclasses import replace
 from lps.cli import main
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 recipes['digits'] = replace(recipes['digits'], depth=8, width=4)
 sys.exit(main(sys.argv[1:]))
 """  # the command, which trains small networks

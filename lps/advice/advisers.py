@@ -37,7 +37,7 @@ from ..methods.probes import centred_outputs, probe_images
 from .score import features_and_outputs, photograph_crops, read_out
 from ..study.records import about_models
 from ..zoo.tasks import ImageSet
-from ..zoo.train import normalise
+from ..zoo.tasks import normalise
 from ..study.transfer import cluster_ari, linear_cka, log_me, task_targets
 
 # %% ../../nbs/advice/01_advisers.ipynb #4f1e79d4

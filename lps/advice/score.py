@@ -22,7 +22,7 @@ from ..nets.architectures import recognise, shapes_of
 from ..core.jobs import one_thread
 from ..models.modelset import ModelSet, Model
 from ..methods.probes import gallery_bank
-from ..zoo.train import normalise
+from ..zoo.tasks import normalise
 
 # %% ../../nbs/advice/00_score.ipynb #08cf391a
 def _photographs():

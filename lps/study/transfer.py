@@ -32,7 +32,7 @@ from ..methods.registry import embed_models, fit_many
 from ..models.modelset import ModelSet, Model
 from .records import about_models
 from ..zoo.tasks import ImageSet, task_images
-from ..zoo.train import normalise
+from ..zoo.tasks import normalise
 
 # %% ../../nbs/study/02_transfer.ipynb #90706dab
 @torch.no_grad()
