@@ -11,7 +11,7 @@ from lps.cli import main
 from lps.zoo.datasheet import datasheet, datasheet_text
 from lps.study.evaluate import summary, table1
 from lps.study.registry import EXPERIMENTS, overview, result_path, show_overview
-from lps.core.files import save_model, write_json
+from lps.core.files import save_tensors, write_json
 from lps.methods.registry import METHODS, embed_models, fit_method, load_fitted
 from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms
@@ -76,15 +76,15 @@ def test_the_architecture(tmp_path):
     Glance = run_example("A kind of network")["Glance"]
     for i in range(4):
         torch.manual_seed(i)
-        save_model(tmp_path/f"m{i}.safetensors", Glance().state_dict(), dict(task=i//2, run=i % 2))
+        save_tensors(tmp_path/f"m{i}.safetensors", Glance().state_dict(), dict(task=i//2, run=i % 2))
     models, x = load_modelset(tmp_path), torch.randn(2, 3, 9, 9)
     assert models.stem == "retina"
-    kind, config = recognise(shapes_of(models[0].state))
-    assert kind.name == "glance" and config == dict(width=6)
-    spec = kind.spec(config)
+    kind = recognise(shapes_of(models[0].state))
+    assert kind.name == "glance" and kind.config == dict(width=6)
+    spec = kind.spec
     shuffled = permute(models[0].state, spec, random_perms(spec, 1))
     assert not torch.equal(shuffled["retina.weight"], models[0].state["retina.weight"])
-    with torch.no_grad(): torch.testing.assert_close(kind.rebuild(shuffled, config)(x), models[0].net(x))
+    with torch.no_grad(): torch.testing.assert_close(kind.rebuild(shuffled)(x), models[0].net(x))
     assert models.weights(["retina"], folded=True)["retina"].shape == (4, 6, 3, 3, 3)
     fitted = fit_method(models, "lps", epochs=1, n_filters=4)
     assert fitted.layers == ["retina"] and len(embed_models(fitted, models)) == 4

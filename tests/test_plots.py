@@ -121,7 +121,7 @@ def test_methods_come_in_the_order_of_the_registry():
     }
     runs = pd.concat(runs, names=["method", "split"])
     lps = METHODS["lps"]
-    register_method(Method("mine", "My own", False, lps.reads, lps.fit, lps.restore))
+    register_method(Method("mine", "My own", False, lps.reads, lps.fit, lps.fitted))
     try: labels = [line.get_label() for line in plot_rank_k(runs).lines]
     finally: del METHODS["mine"]
     assert labels == [method_title("lps"), "My own", method_title("fc"), method_title("frobenius"), "odd"]

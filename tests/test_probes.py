@@ -3,9 +3,10 @@ import pytest
 import torch
 from fastcore.test import expect_fail
 
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.methods.registry import embed_models, fit_method, load_fitted, observations, save_fitted, score_models
-from lps.models.modelset import Model, load_modelset
+from lps.models.model import Model
+from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.methods.probes import probe_images, restore_probes
 from lps.nets.resnet import SHORTCUTS, ResNet, bn_of, resnet_from_state
@@ -76,7 +77,7 @@ def models(tmp_path_factory):
         for run in range(2):
             state = some_state(task)
             state["fc.weight"] += .01*run
-            save_model(folder/f"task{task}_run{run}.safetensors", state, dict(task=task, run=run, shortcut="conv"))
+            save_tensors(folder/f"task{task}_run{run}.safetensors", state, dict(task=task, run=run, shortcut="conv"))
     return load_modelset(folder)
 
 

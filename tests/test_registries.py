@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from lps import methods, tasks
+from lps.methods import registry as methods
+from lps.zoo import tasks
 from lps.cli import main
 from lps.zoo.datasheet import datasheet, datasheet_text
 from lps.study.evaluate import summary, table1

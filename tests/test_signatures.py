@@ -6,10 +6,11 @@ import torch
 from fastcore.test import expect_fail
 from networks import CHANGES, WIDTH, flipped, scaled, shuffled, some_net, write_models
 
-from lps import chain, signatures
-from lps.core.files import save_model
+from lps.methods import chain, signatures
+from lps.core.files import save_tensors
 from lps.methods.registry import embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
-from lps.models.modelset import Model, load_modelset
+from lps.models.model import Model
+from lps.models.modelset import load_modelset
 from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex
 
@@ -113,7 +114,7 @@ def test_networks_without_norms(tmp_path):
     for task in range(2):
         for run in range(4):
             stem = without_statistics(some_net(task, run))
-            save_model(tmp_path/f"{task}_{run}.safetensors", stem, dict(task=task, run=run))
+            save_tensors(tmp_path/f"{task}_{run}.safetensors", stem, dict(task=task, run=run))
     bare = load_modelset(tmp_path)
     assert fit_method(bare, "stem-signature").layers == ["conv1.weight"]
     with expect_fail(ValueError, "take stem-signature"): fit_method(bare, "image-statistics")
@@ -128,7 +129,7 @@ ODD = [None, 3, "a", [], {}, [1, 1], [0.5, 1], {"stem": -1}, {"stem": 2**70}, {"
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("field", ["layers", "tasks", "sizes", "observing"])
 def test_a_config_that_does_not_fit_is_refused(fitted, method, field):
-    restore, config = get_method(method).restore, fitted[method].config
+    restore, config = get_method(method).fitted, fitted[method].config
     refuse = partial(restore, tensors=fitted[method].state_dict())
     with expect_fail(ValueError, field): refuse({k: v for k, v in config.items() if k != field})
     for value in ODD:
@@ -141,7 +142,7 @@ def test_a_config_that_does_not_fit_is_refused(fitted, method, field):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_tensors_that_do_not_fit_are_refused(fitted, method):
-    restore, state = get_method(method).restore, fitted[method].state_dict()
+    restore, state = get_method(method).fitted, fitted[method].state_dict()
     refuse = partial(restore, fitted[method].config)
     for name, v in state.items():
         for bad in (v.float(), v[:-1], v*float("nan")):

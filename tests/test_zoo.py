@@ -13,9 +13,9 @@ from PIL import Image
 import lps.zoo.many as many
 import lps.zoo.train as train
 import lps.zoo.build as zoo
-from lps.core.files import load_model, read_json, read_marker, write_json
+from lps.core.files import load_tensors, read_json, read_marker, write_json
 from lps.models.modelset import load_modelset, pack
-from lps.zoo.tasks import ImageSet, load_images, load_splits, pair_classes, task_images
+from lps.zoo.tasks import ImageSet, load_images, pair_classes, task_images
 from lps.zoo.train import Diverged, train_model
 from lps.zoo.recipe import Recipe, best_precision, recipes
 from lps.zoo.build import BuildPlan, build
@@ -95,7 +95,7 @@ def test_stopped_build_resumes(tmp_path, sig):
     assert {f: now[f] for f in done} == done, "a finished model was touched"
     assert all(now[f][1] == data for f, (_, data) in written.items()), "trained again to other bytes"
     straight = build(tmp_path/"straight", "digits", TINY, n_models=1, workers=1, progress=False)
-    for f in straight.manifest.file: same_weights(load_model(folder/f)[0], load_model(straight.path/f)[0])
+    for f in straight.manifest.file: same_weights(load_tensors(folder/f)[0], load_tensors(straight.path/f)[0])
 
 
 def test_interrupt_between_two_models_ends_the_workers(tmp_path, monkeypatch):
@@ -353,7 +353,7 @@ def test_twenty_pairs_of_builds_started_together(tmp_path):
         seed = read_json(folder/"build.json", BuildPlan).seed
         refused = [words for s, words in said if words != "built"]
         assert len(refused) == (a != b) and all(f"was built with seed {seed}, now " in words for words in refused)
-        assert {load_model(f)[1]["build_seed"] for f in models(folder)} == {seed}
+        assert {load_tensors(f)[1]["build_seed"] for f in models(folder)} == {seed}
         assert len(models(folder)) == 2 and all(read_marker(f) for f in models(folder))
 
 
@@ -542,7 +542,9 @@ def test_tasks_of_four_classes(tmp_path, at_once):
     assert fingerprint(models(tmp_path)) == before
 
 
-@pytest.mark.parametrize("tasks", [[(0,)], [(0, 0)], [(0, 1, 0)], [(0, 10)], [(0, -1)], [(0, 1), (1, 0)], [(0, 1), (2, 3, 4)]])
+@pytest.mark.parametrize("tasks", [
+    [(0,)], [(0, 0)], [(0, 1, 0)], [(0, 10)], [(0, -1)], [(0, 1), (1, 0)], [(0, 1), (2, 3, 4)],
+])
 def test_impossible_tasks_are_refused(tmp_path, tasks):
     with pytest.raises(ValueError, match="classes"): build(tmp_path/"zoo", tasks=tasks, **HOW)
     assert not (tmp_path/"zoo").exists()

@@ -23,19 +23,18 @@ from lps.index.answer import (
     Answer, Calibration, calibrate, can_hold_out, held_out_trials, kinship, own_trials,
     sketch_correlation, weight_sketch,
 )
-from ..core.files import checked, load_model, printable, read_json, save_model, write_json
+from ..core.files import checked, load_tensors, printable, read_json, save_tensors, write_json
 from ..models.checkpoint import read_table
-from ..nets.architectures import recognise, shapes_of
 from .gather import (EVERYTHING, Item, embed_all, find_models, labelled_models, name_it, one_model,
                         take_in)
-from ..models.read import channels_of, is_elsewhere
+from ..models.read import is_elsewhere
 from lps.methods.registry import (
     embed_models, fit_method, fitted_parts, get_method, load_fitted, method_title, restore_fitted,
     save_fitted,
 )
-from ..models.modelset import ModelSet, Model, bundled, load_modelset, rejected_table, rejection_summary
+from ..models.model import Model
+from ..models.modelset import ModelSet, bundled, load_modelset, rejected_table, rejection_summary
 from ..methods.probes import probe_images
-from ..advice.score import features_and_outputs
 from ..second_order import similarity
 from ..advice.advisers import explained_by
 from .store import Rows, Store, create_store
@@ -293,7 +292,7 @@ def _save_file(index, path):
     manifest = manifest.astype(object).where(manifest.notna(), None)
     about = dict(fitted=fitted_parts(index.fitted), manifest=manifest.to_dict("list"), digests=index.digests)
     if index.calibration is not None: about["calibration"] = asdict(index.calibration)
-    save_model(path, tensors, dict(index=about))
+    save_tensors(path, tensors, dict(index=about))
 
 @patch
 def save(self: ModelIndex,
@@ -355,7 +354,7 @@ def _check_rows(embedding, n, n_digests, name):
 # %% ../../nbs/index/03_index.ipynb #2dfff5a2
 def _load_file(cls, path):
     "The index in a file"
-    tensors, meta = load_model(path)
+    tensors, meta = load_tensors(path)
     name = printable(Path(path).name)
     header, embedding = _index_parts(tensors, meta, name)
     own = {key.removeprefix("fitted."): tensor for key, tensor in tensors.items() if key.startswith("fitted.")}
@@ -452,7 +451,7 @@ def _fit(method, items, how, workers, executor, seed, settings):
 def _unknown_tasks(name, models, error):
     "Why a method cannot be fitted on models whose tasks are not known, and the cure"
     why = f"{printable(name)} cannot be fitted on models of unknown tasks: {error}"
-    if recognise(models.shapes): return f"{why}; name the tasks in a table, or take probes or a fitted method"
+    if models.architecture: return f"{why}; name the tasks in a table, or take probes or a fitted method"
     known = "probes need no tasks, but a network that lps can run: name it with arch, or rename its tensors with names"
     return f"{why}; name the tasks in a table, or take a fitted method; {known}"
 
@@ -648,12 +647,12 @@ BANK = 512  # images of noise, as in the measurement
 def _check_runs(model):
     "Raises `ValueError` for a model that cannot be run"
     if model is None or model.meta.get("lacks"): raise ValueError("not all of its layers are here")
-    if recognise(shapes_of(model.state)) is None: raise ValueError("its architecture is not known, arch names it")
+    if model.architecture is None: raise ValueError("its architecture is not known, arch names it")
 
 def _seen(model, bank):
     "Features and outputs of a model; raises `ValueError` with the reason where it cannot be run"
     _check_runs(model)
-    try: return features_and_outputs(model, bank)
+    try: return model.features_and_outputs(bank)
     except (RuntimeError, AttributeError, TypeError) as e:
         raise ValueError(f"it cannot be run: {printable(str(e).partition(chr(10))[0][:200])}") from None
 
@@ -677,7 +676,7 @@ def _whole_query(model, source, reading):
 @patch
 def _transfer_scores(self: ModelIndex, model, places, reading):
     "The transfer score of each model that was found, NaN where there is none, and the reasons, by file"
-    bank = probe_images(BANK, channels=channels_of(model.state))
+    bank = probe_images(BANK, channels=model.channels)
     scores = []
     why = {}
     try: outputs = _seen(model, bank)[1]
@@ -738,7 +737,7 @@ class _Answers:
 
 def bundled_answers() -> tuple: # name of a method; what it observed of M networks; a table with a row for each
     "What the networks for two classes that come with the package as answers said to synthetic images"
-    tensors, meta = load_model(bundled(ANSWERS))
+    tensors, meta = load_tensors(bundled(ANSWERS))
     known = checked(meta["answers"], _Answers, ANSWERS)
     first = tensors["first"].float()
     observed = dict(outputs=torch.stack([first, -first], dim=2))  # two centred logits are one number and its negative
@@ -756,7 +755,7 @@ def _answers_index(cls):
 # %% ../../nbs/index/03_index.ipynb #0991aa14
 def _of_held_out(models):
     "Which of the bundled models the bundled network has not learned from, `(M,)`"
-    held_out = load_model(bundled("net.safetensors"))[1]["trained_on"]["held_out"]
+    held_out = load_tensors(bundled("net.safetensors"))[1]["trained_on"]["held_out"]
     return models.manifest.file.isin(held_out).to_numpy(copy=True)
 
 @patch(cls_method=True)

@@ -10,7 +10,6 @@ import pandas as pd
 
 import lps.methods.canonical, lps.methods.chain, lps.methods.equivariant, lps.methods.combine  # noqa: F401  they register their methods
 import lps.methods.matching, lps.methods.probes, lps.methods.signatures  # noqa: F401
-from ..nets.architectures import recognise
 from .registry import METHODS, Method, fit_method
 from ..models.modelset import ModelSet
 
@@ -29,7 +28,7 @@ def leading_method(
     models,  # a `ModelSet`, or anything with `shapes`
 ) -> str:    # name of a method
     "The method that is right most often, without a caveat, for models such as these"
-    return LEADERS["first layers" if recognise(models.shapes) is None else "whole networks"]
+    return LEADERS["first layers" if models.architecture is None else "whole networks"]
 
 def as_fitted(
     method,            # a fitted method, or the name of one; None: the one that leads

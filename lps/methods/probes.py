@@ -23,7 +23,6 @@ from ..nets.architectures import net_from_state
 from ..core.files import checked, digest, printable
 from ..core.jobs import one_thread
 from .registry import INVARIANCES, Method, register_method
-from ..models.modelset import Model
 from ..nets.resnet import SHORTCUTS
 from ..zoo.tasks import images_below
 
@@ -279,7 +278,7 @@ def _check_bank(known, bank, method):
 # %% ../../nbs/methods/07_probes.ipynb #d6a2d760
 def _every_tensor(models, **settings):
     "Names of all tensors of a model set or of one model"
-    return list(models.state if isinstance(models, Model) else models.shapes)
+    return list(models.shapes)
 
 def _register(name, title, parts):
     "Make probes known whose bank has so many parts"
@@ -290,7 +289,7 @@ def _register(name, title, parts):
         by_default=False,
         reads=_every_tensor,
         fit=partial(fit_probes, parts=parts, method=name),
-        restore=partial(restore_probes, method=name),
+        fitted=partial(restore_probes, method=name),
         knows=("shortcuts",),
         observe=partial(probe_outputs, parts=parts),
         needs="running it",
@@ -370,7 +369,7 @@ register_method(Method(
     by_default=False,
     reads=_every_tensor,
     fit=fit_gallery_probes,
-    restore=restore_probes,
+    fitted=restore_probes,
     knows=("shortcuts",),
     observe=_networks,
     needs="running it",

@@ -19,8 +19,9 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from ..core.files import checked, digest, load_model, printable, save_model
+from ..core.files import checked, digest, load_tensors, printable, save_tensors
 from ..core.jobs import each_done, one_thread
+from .fitted import Fitted
 from ..models.modelset import ModelSet
 from ..second_order import check_embedding, fit as fit_net, restore as restore_net
 
@@ -48,7 +49,7 @@ class Method:
     baseline: bool     # is it there to be compared with?
     reads: Callable    # `(models, **settings)` → names of the layers or tensors that it is given
     fit: Callable      # `(weights, labels, seed, **settings)` → fitted method; weights by name, `(M, …)` each
-    restore: Callable  # `(config, tensors)` → fitted method, from a file
+    fitted: type       # subclass of `Fitted` that `fit` returns
     knows: tuple = ()  # what else `fit` and `observe` are told of the models: 'stem', 'shapes', 'shortcuts'
     observe: Callable|None = None # `(weights, **settings)` → what `fit` and `embed` get in place of the weights
     by_default: bool = True # is it a row of a table for which no methods are named?
@@ -109,7 +110,7 @@ def _paper_method(name, title, baseline, invariances=("scales", "classes")):
         baseline=baseline,
         reads=_stem_or,
         fit=fit,
-        restore=restore_net,
+        fitted=restore_net,
         knows=("stem",),
         invariances=invariances,
     )
@@ -246,8 +247,8 @@ class _FittedHeader:
 def fitted_parts(
     fitted,  # a fitted method
 ) -> dict:   # method and config, fit for JSON
-    "What a file has to say about a fitted method, beside its tensors"
-    return dict(method=fitted.method, config=fitted.config)
+    "Return what a file records of a fitted method beside its tensors"
+    return fitted.parts if isinstance(fitted, Fitted) else dict(method=fitted.method, config=fitted.config)
 
 def restore_fitted(
     parts,          # from `fitted_parts`, as read from a file
@@ -256,7 +257,10 @@ def restore_fitted(
 ):                  # the fitted method
     "A fitted method from its parts; raises `ValueError` with the field for parts that do not fit"
     header = checked(parts, _FittedHeader, where)
-    try: return get_method(header.method).restore(header.config, tensors)
+    try:
+        kind = get_method(header.method).fitted
+        if not isinstance(kind, type): return kind(header.config, tensors)
+        return kind.restore(header.config, tensors, header.method)
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{printable(where)}: {printable(e)}") from None
 
 # %% ../../nbs/methods/00_registry.ipynb #01ec9ad2
@@ -266,13 +270,13 @@ def save_fitted(
     **about,         # what else to note, fit for JSON
 ):
     "Write a fitted method, whole or not at all"
-    save_model(path, fitted.state_dict(), dict(fitted=fitted_parts(fitted)) | about)
+    save_tensors(path, fitted.state_dict(), dict(fitted=fitted_parts(fitted)) | about)
 
 def load_fitted(
     path: str|Path,  # file written by `save_fitted` or `save_net`
 ):                   # the fitted method
     "Read a fitted method; raises `FileNotFoundError`, or `ValueError` for a file that holds none"
-    state, meta = load_model(path)
+    state, meta = load_tensors(path)
     name = Path(path).name
     parts = meta.get("fitted")
     old = meta.get("second_order")

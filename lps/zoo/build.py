@@ -19,7 +19,7 @@ from filelock import FileLock
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lps.core.files import (
-    load_model, mark_complete, not_as_marked, printable, read_json, read_marker, save_model, versions, write_json,
+    load_tensors, mark_complete, not_as_marked, printable, read_json, read_marker, save_tensors, versions, write_json,
 )
 from ..core.jobs import check_device, check_seed, each_done, one_thread
 from ..models.modelset import ModelSet, join_sets, load_modelset
@@ -94,7 +94,7 @@ def write(self: ModelPlace,
     net, metrics = result
     meta = about | metrics
     seconds = {key: meta.pop(key) for key in ("seconds",) if key in meta}
-    save_model(file, net.state_dict(), meta)
+    save_tensors(file, net.state_dict(), meta)
     noted = {key: meta[key] for key in ("task", "run", "seed", "val_accuracy", "train_accuracy")}
     return mark_complete(file, **noted, **seconds)
 
@@ -356,7 +356,8 @@ def metas(self: Build) -> list: # a dict for each model
         classes = [plan.images.classes[number] for number in plan.pairs[task]]
         seeds = dict(seed=model_seed(plan.seed, task, run), build_seed=plan.seed)
         images = dict(data=plan.images.name, mean=plan.mean, std=plan.std)
-        metas.append(dict(task=task, run=run, classes=classes, pair=plan.pairs[task], pairs=plan.pairs) | seeds | images)
+        meta = dict(task=task, run=run, classes=classes, pair=plan.pairs[task], pairs=plan.pairs)
+        metas.append(meta | seeds | images)
     return metas
 
 # %% ../../nbs/zoo/05_build.ipynb #5fc1fbda
@@ -390,7 +391,7 @@ def interrupted(self: Build,
     wanted = {meta["seed"] for meta in missing}
     units = []
     for file in sorted((self.path/"checkpoints").glob("unit_*.safetensors")):
-        try: seeds = {int(seed): True for seed in load_model(file)[1]["about"]["seeds"]}
+        try: seeds = {int(seed): True for seed in load_tensors(file)[1]["about"]["seeds"]}
         except (OSError, ValueError, KeyError, TypeError):
             unlink(file)
             continue
@@ -515,13 +516,14 @@ def models(self: Build) -> ModelSet:
     others = self.held[~self.held.manifest.file.isin(own.manifest.file).to_numpy()]
     return join_sets([own, others]) if len(others) else own
 
-# %% ../../nbs/zoo/05_build.ipynb #17bf0abc
+# %% ../../nbs/zoo/05_build.ipynb #7c2600c7
 def _is_held(meta, expected, plan, stage):
     "Tell whether a packed model is far enough; raises `ValueError` if it is of another build"
     recipe = Recipe(**plan.recipe)
     differ = []
     for key in ("build_seed", "seed", "data", "pairs"):
-        if meta.get(key) != expected[key]: differ.append(f"{key} {str(meta.get(key))[:60]}, not {str(expected[key])[:60]}")
+        found = meta.get(key)
+        if found != expected[key]: differ.append(f"{key} {str(found)[:60]}, not {str(expected[key])[:60]}")
     if not isinstance(meta["recipe"], dict) or Recipe(**meta["recipe"]) != recipe:
         differ.append(f"recipe {str(meta['recipe'])[:60]}, not '{recipe.name}'")
     if differ: raise ValueError(printable(f"{meta['file']} is of another build: {'; '.join(differ)}"))
@@ -572,6 +574,6 @@ def build(
     settle_plan(job.path, plan)
     remove_temporary(job.path)
     trained = job.run(train, test)
-    sheet = job.folder/"DATASHEET.md"
-    if trained or any(job.folder.glob("*.safetensors")) and not sheet.exists(): write_datasheet(load_modelset(job.folder))
+    described = (job.folder/"DATASHEET.md").exists()
+    if trained or any(job.folder.glob("*.safetensors")) and not described: write_datasheet(job.folder)
     return job.models

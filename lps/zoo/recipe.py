@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipes', 'Recipe']
 
-# %% ../../nbs/zoo/01_recipe.ipynb #ee644ad3
+# %% ../../nbs/zoo/01_recipe.ipynb #144d7f8b
 import math, os, platform
 from dataclasses import asdict, dataclass
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..core.jobs import seeded
-from ..nets.architectures import ARCHITECTURES
+from ..nets.architectures import ARCHITECTURES, get_architecture
 from ..nets.resnet import check_depth
 
 # %% ../../nbs/zoo/01_recipe.ipynb #439f55ba
@@ -120,7 +120,7 @@ def init_model(
     "Make a new network; torch's global random state is unchanged"
     config = dict(depth=recipe.depth, width=recipe.width, in_channels=in_channels)
     if n_classes != 2: config["n_classes"] = n_classes
-    with seeded(seed): net = ARCHITECTURES[recipe.architecture].build(config)
+    with seeded(seed): net = get_architecture(recipe.architecture, **config).build()
     if recipe.init == "fan_in": scale_to_fan_in(net)
     return net
 

@@ -164,7 +164,7 @@ class ImageFiles:
 
     def stacked(self): # uint8 `(n, 3, H, W)`
         "Stack the images; raises `ValueError` unless there are some of one size"
-        if not self.pixels: raise ValueError(f"none of {len(self.read)} images can be read, such as {self.first_reason}")
+        if not self.pixels: raise ValueError(f"none of {len(self.read)} images can be read: {self.first_reason}")
         sizes = {}
         for file, image in self.pixels.items(): sizes.setdefault(f"{image.shape[1]}×{image.shape[0]}", file)
         if len(sizes) > 1:
@@ -385,7 +385,7 @@ def register_dataset(
     "Add a data set to the registry"
     DATASETS[dataset.name] = dataset
 
-# %% ../../nbs/zoo/00_tasks.ipynb #d60c736a
+# %% ../../nbs/zoo/00_tasks.ipynb #cedc6fbb
 DATASETS = {}
 
 def source_of(
@@ -393,20 +393,21 @@ def source_of(
 ) -> str:
     "Return the origin and terms of a data set's images"
     if name in DATASETS: return DATASETS[name].source
-    return f"{printable(name or 'not named')}: origin and terms are unknown; whoever publishes the models must state them"
+    unknown = "origin and terms are unknown; whoever publishes the models must state them"
+    return f"{printable(name or 'not named')}: {unknown}"
 
 # %% ../../nbs/zoo/00_tasks.ipynb #0707196e
 register_dataset(DataSet(
     name="digits",
     load=load_digits,
-    source="scikit-learn's `load_digits`: 1797 images of 8×8 pixels, the test part of *Optical Recognition of Handwritten"
-    " Digits* (E. Alpaydin, C. Kaynak; UCI Machine Learning Repository, CC BY 4.0)",
+    source="scikit-learn's `load_digits`: 1797 images of 8×8 pixels, the test part of *Optical Recognition of"
+    " Handwritten Digits* (E. Alpaydin, C. Kaynak; UCI Machine Learning Repository, CC BY 4.0)",
 ))
 register_dataset(DataSet(
     name="cifar100",
     load=load_cifar100,
-    source="CIFAR-100 (A. Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009), a labelled part of"
-    " the 80 Million Tiny Images, which their authors withdrew in 2020. Its authors' page,"
+    source="CIFAR-100 (A. Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009), a labelled part"
+    " of the 80 Million Tiny Images, which their authors withdrew in 2020. Its authors' page,"
     " https://www.cs.toronto.edu/~kriz/cifar.html, asks that the report is cited; for all other terms ask them",
     superclasses=CIFAR100_SUPERCLASSES,
 ))
@@ -422,8 +423,8 @@ def _load_tinyimagenet32(split, root=None, size=None, **kwargs):
 register_dataset(DataSet(
     name="tinyimagenet32",
     load=_load_tinyimagenet32,
-    source="TinyImageNet32: the first 100 classes, by WordNet id, of Tiny ImageNet (Stanford CS231n), 500 training and 50"
-    " validation images a class, averaged from 64×64 to 32×32 pixels. Tiny ImageNet is a part of ImageNet"
+    source="TinyImageNet32: the first 100 classes, by WordNet id, of Tiny ImageNet (Stanford CS231n), 500 training"
+    " and 50 validation images a class, averaged from 64×64 to 32×32 pixels. Tiny ImageNet is a part of ImageNet"
     " (https://www.image-net.org): for non-commercial research and education. The photographs belong to those who"
     " took them; no image is passed on with the models",
 ))

@@ -20,7 +20,7 @@ from fastai.optimizer import OptimWrapper
 from fastcore.meta import delegates
 from torch import Tensor, nn
 
-from ..core.files import load_model, not_finite, save_model
+from ..core.files import load_tensors, not_finite, save_tensors
 from ..nets.resnet import ResNet
 from .batchnorm import FusedResNet
 from .recipe import Recipe, best_precision, get_recipe, init_model, rate_factor, recipe_fields
@@ -205,7 +205,7 @@ class TrainingRun:
 
     def resume(self, file, last): # checkpoint, and the epoch where the run stops
         "Continue from a checkpoint of this run; returns the number of epochs done, 0 without one"
-        try: state, meta = load_model(file)
+        try: state, meta = load_tensors(file)
         except (OSError, ValueError): return 0
         shapes = {name: v.shape for name, v in state.items()}
         same = meta.get("about") == self.about and shapes == {name: v.shape for name, v in self.state().items()}
@@ -251,7 +251,7 @@ class Checkpoint(Callback):
         n = self.epoch + 1
         due = n % self.every == 0 or n == self.n_epoch
         if due and n < self.run.about["recipe"]["epochs"]:
-            save_model(self.path, self.run.state(), dict(epoch=n, about=self.run.about))
+            save_tensors(self.path, self.run.state(), dict(epoch=n, about=self.run.about))
 
 # %% ../../nbs/zoo/03_train.ipynb #89343359
 @delegates(Saving)

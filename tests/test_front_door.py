@@ -1,0 +1,56 @@
+"""`import lps`: every name that it offers can be imported, is listed for completion, and costs nothing until used"""
+import ast
+import importlib
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import lps
+
+
+def stub_imports() -> dict[str, str]:
+    "Return the name → module of every import in the type stub"
+    tree = ast.parse((ROOT/"lps/__init__.pyi").read_text(encoding="utf-8"))
+    found = {}
+    for node in tree.body:
+        if not isinstance(node, ast.ImportFrom): continue
+        for alias in node.names:
+            assert alias.asname == alias.name, f"write `{alias.name} as {alias.name}`, so that the stub exports it"
+            found[alias.name] = node.module
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(stub_imports()))
+def test_name_is_the_one_of_its_module(name):
+    module = importlib.import_module(f"lps.{stub_imports()[name]}")
+    assert getattr(lps, name) is getattr(module, name)
+
+
+def test_dir_and_stub_list_the_same_names():
+    assert set(lps.__all__) == set(stub_imports())
+    assert dir(lps) == sorted([*lps.__all__, "__version__"])
+    assert 20 <= len(lps.__all__) <= 35
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'zzz'"): lps.zzz
+    assert not hasattr(lps, "__wrapped__")
+
+
+def modules_after(statement: str) -> set[str]:
+    "Return the modules that a fresh interpreter has loaded after a statement"
+    code = f"{statement}; import sys; print(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_import_lps_loads_nothing_else():
+    added = modules_after("import lps") - modules_after("import importlib, warnings")
+    assert added == {"lps"}
+
+
+def test_type_information_is_shipped():
+    setup = (ROOT/"setup.py").read_text(encoding="utf-8")
+    for name in ("py.typed", "__init__.pyi"):
+        assert (ROOT/"lps"/name).exists() and f'"{name}"' in setup
