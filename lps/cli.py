@@ -380,13 +380,10 @@ def fit(
 
 # %% ../nbs/04_cli.ipynb #5233efd9
 def check_splits(models, train: int, test_tasks: int | None):
-    "Raise `ValueError` for a model set that is too small for Tables 1 and 2"
-    from lps.demo import n_right_answers
+    "Raise `ValueError` for a model set that is too small for Tables 1 and 2, before anything is fitted"
     from lps.study.evaluate import retrieval_splits
-    fewest = n_right_answers(models, 0)
-    if fewest < 3:
-        needed = "the tables need at least 3 of each, two as queries and one to be found"
-        raise ValueError(f"a task has {fewest} models: {needed}")
+    fewest = models.manifest.task.value_counts().min()
+    if fewest < 3: raise ValueError(f"a task has {fewest} models: at least 3 are needed, two of them as queries")
     if train >= fewest:
         cure = f"take --train {fewest - 1} or less, or train more models"
         raise ValueError(f"a task has {fewest} models and --train is {train}: {cure}")
