@@ -81,7 +81,8 @@ MOST_PUBLIC_NAMES = 520  # the goal is 200: lower this number as modules become 
 def public_names(path) -> list[str]:
     "Return `__all__` of a module"
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__": return ast.literal_eval(node.value)
+        is_all = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        if is_all: return ast.literal_eval(node.value)
     return []
 
 
