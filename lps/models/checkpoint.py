@@ -456,7 +456,8 @@ def _from_safetensors(path):
     if not state: raise ValueError("holds no state dict (tensors by name), but an empty dict")
     values = {key: json_value(text) for key, text in texts.items()}
     layers = values.get("layers")
-    if isinstance(layers, list) and sorted(map(str, layers)) == sorted(state): state = {name: state[name] for name in layers}
+    if isinstance(layers, list) and sorted(map(str, layers)) == sorted(state):
+        state = {name: state[name] for name in layers}
     return Checkpoint(state, values, {key: describe(value) for key, value in values.items()}, "safetensors", {})
 
 # %% ../../nbs/models/01_checkpoint.ipynb #3764f602

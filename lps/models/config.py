@@ -32,8 +32,8 @@ def _numbers(values, n):
 def _stats_in(values, n):
     "Return mean and standard deviation of n channels, or None"
     if values.get("do_normalize") is False and "image_mean" in values: return [0.]*n, [1.]*n
-    if values.get("do_rescale") is False: return None
-    if not math.isclose(values.get("rescale_factor") or 1/255, 1/255, rel_tol=1e-3): return None  # pixels of another unit
+    factor = values.get("rescale_factor") or 1/255
+    if values.get("do_rescale") is False or not math.isclose(factor, 1/255, rel_tol=1e-3): return None
     for names in (("image_mean", "image_std"), ("mean", "std")):
         mean, std = (_numbers(values.get(name), n) for name in names)
         if mean and std and min(std) > 0: return mean, std

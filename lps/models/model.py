@@ -112,6 +112,11 @@ class Model(HasLayers):
         return noted or digest(self.state)
 
     @property
+    def architectures(self): # list of one
+        "The architecture, as a set of one has it"
+        return [self.architecture]
+
+    @property
     def shortcuts(self): # list of one: str, or None
         "Kind of its shortcuts, if its metadata name it"
         return [self.meta.get("shortcut")]

@@ -202,12 +202,17 @@ class ModelSet(HasLayers):
         self._cache = {}
 
     @cached_property
+    def architectures(self): # list of `Architecture`s or None
+        "The architecture of each model; None if it is not known, or if some layers are missing"
+        if self.given is not None: return [self.given]*len(self)
+        hints = {kind: {} if kind is None else dict(shortcut=kind) for kind in self.shortcuts}
+        known = {kind: recognise(self.shapes, **hint) for kind, hint in hints.items()}
+        return [known[kind] for kind in self.shortcuts]
+
+    @property
     def architecture(self): # an `Architecture`, or None
-        "The architecture that all models share; None if it is not known, or if some layers are missing"
-        if self.given is not None: return self.given
-        kinds = set(self.shortcuts)
-        hints = {"shortcut": kinds.pop()} if len(kinds) == 1 and None not in kinds else {}
-        return recognise(self.shapes, **hints)
+        "The architecture of the first model; all have the same layers"
+        return self.architectures[0] if len(self) else recognise(self.shapes)
 
     @property
     def stem(self): # name of a layer

@@ -234,7 +234,8 @@ def _recognised_part(state):
 def _in_forward_order(state):
     "Make the head a matrix, and sort the tensors of a recognised network"
     head = state.get("fc.weight")
-    if head is not None and head.ndim > 2 and head.shape[2:].numel() == 1: state = state | {"fc.weight": head.flatten(1)}
+    if head is not None and head.ndim > 2 and head.shape[2:].numel() == 1:
+        state = state | {"fc.weight": head.flatten(1)}
     order = _forward_order(tuple(shapes_of(state).items()))
     return {name: state[name] for name in order if name in state} if order else state
 
@@ -362,11 +363,11 @@ def _same_outputs(one, other, state, size):
 def _architecture_of(part, size):
     "Return the architecture of a network that is at hand: the registry's if it has the same outputs"
     own = module_architecture(part.title, part.net, size)
-    if size is None: return own
+    shapes = shapes_of(part.state)
+    if size is None or recognise(shapes) is None: return own
     for shortcut in SHORTCUTS:
-        known = recognise(shapes_of(part.state), shortcut=shortcut)
-        if known is None: return own
-        if _same_outputs(known, own, part.state, size): return known
+        known = recognise(shapes, shortcut=shortcut)
+        if known and _same_outputs(known, own, part.state, size): return known
     return own
 
 # %% ../../nbs/models/04_read.ipynb #73bb4ab1

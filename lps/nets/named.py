@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/nets/03_named.ipynb #a595719f
 import copy, functools, importlib
 
-import torch
 from torch import nn
 
 from ..core.files import printable
