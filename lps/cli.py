@@ -342,7 +342,7 @@ def zoo_import(
     names: Names = None,
 ):
     "Make a model set of checkpoints that were trained elsewhere."
-    from lps.models.checkpoint import import_models
+    from lps.models.imports import import_models
     if shortcut not in ("pad_end", "pad_both"):
         raise ValueError(f"unknown shortcut '{shortcut}': known are pad_end, pad_both")
     known = {key: value for key, value in dict(data=data, recipe=recipe).items() if value}
@@ -591,9 +591,13 @@ def inspect_command(
     as_json: AsJson = False,
 ):
     "Show what is read from a model: layers, input, normalisation, head, and what is ignored."
-    from lps.models.read import read_model
-    found = read_model(source_of(model), whole=whole, **reading.settings())[1].table().found
-    if as_json: return print_json(dict(found))
+    import lps.methods.all_methods  # noqa: F401  it registers every method
+    from lps.methods.registry import why_not
+    from lps.models.read import Reading, inspect_model
+    inspection = inspect_model(source_of(model), Reading(whole=whole, **reading.settings()))
+    found = dict(inspection.table().found)
+    for method, why in why_not(inspection.model).items(): found[f"cannot be compared by {method}"] = why
+    if as_json: return print_json(found)
     for name, value in found.items(): console.print(f"{cell_text(name)}: {cell_text(value)}", soft_wrap=True)
 
 # %% ../nbs/04_cli.ipynb #00739f3d

@@ -10,19 +10,19 @@ __all__ = ['EVERYTHING', 'NAME_IT', 'FIRST_LAYERS', 'MOST_FITTED', 'BATCH', 'Ite
 import functools, hashlib, json, os
 from collections import Counter
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
 from .answer import weight_sketch
-from ..core.files import checked, load_tensors, printable, read_header
-from ..models.checkpoint import NOT_READ, SUFFIXES, check_weights
-from ..models.read import is_elsewhere, is_model_folder, read_model
+from ..core.files import checked, printable, read_header
+from ..models.checkpoint import SUFFIXES
+from ..models.imports import NOT_READ
+from ..models.read import Reading, is_elsewhere, is_model_folder, read_model
 from ..core.jobs import each_done
 from ..methods.registry import embed_models
 from ..models.model import Model
@@ -112,10 +112,11 @@ def take_in(
     **told,      # `size` and `stats`, as in `read_model`
 ) -> Model:
     "A model with finite weights and what is known about it; raises `ValueError` with the reason for any other"
-    model = source if isinstance(source, Model) else _read(source, names, arch, told)
-    if _wants_rest(fitted, source, model): model = read_model(_place(source), arch, names, whole=True, **told)[0]
+    if isinstance(source, Item) and source.inner is not None: return _of_packed(source)
+    reading = Reading(names, arch, **told)
+    model = read_model(_place(source), reading)
+    if _wants_rest(fitted, source, model): model = read_model(_place(source), replace(reading, whole=True))
     if not model.state: raise ValueError("holds no weights")
-    check_weights(model.state)
     return model
 
 # %% ../../nbs/index/02_gather.ipynb #261693ea
@@ -123,24 +124,10 @@ def _place(source):
     "Where a model is"
     return source.path if isinstance(source, Item) else source
 
-def _read(source, names, arch, told):
-    "The model at a source; a network that the registry knows by itself is not taken for another one"
-    if isinstance(source, Item) and source.inner is not None: return _of_packed(source)
-    place = _place(source)
-    model = Model(*load_tensors(place)) if _is_own(place) else read_model(place, None, names, **told)[0]
-    known = model.architecture
-    if arch is None or isinstance(place, nn.Module) or known and known.spec is not None: return model
-    return read_model(place, arch, names, **told)[0]
-
 def _of_packed(item):
     "A model of a packed set"
     models = _packed(Path(item.path), item.mtime)
     return models[models.manifest.file.tolist().index(item.inner)]
-
-def _is_own(place):
-    "Is this a file of one model that this project wrote?"
-    if not isinstance(place, (str, Path)) or Path(place).suffix.lower() != ".safetensors": return False
-    return Path(place).is_file() and "layers" in read_header(place).meta
 
 EVERYTHING = SimpleNamespace(layers=())  # stands for a method that looks at all layers
 
@@ -281,7 +268,7 @@ def _set_of(read):
     stacked = {}
     for name in first.state: stacked[name] = torch.stack([model.state[name] for _, model, _ in fit])
     source = PackedSource(stacked, metas, {}, first.stem)
-    return ModelSet(Path(), pd.DataFrame(rows), rejected_table({}), first.shapes, source)
+    return ModelSet(Path(), pd.DataFrame(rows), rejected_table({}), first.shapes, source, first.architecture)
 
 # %% ../../nbs/index/02_gather.ipynb #001168ba
 BATCH = 16

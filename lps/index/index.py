@@ -24,7 +24,7 @@ from lps.index.answer import (
     sketch_correlation, weight_sketch,
 )
 from ..core.files import checked, load_tensors, printable, read_json, save_tensors, write_json
-from ..models.checkpoint import read_table
+from ..models.imports import read_table
 from .gather import (EVERYTHING, Item, embed_all, find_models, labelled_models, name_it, one_model,
                         take_in)
 from ..models.read import is_elsewhere

@@ -160,6 +160,7 @@ def _find_storage(self, pid):
     "Note a storage and its type; for a class that was stored with its source, return the class"
     if pid[0] == "module": return pid[1]
     kind, dtype, key, _, n = pid[:5]
+    if isinstance(dtype, _Stub): raise ValueError(f"refused and not executed: it asks for {dtype.name}")
     known = kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, (str, int))
     if not known or not isinstance(n, int) or n < 0: raise ValueError("damaged: it names an object outside of the file")
     storage = _Storage(str(key), dtype, n)
