@@ -430,6 +430,7 @@ def _format(path):
 def _reason(error, kind):
     "Return why a file cannot be read; errors of the reader itself mean nothing to a user"
     ours = str(error) if type(error) is ValueError else ""
+    if kind == "safetensors" and ours: return ours
     if ours.startswith(("a ", "an ", "damaged", "truncated", "its tensors", "holds", "not a", "refused")): return ours
     return "truncated or damaged" if kind == "zip" else "not a PyTorch file, or a damaged one"
 
