@@ -935,6 +935,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'lps.models.checkpoint._read_zip': ('models/checkpoint.html#_read_zip', 'lps/models/checkpoint.py'),
                                        'lps.models.checkpoint._reason': ('models/checkpoint.html#_reason', 'lps/models/checkpoint.py'),
                                        'lps.models.checkpoint._renamed': ('models/checkpoint.html#_renamed', 'lps/models/checkpoint.py'),
+                                       'lps.models.checkpoint._request': ('models/checkpoint.html#_request', 'lps/models/checkpoint.py'),
                                        'lps.models.checkpoint._selected': ('models/checkpoint.html#_selected', 'lps/models/checkpoint.py'),
                                        'lps.models.checkpoint._short': ('models/checkpoint.html#_short', 'lps/models/checkpoint.py'),
                                        'lps.models.checkpoint._simple_keys': ( 'models/checkpoint.html#_simple_keys',

@@ -370,10 +370,16 @@ class Checkpoint:
     kind: str     # of file, in words
     networks: dict = None  # networks in the file that were not read: key → count of tensors
 
+def _request(obj):
+    "Name the first class or function that a file without weights asks for"
+    items = obj if isinstance(obj, (list, tuple)) else [obj, *_fields(obj).values()]
+    first = next((item.name for item in items if isinstance(item, _Stub)), None)
+    return f"; refused and not executed: it asks for {first}" if first else ""
+
 def _unpack(obj, which):
     "Return the tensors of one network, what is beside them, and the other networks"
     networks = _networks(obj, _Budget())
-    if not networks: raise ValueError(f"holds no state dict (tensors by name), but {describe(obj)}")
+    if not networks: raise ValueError(f"holds no state dict (tensors by name), but {describe(obj)}{_request(obj)}")
     path = _selected(networks, which)
     inner = obj
     for key in path: inner = _fields(inner)[key]
