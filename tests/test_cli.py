@@ -168,7 +168,7 @@ MISTAKES = {
     "query zoo " + MODEL: "no index at zoo: no header.json",
     "query zoo-net.safetensors " + MODEL: "zoo-net.safetensors holds no index",
     "index build market nowhere": "no models at nowhere: no such folder or file",
-    "index build market empty": "no model could be taken in: no model files there",
+    "index build market empty": "no model can be read: there are no model files",
     "index build zoo foreign": "zoo holds .build.lock: choose an empty folder",
     "index build hello.json zoo": "hello.json is a file: choose another folder for the index",
     "index build market zoo --method magic": "'magic' is unknown: take one of fc, frobenius, lps",
