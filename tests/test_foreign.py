@@ -13,7 +13,7 @@ from lps.models.checkpoint import own_names, read_checkpoint, rename
 from lps.models.imports import import_models, read_table
 from lps.methods.registry import fit_method
 from lps.models.modelset import load_modelset
-from lps.models.read import read_model
+from lps.models.read import Reading, inspect_model, read_model
 from lps.index.index import ModelIndex
 
 
@@ -314,6 +314,39 @@ def test_long_lists_of_layers_are_cut(tmp_path):
     with pytest.raises(ValueError) as said: index.query(tmp_path/"deep.pt")
     assert "(500 layers)" in str(said.value) and len(str(said.value)) < 600
     assert "names= in Python, --names on the command line" in str(said.value)
+
+
+# The first bytes decide the format, not the name
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin", "x.pth.tar", "x"])
+@pytest.mark.parametrize("write", [torch.save, safetensors.torch.save_file])
+def test_the_content_decides_the_format(tmp_path, name, write):
+    write(tiny(), tmp_path/name)
+    state = read_model(tmp_path/name).state
+    assert state.keys() == tiny().keys() and all(state[key].equal(tensor) for key, tensor in tiny().items())
+
+
+@pytest.mark.parametrize("start, words", [
+    (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer.*run git lfs pull"),
+    (b"\x89HDF", "an HDF5 file"), (b"GGUF", "a GGUF file"), (b"\x93NUMPY", "a NumPy file"),
+])
+def test_other_formats_are_named_with_the_cure(tmp_path, start, words):
+    (tmp_path/"x.pt").write_bytes(start + bytes(600))
+    with pytest.raises(ValueError, match=f"x.pt: {words}"): read_model(tmp_path/"x.pt")
+
+
+# Of several networks in a file, one is read
+
+@pytest.mark.parametrize("keys, read", [
+    (("state_dict", "state_dict_ema"), "state_dict_ema"), (("model", "ema"), "ema"), (("student", "teacher"), "teacher"),
+])
+def test_an_average_and_a_teacher_come_first(tmp_path, keys, read):
+    torch.save({key: tiny(i) for i, key in enumerate(keys)} | dict(optimizer=dict(lr=.1)), tmp_path/"x.pt")
+    found = inspect_model(tmp_path/"x.pt")
+    other, = set(keys) - {read}
+    assert found.model.digest == read_model(tiny(keys.index(read))).digest and list(found.networks) == [other]
+    assert read_model(tmp_path/"x.pt", Reading(which=other)).digest == read_model(tiny(keys.index(other))).digest
+    with pytest.raises(ValueError, match="no network called 'x'"): read_model(tmp_path/"x.pt", Reading(which="x"))
 
 
 # Whatever there is, its numbers are kept
