@@ -338,7 +338,9 @@ def test_other_formats_are_named_with_the_cure(tmp_path, start, words):
 # Of several networks in a file, one is read
 
 @pytest.mark.parametrize("keys, read", [
-    (("state_dict", "state_dict_ema"), "state_dict_ema"), (("model", "ema"), "ema"), (("student", "teacher"), "teacher"),
+    (("state_dict", "state_dict_ema"), "state_dict_ema"),
+    (("model", "ema"), "ema"),
+    (("student", "teacher"), "teacher"),
 ])
 def test_an_average_and_a_teacher_come_first(tmp_path, keys, read):
     torch.save({key: tiny(i) for i, key in enumerate(keys)} | dict(optimizer=dict(lr=.1)), tmp_path/"x.pt")
