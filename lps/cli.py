@@ -122,7 +122,7 @@ class RegistryHelp(TyperCommand):
 def registered_names() -> dict[str, str]:
     "Return what is registered, by the word that stands for it in help texts"
     from lps.zoo.tasks import DATASETS
-    from lps.zoo.train import recipes
+    from lps.zoo.recipe import recipes
     methods = load_methods()
     baselines = [name for name, method in methods.items() if method.baseline]
     others = [name for name in methods if name not in baselines]
@@ -172,7 +172,7 @@ class ReadingOptions:
 
     def settings(self):
         "Return the same as a `Reading`"
-        from lps.index.gather import Reading
+        from lps.models.read import Reading
         if self.arch and ":" in self.arch and "" not in sys.path: sys.path.insert(0, "")  # modules of this folder
         return Reading(read_name_map(self.names), self.arch, self.size, parse_stats(self.stats))
 
@@ -289,14 +289,16 @@ def zoo_build(
     keep: Annotated[str, Option(help="Epochs after which each network is also kept, such as 10,40,80")] = "",
     until: Annotated[int | None, Option(min=1, help=UNTIL)] = None,
     size: Annotated[int | None, Option(min=1, help="Side in pixels to which a folder's images are resized")] = None,
+    packed: Annotated[str | None, Option(help="Packed models of this build, or their folder: not trained")] = None,
 ):
     "Train a model set, several networks for each pair of classes, or resume an interrupted build."
     from lps.zoo.build import build
+    from lps.zoo.tasks import load_splits
     if not re.fullmatch(r"(\d+(,\d+)*)?", keep):
         raise ValueError(f"--keep is '{keep}': give epochs separated by commas, such as 10,40,80")
     models = build(
         path,
-        images=images,
+        images=load_splits(images, size=size),
         recipe=recipe,
         n_tasks=tasks,
         n_models=models,
@@ -305,7 +307,7 @@ def zoo_build(
         device=device,
         keep=tuple(map(int, keep.split(","))) if keep else (),
         until=until,
-        size=size,
+        packed=packed,
     )
     log_modelset(models)
 
@@ -343,7 +345,7 @@ def zoo_import(
     names: Names = None,
 ):
     "Make a model set of checkpoints that were trained elsewhere."
-    from lps.models.checkpoint import import_models
+    from lps.models.imports import import_models
     if shortcut not in ("pad_end", "pad_both"):
         raise ValueError(f"unknown shortcut '{shortcut}': known are pad_end, pad_both")
     known = {key: value for key, value in dict(data=data, recipe=recipe).items() if value}
@@ -378,13 +380,10 @@ def fit(
 
 # %% ../nbs/04_cli.ipynb #5233efd9
 def check_splits(models, train: int, test_tasks: int | None):
-    "Raise `ValueError` for a model set that is too small for Tables 1 and 2"
-    from lps.demo import n_right_answers
+    "Raise `ValueError` for a model set that is too small for Tables 1 and 2, before anything is fitted"
     from lps.study.evaluate import retrieval_splits
-    fewest = n_right_answers(models, 0)
-    if fewest < 3:
-        needed = "the tables need at least 3 of each, two as queries and one to be found"
-        raise ValueError(f"a task has {fewest} models: {needed}")
+    fewest = models.manifest.task.value_counts().min()
+    if fewest < 3: raise ValueError(f"a task has {fewest} models: at least 3 are needed, two of them as queries")
     if train >= fewest:
         cure = f"take --train {fewest - 1} or less, or train more models"
         raise ValueError(f"a task has {fewest} models and --train is {train}: {cure}")
@@ -590,9 +589,13 @@ def inspect_command(
     as_json: AsJson = False,
 ):
     "Show what is read from a model: layers, input, normalisation, head, and what is ignored."
-    from lps.models.read import read_model
-    found = read_model(source_of(model), whole=whole, **vars(reading.settings()))[1].table().found
-    if as_json: return print_json(dict(found))
+    import lps.methods.all_methods  # noqa: F401  it registers every method
+    from lps.methods.registry import why_not
+    from lps.models.read import inspect_model
+    inspection = inspect_model(source_of(model), dataclasses.replace(reading.settings(), whole=whole))
+    found = dict(inspection.table().found)
+    for method, why in why_not(inspection.model).items(): found[f"cannot be compared by {method}"] = why
+    if as_json: return print_json(found)
     for name, value in found.items(): console.print(f"{cell_text(name)}: {cell_text(value)}", soft_wrap=True)
 
 # %% ../nbs/04_cli.ipynb #00739f3d

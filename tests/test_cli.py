@@ -27,7 +27,7 @@ from lps.order_chain import permute, random_perms, resnet_spec
 from lps.methods.registry import METHODS
 from lps.zoo.build import build
 from lps.zoo.tasks import DATASETS, DataSet
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 
 LPS = Path(sys.executable).parent/"lps"
 TINY = replace(recipes["digits"], name="tiny", epochs=1, milestones=(), depth=8, width=4)
@@ -420,7 +420,7 @@ SMALL = """
 import sys
 from dataclasses import replace
 from lps.cli import main
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 recipes['digits'] = replace(recipes['digits'], depth=8, width=4)
 sys.exit(main(sys.argv[1:]))
 """  # the command, which trains small networks

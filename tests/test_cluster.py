@@ -12,7 +12,7 @@ from lps.core.files import not_as_marked
 from lps.models.modelset import load_modelset
 from lps.index.index import BuildSettings, ModelIndex
 from lps.zoo.tasks import load_images
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 from lps.zoo.build import build
 
 distributed = pytest.importorskip("distributed", reason="needs the extra lps[cluster]")

@@ -16,7 +16,7 @@ from lps.models.modelset import load_modelset
 from lps.study.records import result_record
 from lps.index.index import ModelIndex
 from lps.zoo.tasks import DataSet, ImageSet, register_dataset
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 from lps.zoo.build import build
 
 
