@@ -1106,6 +1106,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'lps/models/modelset.py'),
                                      'lps.models.modelset.rejection_summary': ( 'models/modelset.html#rejection_summary',
                                                                                 'lps/models/modelset.py'),
+                                     'lps.models.modelset.repository_sets': ( 'models/modelset.html#repository_sets',
+                                                                              'lps/models/modelset.py'),
                                      'lps.models.modelset.task_names': ('models/modelset.html#task_names', 'lps/models/modelset.py')},
             'lps.models.read': { 'lps.models.read.ModelReport': ('models/read.html#modelreport', 'lps/models/read.py'),
                                  'lps.models.read.ModelReport._repr_html_': ( 'models/read.html#modelreport._repr_html_',
