@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .nets.architectures import recognise
 from .study.evaluate import chance_curves, summary, table1, table2
 from .core.jobs import ctrl_c_waits
 from .methods.all_methods import as_fitted, leading_method
@@ -239,7 +238,7 @@ def about_bundled(
 # %% ../nbs/03_demo.ipynb #8ff8e903
 def _about_digits(models):
     "What the networks trained here are, as sentences"
-    _, config = recognise(models.shapes)
+    config = models.architecture.config
     networks = f"{len(models)} ResNet{config['depth']}s of width {config['width']}, trained here"
     what = f"{networks}: scikit-learn's handwritten digits, {len(models.tasks)} tasks of two digits each"
     return [

@@ -32,14 +32,8 @@ def plain_config(shapes, **hints):
     return dict(width=shapes["retina.weight"][0], deep=shapes["cortex.weight"][0])
 
 
-def plain_net(state, config):
-    net = Plain(**config)
-    net.load_state_dict(state)
-    return net.float().eval()
-
-
-def plain_spec(config):
-    groups, axes = {"retina": config["width"], "cortex": config["deep"]}, {
+def plain_spec(width, deep):
+    groups, axes = {"retina": width, "cortex": deep}, {
         "answer.weight": (None, ("cortex",)),
         "answer.bias": (None,),
     }
@@ -50,25 +44,25 @@ def plain_spec(config):
     return PermutationSpec(groups, axes)
 
 
-PLAIN = Architecture(
-    name="plain",
-    recognise=plain_config,
-    build=lambda config: Plain(**config),
-    rebuild=plain_net,
-    branches=lambda config: ["retina", "cortex"],
-    norms=lambda config: {layer: f"{layer}_norm" for layer in ("retina", "cortex")},
-    spec=plain_spec,
-    stem=lambda config: "retina",
-    head=lambda config: "answer",
-)
+def plain_architecture(width, deep):
+    return Architecture(
+        name="plain",
+        config=dict(width=width, deep=deep),
+        network=Plain,
+        stem="retina",
+        head="answer",
+        branches=["retina", "cortex"],
+        norms={layer: f"{layer}_norm" for layer in ("retina", "cortex")},
+        spec=plain_spec(width, deep),
+    )
 
 
 @pytest.fixture
 def plain(monkeypatch):
     "The registry with one more entry, which goes with the test"
-    monkeypatch.setitem(ARCHITECTURES, "plain", PLAIN)
-    register_architecture(PLAIN)
-    return PLAIN
+    monkeypatch.setitem(ARCHITECTURES, "plain", None)
+    register_architecture("plain", plain_config, plain_architecture)
+    return plain_architecture
 
 
 def plain_model(seed):
@@ -90,16 +84,16 @@ def folder(tmp_path):
 
 def test_it_is_recognised_by_its_tensors(plain):
     shapes = shapes_of(Plain(7, 4).state_dict())
-    assert recognise(shapes) == (plain, dict(width=7, deep=4))
+    assert recognise(shapes) == plain(width=7, deep=4)
     assert stem_of(shapes) == "retina" and branch_layers(shapes) == ["retina", "cortex"]
     assert norms_of(shapes) == {"retina": "retina_norm", "cortex": "cortex_norm"}
-    assert recognise(shapes_of(ResNet(8, 4).state_dict()))[0].name == "resnet"
+    assert recognise(shapes_of(ResNet(8, 4).state_dict())).name == "resnet"
 
 
 @torch.no_grad()
 def test_its_own_specification_leaves_the_logits_equal(plain):
     net, x = plain_model(0), torch.randn(4, 3, 9, 9)
-    spec = plain.spec(recognise(shapes_of(net.state_dict()))[1])
+    spec = recognise(shapes_of(net.state_dict())).spec
     shuffled = permute(net.state_dict(), spec, random_perms(spec, 3))
     assert not torch.equal(shuffled["cortex.weight"], net.cortex.weight)
     torch.testing.assert_close(net_from_state(shuffled)(x), net(x))
@@ -120,7 +114,7 @@ def test_a_model_set_knows_it(plain, folder):
 def test_similarities_keep_its_image_channels_and_match_the_others(plain, folder):
     models = load_modelset(folder)
     fitted = fit_method(models, "lps", layers=["retina", "cortex"], epochs=2, n_filters=4)
-    before, spec = embed_models(fitted, models), plain.spec(dict(width=6, deep=5))
+    before, spec = embed_models(fitted, models), models.architecture.spec
     for i in range(8):
         state = permute(models[i].state, spec, random_perms(spec, i))
         save_model(folder/f"m{i}.safetensors", state, dict(task=i//4, run=i % 4), replace=True)
@@ -176,7 +170,7 @@ def test_the_deepest_network_is_laid_out_in_seconds():
     "Time is bounded generously: the blocks of a stage are laid out once, not 200 times"
     with torch.device("meta"): shapes = shapes_of(ResNet(MAX_DEPTH, 2).state_dict())
     start = time.perf_counter()
-    for _ in range(5): assert recognise(shapes)[1]["depth"] == MAX_DEPTH
+    for _ in range(5): assert recognise(shapes).config["depth"] == MAX_DEPTH
     assert len(norms_of(shapes)) == MAX_DEPTH + 1 and time.perf_counter() - start < 5
 
 

@@ -79,12 +79,12 @@ def test_the_architecture(tmp_path):
         save_model(tmp_path/f"m{i}.safetensors", Glance().state_dict(), dict(task=i//2, run=i % 2))
     models, x = load_modelset(tmp_path), torch.randn(2, 3, 9, 9)
     assert models.stem == "retina"
-    kind, config = recognise(shapes_of(models[0].state))
-    assert kind.name == "glance" and config == dict(width=6)
-    spec = kind.spec(config)
+    kind = recognise(shapes_of(models[0].state))
+    assert kind.name == "glance" and kind.config == dict(width=6)
+    spec = kind.spec
     shuffled = permute(models[0].state, spec, random_perms(spec, 1))
     assert not torch.equal(shuffled["retina.weight"], models[0].state["retina.weight"])
-    with torch.no_grad(): torch.testing.assert_close(kind.rebuild(shuffled, config)(x), models[0].net(x))
+    with torch.no_grad(): torch.testing.assert_close(kind.rebuild(shuffled)(x), models[0].net(x))
     assert models.weights(["retina"], folded=True)["retina"].shape == (4, 6, 3, 3, 3)
     fitted = fit_method(models, "lps", epochs=1, n_filters=4)
     assert fitted.layers == ["retina"] and len(embed_models(fitted, models)) == 4

@@ -23,7 +23,8 @@ from lps.zoo.datasheet import datasheet, datasheet_text
 from lps.core.files import mark_complete, not_as_marked, provenance, read_header, read_json, read_marker, save_model
 from lps.models.checkpoint import check_weights, import_models, read_query, read_table, rename
 from lps.methods.registry import embed_models, fit_method, load_fitted, save_fitted, score_models
-from lps.models.modelset import Model, load_modelset, pack, task_names
+from lps.models.model import Model
+from lps.models.modelset import load_modelset, pack, task_names
 from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex
 from lps.zoo.tasks import load_images

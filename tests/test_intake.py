@@ -13,7 +13,7 @@ from lps.nets.architectures import ARCHITECTURES
 from lps.cli import main
 from lps.core.files import save_model
 from lps.models.read import network_builder, probe_module, read_model, why_not
-from lps.models.modelset import Model
+from lps.models.model import Model
 from lps.methods.probes import probe_outputs
 from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex

@@ -7,7 +7,7 @@ from networks import flipped, scaled, shuffled, some_net, write_models
 
 import lps.study.evaluate  # noqa: F401  it registers all methods
 from lps.methods.registry import INVARIANCES, METHODS, embed_models, fit_method
-from lps.models.modelset import Model
+from lps.models.model import Model
 from lps.nets.resnet import ResNet
 
 

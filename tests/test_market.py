@@ -17,7 +17,8 @@ from lps.methods.all_methods import LEADERS
 from lps.index.answer import Trials, calibrate, kinship, own_trials, sketch_correlation, weight_sketch
 from lps.cli import main
 from lps.core.files import load_model, save_model
-from lps.models.modelset import Model, load_modelset
+from lps.models.model import Model
+from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex

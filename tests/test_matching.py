@@ -9,7 +9,8 @@ from networks import CHANGES, WIDTH, scaled, some_net, write_models
 import lps.methods.all_methods  # noqa: F401  it registers every method
 from lps.methods.matching import match, matchable
 from lps.methods.registry import embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
-from lps.models.modelset import Model, load_modelset
+from lps.models.model import Model
+from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.index.index import ModelIndex
 

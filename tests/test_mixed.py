@@ -57,10 +57,10 @@ def kinds(tmp_path_factory):
 def test_a_plain_network_is_known_in_any_order_of_its_channels(norm, name):
     net, x = lively(PlainNet(14, 4, 3, norm=norm), 0), torch.randn(2, 3, 12, 12)
     state = net.state_dict()
-    kind, config = recognise(shapes_of(state))
-    assert (kind.name, kind.head(config), stem_of(shapes_of(state))) == (name, "fc", "conv1")
-    assert len(kind.branches(config)) == 13 and len(norms_of(shapes_of(state))) == (13 if norm else 0)
-    spec = kind.spec(config)
+    kind = recognise(shapes_of(state))
+    assert (kind.name, kind.head, stem_of(shapes_of(state))) == (name, "fc", "conv1")
+    assert len(kind.branches) == 13 and len(norms_of(shapes_of(state))) == (13 if norm else 0)
+    spec = kind.spec
     shuffled = permute(state, spec, random_perms(spec, 1))
     torch.testing.assert_close(net_from_state(shuffled)(x), net(x), rtol=1e-4, atol=1e-5)
     half = net_from_state({key: v.half() if v.is_floating_point() else v for key, v in state.items()})
@@ -77,7 +77,7 @@ def test_what_only_looks_like_a_plain_network_is_not_known(change):
 
 def test_a_resnet_is_no_plain_network():
     for shortcut in ("conv", "pad_end"):
-        assert recognise(shapes_of(ResNet(8, 4, shortcut=shortcut).state_dict()))[0].name == "resnet"
+        assert recognise(shapes_of(ResNet(8, 4, shortcut=shortcut).state_dict())).name == "resnet"
 
 
 def test_a_recipe_names_its_architecture_and_older_ones_need_not():

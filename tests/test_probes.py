@@ -5,7 +5,8 @@ from fastcore.test import expect_fail
 
 from lps.core.files import save_model
 from lps.methods.registry import embed_models, fit_method, load_fitted, observations, save_fitted, score_models
-from lps.models.modelset import Model, load_modelset
+from lps.models.model import Model
+from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.methods.probes import probe_images, restore_probes
 from lps.nets.resnet import SHORTCUTS, ResNet, bn_of, resnet_from_state

@@ -8,7 +8,7 @@ from test_probes import CHANGES, model, some_state
 from lps.core.files import save_model
 from lps.models.modelset import load_modelset
 from lps.methods.probes import probe_images
-from lps.advice.score import features_and_outputs, photograph_crops, read_out, read_out_table
+from lps.advice.score import photograph_crops, read_out, read_out_table
 
 BANK = probe_images(60)
 
@@ -17,8 +17,8 @@ BANK = probe_images(60)
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_leaves_the_outputs_leaves_the_read_out(change, shortcut):
     source, target = some_state(1, shortcut), some_state(2, shortcut)
-    answers = [features_and_outputs(model(s, shortcut), BANK) for s in (source, target)]
-    changed = [features_and_outputs(model(change(s, shortcut), shortcut), BANK) for s in (source, target)]
+    answers = [model(s, shortcut).features_and_outputs(BANK) for s in (source, target)]
+    changed = [model(change(s, shortcut), shortcut).features_and_outputs(BANK) for s in (source, target)]
     r2 = read_out(answers[0][0], answers[1][1][None])
     np.testing.assert_allclose(read_out(changed[0][0], changed[1][1][None]), r2, rtol=1e-2, atol=1e-3)
     assert not np.allclose(read_out(answers[1][0], answers[0][1][None]), r2, atol=.02)  # it has a direction
@@ -40,19 +40,19 @@ def test_targets_do_not_change_one_another():
 
 def test_photographs_need_to_be_normalised():
     net, crops = model(some_state()), photograph_crops(20)
-    with expect_fail(ValueError, "stats="): features_and_outputs(net, crops)
+    with expect_fail(ValueError, "stats="): net.features(crops)
     stats = [.5]*3, [.25]*3
-    told = features_and_outputs(net, crops, stats)[1]
+    told = net.outputs(crops, stats)
     net.meta |= dict(mean=stats[0], std=stats[1])
-    assert torch.equal(features_and_outputs(net, crops, ([0]*3, [1]*3))[1], told)  # its own come first
-    assert torch.equal(features_and_outputs(net, crops, bs=7)[1].argmax(1), told.argmax(1))
+    assert torch.equal(net.outputs(crops, ([0]*3, [1]*3)), told)  # its own come first
+    assert torch.equal(net.outputs(crops, bs=7).argmax(1), told.argmax(1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_network_that_gives_no_numbers_is_refused(value):
     state = some_state()
     with expect_fail(ValueError, "not finite"):
-        features_and_outputs(model(state | {"bn1.bias": state["bn1.bias"] + value}), BANK)
+        model(state | {"bn1.bias": state["bn1.bias"] + value}).outputs(BANK)
 
 
 def test_a_table_has_a_row_a_source(tmp_path):

@@ -9,11 +9,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from lps import remote
+from lps.models import web as remote
 from lps.index.gather import embed_items, find_models
 from lps.models.read import read_model, why_not
 from lps.methods.registry import embed_models, fit_method
-from lps.models.modelset import Model, load_modelset
+from lps.models.model import Model
+from lps.models.modelset import load_modelset
 from lps.models.web import open_model, open_remote, remote_json
 from lps.nets.resnet import ResNet
 

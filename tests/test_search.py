@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lps.core.files import load_model, save_model
-from lps.models.modelset import Model, load_modelset
+from lps.models.model import Model
+from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.nets.resnet import ResNet
 from lps.core.files import digest

@@ -9,7 +9,8 @@ from networks import CHANGES, WIDTH, flipped, scaled, shuffled, some_net, write_
 from lps.methods import chain, signatures
 from lps.core.files import save_model
 from lps.methods.registry import embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
-from lps.models.modelset import Model, load_modelset
+from lps.models.model import Model
+from lps.models.modelset import load_modelset
 from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex
 

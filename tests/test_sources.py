@@ -10,10 +10,10 @@ from sklearn.isotonic import IsotonicRegression
 
 from lps.study.registry import result_files
 from lps.core.files import write_json
-from lps.models.modelset import Model
+from lps.models.model import Model
 from lps.study.plots import plot_sources
 from lps.methods.probes import centred_outputs, probe_images
-from lps.advice.score import features_and_outputs, read_out
+from lps.advice.score import read_out
 from lps.nets.resnet import ResNet
 from lps.advice.advisers import (
     ADVISERS,
@@ -71,7 +71,7 @@ def test_agreement_of_outputs_is_linear_cka_for_any_number_of_classes():
 
 def test_score_is_the_mean_of_read_out_and_agreement(pair):
     bank = probe_images(96)
-    source, target = (features_and_outputs(model, bank) for model in pair)
+    source, target = (model.features_and_outputs(bank) for model in pair)
     wanted = (read_out(source[0], target[1][None])[0] + output_agreement(source[1][None], target[1][None]).item())/2
     assert transfer_score(*pair, bank) == pytest.approx(wanted)
     assert explained_by(source, target[1][None]).score[0] == pytest.approx(wanted)

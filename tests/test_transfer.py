@@ -11,7 +11,7 @@ from scipy.stats import multivariate_normal, spearmanr
 
 import lps.study.transfer
 from lps.study.records import fingerprint
-from lps.models.modelset import Model
+from lps.models.model import Model
 from lps.nets.resnet import ResNet
 from lps.zoo.tasks import CIFAR100_SUPERCLASSES, ImageSet, channel_stats, load_images
 from lps.zoo.train import recipes
@@ -20,7 +20,6 @@ from lps.study.records import about_models
 from lps.study.transfer import (
     by_task,
     cluster_ari,
-    features,
     finding,
     halves_agreement,
     linear_cka,
@@ -101,10 +100,10 @@ def test_features_are_normalised_as_the_model_was_trained(zoo):
     x, model = load_images("digits", "test").images[:5], zoo[0]
     other = Model(model.state, {k: v for k, v in model.meta.items() if k not in ("mean", "std")})
     own = model.meta["mean"], model.meta["std"]
-    torch.testing.assert_close(features(model, x, stats=([0.], [9.])), features(other, x, own))
-    torch.testing.assert_close(features(model, x, bs=2), features(model, x))
-    assert not torch.allclose(features(other, x, own), features(other, x, ([0.], [1.])))
-    assert features(model, x).dtype == torch.float32
+    torch.testing.assert_close(model.features(x, stats=([0.], [9.])), other.features(x, own))
+    torch.testing.assert_close(model.features(x, bs=2), model.features(x))
+    assert not torch.allclose(other.features(x, own), other.features(x, ([0.], [1.])))
+    assert model.features(x).dtype == torch.float32
     for found, there in zip(channel_stats(load_images("digits")), own):
         torch.testing.assert_close(found, torch.tensor(there))
 
@@ -112,11 +111,8 @@ def test_features_are_normalised_as_the_model_was_trained(zoo):
 def test_float16_weights_give_float32_features():
     torch.manual_seed(0)
     half = {k: v.half() if v.ndim == 4 else v for k, v in ResNet(8, 4).state_dict().items()}
-    z = features(
-        Model(half, dict(shortcut="conv")),
-        torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8),
-        ([0.5] * 3, [0.3] * 3),
-    )
+    images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
+    z = Model(half, dict(shortcut="conv")).features(images, ([.5]*3, [.3]*3))
     assert z.dtype == torch.float32 and z.shape == (3, 16)
 
 
@@ -134,8 +130,8 @@ def test_two_processes_give_what_one_gives(zoo, targets, processes):
     for k in one: pd.testing.assert_frame_equal(one[k], two[k])
     assert one["ari"].shape == (10, 5) and by_task(one["ari"]).shape == (5, 5)
     t, i = zoo.tasks[1], 0
-    assert one["ari"].iloc[i][t] == cluster_ari(features(zoo[i], targets[t][0]), targets[t][1], n_init=2)
-    z = torch.stack([features(m, targets[t][0]) for m in (zoo[0], zoo[2], zoo[3])])
+    assert one["ari"].iloc[i][t] == cluster_ari(zoo[i].features(targets[t][0]), targets[t][1], n_init=2)
+    z = torch.stack([m.features(targets[t][0]) for m in (zoo[0], zoo[2], zoo[3])])
     assert one["cka"].iloc[i][t] == pytest.approx(linear_cka(z[:1], z[1:]).mean().item(), abs=1e-6)
 
 

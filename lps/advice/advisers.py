@@ -29,15 +29,15 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..nets.architectures import recognise, shapes_of
 from ..core.files import checked, printable, provenance, read_json
 from ..core.jobs import each_done, one_thread, seeded
-from ..models.modelset import ModelSet, Model, bundled
+from ..models.model import Model
+from ..models.modelset import ModelSet, bundled
 from ..methods.probes import centred_outputs, probe_images
-from .score import features_and_outputs, photograph_crops, read_out
+from .score import photograph_crops, read_out
 from ..study.records import about_models
 from ..zoo.tasks import ImageSet
-from ..zoo.train import normalise
+from ..models.model import normalise
 from ..study.transfer import cluster_ari, linear_cka, log_me, task_targets
 
 # %% ../../nbs/advice/01_advisers.ipynb #4f1e79d4
@@ -88,7 +88,7 @@ def output_agreement(
 
 # %% ../../nbs/advice/01_advisers.ipynb #8d3e0422
 def explained_by(
-    source: tuple,   # features and outputs of the source on a bank, from `features_and_outputs`
+    source: tuple,   # features and outputs of the source on a bank, from `Model.features_and_outputs`
     outputs: Tensor, # of T targets on the same bank, `(T, n, K)`
     seed: int = 0,     # decides which images the regression is fitted on
 ) -> pd.DataFrame:   # one row a target: readout, outputs, and their mean, score
@@ -111,8 +111,8 @@ def transfer_score(
 ) -> float:                    # at most 1; 0: the source says nothing of the target
     "How much of what the target says the source knows; raises `ValueError` for networks that cannot be run"
     if bank is None: bank = probe_images(512, seed, channels=_channels(source))
-    seen = features_and_outputs(source, bank, stats)
-    outputs = features_and_outputs(target, bank, stats)[1]
+    seen = source.features_and_outputs(bank, stats)
+    outputs = target.outputs(bank, stats)
     return float(explained_by(seen, outputs[None], seed).score[0])
 
 # %% ../../nbs/advice/01_advisers.ipynb #8e2dc25e
@@ -178,7 +178,6 @@ def target_images_of_sets(
         targets |= {first + task: target for task, target in found.items()}
         tasks.append(first + models.labels.numpy())
     return targets, tasks
-
 
 # %% ../../nbs/advice/01_advisers.ipynb #29148f1f
 def labelled_draws(
@@ -264,11 +263,11 @@ def _seen_by(i, source, file, own, targets, banks, stats, protocol):
     on_targets = {}
     for name, bank in banks.items():
         start = time.process_time()
-        answers[name] = features_and_outputs(model, bank, stats)
+        answers[name] = model.features_and_outputs(bank, stats)
         seconds[name] = time.process_time() - start
     start = time.process_time()
     for task, target in targets.items():
-        z = features_and_outputs(model, target.images, stats)[0]
+        z = model.features(target.images, stats)
         with threadpool_limits(1): on_targets[task] = _on_target(z, target, task == own, protocol)
     seconds["targets"] = time.process_time() - start
     return i, dict(targets=on_targets, answers=answers, seconds=seconds)
@@ -374,7 +373,6 @@ def _for_tasks(said, tasks):
     tables = {name: said[name][:, columns] for name in ("accuracy", "ari", "own")}
     return said | tables | dict(scores=scores, targets=[task for task in said["targets"] if task in tasks])
 
-
 # %% ../../nbs/advice/01_advisers.ipynb #ec6d0424
 def advice(
     seen: list,        # from `see_targets`
@@ -387,7 +385,6 @@ def advice(
     if asking is None: return said | dict(out=said["own"], source=np.ones(len(tasks), bool))
     said = _for_tasks(said, np.unique(tasks[asking]))
     return said | dict(out=said["own"] | asking[:, None], source=~asking)
-
 
 # %% ../../nbs/advice/01_advisers.ipynb #1ca1c0ff
 def _of_target(score, accuracy):
@@ -457,10 +454,8 @@ def untrained(
 ) -> Model:       # the same architecture, and the same normalisation of images
     "A network like it, freshly initialised"
     kept = {name: model.meta[name] for name in ("mean", "std", "shortcut") if name in model.meta}
-    hints = {"shortcut": kept["shortcut"]} if "shortcut" in kept else {}
-    architecture, config = recognise(shapes_of(model.state), **hints)
-    with seeded(seed): net = architecture.build(config)
-    return Model({name: v.clone() for name, v in net.state_dict().items()}, kept)
+    with seeded(seed): net = model.architecture.build()
+    return Model({name: v.clone() for name, v in net.state_dict().items()}, kept, model.architecture)
 
 # %% ../../nbs/advice/01_advisers.ipynb #c28848e8
 def untrained_accuracy(
@@ -475,7 +470,7 @@ def untrained_accuracy(
     for seed in range(n):
         net = untrained(model, seed)
         for target in targets.values():
-            z = features_and_outputs(net, target.images, stats)[0]
+            z = net.features(target.images, stats)
             with threadpool_limits(1): found.append(probe_accuracy(z, target.labels, labelled_draws(target, protocol)))
     return np.reshape(found, (n, -1)).mean(0)
 
@@ -503,9 +498,8 @@ def fine_tuned_accuracy(
 ) -> float:                 # from 0 to 1
     "Accuracy after every layer was trained on a few labelled images"
     if "mean" in model.meta: stats = model.meta["mean"], model.meta["std"]
-    architecture, config = recognise(shapes_of(model.state))
     net = model.net
-    head = architecture.head(config)
+    head = model.architecture.head
     x = normalise(target.images, stats)
     with seeded(seed), one_thread():
         net.set_submodule(head, nn.Linear(net.get_submodule(head).in_features, 2))

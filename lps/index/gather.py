@@ -20,13 +20,13 @@ import torch
 from torch import nn
 
 from .answer import weight_sketch
-from ..nets.architectures import recognise, shapes_of, stem_of
 from ..core.files import checked, load_model, printable, read_header
 from ..models.checkpoint import NOT_READ, SUFFIXES, check_weights
 from ..models.read import is_elsewhere, is_model_folder, read_model
 from ..core.jobs import each_done
 from ..methods.registry import embed_models
-from ..models.modelset import ModelSet, PackedSource, Model, bundled_sets, load_modelset, rejected_table
+from ..models.model import Model
+from ..models.modelset import ModelSet, PackedSource, bundled_sets, load_modelset, rejected_table
 
 # %% ../../nbs/index/02_gather.ipynb #52d80323
 @dataclass(frozen=True)
@@ -128,8 +128,8 @@ def _read(source, names, arch, told):
     if isinstance(source, Item) and source.inner is not None: return _of_packed(source)
     place = _place(source)
     model = Model(*load_model(place)) if _is_own(place) else read_model(place, None, names, **told)[0]
-    known = recognise(shapes_of(model.state))
-    if arch is None or isinstance(place, nn.Module) or known and known[0].spec is not None: return model
+    known = model.architecture
+    if arch is None or isinstance(place, nn.Module) or known and known.spec is not None: return model
     return read_model(place, arch, names, **told)[0]
 
 def _of_packed(item):
@@ -182,8 +182,7 @@ def _label(known, folder):
 
 def _architecture(model):
     "Which kind of network this is; '' where no entry of the registry knows it"
-    known = recognise(shapes_of(model.state))
-    if known: return known[0].name
+    if model.architecture: return model.architecture.name
     return str(model.meta.get("architecture") or FIRST_LAYERS) if model.meta.get("lacks") else ""
 
 FIRST_LAYERS = "first layers only"
@@ -269,20 +268,20 @@ def _read_known(item, names, table, **told):
 # %% ../../nbs/index/02_gather.ipynb #311208c7
 def _set_of(read):
     "The model set of those that have the shapes that most have; None of none"
-    shapes = [tuple(sorted(shapes_of(model.state).items())) for _, model, _ in read]
+    shapes = [tuple(sorted(model.shapes.items())) for _, model, _ in read]
     if not shapes: return None
     usual = Counter(shapes).most_common(1)[0][0]
     fit = [parts for parts, own in zip(read, shapes) if own == usual]
-    first = fit[0][1].state
+    first = fit[0][1]
     metas = []
     rows = []
     for item, model, fact in fit:
         metas.append(model.meta | dict(file=item.file, sha256="", digest=model.digest))
         rows.append(dict(fact, task=fact["label"]))
     stacked = {}
-    for name in first: stacked[name] = torch.stack([model.state[name] for _, model, _ in fit])
-    source = PackedSource(stacked, metas, {}, stem_of(shapes_of(first)))
-    return ModelSet(Path(), pd.DataFrame(rows), rejected_table({}), shapes_of(first), source)
+    for name in first.state: stacked[name] = torch.stack([model.state[name] for _, model, _ in fit])
+    source = PackedSource(stacked, metas, {}, first.stem)
+    return ModelSet(Path(), pd.DataFrame(rows), rejected_table({}), first.shapes, source)
 
 # %% ../../nbs/index/02_gather.ipynb #001168ba
 BATCH = 16

@@ -25,17 +25,16 @@ from lps.index.answer import (
 )
 from ..core.files import checked, load_model, printable, read_json, save_model, write_json
 from ..models.checkpoint import read_table
-from ..nets.architectures import recognise, shapes_of
 from .gather import (EVERYTHING, Item, embed_all, find_models, labelled_models, name_it, one_model,
                         take_in)
-from ..models.read import channels_of, is_elsewhere
+from ..models.read import is_elsewhere
 from lps.methods.registry import (
     embed_models, fit_method, fitted_parts, get_method, load_fitted, method_title, restore_fitted,
     save_fitted,
 )
-from ..models.modelset import ModelSet, Model, bundled, load_modelset, rejected_table, rejection_summary
+from ..models.model import Model
+from ..models.modelset import ModelSet, bundled, load_modelset, rejected_table, rejection_summary
 from ..methods.probes import probe_images
-from ..advice.score import features_and_outputs
 from ..second_order import similarity
 from ..advice.advisers import explained_by
 from .store import Rows, Store, create_store
@@ -452,7 +451,7 @@ def _fit(method, items, how, workers, executor, seed, settings):
 def _unknown_tasks(name, models, error):
     "Why a method cannot be fitted on models whose tasks are not known, and the cure"
     why = f"{printable(name)} cannot be fitted on models of unknown tasks: {error}"
-    if recognise(models.shapes): return f"{why}; name the tasks in a table, or take probes or a fitted method"
+    if models.architecture: return f"{why}; name the tasks in a table, or take probes or a fitted method"
     known = "probes need no tasks, but a network that lps can run: name it with arch, or rename its tensors with names"
     return f"{why}; name the tasks in a table, or take a fitted method; {known}"
 
@@ -648,12 +647,12 @@ BANK = 512  # images of noise, as in the measurement
 def _check_runs(model):
     "Raises `ValueError` for a model that cannot be run"
     if model is None or model.meta.get("lacks"): raise ValueError("not all of its layers are here")
-    if recognise(shapes_of(model.state)) is None: raise ValueError("its architecture is not known, arch names it")
+    if model.architecture is None: raise ValueError("its architecture is not known, arch names it")
 
 def _seen(model, bank):
     "Features and outputs of a model; raises `ValueError` with the reason where it cannot be run"
     _check_runs(model)
-    try: return features_and_outputs(model, bank)
+    try: return model.features_and_outputs(bank)
     except (RuntimeError, AttributeError, TypeError) as e:
         raise ValueError(f"it cannot be run: {printable(str(e).partition(chr(10))[0][:200])}") from None
 
@@ -677,7 +676,7 @@ def _whole_query(model, source, reading):
 @patch
 def _transfer_scores(self: ModelIndex, model, places, reading):
     "The transfer score of each model that was found, NaN where there is none, and the reasons, by file"
-    bank = probe_images(BANK, channels=channels_of(model.state))
+    bank = probe_images(BANK, channels=model.channels)
     scores = []
     why = {}
     try: outputs = _seen(model, bank)[1]

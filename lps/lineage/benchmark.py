@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ..core.files import save_model
 from ..core.jobs import one_thread
-from ..models.modelset import ModelSet, Model
+from ..models.model import Model
+from ..models.modelset import ModelSet
 from ..zoo.tasks import task_images
 from ..zoo.train import Recipe, normalise, recipe_fields, train_model
 from ..zoo.build import model_seed

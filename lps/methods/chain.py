@@ -96,7 +96,7 @@ def patterns(
     known = recognise(shapes, shortcut=shortcut)
     norms = norms_of(shapes)
     _check_followed(shapes, known, norms)
-    spec = known[0].spec(known[1])
+    spec = known.spec
     tensors = canonical(tensors, shortcut)
     found = {}
     flow = Flow(spec.sizes, relu)
@@ -110,7 +110,7 @@ def patterns(
 
 def _check_followed(shapes, known, norms):
     "Raises `ValueError` for networks that cannot be followed"
-    followed = known and known[0].spec
+    followed = known and known.spec
     if followed and norms: return
     why = "it has no batch normalisation" if followed else "its architecture is not registered with a permutation spec"
     what = printable(", ".join(list(shapes)[:3]))

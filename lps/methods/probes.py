@@ -23,7 +23,6 @@ from ..nets.architectures import net_from_state
 from ..core.files import checked, digest, printable
 from ..core.jobs import one_thread
 from .registry import INVARIANCES, Method, register_method
-from ..models.modelset import Model
 from ..nets.resnet import SHORTCUTS
 from ..zoo.tasks import images_below
 
@@ -279,7 +278,7 @@ def _check_bank(known, bank, method):
 # %% ../../nbs/methods/07_probes.ipynb #d6a2d760
 def _every_tensor(models, **settings):
     "Names of all tensors of a model set or of one model"
-    return list(models.state if isinstance(models, Model) else models.shapes)
+    return list(models.shapes)
 
 def _register(name, title, parts):
     "Make probes known whose bank has so many parts"

@@ -20,10 +20,9 @@ from scipy.optimize import minimize
 from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 
-from ..nets.architectures import branch_layers, norms_of, recognise, shapes_of, stem_of
+from ..nets.architectures import branch_layers, norms_of, recognise, stem_of
 from ..core.files import checked, printable
 from .registry import INVARIANCES, Method, register_method
-from ..models.modelset import Model
 from ..nets.resnet import SHORTCUTS
 
 # %% ../../nbs/methods/01_signatures.ipynb #88f04b17
@@ -330,7 +329,7 @@ def reads_stem(
     if layers not in (None, (models.stem,), [models.stem]):
         asked = printable(", ".join(layers))
         raise ValueError(f"a stem's signature reads {printable(models.stem)}, not {asked}: leave out layers")
-    norm = norms_of(models.shapes).get(models.stem)
+    norm = models.norms.get(models.stem)
     owners = [models.stem] if norm is None else [models.stem, norm]
     names = []
     for owner in owners: names += [f"{owner}.{v}" for v in ("weight", "bias", "running_mean", "running_var")]
@@ -425,8 +424,8 @@ def canonical(
     shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
     known = recognise(shapes, shortcut=shortcut)
     norms = list(norms_of(shapes).values())
-    if known is None or known[0].spec is None or not norms: return tensors
-    return fix_scales(tensors, known[0].spec(known[1]), norms)
+    if known is None or known.spec is None or not norms: return tensors
+    return fix_scales(tensors, known.spec, norms)
 
 def _layer_tensors(tensors, layer, norm):
     "The tensors of a layer and of the BN after it"
@@ -467,7 +466,7 @@ def shapes_here(
     models,  # a `ModelSet` or one model of it
 ) -> dict:   # shape of each tensor by name
     "Which tensors there are to read"
-    return shapes_of(models.state) if isinstance(models, Model) else models.shapes
+    return models.shapes
 
 def reads_all(
     models,          # a `ModelSet` or one model of it

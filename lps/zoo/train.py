@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..nets.architectures import ARCHITECTURES
+from ..models.model import normalise
+from ..nets.architectures import ARCHITECTURES, get_architecture
 from ..nets.resnet import ResNet, check_depth
 from .tasks import ImageSet, augment, channel_stats
 from ..core.files import not_finite, load_model, save_model
@@ -216,7 +217,7 @@ def init_model(
 ) -> nn.Module:
     "A fresh network; torch's global random state is left as it was"
     config = dict(depth=recipe.depth, width=recipe.width, in_channels=in_channels)
-    with seeded(seed): net = ARCHITECTURES[recipe.architecture].build(config)
+    with seeded(seed): net = get_architecture(recipe.architecture, **config).build()
     if recipe.init == "fan_in": _scale_to_fan_in(net)
     return net
 
