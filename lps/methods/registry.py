@@ -20,7 +20,6 @@ from torch import Tensor
 from ..core.files import checked, digest, load_model, printable, save_model
 from ..core.jobs import each_done, one_thread
 from .fitted import Fitted
-from ..nets.architectures import recognise
 
 # %% ../../nbs/methods/00_registry.ipynb #fb518099
 NEEDS = {
@@ -120,14 +119,14 @@ def methods_table():  # DataFrame of text, one row a method: title, needs, invar
         rows[name] = [method.title, method.needs, ", ".join(method.invariances)]
     return pd.DataFrame.from_dict(rows, orient="index", columns=["title", "needs", "invariances"]).rename_axis("method")
 
-# %% ../../nbs/methods/00_registry.ipynb #d5efa8ae
+# %% ../../nbs/methods/00_registry.ipynb #d124034e
 LEADERS = {"whole networks": "two-spectra-probes", "first layers": "stem-signature"}
 
 def leading_method(
     models,  # a `ModelSet` or `Model`
 ) -> str:
     "Return the name of the best method for models such as these"
-    return LEADERS["first layers" if recognise(models.shapes) is None else "whole networks"]
+    return LEADERS["first layers" if models.architecture is None else "whole networks"]
 
 # %% ../../nbs/methods/00_registry.ipynb #8ca6ab5e
 def observe_models(
