@@ -1,4 +1,4 @@
-"""Code that reads at first sight: an example after every public definition, and no statement that hides its ideas"""
+"""Readable code: an example after every definition that a user imports, and one idea a statement"""
 import ast
 import json
 import re
@@ -13,18 +13,24 @@ per_notebook = pytest.mark.parametrize("path", LIBRARY, ids=lambda p: p.stem)
 
 
 def code_cells(path) -> list[str]:
-    "Sources of a notebook's code cells; magics and shell lines are blank"
+    "Return the sources of a notebook's code cells, with magics and shell lines blanked"
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     return [re.sub(r"^[%!].*$", "", source, flags=re.M) for source in sources]
 
 
 def is_exported(source: str) -> bool:
-    return re.match(r"#\| ?export", source) is not None
+    "Return whether a cell is part of the module"
+    return re.match(r"#\| ?exporti?\b", source) is not None
+
+
+def is_for_users(source: str) -> bool:
+    "Return whether a cell's names are in `__all__`; those of `exporti` cells are not"
+    return re.match(r"#\| ?export\b", source) is not None
 
 
 def shown_as(node) -> str:
-    "The name that a definition is used by: of a step of the command line the step's, as `@app.command('build')` says"
+    "Return the name that a definition is used by; `@app.command('build')` makes it `build`"
     for decorator in node.decorator_list:
         named = isinstance(decorator, ast.Call) and decorator.args and isinstance(decorator.args[0], ast.Constant)
         if named and isinstance(decorator.func, ast.Attribute) and decorator.func.attr == "command":
@@ -33,13 +39,13 @@ def shown_as(node) -> str:
 
 
 def public_names(source: str) -> list[str]:
-    "Functions, classes and patched methods at the top of a cell whose names have no underscore before them"
+    "Return the names of public functions, classes and patched methods at the top of a cell"
     defined = [node for node in ast.parse(source).body if isinstance(node, DEFINITIONS)]
     return [shown_as(node) for node in defined if not node.name.startswith("_")]
 
 
 def names_used(source: str) -> set[str]:
-    "Every name and attribute in a cell's code, and every word of its texts, where commands are named; no comments"
+    "Return every name and attribute in a cell's code, and the words of its strings, but no comments"
     used = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Name): used.add(node.id)
@@ -49,10 +55,10 @@ def names_used(source: str) -> set[str]:
 
 
 def without_example(cells: list[str]) -> list[str]:
-    "Public definitions that no later example of the notebook uses"
+    "Return the definitions for users that no later example of the notebook uses"
     missing = []
     for i, source in enumerate(cells):
-        if not is_exported(source): continue
+        if not is_for_users(source): continue
         shown = set()
         for later in cells[i + 1:]:
             if not is_exported(later): shown |= names_used(later)
@@ -61,7 +67,7 @@ def without_example(cells: list[str]) -> list[str]:
 
 
 def dense_statements(source: str) -> list[str]:
-    "What a reader must take apart, with its line"
+    "Return the statements that hold several ideas, each with its fault and its line"
     found = []
     for node in ast.walk(ast.parse(source)):
         inner = [other for other in ast.walk(node) if other is not node]
@@ -95,11 +101,13 @@ def test_one_idea_a_statement(path):
 
 
 def test_a_definition_without_example_is_seen():
-    "A use in an exported cell, before the definition, or in a comment is none"
+    "A use in an exported cell, before the definition, or in a comment does not count; `exporti` needs no example"
     export = "#| export\ndef fit(x): pass\n@patch\ndef score(self: Model): pass\ndef _own(): pass"
     assert without_example(["fit(1)", export, "#| export\nfit(2)", "other(1)  # fit"]) == ["fit", "score"]
     assert without_example([export, "fit(1)", "model.score()"]) == []
     assert without_example([export, "run(['zoo', 'fit']).score"]) == []
+    assert without_example([export.replace("export", "exporti")]) == []
+    assert without_example([export, "#| exporti\nfit(2)"]) == ["fit", "score"]
 
 
 @pytest.mark.parametrize("source, what", [
