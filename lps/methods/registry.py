@@ -167,8 +167,9 @@ class FitJob:
 
     def finish(self, fitted):
         "Record in a fitted method how its models were read"
-        fitted.method = self.method.name
-        for name, value in self.reading.items(): setattr(fitted.config, name, value)
+        if fitted.method in ("", self.method.name):  # else it embeds by another method
+            fitted.method = self.method.name
+            fitted.record(**self.reading)
         return fitted
 
 def prepare_fit(
@@ -301,7 +302,7 @@ def restore_fitted(
     try:
         method = get_method(header.method)
         fitted = method.fitted.restore(header.config, tensors, method.name)
-        unknown = [name for name in fitted.observing if name not in method.observing]
+        unknown = [name for name in fitted.config.observing if name not in method.observing]
         if unknown: raise ValueError(f"field 'observing' has unknown {printable(repr(unknown[0]))}")
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{printable(where)}: {printable(e)}") from None
     return fitted
