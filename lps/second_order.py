@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .align import align_layer
 from .core.files import printable
 from .core.jobs import one_thread, seeded
+from .core.optional import optional
 
 # %% ../nbs/02_second_order.ipynb #3dc1e4ec
 VARIANTS = {
@@ -56,11 +57,9 @@ class Branch(nn.Module):
 @functools.cache
 def _triplet_margin():
     "Return the triplet loss of pytorch-metric-learning for cosines"
-    try: from pytorch_metric_learning import distances, losses
-    except ImportError:
-        why = "triplet loss needs pytorch-metric-learning, which is not installed"
-        raise ImportError(f"{why}: pip install 'lps[triplet]'") from None
-    return losses.TripletMarginLoss(margin=.2, distance=distances.CosineSimilarity())
+    losses = optional("pytorch_metric_learning.losses", "triplet")
+    distance = optional("pytorch_metric_learning.distances", "triplet").CosineSimilarity()
+    return losses.TripletMarginLoss(margin=.2, distance=distance)
 
 def triplet(
     embeddings: Tensor,  # of B models, `(B, E)`

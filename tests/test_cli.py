@@ -10,7 +10,7 @@ from conftest import heed_ctrl_c
 
 from lps.cli import console, main
 from lps.demo import digits
-from lps.core.files import load_model
+from lps.core.files import load_tensors
 from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.zoo.train import recipes
@@ -64,7 +64,7 @@ def world(tmp_path_factory):
             assert main(["fit", name, "--out", f"{name}-net.safetensors", "--epochs", "3"]) == 0
     finally: os.chdir(cwd)
     (w/"foreign").mkdir()
-    for i in range(3): torch.save(load_model(w/f"zoo/task0{i}_run0.safetensors")[0], w/f"foreign/m{i}.pt")
+    for i in range(3): torch.save(load_tensors(w/f"zoo/task0{i}_run0.safetensors")[0], w/f"foreign/m{i}.pt")
     torch.save({"state_dict": Evil()}, w/"foreign/evil.pt")
     spoil(w)
     return w
@@ -72,7 +72,7 @@ def world(tmp_path_factory):
 
 def spoil(w):
     "Files and folders that no step can use"
-    state, _ = load_model(w/MODEL)
+    state, _ = load_tensors(w/MODEL)
     torch.save(state | {"conv1.weight": state["conv1.weight"]*float("nan")}, w/"nan.pt")
     (w/"half.safetensors").write_bytes((w/MODEL).read_bytes()[:3000])
     for n, text in dict(
@@ -250,7 +250,7 @@ def test_one_step_after_another(world, tmp_path, monkeypatch, capsys):
 
 
 def test_a_model_in_another_order_finds_its_original(world, monkeypatch, capsys, tmp_path):
-    state, spec = load_model(world/MODEL)[0], resnet_spec(8, 4)
+    state, spec = load_tensors(world/MODEL)[0], resnet_spec(8, 4)
     torch.save(permute(state, spec, random_perms(spec, 0)), tmp_path/"mixed.pt")
     monkeypatch.chdir(world)
     assert main(["query", "zoo-net.safetensors", "zoo", str(tmp_path/"mixed.pt"), "-k", "1"]) == 0
@@ -370,7 +370,7 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
 def test_a_fitted_method_may_be_fitted_again(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed in ("0", "1"): assert main(["fit", str(world/"zoo"), "--epochs", "1", "--seed", seed]) == 0
-    assert load_model(tmp_path/"lps-net.safetensors")[1]["fitted"]["config"]["recipe"]["seed"] == 1
+    assert load_tensors(tmp_path/"lps-net.safetensors")[1]["fitted"]["config"]["recipe"]["seed"] == 1
 
 
 @pytest.mark.parametrize("words", [["fit", ""], ["zoo", "build", ""], ["query", "zoo-net.safetensors", "zoo", ""],

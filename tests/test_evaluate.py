@@ -10,7 +10,7 @@ import torch
 from lps.study.evaluate import READ_OUTS, classification_splits, classify, rank_k, summary, table1, table2, top_k
 from lps.methods.fusion import FUSIONS, fuse, learn_alpha
 from lps.study.records import find_record, result_record
-from lps.core.files import save_model, write_json
+from lps.core.files import save_tensors, write_json
 from lps.models.modelset import load_modelset
 from lps.methods.registry import score_models
 from lps.second_order import fit
@@ -29,7 +29,7 @@ def models(tmp_path_factory):
                 "conv1.weight": (stem + torch.randn(8, 3, 3, 3, generator=g))[torch.randperm(8, generator=g)],
                 "layer1.0.conv1.weight": torch.randn(8, 8, 3, 3, generator=g),
             }
-            save_model(folder/f"task{task}_run{run}.safetensors", state, dict(task=task, run=run))
+            save_tensors(folder/f"task{task}_run{run}.safetensors", state, dict(task=task, run=run))
     return load_modelset(folder)
 
 

@@ -16,7 +16,7 @@ from lps import experiments
 from lps.study.evaluate import table1
 from lps.study.registry import (EXPERIMENTS, claims_table, kind_of, open_models, overview, register_experiment,
                              result_files, result_path, show_overview, show_results)
-from lps.core.files import save_model, write_json
+from lps.core.files import save_tensors, write_json
 from lps.methods.registry import METHODS, Method
 from lps.models.modelset import load_modelset
 from lps.study.records import result_record
@@ -78,7 +78,7 @@ def toys(tmp_path_factory):
         for run in range(6):
             noisy = filters + .3*torch.randn(6, 3, 3, 3, generator=g)
             state = {"conv1.weight": noisy[torch.randperm(6, generator=g)]}
-            save_model(folder/f"{task}_{run}.safetensors", state, dict(task=task, run=run))
+            save_tensors(folder/f"{task}_{run}.safetensors", state, dict(task=task, run=run))
     return load_modelset(folder)
 
 

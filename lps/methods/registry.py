@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.files import checked, digest, load_model, printable, save_model
+from ..core.files import checked, digest, load_tensors, printable, save_tensors
 from ..core.jobs import each_done, one_thread
 from .fitted import Fitted
 
@@ -314,13 +314,13 @@ def save_fitted(
     **about,           # further metadata, fit for JSON
 ):
     "Write a fitted method, whole or not at all"
-    save_model(path, fitted.state_dict(), dict(fitted=fitted.parts) | about)
+    save_tensors(path, fitted.state_dict(), dict(fitted=fitted.parts) | about)
 
 def load_fitted(
     path: str | Path,  # file written by `save_fitted`
 ) -> Fitted:
     "Read a fitted method. Raises `FileNotFoundError`, or `ValueError` for a file without one"
-    state, meta = load_model(path)
+    state, meta = load_tensors(path)
     name = Path(path).name
     parts = meta.get("fitted")
     old = meta.get("second_order")  # files of version 0.1
