@@ -56,7 +56,6 @@ def _tell(models):
 # %% ../nbs/04_cli.ipynb #6ce4c78b
 def _all_methods():
     "The registry of methods, with all that come with lps"
-    import lps.methods.all_methods  # noqa: F401  it makes every method known
     from lps.methods.registry import METHODS
     return METHODS
 
@@ -264,13 +263,13 @@ def fit(
     seed: Seed = 0,
 ):
     "Learn from a model set how to compare models."
-    from lps.methods.registry import fit_method, get_method, save_fitted
-    _all_methods()
+    from lps.methods.registry import fit_method, get_method, own_settings, save_fitted
     get_method(method)
     _replaceable(out, _is_fitted, "a method that lps fit wrote")
     models = _open(modelset)
     with console.status(f"fitting {method} on {len(models)} models"):
-        fitted = fit_method(models, method, seed, **_fit_settings(layers, epochs, folded))
+        settings = own_settings(method, _fit_settings(layers, epochs, folded))
+        fitted = fit_method(models, method, seed, **settings)
     save_fitted(out, fitted)
     read = ", ".join(fitted.layers) or "all layers"
     console.print(f"{out}: {method} on {read} of {len(models)} models, {len(fitted.tasks)} tasks")
@@ -329,7 +328,6 @@ def evaluate(
     from lps.core.files import write_json
     _replaceable(out, _is_tables, "a file of results that lps evaluate wrote")
     from lps.methods.registry import get_method
-    _all_methods()
     for name in method or (): get_method(name)
     models = _open(modelset)
     how = dict(seed=seed, **_fit_settings(layers, epochs, folded))
@@ -376,7 +374,6 @@ def _index_by(place, method):
     "An index that compares by a method: one that does, or of a model set that it is fitted on"
     from lps.methods.registry import get_method
     from lps.index.index import ModelIndex
-    _all_methods()
     get_method(method)
     if place == "bundled": return _calibrated(ModelIndex.bundled(method))
     if not _is_index(_place(place)): return ModelIndex(method, _open(place))

@@ -291,7 +291,8 @@ def _targets(weights, labels):
     if labels is None: raise ValueError("no labels: give the task of each model")
     for layer, weight in weights.items():
         if len(weight) == len(labels): continue
-        raise ValueError(f"{len(weight)} models in layer {printable(layer)}, {len(labels)} labels: give one label a model")
+        counts = f"{len(weight)} models in layer {printable(layer)}, {len(labels)} labels"
+        raise ValueError(f"{counts}: give one label a model")
     tasks, targets = labels.unique(return_inverse=True)
     if len(tasks) < 2: raise ValueError(f"the models have {len(tasks)} task: give models of two tasks or more")
     return tasks.tolist(), targets

@@ -6,7 +6,6 @@ import torch
 from fastcore.test import expect_fail
 from networks import CHANGES, WIDTH, scaled, some_net, write_models
 
-import lps.methods.all_methods  # noqa: F401  it registers every method
 from lps.methods.matching import match, matchable
 from lps.methods.registry import (embed_models, fit_method, fitted_parts, load_fitted, restore_fitted, save_fitted,
                                   score_models)

@@ -14,7 +14,7 @@ from lps.order_chain import permute, random_perms, resnet_spec
 from lps.nets.resnet import ResNet
 from lps.core.files import digest
 from lps.index.index import ModelIndex
-from lps.second_order import fit, load_net, save_net
+from lps.methods.registry import fit_method, load_fitted, save_fitted
 
 ROW = [("manifest", column) for column in ("file", "task", "class_0", "class_1", "val_accuracy")]
 CONFIG = ("layers", "tasks", "method", "kernels", "n_filters", "folded", "stem", "recipe", "magic")
@@ -45,7 +45,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module", params=["lps", "lps-folded", "fc"])
 def index(models, request):
     method, _, folded = request.param.partition("-")
-    net = fit(
+    net = fit_method(
         models[models.manifest.task < 3],
         layers=("conv1", "layer2.0.conv1"),
         method=method,
@@ -61,7 +61,7 @@ def index(models, request):
 def written(models, tmp_path_factory):
     "An index as a file"
     path = tmp_path_factory.mktemp("index")/"index.safetensors"
-    ModelIndex(fit(models, layers=("conv1",), epochs=2, milestones=(1,), n_filters=8), models).save(path)
+    ModelIndex(fit_method(models, layers=("conv1",), epochs=2, milestones=(1,), n_filters=8), models).save(path)
     return path
 
 
@@ -130,10 +130,10 @@ def test_files_that_are_no_index(models, index, tmp_path):
         path.write_bytes(data)
         with pytest.raises(ValueError, match="index.safetensors"): ModelIndex.load(path)
     with pytest.raises(FileNotFoundError): ModelIndex.load(tmp_path/"none.safetensors")
-    save_net(tmp_path/"net.safetensors", index.fitted)
+    save_fitted(tmp_path/"net.safetensors", index.fitted)
     with pytest.raises(ValueError, match="holds no index"): ModelIndex.load(tmp_path/"net.safetensors")
     index.save(path)
-    with pytest.raises(ValueError, match="holds no second-order network"): load_net(path)
+    with pytest.raises(ValueError, match="holds no fitted method"): load_fitted(path)
     tensors, meta = load_tensors(path)
     save_tensors(path, tensors | {"embedding": tensors["embedding"][1:]}, meta)
     with pytest.raises(ValueError, match="11 embeddings for 12 models"): ModelIndex.load(path)

@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..methods.all_methods import LEADERS, as_fitted, leading_method
+from ..methods.registry import LEADERS, as_fitted, leading_method
 from lps.index.answer import (
     Answer, Calibration, calibrate, can_hold_out, held_out_trials, kinship, own_trials,
     sketch_correlation, weight_sketch,
@@ -29,7 +29,7 @@ from .gather import (EVERYTHING, Item, embed_all, find_models, labelled_models, 
                         take_in)
 from ..models.read import is_elsewhere
 from lps.methods.registry import (
-    embed_models, fit_method, fitted_parts, get_method, load_fitted, method_title, restore_fitted,
+    embed_models, fit_method, fit_observed, get_method, load_fitted, method_title, own_settings, restore_fitted,
     save_fitted,
 )
 from ..models.model import Model
@@ -290,7 +290,7 @@ def _save_file(index, path):
     tensors = {"embedding": index.embedding} | own
     manifest = pd.DataFrame(index.rows.facts(index.rows.places))
     manifest = manifest.astype(object).where(manifest.notna(), None)
-    about = dict(fitted=fitted_parts(index.fitted), manifest=manifest.to_dict("list"), digests=index.digests)
+    about = dict(fitted=index.fitted.parts, manifest=manifest.to_dict("list"), digests=index.digests)
     if index.calibration is not None: about["calibration"] = asdict(index.calibration)
     save_tensors(path, tensors, dict(index=about))
 
@@ -440,7 +440,7 @@ def _fit(method, items, how, workers, executor, seed, settings):
     learned = one_model(items, **how) if known is None else known
     if learned is None: raise ValueError(_nothing_read(items, how))
     name = leading_method(learned) if method == "auto" else method
-    try: fitted = fit_method(learned, name, seed, **settings)
+    try: fitted = fit_method(learned, name, seed, **own_settings(name, settings))
     except ValueError as e:
         if known is not None: raise
         raise ValueError(_unknown_tasks(name, learned, e)) from None
@@ -746,7 +746,7 @@ def bundled_answers() -> tuple: # name of a method; what it observed of M networ
 def _answers_index(cls):
     "The index of networks whose answers come with the package"
     method, observed, facts = bundled_answers()
-    fitted = get_method(method).fit(observed, torch.tensor(facts.task.to_numpy()), 0)
+    fitted = fit_observed(method, observed, torch.tensor(facts.task.to_numpy()))
     index = cls.__new__(cls)
     rows = facts.drop(columns="digest").to_dict("records")
     index._set(fitted, _in_memory(fitted.embed(observed).numpy(), facts.digest.tolist(), rows))

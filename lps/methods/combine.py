@@ -108,7 +108,8 @@ class Experts(Fitted):
         observed: dict,  # from `observe_members`
     ) -> Tensor:         # rows of length 1, `(M, E)`
         "The members' embeddings one behind another; a cosine is the weighted mean of theirs"
-        return torch.cat([a.sqrt()*m.embed(observed) for a, m in zip(self.tensors["shares"], self.members.values())], 1)
+        shares = self.tensors["shares"].sqrt()
+        return torch.cat([a*member.embed(observed) for a, member in zip(shares, self.members.values())], 1)
 
     def scores(self,
         observed: dict,  # from `observe_members`

@@ -59,7 +59,6 @@ def _register(name, title, baseline, invariances=("scales", "classes")):
         fitted=FittedPaper,
         settings=tuple(SETTINGS),
         fit_facts=("stem",),
-        by_default=True,
         invariances=invariances,
     ))
 

@@ -47,12 +47,11 @@ class Method:
     fit: Callable                 # `(observed, labels, seed, **settings)` → instance of `fitted`
     fitted: type                  # subclass of `Fitted`
     settings: tuple = ()          # names of the settings of `fit`
-    observe: Callable | None = None               # `(weights, **observing)` → tensors that `fit` and `embed` get; None: weights
-    observing: dict = field(default_factory=dict) # settings of `observe` and their defaults
+    observe: Callable | None = None  # `(weights, **observing)` → what `fit` and `embed` get; None: the weights
+    observing: dict = field(default_factory=dict)  # settings of `observe` and their defaults
     fit_facts: tuple = ()         # attributes of the models that `fit` gets too, such as `"stem"`
     observe_facts: tuple = ()     # attributes of the models that `observe` gets too, such as `"shortcuts"`
     whole: bool = False           # reads all tensors of any architecture
-    by_default: bool = False      # a row of tables for which no methods are named
     needs: str = "weights only"   # what it needs of a model, a key of `NEEDS`
     invariances: tuple = ()       # keys of `INVARIANCES`
     caveat: str = ""              # why its figures are too high; such a method leads no leaderboard
@@ -60,12 +59,12 @@ class Method:
 # %% ../../nbs/methods/00_registry.ipynb #0c1a863c
 BUILT_IN = {
     "paper": ("fc", "frobenius", "lps"),
-    "signatures": ("stem-signature", "all-layer-signature", "image-statistics", "weights-fusion"),
+    "signatures": ("stem-signature", "all-layer-signature", "image-statistics"),
     "chain": ("chain",),
     "canonical": ("canonical-lps",),
     "matching": ("weight-matching",),
     "equivariant": ("equivariant", "all-layer-equivariant"),
-    "combine": ("experts",),
+    "combine": ("experts", "weights-fusion"),
     "probes": ("probes", "two-spectra-probes", "gallery-probes"),
 }
 
@@ -107,8 +106,9 @@ def method_title(
     return METHODS[name].title if name in METHODS else name
 
 def default_methods() -> list: # of names
-    "Return the rows of a table for which no methods are named"
-    return [name for name, method in METHODS.items() if method.by_default]
+    "Return the rows of a table for which no methods are named: the paper's, and those that are not built in"
+    others = set().union(*[names for module, names in BUILT_IN.items() if module != "paper"])
+    return [name for name in METHODS if name not in others]
 
 # %% ../../nbs/methods/00_registry.ipynb #db47faf2
 def methods_table():  # DataFrame of text, one row a method: title, needs, invariances
@@ -132,22 +132,23 @@ def leading_method(
 def observe_models(
     models,              # a `ModelSet` or a `Model`
     method: str | Method,
-    layers=None,         # names of the layers or tensors; None: what the method reads
+    read=None,           # names of the layers or tensors; None: what the method reads by default
     folded: bool = False,
-    **observing,         # settings of the method's `observe`
+    observing: dict | None = None,  # settings of the method's `observe`; None: the defaults
 ) -> dict:               # tensors by name, `(M, …)`
     "Compute what `fit` and `embed` get of some models: observations, or weights. A set keeps its observations"
     method = get_method(method)
-    layers = list(method.reads(models) if layers is None else layers)
-    if method.observe is None: return models.weights(layers, folded)
-    observing = method.observing | observing
+    read = list(method.reads(models) if read is None else read)
+    if method.observe is None: return models.weights(read, folded)
+    observing = method.observing | (observing or {})
     facts = {name: getattr(models, name) for name in method.observe_facts}
-    def compute(): return method.observe(models.weights(layers, folded), **facts, **observing)
+    def compute(): return method.observe(models.weights(read, folded), **facts, **observing)
     if not hasattr(models, "remember"): return compute()
     key = []
     for name, value in observing.items():
-        key.append((name, digest(dict(value=value)) if isinstance(value, Tensor) else value))
-    return models.remember((method.name, *layers, folded, *key), compute)
+        if isinstance(value, Tensor): value = digest(dict(value=value))
+        key.append((name, tuple(value) if isinstance(value, list) else value))
+    return models.remember((method.name, *read, folded, *key), compute)
 
 # %% ../../nbs/methods/00_registry.ipynb #82acbef9
 def known_settings(
@@ -156,6 +157,14 @@ def known_settings(
     "Return the names of a method's settings"
     method = get_method(method)
     return ["layers", "folded", *dict.fromkeys([*method.settings, *method.observing])]
+
+def own_settings(
+    method: str | Method,
+    settings: dict,       # by name, meant for several methods
+) -> dict:
+    "Select the settings that a method has"
+    known = known_settings(method)
+    return {name: value for name, value in settings.items() if name in known}
 
 @dataclass
 class FitJob:
@@ -188,10 +197,11 @@ def prepare_fit(
     observing = method.observing | {name: settings[name] for name in method.observing if name in settings}
     layers = list(method.reads(models, **reading))
     folded = settings.get("folded", False)
-    observed = observe_models(models, method, layers, folded, **observing)
+    observed = observe_models(models, method, layers, folded, observing)
     own = {name: settings[name] for name in method.settings if name in settings}
     own |= {name: getattr(models, name) for name in method.fit_facts}
-    return FitJob(method, observed, own, dict(layers=[] if method.whole else layers, folded=folded, observing=observing))
+    read = dict(layers=[] if method.whole else layers, folded=folded, observing=observing)
+    return FitJob(method, observed, own, read)
 
 def fit_method(
     models,                        # `ModelSet` of two tasks or more
@@ -202,6 +212,19 @@ def fit_method(
     "Fit a method on a model set. Raises `ValueError` for fewer than two tasks, missing layers or unknown settings"
     job = prepare_fit(models, method, settings)
     return job.finish(job.method.fit(job.observed, models.labels, seed, **job.settings))
+
+def fit_observed(
+    method: str | Method,
+    observed: dict,       # from `observe_models`, of M models
+    labels: Tensor,       # task of each model, `(M,)`
+    seed: int = 0,        # decides everything random
+    layers: tuple = (),   # names of the tensors that were read; none: all that the method reads of a model
+    **settings,           # of `fit`
+) -> Fitted:
+    "Fit a method on observations, such as those of several model sets"
+    method = get_method(method)
+    job = FitJob(method, observed, settings, dict(layers=layers, folded=False, observing=dict(method.observing)))
+    return job.finish(method.fit(observed, labels, seed, **settings))
 
 def as_fitted(
     method,      # a fitted method, or the name of one; None: the one from `leading_method`
@@ -250,7 +273,7 @@ def observations(
 ) -> dict:              # tensors by name, `(len(which), …)`
     "Compute what a fitted method gets of some models: observations, or weights"
     method = get_method(fitted.method)
-    observed = observe_models(models, method, fitted.layers or None, fitted.folded, **fitted.observing)
+    observed = observe_models(models, method, fitted.layers or None, fitted.folded, fitted.observing)
     return {name: v[torch.arange(len(v))[which]] for name, v in observed.items()}
 
 def check_embedding(

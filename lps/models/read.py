@@ -11,9 +11,7 @@ __all__ = ['NESTED', 'MAX_SIDE', 'WEIGHT_FILES', 'CONFIGS', 'MAX_CONFIG', 'MAX_P
 import copy, functools, importlib, math, re
 from collections import Counter
 from dataclasses import dataclass, field
-from inspect import signature
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import torch
@@ -21,7 +19,6 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-import lps.methods.all_methods  # noqa: F401  it makes every method known
 from lps.nets.architectures import (
     Architecture, recognise, register_architecture, shapes_of, spatial_convolutions, stem_of,
 )
@@ -31,7 +28,7 @@ from lps.models.checkpoint import (
 )
 from ..core.jobs import one_thread
 from ..core.optional import optional
-from ..methods.registry import METHODS, embed_models, observations
+from ..methods.registry import METHODS, embed_models, observe_models
 from .model import Model
 from .modelset import ModelSet, PackedSource, rejected_table
 from ..methods.probes import centred_outputs, probe_images
@@ -622,13 +619,11 @@ def _try_method(model, method):
     "Look at a model as a method does; raises where that fails"
     if hasattr(method, "embed"): embed_models(method, model)
     elif method == "read-out": _check_read_out(model)
-    else: observations(_set_of_one(model), _unfitted(method))
+    else: observe_models(_set_of_one(model), method, observing=_few(method))
 
-def _unfitted(method):
-    "Stands for a fitted method of this name; one that asks about images asks about few"
-    named = signature(METHODS[method].observe).parameters if METHODS[method].observe else {}
-    few = dict(n_images=4) if "n_images" in named else {}
-    return SimpleNamespace(method=method, layers=(), folded=False, observing=few)
+def _few(method):
+    "Return settings with which a method runs on few images"
+    return dict(n_images=4) if "n_images" in METHODS[method].observing else {}
 
 def why_not(
     model: Model, # a model
