@@ -50,7 +50,9 @@ def test_gradcheck(channels):
     assert torch.autograd.gradcheck(lambda w, v: align_layer(w, v, align_channels=channels), (weight, second_order))
 
 
-@pytest.mark.parametrize("shape, P, Q", [((1, 64, 64, 3, 3), 20, 64), ((3, 8, 6, 1, 1), 1, 1), ((2, 5, 300, 3, 3), 7, 2)])
+@pytest.mark.parametrize("shape, P, Q", [
+    ((1, 64, 64, 3, 3), 20, 64), ((3, 8, 6, 1, 1), 1, 1), ((2, 5, 300, 3, 3), 7, 2),
+])
 def test_few_models_need_no_kernel_and_have_the_same_scores(monkeypatch, shape, P, Q):
     weight, second_order = [t.detach().float() for t in layer(shape=shape, P=P, Q=Q)]
     plain = align_layer(weight, second_order)
@@ -60,7 +62,8 @@ def test_few_models_need_no_kernel_and_have_the_same_scores(monkeypatch, shape, 
 
 
 def test_a_query_imports_no_compiler():
-    code = "import sys, torch; from lps.align import align_layer; align_layer(torch.randn(8, 6, 3, 3), torch.randn(4, 6, 3, 3));"
+    code = "import sys, torch; from lps.align import align_layer;"
+    code += " align_layer(torch.randn(8, 6, 3, 3), torch.randn(4, 6, 3, 3));"
     code += " assert not {'numba', 'fastai', 'torchvision', 'sklearn', 'pandas'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

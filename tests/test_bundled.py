@@ -299,12 +299,11 @@ def test_commands_take_the_bundled_set(tmp_path, monkeypatch, capsys, ours):
     monkeypatch.chdir(tmp_path)
     assert main(["fit", "bundled", "--epochs", "1", "--method", "fc", "--out", "net.safetensors"]) == 0
     save_tensors("mine.safetensors", ResNet().state_dict(), {})
-    assert main(["query", "bundled", "bundled", "mine.safetensors", "-k", "2"]) == 0
+    assert main(["query", "bundled", "mine.safetensors", "-k", "2"]) == 0
     assert main(["zoo", "datasheet", "bundled"]) == 0
     out, err = capsys.readouterr()
-    assert (
-        not err and "Closest models" in out and ours.manifest.class_0[0] in out and "## Not suitable for" in out
-    )
+    assert err == "net.safetensors: fc on conv1 of 200 models, 20 tasks\n"
+    assert "Most similar models" in out and " / " in out and "## Not suitable for" in out
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["mine.safetensors", "net.safetensors"]
 
 

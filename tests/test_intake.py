@@ -452,12 +452,12 @@ def test_an_index_says_why_a_model_cannot_be_compared(net, small, tmp_path):
 
 def test_a_report_on_the_command_line(small, tmp_path, capsys):
     torch.save(small.state_dict(), tmp_path/"b.pt")
-    assert main(["index", "report", str(tmp_path/"b.pt")]) == 0
+    assert main(["inspect", str(tmp_path/"b.pt")]) == 0
     said = capsys.readouterr().out
     assert "architecture: not known: name it with arch" in said and "cannot be compared by probes: " in said
     words = ["--arch", "test_intake:Small", "--size", "20", "--stats", ".5,.5,.5", ".25,.25,.2"]
-    assert main(["index", "report", str(tmp_path/"b.pt"), *words]) == 0
+    assert main(["inspect", str(tmp_path/"b.pt"), *words]) == 0
     said = capsys.readouterr().out
     assert "3 × 20 × 20, from the call" in said and "standard deviation 0.25, 0.25, 0.2, from the call" in said
     assert "cannot be compared by probes" not in said and "beside the network: places: whole numbers" in said
-    assert main(["index", "report", str(tmp_path/"b.pt"), "--stats", "x", "1"]) == 2
+    assert main(["inspect", str(tmp_path/"b.pt"), "--stats", "x", "1"]) == 2

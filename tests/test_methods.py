@@ -1,5 +1,7 @@
 "Fitted methods: what cannot be learned, embedded or read is refused; everything else comes back the same"
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,10 +9,9 @@ from fastcore.test import expect_fail
 from hypothesis import given, strategies as st
 
 from lps.core.files import save_tensors
-from lps.methods.fitted import Fitted, FittedConfig
 from lps.methods.registry import (
-    METHODS, Method, embed_models, fit_method, fit_observed, get_method, known_settings, load_fitted, register_method,
-    save_fitted, score_models,
+    BUILT_IN, METHODS, embed_models, fit_method, fit_observed, get_method, known_settings, load_fitted, save_fitted,
+    score_models,
 )
 from lps.second_order import fit
 
@@ -79,6 +80,21 @@ def test_an_unknown_method_is_named_with_those_known():
     with expect_fail(ValueError, "lps"): get_method("lsp")
     with expect_fail(ValueError): fit(weights, labels=labels, method="lsp")
     with expect_fail(ValueError, "lps"): fit_method(None, "lsp")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_unknown_setting_is_named_with_those_known(method):
+    "Before any model is read"
+    with expect_fail(ValueError, f"has no setting 'epoch': its settings are {', '.join(known_settings(method))}"):
+        fit_method(None, method, epoch=3)
+
+
+def test_a_method_is_found_without_importing_the_others():
+    code = "import sys; from lps.methods.registry import METHODS, get_method; list(METHODS); get_method('lps');"
+    code += "print(sorted(m for m in sys.modules if m.startswith('lps.methods.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "['lps.methods.fitted', 'lps.methods.paper', 'lps.methods.registry']\n"
+    assert set(METHODS) >= {name for names in BUILT_IN.values() for name in names}
 
 
 odd_values = st.one_of(

@@ -56,9 +56,14 @@ class Text(NamedTuple):
     is_docstring: bool = False
 
 
+def without_fences(markdown: str) -> str:
+    "Return a page without its blocks of code and its comments"
+    return re.sub(r"```.*?```|<!--.*?-->", "", markdown, flags=re.S)
+
+
 def plain(text: str) -> str:
     "Return prose in one line, without code, link targets and formulas"
-    text = re.sub(r"```.*?```|\$\$.*?\$\$", " ", text, flags=re.S)
+    text = re.sub(r"\$\$.*?\$\$", " ", without_fences(text), flags=re.S)
     text = re.sub(r"`[^`\n]*`|\$[^$\n]*\$", "CODE", text)
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
     return " ".join(text.split())
@@ -95,7 +100,7 @@ def texts_of(path: Path) -> list[Text]:
     "Return the prose of a page, a module, or a notebook; what a notebook exports is read in its module"
     source = path.read_text(encoding="utf-8")
     if path.suffix == ".py": return texts_of_code(source, "line ")
-    if path.suffix == ".md": return [Text("", part) for part in re.split(r"\n\s*\n", source)]
+    if path.suffix == ".md": return [Text("", part) for part in re.split(r"\n\s*\n", without_fences(source))]
     found = []
     for cell in json.loads(source)["cells"]:
         text = "".join(cell["source"])
@@ -126,8 +131,7 @@ def offences_in(path: Path) -> list[str]:
 
 def sentences(markdown: str) -> list[str]:
     "Return the sentences of a page's prose, without headings, tables, code and pictures"
-    markdown = re.sub(r"```.*?```|<!--.*?-->", "", markdown, flags=re.S)
-    kept = [line for line in markdown.splitlines() if not re.match(r"\s*(?:#|\||!\[|\[!\[)", line)]
+    kept = [line for line in without_fences(markdown).splitlines() if not re.match(r"\s*(?:#|\||!\[|\[!\[)", line)]
     blocks = re.split(r"\n\s*\n|\n(?=\s*[-*>] )", "\n".join(kept))
     found = []
     for block in blocks: found += re.split(r"(?<=[.!?:])\s+(?=[A-Z`*\[(])", plain(block))
