@@ -163,5 +163,6 @@ def test_a_network_that_always_says_the_same_has_no_embedding(probes):
 
 def test_the_bank_is_decided_by_its_seed(models):
     a, b, c = (fit_method(models, "probes", n_images=16, probe_seed=s) for s in (0, 0, 1))
-    assert torch.equal(*[f.tensors["centres"] for f in (a, b)]) and not torch.allclose(a.tensors["centres"], c.tensors["centres"])
+    first, again, other = (fitted.tensors["centres"] for fitted in (a, b, c))
+    assert torch.equal(first, again) and not torch.allclose(first, other)
     assert observations(models, a)["outputs"].shape == (6, 16, 2)

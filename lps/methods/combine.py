@@ -99,7 +99,7 @@ class Experts(Fitted):
     def check(self):
         "Raise `ValueError` for members of different tasks, and for weights below 0"
         if any(member.tasks != self.tasks for member in self.members.values()):
-            raise ValueError(f"{self.method}: field 'members' has members of different tasks, expected the same for all")
+            raise ValueError(f"{self.method}: field 'members' has members of different tasks")
         for name in ("weights", "shares"):
             if (self.tensors[name] >= 0).all() and self.tensors[name].sum() > 0: continue
             raise ValueError(f"{self.method}: tensor {name!r} has values below 0 or none above")

@@ -116,7 +116,7 @@ def image_statistics(
     tensors: dict,           # as for `stem_filters`, with running statistics
     reach: tuple = (1, 10),  # distances in pixels at which a covariance falls to 1/e
     penalty: float = .1,     # of the ridge regression for the covariances
-) -> dict:                   # `colour` of the mean image `(M, C)`; `covariance` of colours `(M, len(reach)·C·(C + 1)/2)`
+) -> dict:                   # `colour` of the mean image, `(M, C)`; `covariance` of colours, `(M, E)`
     "Estimate mean and covariance of the colours of the training images from the first BN"
     check_statistics(tensors)
     parts = stem_filters(tensors)

@@ -17,7 +17,9 @@ from scipy.stats import hypergeom
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-from ..methods.registry import default_methods, embed_models, fit_many, method_title, observations, own_settings, score_models
+from lps.methods.registry import (
+    default_methods, embed_models, fit_many, method_title, observations, own_settings, score_models,
+)
 from ..models.modelset import ModelSet
 from ..second_order import similarity
 
