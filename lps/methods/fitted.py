@@ -81,7 +81,7 @@ class Fitted:
         "Record how the models were read; called after fitting"
         self.config.layers = list(layers)
         self.config.folded = folded
-        self.config.observing = observing
+        self.config.observing = {name: list(v) if isinstance(v, tuple) else v for name, v in observing.items()}
 
     def embed(self, observed: dict) -> Tensor:
         "Embed M models as rows of length 1, `(M, E)`"
