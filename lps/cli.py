@@ -121,7 +121,7 @@ class RegistryHelp(TyperCommand):
 def registered_names() -> dict[str, str]:
     "Return what is registered, by the word that stands for it in help texts"
     from lps.zoo.tasks import DATASETS
-    from lps.zoo.train import recipes
+    from lps.zoo.recipe import recipes
     methods = load_methods()
     baselines = [name for name, method in methods.items() if method.baseline]
     others = [name for name in methods if name not in baselines]
@@ -169,10 +169,11 @@ class ReadingOptions:
         tuple[str, str] | None, Option(metavar="MEAN SD", help=STATS, rich_help_panel=READING)
     ] = None
 
-    def settings(self) -> dict:
-        "Return the keyword arguments for `read_model`"
+    def settings(self):
+        "Return the same as a `Reading`"
+        from lps.index.gather import Reading
         if self.arch and ":" in self.arch and "" not in sys.path: sys.path.insert(0, "")  # modules of this folder
-        return dict(names=read_name_map(self.names), arch=self.arch, size=self.size, stats=parse_stats(self.stats))
+        return Reading(read_name_map(self.names), self.arch, self.size, parse_stats(self.stats))
 
 # %% ../nbs/04_cli.ipynb #3598d8b4
 def parse_stats(stats) -> tuple | None:
@@ -287,14 +288,16 @@ def zoo_build(
     keep: Annotated[str, Option(help="Epochs after which each network is also kept, such as 10,40,80")] = "",
     until: Annotated[int | None, Option(min=1, help=UNTIL)] = None,
     size: Annotated[int | None, Option(min=1, help="Side in pixels to which a folder's images are resized")] = None,
+    packed: Annotated[str | None, Option(help="Packed models of this build, or their folder: not trained")] = None,
 ):
     "Train a model set, several networks for each pair of classes, or resume an interrupted build."
     from lps.zoo.build import build
+    from lps.zoo.tasks import load_splits
     if not re.fullmatch(r"(\d+(,\d+)*)?", keep):
         raise ValueError(f"--keep is '{keep}': give epochs separated by commas, such as 10,40,80")
     models = build(
         path,
-        images=images,
+        images=load_splits(images, size=size),
         recipe=recipe,
         n_tasks=tasks,
         n_models=models,
@@ -303,7 +306,7 @@ def zoo_build(
         device=device,
         keep=tuple(map(int, keep.split(","))) if keep else (),
         until=until,
-        size=size,
+        packed=packed,
     )
     log_modelset(models)
 
@@ -440,9 +443,7 @@ def evaluate(
 # %% ../nbs/04_cli.ipynb #d557d227
 def is_index(path: Path) -> bool:
     "Return whether a path holds an index and not a model set"
-    from lps.core.files import read_header
-    if path.is_dir(): return (path/"header.json").exists()
-    return path.is_file() and "index" in read_header(path).meta
+    return (path/"header.json").exists() if path.is_dir() else path.suffix == ".zip"
 
 def calibrated(index):
     "Calibrate an index that is not, if enough of its models have known tasks"
@@ -452,12 +453,16 @@ def calibrated(index):
 def open_index(place):
     "Load an index and calibrate it if it can be"
     from lps.index.index import ModelIndex
-    if place != "bundled" and not path_of(place).exists():
-        raise ValueError(f"no index at {place}: build one with lps index build {place} FOLDER")
-    return calibrated(ModelIndex.load(place))
+    return calibrated(ModelIndex.load(place if place == "bundled" else path_of(place)))
+
+def save_packed(index, path: Path):
+    "Write an index that was changed in memory back to its packed file"
+    if str(path) == "bundled": raise ValueError("the bundled index cannot be changed: build one in a folder")
+    if path.is_file(): index.save(path)
 
 # %% ../nbs/04_cli.ipynb #98197eed
-IndexFolder = Annotated[Path, Argument(parser=path_of, metavar="INDEX", help="Folder of the index")]
+INDEX_PLACE = "An index: a folder or a packed .zip file; bundled: the one that comes with lps"
+IndexFolder = Annotated[Path, Argument(parser=path_of, metavar="INDEX", help=INDEX_PLACE)]
 SOURCES = "Folders, model files, packed sets, timm/NAME, org/name on the Hub; bundled: the set that comes with lps"
 Sources = Annotated[list[str], Argument(metavar="SOURCES", help=SOURCES)]
 Workers = Annotated[int, Option(min=1, help="Processes that read models")]
@@ -475,7 +480,7 @@ def log_index(index, path: Path):
 
 def calibration_text(index) -> str:
     "Return how the probabilities of an index were measured, in a sentence"
-    return f"Probabilities: {index.calibration}." if index.calibration else NOT_CALIBRATED
+    return str(index.calibration or NOT_CALIBRATED)
 
 # %% ../nbs/04_cli.ipynb #e490b367
 BUILD_METHOD = "How models are compared: METHODS; a file from lps fit; bundled; auto: the best for these models"
@@ -493,18 +498,10 @@ def index_build(
     seed: Seed = 0,
 ):
     "Read models into an index, and fit the method on those whose tasks are known."
-    from lps.index.index import ModelIndex
+    from lps.index.index import BuildSettings, ModelIndex
+    settings = BuildSettings(workers=workers, seed=seed, fit=options.settings())
     with busy(f"reading models into {path}"):
-        index = ModelIndex.build(
-            list(map(source_of, sources)),
-            path,
-            method=method,
-            table=table,
-            workers=workers,
-            seed=seed,
-            **reading.settings(),
-            **options.settings(),
-        )
+        index = ModelIndex.build(list(map(source_of, sources)), path, method, table, reading.settings(), settings)
     log_index(index, path)
     log.info(calibration_text(index))
 
@@ -519,9 +516,12 @@ def index_add(
     workers: Workers = 2,
 ):
     "Add models that the index does not hold yet, or whose files have changed."
+    from lps.index.index import BuildSettings
     index = open_index(str(path))
+    settings = BuildSettings(workers=workers)
     with busy(f"reading models into {path}"):
-        n = index.add(list(map(source_of, sources)), table, workers=workers, **reading.settings())
+        n = index.add(list(map(source_of, sources)), table, reading.settings(), settings)
+    save_packed(index, path)
     log.info("%d added", n)
     log_index(index, path)
 
@@ -533,6 +533,7 @@ def index_remove(
     "Remove models from the index; their files are kept."
     index = open_index(str(path))
     n = index.remove(list(map(source_of, models)))
+    save_packed(index, path)
     log.info("%d removed", n)
     log_index(index, path)
 
@@ -561,7 +562,7 @@ def index_info(
 ):
     "Show what an index holds, what could not be read, and how its probabilities were measured."
     index = open_index(str(path))
-    if check and hasattr(index.rows, "check"): index.rows.check()
+    if check: index.check()
     facts = index_facts(index)
     if as_json: return print_json(facts)
     architectures = ", ".join(f"{cell_text(name)} ({n})" for name, n in facts["architectures"].items())
@@ -591,7 +592,7 @@ def inspect_command(
 ):
     "Show what is read from a model: layers, input, normalisation, head, and what is ignored."
     from lps.models.read import read_model
-    found = read_model(source_of(model), whole=whole, **reading.settings())[1].table().found
+    found = read_model(source_of(model), whole=whole, **vars(reading.settings()))[1].table().found
     if as_json: return print_json(dict(found))
     for name, value in found.items(): console.print(f"{cell_text(name)}: {cell_text(value)}", soft_wrap=True)
 
@@ -665,15 +666,13 @@ def query(
     as_json: AsJson = False,
 ):
     "Find the models of an index that are most similar to a model."
-    from lps.advice.advisers import expected_accuracy
     if context.args:
         cure = f"to compare by a fitted method, run lps query {model} {context.args[0]} --method {index}"
         raise ValueError(f"lps query takes an index and a model: {cure}")
     check_one_model(model)
-    settings = reading.settings()
+    read = reading.settings()
     opened = index_by(index, method) if method else open_index(index)
-    relation = expected_accuracy() if expected else None
-    answer = opened.answer(model, k, expected=relation, approximate=approximate, **settings)
+    answer = opened.answer(model, k, read, expected=expected, approximate=approximate)
     if as_json: print_json(answer.to_dict())
     else: show_answer(answer)
 

@@ -24,7 +24,7 @@ from .study.plots import plot_embedding, plot_rank_k, plot_similarity
 from .study.records import result_record
 from .index.index import ModelIndex, bundled_unseen
 from .second_order import similarity
-from .zoo.train import recipes
+from .zoo.recipe import recipes
 from .zoo.build import build
 
 # %% ../nbs/03_demo.ipynb #da9a3c7b

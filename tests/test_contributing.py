@@ -18,7 +18,7 @@ from lps.order_chain import permute, random_perms
 from lps.study.records import result_record
 from lps.index.index import ModelIndex
 from lps.zoo.tasks import DATASETS
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 from lps.zoo.build import build
 
 PAGE = (Path(__file__).parent.parent/"CONTRIBUTING.md").read_text(encoding="utf-8")

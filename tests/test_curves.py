@@ -8,7 +8,7 @@ from lps.study.curves import curve_record, curve_splits, curve_table, curve_text
 from lps.study.plots import plot_curves
 from lps.study.evaluate import classify
 from lps.models.modelset import load_modelset
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 from lps.zoo.build import build
 
 HOW = dict(n_filters=4, epochs=2, milestones=())

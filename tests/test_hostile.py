@@ -101,7 +101,7 @@ def place(root):
     Asked.fitted = fit_method(models, "lps", n_filters=2, epochs=1, milestones=())
     save_fitted(root/"net.safetensors", Asked.fitted)
     Asked.index = ModelIndex(Asked.fitted, models)
-    Asked.index.save(root/"index.safetensors")
+    Asked.index.save(root/"index.zip")
     torch.save(dict(state_dict=tiny(0), epoch=3), root/"new.pt")
     torch.save(tiny(0), root/"old.pth", _use_new_zipfile_serialization=False)
     torch.save(ResNet(depth=8, width=1).state_dict(), root/"deep.ckpt")
@@ -151,7 +151,7 @@ def use_index(path):
     "An index"
     index = ModelIndex.load(path)
     repr(index)
-    index.query(Asked.query, 2).to_string(), index.tasks(Asked.query).to_string()
+    index.query(Asked.query, 2).to_string(), index.tasks(Asked.query).to_string(), index.answer(Asked.query).to_dict()
 
 
 def use_foreign(path):
@@ -166,7 +166,7 @@ READERS = {
     "zoo/m2.safetensors": use_in_gallery,
     "packed.safetensors": use_set,
     "net.safetensors": use_net,
-    "index.safetensors": use_index,
+    "index.zip": use_index,
     "foreign.safetensors": use_foreign,
     "new.pt": use_foreign,
     "old.pth": use_foreign,

@@ -16,7 +16,8 @@ from lps.models.read import network_builder, probe_module, read_model, why_not
 from lps.models.model import Model
 from lps.methods.probes import probe_outputs
 from lps.nets.resnet import ResNet
-from lps.index.index import ModelIndex
+from lps.index.gather import Reading
+from lps.index.index import BuildSettings, ModelIndex
 
 
 class Small(nn.Module):
@@ -419,6 +420,8 @@ def test_a_model_can_say_why_a_fitted_method_cannot_compare_it(net):
 
 # Into an index
 
+FEW_IMAGES = BuildSettings(fit=dict(n_images=16))
+
 def test_an_index_takes_in_what_is_not_a_file(net, small, tmp_path, monkeypatch):
     "A folder of the Hub, one in shards, a named network, a name of timm; the same model is found again"
     (tmp_path/"models").mkdir()
@@ -426,7 +429,7 @@ def test_an_index_takes_in_what_is_not_a_file(net, small, tmp_path, monkeypatch)
     (tmp_path/"models/hub/training_args.bin").write_bytes(b"no weights")
     torch.save(small.state_dict(), tmp_path/"models/small.pt")
     torch.save(ResNet(depth=8, width=4, n_classes=3).state_dict(), tmp_path/"models/plain.pt")
-    index = ModelIndex.build([tmp_path/"models", "timm/none"], arch=Small, n_images=16)
+    index = ModelIndex.build([tmp_path/"models", "timm/none"], reading=Reading(arch=Small), settings=FEW_IMAGES)
     assert index.fitted.method == "two-spectra-probes" and len(index) == 3, index.rejected
     assert dict(zip([Path(file).name for file in index.manifest.file], index.manifest.architecture)) == {
         "hub": "resnet", "plain.pt": "resnet", "small.pt": "test_intake:Small(num_classes=3)"}
@@ -435,19 +438,19 @@ def test_an_index_takes_in_what_is_not_a_file(net, small, tmp_path, monkeypatch)
     for asked in (tmp_path/"models/hub", str(tmp_path/"models/hub"), net):
         assert index.answer(asked, 1).table.note[1] == "copy"
     assert index.answer(small, 1).table.note[1] == "copy"
-    assert index.add(tmp_path/"models", arch=Small) == 0 and index.remove(tmp_path/"models/hub") == 1
+    assert index.add(tmp_path/"models", reading=Reading(arch=Small)) == 0 and index.remove(tmp_path/"models/hub") == 1
 
 
 def test_an_index_says_why_a_model_cannot_be_compared(net, small, tmp_path):
     torch.save(net.state_dict(), tmp_path/"a.pt")
     torch.save(small.state_dict(), tmp_path/"b.pt")
-    index = ModelIndex.build(tmp_path, n_images=16)
+    index = ModelIndex.build(tmp_path, settings=FEW_IMAGES)
     assert len(index) == 1 and index.rejected.reason[0].endswith("(--arch, --names on the command line)")
     with pytest.raises(ValueError, match="b.pt: no known architecture .*--arch, --names on the command line"):
         index.query(tmp_path/"b.pt")
-    assert len(index.query(tmp_path/"b.pt", arch=Small)) == 1
+    assert len(index.query(tmp_path/"b.pt", reading=Reading(arch=Small))) == 1
     with pytest.raises(ValueError, match="b.pt: not the weights of torchvision/resnet18"):
-        index.query(tmp_path/"b.pt", arch="torchvision/resnet18")
+        index.query(tmp_path/"b.pt", reading=Reading(arch="torchvision/resnet18"))
 
 
 def test_a_report_on_the_command_line(small, tmp_path, capsys):

@@ -17,8 +17,10 @@ from ..core.jobs import one_thread
 from ..models.model import Model
 from ..models.modelset import ModelSet
 from ..zoo.tasks import task_images
-from ..zoo.train import Recipe, normalise, recipe_fields, train_model
-from ..zoo.build import model_seed
+from ..zoo.recipe import Recipe, recipe_fields
+from ..zoo.tasks import normalise
+from ..zoo.train import train_model
+from ..zoo.recipe import model_seed
 
 # %% ../../nbs/lineage/00_benchmark.ipynb #6654cf95
 def _is_matrix(tensor):

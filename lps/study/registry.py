@@ -39,7 +39,7 @@ from lps.study.plots import (
 )
 from .records import read_record, record_marks, record_text, runs_of
 from ..advice.advisers import sources_table, sources_words
-from ..zoo.train import recipes
+from ..zoo.recipe import recipes
 from .transfer import transfer_table, transfer_text
 from ..zoo.build import build
 
@@ -420,7 +420,7 @@ def open_overlap(
     "The models of an experiment on tasks that share classes"
     if model_set != "digits": return load_modelset(model_set)
     pairs = list(combinations(range(4), 2))
-    return build(f"{runs}/digits-overlap", "digits", _small_recipe(zoo_epochs), pairs=pairs, progress=False, **how)
+    return build(f"{runs}/digits-overlap", "digits", _small_recipe(zoo_epochs), tasks=pairs, progress=False, **how)
 
 # %% ../../nbs/study/07_registry.ipynb #734d8a3f
 def _copies_in_order(folder):
