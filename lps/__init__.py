@@ -28,7 +28,7 @@ _MODULES = {  # name → module that defines it; lps/__init__.pyi lists the same
     "embed_models": "methods.registry",
     "fit_method": "methods.registry",
     "from_pretrained": "index.share",
-    "import_models": "models.checkpoint",
+    "import_models": "models.imports",
     "join_sets": "models.modelset",
     "load_fitted": "methods.registry",
     "load_images": "zoo.tasks",

@@ -12,7 +12,7 @@ from .methods.registry import fit_method as fit_method
 from .methods.registry import load_fitted as load_fitted
 from .methods.registry import register_method as register_method
 from .methods.registry import save_fitted as save_fitted
-from .models.checkpoint import import_models as import_models
+from .models.imports import import_models as import_models
 from .models.model import Model as Model
 from .models.modelset import ModelSet as ModelSet
 from .models.modelset import join_sets as join_sets

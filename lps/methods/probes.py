@@ -21,7 +21,8 @@ from ..core.files import digest
 from ..core.jobs import one_thread
 from .fitted import Fitted, FittedConfig
 from .registry import INVARIANCES, Method, register_method
-from ..nets.architectures import net_from_state
+from ..models.model import Model
+from ..nets.architectures import recognise, unknown_architecture
 from ..nets.resnet import SHORTCUTS
 
 # %% ../../nbs/methods/07_probes.ipynb #ca7ebe1e
@@ -113,17 +114,17 @@ def output_embedding(
     return torch.cat([_products(centred_outputs(part)) for part in of_parts], 1)/parts**.5
 
 # %% ../../nbs/methods/07_probes.ipynb #71ed94bc
-def _nets(weights, shortcuts, order=None):
-    "Yield each of several models as a network, and its number of input channels"
-    for i in range(len(shortcuts)) if order is None else order:
-        hints = {"shortcut": shortcuts[i]} if isinstance(shortcuts[i], str) else {}
-        net = net_from_state({name: v[i] for name, v in weights.items()}, **hints)
-        yield net, next(v.shape[1] for v in net.state_dict().values() if v.ndim == 4)
+def _nets(weights, architectures, order=None):
+    "Yield each of several models as its architecture, network and number of input channels"
+    for i in range(len(architectures)) if order is None else order:
+        state = {name: v[i] for name, v in weights.items()}
+        if architectures[i] is None: raise unknown_architecture(state)
+        yield architectures[i], architectures[i].rebuild(state), Model(state, {}, architectures[i]).channels
 
 @torch.no_grad()
 def probe_outputs(
     weights: dict,         # tensors of M whole networks by full name, `(M, …)` each
-    shortcuts: list,       # kind of shortcut of each model, if it has no weights, or None
+    architectures: list,   # `Architecture` of each model
     n_images: int = 256,   # of the seeded bank
     probe_seed: int = 0,   # of the seeded bank
     parts: int = 1,        # of the seeded bank
@@ -131,14 +132,15 @@ def probe_outputs(
 ) -> dict:                 # `outputs`: centred logits, `(M, n_images, K)`
     "Run networks on probe images. Raises `ValueError` for unknown architectures and for outputs that are not finite"
     from rich.progress import track
-    n = len(shortcuts)
+    n = len(architectures)
     x = None if bank is None else own_bank(bank)
     if x is not None and not x.is_floating_point(): x = standardise(x.float())
+    nets = _nets(weights, architectures)
     outputs = []
-    for net, channels in track(_nets(weights, shortcuts), "probing", total=n, disable=n < 20, transient=True):
+    for architecture, net, channels in track(nets, "probing", total=n, disable=n < 20, transient=True):
         if x is None: x = probe_bank(n_images, probe_seed, parts, channels)
         if x.shape[1] != channels: x = standardise(x.mean(1, keepdim=True).repeat(1, channels, 1, 1))
-        with one_thread(): outputs.append(net(x))
+        with one_thread(): outputs.append(architecture.run(net, x))
     z = centred_outputs(torch.stack(outputs))
     if z.isfinite().all(): return dict(outputs=z)
     raise ValueError("outputs of a network contain NaN or inf: exclude this model")
@@ -252,7 +254,7 @@ def _register(name, title, parts):
         settings=("bank",),
         observe=partial(probe_outputs, parts=parts),
         observing=dict(n_images=256, probe_seed=0, bank=None),
-        observe_facts=("shortcuts",),
+        observe_facts=("architectures",),
         whole=True,
         needs="running it",
         invariances=tuple(INVARIANCES),
@@ -278,7 +280,7 @@ def _misfits(net):
 # %% ../../nbs/methods/07_probes.ipynb #1df14dfe
 def gallery_bank(
     weights: dict,        # tensors of M whole networks by full name, `(M, …)` each
-    shortcuts: list,      # kind of shortcut of each model, if it has no weights, or None
+    architectures: list,   # `Architecture` of each model
     n_images: int = 64,
     probe_seed: int = 0,  # of the noise that the images start from
     steps: int = 100,     # of Adam, each for one model
@@ -287,10 +289,10 @@ def gallery_bank(
 ) -> Tensor:              # float32 `(n_images, C, 32, 32)`, in two halves that start from different spectra
     "Optimise images to fit the running statistics of models. Raises `ValueError` for models without BN"
     from rich.progress import track
-    order = torch.randint(len(shortcuts), (steps,), generator=torch.Generator().manual_seed(seed)).tolist()
-    nets = _nets(weights, shortcuts, order)
+    order = torch.randint(len(architectures), (steps,), generator=torch.Generator().manual_seed(seed)).tolist()
+    nets = _nets(weights, architectures, order)
     x = None
-    for net, channels in track(nets, "fitting probes", total=steps, disable=steps < 20, transient=True):
+    for _, net, channels in track(nets, "fitting probes", total=steps, disable=steps < 20, transient=True):
         if x is None:
             x = probe_bank(n_images, probe_seed, 2, channels).requires_grad_(True)
             optimiser = torch.optim.Adam([x], lr=lr)
@@ -318,9 +320,12 @@ def fit_gallery_probes(
 ) -> Probes:
     "Fit probes with images that fit the batch normalisation of these models"
     weights = {name: v for name, v in networks.items() if name != "shortcut"}
-    shortcuts = [SHORTCUTS[kind] if kind >= 0 else None for kind in networks["shortcut"].tolist()]
-    bank = gallery_bank(weights, shortcuts, n_images, probe_seed, steps, seed=seed)
-    fitted = fit_probes(probe_outputs(weights, shortcuts, bank=bank), labels, parts=2, bank=bank)
+    shapes = {name: tuple(v.shape[1:]) for name, v in weights.items()}
+    architectures = []
+    for kind in networks["shortcut"].tolist():
+        architectures.append(recognise(shapes, **({} if kind < 0 else dict(shortcut=SHORTCUTS[kind]))))
+    bank = gallery_bank(weights, architectures, n_images, probe_seed, steps, seed=seed)
+    fitted = fit_probes(probe_outputs(weights, architectures, bank=bank), labels, parts=2, bank=bank)
     fitted.method = "probes"  # embeds as `probes` does
     return fitted
 

@@ -308,6 +308,31 @@ def score_models(
     if scores.isnan().any(): raise ValueError("some models have no finite score: exclude them")
     return scores
 
+# %% ../../nbs/methods/00_registry.ipynb #ed526bf8
+def _try_method(model, method):
+    "Observe a model as a method does. Raises an error if that fails"
+    if isinstance(method, Fitted): return embed_models(method, model)
+    if method != "read-out":
+        few = {name: 4 for name in METHODS[method].observing if name == "n_images"}
+        return observe_models(model, method, observing=few)
+    known = model.architecture
+    if known is None: raise ValueError("it cannot be run, its architecture is not known: name it with arch")
+    if known.head is None: raise ValueError("it has no layer that returns logits")
+    if "mean" not in model.meta: raise ValueError("how its images were normalised is not known: pass stats")
+
+def why_not(
+    model,         # a `Model`
+    methods=None,  # names of methods, or fitted methods; None: all that are registered, and read-out
+) -> dict:         # name of a method → reason; empty if all methods can compare it
+    "Find the methods that cannot compare a model"
+    found = {}
+    for method in [*METHODS, "read-out"] if methods is None else methods:
+        try: _try_method(model, method)
+        except Exception as e:
+            name = method.method if isinstance(method, Fitted) else method
+            found[name] = printable(str(e).strip().partition("\n")[0][:200]) or type(e).__name__
+    return found
+
 # %% ../../nbs/methods/00_registry.ipynb #b6de9611
 @dataclass
 class _FittedHeader:
