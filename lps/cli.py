@@ -106,8 +106,7 @@ def print_json(value):
 
 # %% ../nbs/04_cli.ipynb #6ce4c78b
 def load_methods() -> dict:
-    "Import all built-in methods and return their registry"
-    import lps.methods.all_methods  # noqa: F401  it registers the methods
+    "Return the registry of methods"
     from lps.methods.registry import METHODS
     return METHODS
 
@@ -172,7 +171,7 @@ class ReadingOptions:
 
     def settings(self):
         "Return the same as a `Reading`"
-        from lps.index.gather import Reading
+        from lps.models.read import Reading
         if self.arch and ":" in self.arch and "" not in sys.path: sys.path.insert(0, "")  # modules of this folder
         return Reading(read_name_map(self.names), self.arch, self.size, parse_stats(self.stats))
 
@@ -345,7 +344,7 @@ def zoo_import(
     names: Names = None,
 ):
     "Make a model set of checkpoints that were trained elsewhere."
-    from lps.models.checkpoint import import_models
+    from lps.models.imports import import_models
     if shortcut not in ("pad_end", "pad_both"):
         raise ValueError(f"unknown shortcut '{shortcut}': known are pad_end, pad_both")
     known = {key: value for key, value in dict(data=data, recipe=recipe).items() if value}
@@ -367,26 +366,23 @@ def fit(
     out: OutFile = Path("lps-net.safetensors"),
 ):
     "Fit a method on a model set."
-    from lps.methods.registry import fit_method, get_method, save_fitted
+    from lps.methods.registry import fit_method, get_method, own_settings, save_fitted
     load_methods()
     get_method(method)
     check_out(out, is_fitted, "a method that lps fit wrote")
     models = open_modelset(modelset)
     with busy(f"fitting {method} on {len(models)} models"):
-        fitted = fit_method(models, method, seed, **options.settings())
+        fitted = fit_method(models, method, seed, **own_settings(method, options.settings()))
     save_fitted(out, fitted)
     layers = ", ".join(fitted.layers) or "all layers"
     log.info("%s: %s on %s of %d models, %d tasks", out, method, layers, len(models), len(fitted.tasks))
 
 # %% ../nbs/04_cli.ipynb #5233efd9
 def check_splits(models, train: int, test_tasks: int | None):
-    "Raise `ValueError` for a model set that is too small for Tables 1 and 2"
-    from lps.demo import n_right_answers
+    "Raise `ValueError` for a model set that is too small for Tables 1 and 2, before anything is fitted"
     from lps.study.evaluate import retrieval_splits
-    fewest = n_right_answers(models, 0)
-    if fewest < 3:
-        needed = "the tables need at least 3 of each, two as queries and one to be found"
-        raise ValueError(f"a task has {fewest} models: {needed}")
+    fewest = models.manifest.task.value_counts().min()
+    if fewest < 3: raise ValueError(f"a task has {fewest} models: at least 3 are needed, two of them as queries")
     if train >= fewest:
         cure = f"take --train {fewest - 1} or less, or train more models"
         raise ValueError(f"a task has {fewest} models and --train is {train}: {cure}")
@@ -592,9 +588,12 @@ def inspect_command(
     as_json: AsJson = False,
 ):
     "Show what is read from a model: layers, input, normalisation, head, and what is ignored."
-    from lps.models.read import read_model
-    found = read_model(source_of(model), whole=whole, **vars(reading.settings()))[1].table().found
-    if as_json: return print_json(dict(found))
+    from lps.methods.registry import why_not
+    from lps.models.read import inspect_model
+    inspection = inspect_model(source_of(model), dataclasses.replace(reading.settings(), whole=whole))
+    found = dict(inspection.table().found)
+    for method, why in why_not(inspection.model).items(): found[f"cannot be compared by {method}"] = why
+    if as_json: return print_json(found)
     for name, value in found.items(): console.print(f"{cell_text(name)}: {cell_text(value)}", soft_wrap=True)
 
 # %% ../nbs/04_cli.ipynb #00739f3d

@@ -15,8 +15,7 @@ from lps.core.files import load_tensors, mark_complete, save_tensors
 from lps.models.modelset import bundled, digest, load_modelset, pack, repository_sets
 from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex
-from lps.methods.registry import fit_method, observations, score_models
-from lps.second_order import embed, fit, load_net
+from lps.methods.registry import embed_models, fit_method, load_fitted, observations, score_models
 from lps.zoo.tasks import source_of
 
 QUICK = dict(n_filters=8, epochs=2, milestones=(1,))
@@ -94,14 +93,14 @@ def test_manifest_labels_and_models_are_those_of_the_folder(whole, packed):
 
 
 def test_fit_embed_and_tables_are_those_of_the_folder(whole, packed):
-    nets = [fit(ms, **QUICK) for ms in (whole, packed)]
-    assert torch.equal(embed(nets[0], whole), embed(nets[1], packed))
+    nets = [fit_method(ms, **QUICK) for ms in (whole, packed)]
+    assert torch.equal(embed_models(nets[0], whole), embed_models(nets[1], packed))
     for table, args in ((table1, (1, 2)), (table2, (1, 2, 1))):
         pd.testing.assert_frame_equal(table(packed, *args, **QUICK), table(whole, *args, **QUICK))
 
 
 def test_search_takes_packed_and_whole_for_the_same_models(whole, packed, folder):
-    net = fit(whole, **QUICK)
+    net = fit_method(whole, **QUICK)
     queries = whole, packed, whole[2], packed[2], folder/"task00_run2.safetensors"
     for q, with_self in ((q, w) for q in queries for w in (False, True)):
         found = [ModelIndex(net, g).query(q, 3, with_self) for g in (whole, packed)]
@@ -224,8 +223,8 @@ def test_datasheet_of_models_about_which_nothing_is_known(tmp_path):
 def test_bundled_set_loads_without_a_network(monkeypatch):
     def no(*args, **kw): raise OSError("no network")
     monkeypatch.setattr(socket, "socket", no)
-    models, net = load_modelset("bundled"), load_net(bundled("net.safetensors"))
-    assert len(models) >= 4*len(models.tasks) and embed(net, models).isfinite().all()
+    models, net = load_modelset("bundled"), load_fitted(bundled("net.safetensors"))
+    assert len(models) >= 4*len(models.tasks) and embed_models(net, models).isfinite().all()
 
 
 def test_bundled_set_is_small_and_holds_no_image(ours):
@@ -268,7 +267,7 @@ def test_bundled_datasheet_is_complete(ours):
 
 
 def test_bundled_net_saw_its_training_split_only_and_knows_the_others(ours):
-    about, net = load_tensors(bundled("net.safetensors"))[1]["trained_on"], load_net(bundled("net.safetensors"))
+    about, net = load_tensors(bundled("net.safetensors"))[1]["trained_on"], load_fitted(bundled("net.safetensors"))
     n_train = int(re.search(r"n_train=(\d+)", about["split"])[1])
     train, test = classification_splits(ours.labels, n_train, n_splits=1, seed=0)[0]
     assert about["files"] == sorted(ours.manifest.file[train]) and about["held_out"] == sorted(ours.manifest.file[test])

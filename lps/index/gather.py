@@ -9,24 +9,24 @@ __all__ = ['find_models']
 import functools, hashlib, json, os
 from collections import Counter
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 
-from ..core.files import checked, load_tensors, printable, read_header
+from ..core.files import checked, printable, read_header
 from ..core.jobs import each_done
 from .answer import weight_sketch
 from .store import HEADER_FILE, fact_line
 from ..methods.registry import embed_models
-from ..models.checkpoint import NOT_READ, SUFFIXES, check_weights
+from ..models.checkpoint import SUFFIXES
+from ..models.imports import NOT_READ
 from ..models.model import Model
 from ..models.modelset import ModelSet, PackedSource, bundled_sets, load_modelset, rejected_table
-from ..models.read import is_elsewhere, is_model_folder, read_model
+from ..models.read import Reading, is_elsewhere, is_model_folder, read_model
 
 # %% ../../nbs/index/02_gather.ipynb #52d80323
 @dataclass(frozen=True)
@@ -103,48 +103,25 @@ def find_models(
             except (ValueError, OSError) as e: bad[printable(path)] = printable(e)
     return list(found.values()), bad
 
-# %% ../../nbs/index/02_gather.ipynb #1bccac5d
-@dataclass(frozen=True)
-class Reading:
-    "Information that a user adds about a model file"
-    names: object = ()          # name map, as in `import_models`
-    arch: object = None         # architecture, if it cannot be recognised from the tensors
-    size: object = None         # side of its images, or channels, height and width
-    stats: tuple|None = None    # mean and standard deviation used to normalise its images
-
 # %% ../../nbs/index/02_gather.ipynb #d4c661d1
 EVERYTHING = SimpleNamespace(layers=())  # stands for a method that reads all layers
 
-def take_in(
-    source,            # an `Item`, a source that `read_model` takes, or a `Model`
-    reading=None,      # what a user adds about it
-    fitted=None,       # method to read it for; None: of a model on the web, the first layer is enough
+def read_item(
+    source,                   # an `Item`, or a source that `read_model` takes
+    reading: Reading | None = None, # what the file does not record
+    fitted=None,              # method to read it for; None: of a model on the web, the first layer is enough
 ) -> Model:
-    "Read a model with finite weights; raises `ValueError` with the reason for any other"
-    place = source.path if isinstance(source, Item) else source
+    "Read the model of an item, and of one on the web the layers that a method needs. Raises as `read_model` does"
     reading = reading or Reading()
-    more = dict(size=reading.size, stats=reading.stats)
-    model = source if isinstance(source, Model) else _read(source, place, reading, more)
-    lacks = set(model.meta.get("lacks") or ())
-    if fitted is not None and lacks and is_elsewhere(place):
-        wanted = {layer.removesuffix(".weight") for layer in fitted.layers}
-        if not wanted or wanted & lacks:
-            model = read_model(place, reading.arch, reading.names, whole=True, **more)[0]
-    if not model.state: raise ValueError("holds no weights")
-    check_weights(model.state)
-    return model
-
-def _read(source, place, reading, more):
-    "Read a model; `arch` is not used if the registry recognises the network"
+    place = source.path if isinstance(source, Item) else source
     if isinstance(source, Item) and source.inner is not None:
         models = _packed_set(Path(place), source.mtime)
         return models[models.manifest.file.tolist().index(source.inner)]
-    own = isinstance(place, (str, Path)) and Path(place).suffix.lower() == ".safetensors" and Path(place).is_file()
-    own = own and "layers" in read_header(place).meta
-    model = Model(*load_tensors(place)) if own else read_model(place, None, reading.names, **more)[0]
-    known = model.architecture
-    if reading.arch is None or isinstance(place, nn.Module) or known and known.spec is not None: return model
-    return read_model(place, reading.arch, reading.names, **more)[0]
+    model = read_model(place, reading)
+    lacks = set(model.meta.get("lacks") or ()) if fitted is not None and is_elsewhere(place) else set()
+    wanted = {layer.removesuffix(".weight") for layer in fitted.layers} if lacks else set()
+    if lacks and (not wanted or wanted & lacks): return read_model(place, replace(reading, whole=True))
+    return model
 
 # %% ../../nbs/index/02_gather.ipynb #021b15a6
 NAME_IT = "; arch names the network, or names renames its tensors (--arch, --names on the command line)"
@@ -224,7 +201,7 @@ def _noted_task(item, table):
 def _read_known(item, reading, table, fitted=None):
     "Return an item with its model and facts; None if it cannot be read"
     try:
-        model = take_in(item, reading, fitted)
+        model = read_item(item, reading, fitted)
         return item, model, model_facts(item, model, table)
     except Exception: return None  # the reason is given when it is embedded
 
@@ -269,7 +246,7 @@ def _set_of(read):
     stacked = {}
     for name in first.state: stacked[name] = torch.stack([model.state[name] for model in models])
     source = PackedSource(stacked, metas, {}, first.stem)
-    return ModelSet(Path(), pd.DataFrame(rows), rejected_table({}), first.shapes, source)
+    return ModelSet(Path(), pd.DataFrame(rows), rejected_table({}), first.shapes, source, first.architecture)
 
 # %% ../../nbs/index/02_gather.ipynb #001168ba
 BATCH = 16  # models that a process embeds at a time
@@ -292,7 +269,7 @@ def embed_items(
     done = Embedded()
     for item in items:
         try:
-            model = take_in(item, reading, fitted)
+            model = read_item(item, reading, fitted)
             row = embed_models(fitted, model, [item.file])[0].numpy()
             facts = model_facts(item, model, table)
         except Exception as e:

@@ -24,19 +24,20 @@ from lps.index.answer import (
     sketch_correlation, weight_sketch,
 )
 from lps.index.gather import (
-    EVERYTHING, Embedded, Item, Reading, embed_all, find_models, labelled_models, name_it, one_model, take_in,
+    EVERYTHING, Embedded, Item, embed_all, find_models, labelled_models, name_it, one_model, read_item,
 )
 from lps.index.store import (
     HEADER_FILE, PACKED_SUFFIX, SEALED_NAME, Rows, Store, check_new_folder, read_packed, sealed_name, unpack_rows,
     write_folder, write_packed,
 )
 from lps.methods.registry import (
-    embed_models, fit_method, get_method, load_fitted, method_title, restore_fitted, save_fitted,
+    LEADERS, as_fitted, embed_models, fit_method, fit_observed, get_method, leading_method, load_fitted, method_title,
+    own_settings, restore_fitted, save_fitted,
 )
-from ..models.checkpoint import read_table
+from ..models.imports import read_table
 from ..models.model import Model
 from ..models.modelset import ModelSet, bundled, load_modelset, rejected_table, rejection_summary
-from ..models.read import is_elsewhere
+from ..models.read import Reading, is_elsewhere
 
 # %% ../../nbs/index/03_index.ipynb #cb4f84b5
 def _rows_in_memory(embedding, digests, facts):
@@ -57,7 +58,6 @@ class ModelIndex:
     ):
         if len(gallery) == 0: raise ValueError("the gallery has 0 models: give a model set with one model or more")
         if fitted is None or isinstance(fitted, str):
-            from lps.methods.all_methods import as_fitted
             fitted = as_fitted(fitted, gallery)
         embedding = embed_models(fitted, gallery, gallery.manifest.file.tolist())
         facts = gallery.manifest.astype(object).where(gallery.manifest.notna(), None).to_dict("records")
@@ -138,7 +138,7 @@ def _embed(self: ModelIndex, query, reading):
         kind = type(query).__name__
         raise TypeError(f"a query cannot be a {kind}: give a ModelSet, one model of it, a module, or a file")
     try:
-        model = take_in(query, reading, self.fitted)
+        model = read_item(query, reading, self.fitted)
         embedding = embed_models(self.fitted, model, [name])
     except ValueError as e:
         why = str(e).removeprefix(f"{name}: ")
@@ -360,15 +360,14 @@ def _fit(method, items, reading, table, settings):
     models = one_model(items, reading, table) if known is None else known
     if models is None: raise ValueError(_no_model(items, reading))
     if method == "auto":
-        from lps.methods.all_methods import leading_method
         method = leading_method(models)
-    try: fitted = fit_method(models, method, settings.seed, **settings.fit)
+    try: fitted = fit_method(models, method, settings.seed, **own_settings(method, settings.fit))
     except ValueError as e:
         if known is not None: raise
         raise ValueError(_unknown_tasks(method, models, e)) from None
     if known is None or not can_hold_out(known.labels.numpy()): return fitted, _own_calibration(fitted, known)
     resources = dict(seed=settings.seed, workers=settings.workers, executor=settings.executor)
-    return fitted, calibrate(held_out_trials(known, method, **resources, **settings.fit))
+    return fitted, calibrate(held_out_trials(known, method, **resources, **own_settings(method, settings.fit)))
 
 def _own_calibration(fitted, known):
     "Calibrate on models that may have been used in the fit; None if there are too few"
@@ -389,7 +388,7 @@ def _no_model(items, reading):
     "Explain why no model can be read"
     bad = {}
     for item in items[:3]:
-        try: take_in(item, reading)
+        try: read_item(item, reading)
         except Exception as e: bad[item.file] = printable(e)
     return f"no model can be read: {rejection_summary(bad) or 'there are no model files'}"
 
@@ -626,7 +625,7 @@ def _transfer_scores(self: ModelIndex, places, model, reading):
     except ValueError as e: return scores, {"the query": str(e)}
     for i, item in items.items():
         try:
-            source = take_in(item, reading, EVERYTHING)
+            source = read_item(item, reading, EVERYTHING)
             if source.digest != self.rows.digests(places[i:i + 1])[0]: raise ValueError("its file has changed")
             scores[i] = explained_by(_run(source, images), outputs[None]).score[0]
         except (ValueError, OSError) as e: reasons[item.file] = str(e)
@@ -636,7 +635,7 @@ def _transfer_scores(self: ModelIndex, places, model, reading):
 @patch
 def _with_expected(self: ModelIndex, table, places, model, source, relation, reading):
     "Add expected accuracies to a table; also return a sentence about them"
-    if model.meta.get("lacks") and is_elsewhere(source): model = take_in(source, reading, EVERYTHING)
+    if model.meta.get("lacks") and is_elsewhere(source): model = read_item(source, reading, EVERYTHING)
     scores, reasons = self._transfer_scores(places, model, reading)
     first = printable("; ".join(f"{file}: {why}" for file, why in list(reasons.items())[:1]))
     if np.isnan(scores).all(): return table, f"Accuracy after fine-tuning cannot be estimated ({first})."
@@ -684,12 +683,11 @@ def bundled(cls: ModelIndex,
 ):
     "Load an index that comes with the package; no method was fitted on the models of `bundled_unseen`"
     if method == "lps": return cls.load(bundled(BUNDLED_INDEX))
-    from lps.methods.all_methods import LEADERS
     if method != LEADERS["whole networks"]:
         models = load_modelset("bundled")
         return cls(fit_method(models[~_held_out(models)], method), models)
     method, observed, facts = bundled_outputs()
-    fitted = get_method(method).fit(observed, torch.tensor(facts.task.to_numpy()), 0)
+    fitted = fit_observed(method, observed, torch.tensor(facts.task.to_numpy()))
     facts_list = facts.drop(columns="digest").to_dict("records")
     return cls._of(fitted, _rows_in_memory(fitted.embed(observed).numpy(), facts.digest.tolist(), facts_list))
 
