@@ -9,7 +9,8 @@ import torch
 from lps.core.files import save_tensors
 from lps.models.modelset import load_modelset
 from lps.methods.registry import fit_many, some_weights
-from lps.order_chain import permute, random_perms, resnet_spec
+from lps.order_chain import permute, random_perms
+from lps.nets.resnet import resnet_spec
 from lps.nets.resnet import ResNet, branch_layers
 from lps.second_order import VARIANTS, SecondOrderNet, embed, fit, load_net, save_net, similarity
 from lps.zoo.train import Diverged
