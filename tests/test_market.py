@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 
 import lps.index.gather as gather
-from lps.methods.all_methods import LEADERS
+from lps.methods.registry import LEADERS
 from lps.index.answer import Trials, calibrate, lineage_note, own_trials, sketch_correlation, weight_sketch
 from lps.cli import main
 from lps.core.files import load_tensors, save_tensors
