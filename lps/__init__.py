@@ -33,7 +33,7 @@ _MODULES = {  # name → module that defines it; lps/__init__.pyi lists the same
     "load_fitted": "methods.registry",
     "load_images": "zoo.tasks",
     "load_modelset": "models.modelset",
-    "market_map": "index.map",
+    "model_map": "index.map",
     "pack": "models.modelset",
     "push_to_hub": "index.share",
     "read_model": "models.read",

@@ -1,7 +1,7 @@
 "The names that `import lps` offers, for type checkers and completion"
 from .align import align_layer as align_layer
 from .index.index import ModelIndex as ModelIndex
-from .index.map import market_map as market_map
+from .index.map import model_map as model_map
 from .index.share import from_pretrained as from_pretrained
 from .index.share import push_to_hub as push_to_hub
 from .index.share import save_pretrained as save_pretrained

@@ -17,7 +17,7 @@ import pandas as pd
 
 from .study.evaluate import chance_curves, summary, table1, table2
 from .core.jobs import ctrl_c_waits
-from .methods.all_methods import as_fitted, leading_method
+from .methods.registry import as_fitted, leading_method
 from .methods.registry import default_methods, embed_models, fit_method, method_title
 from .models.modelset import ModelSet, load_modelset, task_names
 from .study.plots import plot_embedding, plot_rank_k, plot_similarity

@@ -17,8 +17,9 @@ from scipy.stats import hypergeom
 from sklearn.metrics import average_precision_score
 from torch import Tensor
 
-import lps.methods.all_methods  # noqa: F401  it makes every method known
-from ..methods.registry import default_methods, embed_models, fit_many, method_title, observations, score_models
+from lps.methods.registry import (
+    default_methods, embed_models, fit_many, method_title, observations, own_settings, score_models,
+)
 from ..models.modelset import ModelSet
 from ..second_order import similarity
 
@@ -154,7 +155,9 @@ def per_split(
     "Fit every setting on every split, the same splits for all"
     jobs = []
     for how in settings.values():
-        jobs += [dict(how, train=split[0], seed=i) for i, split in enumerate(splits)]
+        method = how.get("method", "lps")
+        own = own_settings(method, how)
+        jobs += [dict(own, method=method, train=split[0], seed=i) for i, split in enumerate(splits)]
     fitted = iter(fit_many(models, jobs, workers, executor, progress))
     found = {}
     for name in settings: found[name] = [f(method, split) for split, method in zip(splits, fitted)]
