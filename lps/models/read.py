@@ -31,7 +31,7 @@ from ..nets.resnet import SHORTCUTS
 # %% ../../nbs/models/04_read.ipynb #1b6de3c0
 @dataclass(frozen=True)
 class Reading:
-    "What a source does not say about its model"
+    "Facts about a model that its source does not record"
     names: object = ()                          # name map, as in `import_models`
     arch: str | Callable | None = None          # architecture, if it cannot be recognised, as in `network_builder`
     size: int | tuple | None = None             # side of its images, or channels, height and width
@@ -48,7 +48,7 @@ class Reading:
 # %% ../../nbs/models/04_read.ipynb #d247187f
 @dataclass
 class Found:
-    "What was found at a source"
+    "Parts of a source"
     name: str           # to show
     kind: str           # in words
     state: dict         # tensors by name
@@ -373,7 +373,7 @@ def _architecture_of(part, size):
 # %% ../../nbs/models/04_read.ipynb #73bb4ab1
 @dataclass
 class Inspection:
-    "What was read from a source, in words"
+    "Description of what was read from a source"
     source: str          # its name
     kind: str            # of file or source
     architecture: str    # its name, or how to name it
@@ -460,7 +460,7 @@ class _Read:
     part: Part
     architecture: Architecture | None
     integers: list      # names of tensors that were left out
-    size_words: str     # channels and size of the input, and where they stand
+    size_words: str     # channels and size of the input, and the place that names them
     stats: tuple | None # normalisation and where it stands
 
 # %% ../../nbs/models/04_read.ipynb #961bd2ad
