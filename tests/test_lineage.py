@@ -40,7 +40,9 @@ def test_derivations_are_recognised_under_other_names_order_and_scales():
     assert found.verdict == "derived" and found.how == ["pruned"] and found.direction == "a → b"
 
 
-@pytest.mark.parametrize("make", [lambda: ResNet(8, width=16), lambda: PlainNet(8, 16), lambda: PlainNet(8, 16, norm=False)])
+@pytest.mark.parametrize("make", [
+    lambda: ResNet(8, width=16), lambda: PlainNet(8, 16), lambda: PlainNet(8, 16, norm=False),
+])
 def test_independent_networks_are_independent(make):
     models = [network(seed, make) for seed in range(5)]
     for i, a in enumerate(models):
