@@ -12,10 +12,10 @@ from lps.cli import main
 from lps.zoo.datasheet import datasheet, datasheet_text, write_datasheet
 from lps.study.evaluate import classification_splits, rank_k, table1, table2
 from lps.core.files import load_tensors, mark_complete, save_tensors
-from lps.models.modelset import bundled, digest, load_modelset, pack
+from lps.models.modelset import bundled, digest, load_modelset, pack, repository_sets
 from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex
-from lps.methods.registry import embed_models, fit_method, load_fitted, score_models
+from lps.methods.registry import embed_models, fit_method, load_fitted, observations, score_models
 from lps.zoo.tasks import source_of
 
 QUICK = dict(n_filters=8, epochs=2, milestones=(1,))
@@ -370,3 +370,31 @@ def test_kept_networks_are_added_by_one_command(folder, tmp_path):
     assert again.digests == packed.digests
     with pytest.raises(SystemExit, match="after .3. epochs, not 4"): script["kept_models"](None, 4, [packed.path])
     assert packed.about["datasheet"]["name"] == "toys, after 3 epochs"
+
+
+@pytest.mark.parametrize("name", repository_sets())
+def test_packed_networks_of_the_repository_have_their_observations(name):
+    "First layers and what methods observe belong to the same networks, and each says what trained it"
+    models = load_modelset(name)
+    tensors, meta = load_tensors(models.path.parent/"observed"/models.path.name)
+    assert meta["observed"]["digests"] == models.digests and models.layers == ["conv1"]
+    assert {len(tensor) for tensor in tensors.values()} == {len(models)}
+    assert all(tensor.dtype == torch.float16 and tensor.isfinite().all() for tensor in tensors.values())
+    assert all(model.meta["instruction_set"] and model.meta["epoch"] for model in models)
+
+
+def test_packing_keeps_what_methods_observe(tmp_path):
+    "In float16, embeddings of outputs and signatures stay what they are to three digits"
+    script = runpy.run_path(str(ROOT/"scripts/pack_zoo.py"))
+    kept = tmp_path/"zoo/epochs/003"
+    for i in range(4):
+        torch.manual_seed(i)
+        about = dict(task=i//2, run=i % 2, epoch=3, recipe=dict(name="tiny", epochs=6), shortcut="conv")
+        save_tensors(kept/f"task0{i//2}_run{i % 2}.safetensors", ResNet(8, 4).state_dict(), about)
+    assert "4 networks of 2 tasks" in script["pack_epoch"](load_modelset(kept), tmp_path/"out", 3, "toys")
+    whole = load_modelset(kept)
+    tensors, meta = load_tensors(tmp_path/"out/observed/epoch3.safetensors")
+    assert load_modelset(tmp_path/"out/epoch3.safetensors").digests == whole.digests == meta["observed"]["digests"]
+    observed = observations(whole, fit_method(whole, "two-spectra-probes"))["outputs"]
+    z = torch.cat([tensors["outputs"], -tensors["outputs"].sum(-1, keepdim=True)], -1).float()
+    torch.testing.assert_close(z, observed, rtol=2e-3, atol=2e-3)

@@ -23,7 +23,8 @@ from lps.cli import console, main, print_json
 from lps.demo import digits
 from lps.core.files import load_tensors
 from lps.models.modelset import load_modelset
-from lps.order_chain import permute, random_perms, resnet_spec
+from lps.order_chain import permute, random_perms
+from lps.nets.resnet import resnet_spec
 from lps.methods.registry import METHODS
 from lps.zoo.build import build
 from lps.zoo.tasks import DATASETS, DataSet

@@ -11,7 +11,8 @@ from lps.methods.registry import (embed_models, fit_method, load_fitted, restore
                                   score_models)
 from lps.models.model import Model
 from lps.models.modelset import load_modelset
-from lps.order_chain import permute, random_perms, resnet_spec
+from lps.order_chain import permute, random_perms
+from lps.nets.resnet import resnet_spec
 from lps.index.index import ModelIndex
 
 OF_STEM = ["canonical-lps", "weight-matching", "equivariant", "experts"]

@@ -7,9 +7,10 @@ from lps.core.files import save_tensors
 from lps.methods.registry import embed_models, fit_method, load_fitted, observations, save_fitted, score_models
 from lps.models.model import Model
 from lps.models.modelset import load_modelset
-from lps.order_chain import permute, random_perms, resnet_spec
+from lps.order_chain import permute, random_perms
 from lps.methods.probes import Probes, probe_images
-from lps.nets.resnet import SHORTCUTS, ResNet, bn_of, resnet_from_state
+from lps.nets.architectures import net_from_state
+from lps.nets.resnet import SHORTCUTS, ResNet, bn_of, resnet_spec
 from lps.index.index import ModelIndex
 
 
@@ -91,8 +92,9 @@ def test_what_leaves_the_outputs_leaves_the_embedding(probes, shortcut, change):
     state, x = some_state(7, shortcut), probe_images(8, seed=3)
     new = change(state, shortcut)
     assert not torch.allclose(new["layer1.0.conv2.weight"], state["layer1.0.conv2.weight"], rtol=.1)
-    logits = resnet_from_state(state, shortcut)(x)
-    torch.testing.assert_close(resnet_from_state(new, shortcut)(x), logits, rtol=1e-4, atol=1e-4*logits.abs().max())
+    logits = net_from_state(state, shortcut=shortcut)(x)
+    found = net_from_state(new, shortcut=shortcut)(x)
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4*logits.abs().max())
     a, b = (embed_models(probes, model(s, shortcut)) for s in (state, new))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4*a.abs().max())
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from lps.core.files import checked, load_tensors, save_tensors
 from lps.models.model import Model
 from lps.models.modelset import load_modelset
-from lps.order_chain import permute, random_perms, resnet_spec
+from lps.order_chain import permute, random_perms
+from lps.nets.resnet import resnet_spec
 from lps.nets.resnet import ResNet
 from lps.core.files import digest
 from lps.index.index import ModelIndex

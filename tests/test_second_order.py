@@ -11,8 +11,8 @@ import torch
 from lps.core.files import save_tensors
 from lps.models.modelset import load_modelset
 from lps.methods.registry import embed_models, fit_many, fit_method, load_fitted, save_fitted
-from lps.order_chain import permute, random_perms, resnet_spec
-from lps.nets.resnet import ResNet, branch_layers
+from lps.order_chain import permute, random_perms
+from lps.nets.resnet import ResNet, branch_layers, resnet_spec
 from lps.second_order import VARIANTS, NetConfig, SecondOrderNet, fit, similarity
 from lps.zoo.train import Diverged
 
