@@ -178,8 +178,9 @@ class ReadingOptions:
 # %% ../nbs/04_cli.ipynb #3598d8b4
 def parse_stats(stats) -> tuple | None:
     "Return mean and standard deviation as lists of numbers, from text such as '.5,.5,.5'"
+    def numbers(text): return [float(number) for number in text.split(",")]
     if stats is None: return None
-    try: return tuple([float(number) for number in text.split(",")] for text in stats)
+    try: return tuple(map(numbers, stats))
     except ValueError: raise ValueError(f"--stats {' '.join(stats)}: separate the numbers with commas") from None
 
 def read_name_map(file: str | None):
