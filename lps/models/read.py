@@ -442,8 +442,8 @@ def _architecture_in_words(known, configs):
 def _stats_in_words(stats):
     "Name a normalisation and where it stands"
     if stats is None: return "not known, nothing that was read names it: stats=(mean, std) does"
-    mean, std = (", ".join(f"{v:.4g}" for v in values) for values in stats[:2])
-    return f"mean {mean}, standard deviation {std}, from {printable(stats[2])}"
+    def numbers(values): return ", ".join(f"{v:.4g}" for v in values)
+    return f"mean {numbers(stats[0])}, standard deviation {numbers(stats[1])}, from {printable(stats[2])}"
 
 # %% ../../nbs/models/04_read.ipynb #c5bd4600
 def _integers(state):
