@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lps.study.evaluate import READ_OUTS, classification_splits, classify, rank_k, summary, table1, table2, top_k
-from lps.methods.fusion import FUSIONS, fuse, learn_alpha
+from lps.methods.combine import FUSIONS, fuse, learn_alpha
 from lps.study.records import find_record, result_record
 from lps.core.files import save_tensors, write_json
 from lps.models.modelset import load_modelset
