@@ -503,6 +503,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'lps/lineage/compare.py'),
                                      'lps.lineage.compare._align': ('lineage/compare.html#_align', 'lps/lineage/compare.py'),
                                      'lps.lineage.compare._inverse': ('lineage/compare.html#_inverse', 'lps/lineage/compare.py'),
+                                     'lps.lineage.compare._n_batches': ('lineage/compare.html#_n_batches', 'lps/lineage/compare.py'),
                                      'lps.lineage.compare._sign': ('lineage/compare.html#_sign', 'lps/lineage/compare.py'),
                                      'lps.lineage.compare._size': ('lineage/compare.html#_size', 'lps/lineage/compare.py'),
                                      'lps.lineage.compare._swapped': ('lineage/compare.html#_swapped', 'lps/lineage/compare.py'),
