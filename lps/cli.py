@@ -279,7 +279,7 @@ def fit(
 def _check_splits(models, train, test_tasks):
     "Before an hour of fits: are there models and tasks enough for both tables?"
     from lps.demo import n_right_answers
-    from lps.study.evaluate import retrieval_splits
+    from lps.study.splits import retrieval_splits
     least = n_right_answers(models, 0)
     if least < 3:
         raise ValueError(
@@ -293,22 +293,24 @@ def _check_splits(models, train, test_tasks):
 
 def _classify(models, splits, train, how):
     "Table 1, printed, as a record"
-    from lps.study.evaluate import summary, table1
-    from lps.study.records import result_record
+    from lps.study.table1 import table1
+    from lps.study.records import RunsRecord, runs_fields, summary
     runs = table1(models, splits, train, progress=console.is_terminal, **how)
     _show(summary(runs), f"Table 1, task classification, {len(models.tasks)} tasks, % over {splits} splits")
-    return result_record(models, runs, n_train=train, n_splits=splits, **how)
+    settings = dict(name=models.path.name, n_train=train, n_splits=splits, **how)
+    return RunsRecord.make(models, settings, **runs_fields(runs)).as_dict()
 
 # %% ../nbs/04_cli.ipynb #d2e05186
 def _retrieve(models, splits, test_tasks, how):
     "Table 2, printed, as a record"
     from lps.demo import n_right_answers
-    from lps.study.evaluate import summary, table2
-    from lps.study.records import result_record
+    from lps.study.table2 import table2
+    from lps.study.records import RunsRecord, runs_fields, summary
     runs = table2(models, splits, test_tasks, progress=console.is_terminal, **how)
     n_right = n_right_answers(models)
     _show(summary(runs, n_right), f"Table 2, task retrieval, % over {splits} splits")
-    return result_record(models, runs, n_right, n_test_tasks=test_tasks, n_splits=splits, **how)
+    settings = dict(name=models.path.name, n_test_tasks=test_tasks, n_splits=splits, **how)
+    return RunsRecord.make(models, settings, **runs_fields(runs, n_right)).as_dict()
 
 # %% ../nbs/04_cli.ipynb #ea46ece5
 @app.command(cls=FromRegistries, epilog="Example: lps evaluate runs/digits --splits 20 --out runs/digits-results.json")

@@ -15,13 +15,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .study.evaluate import chance_curves, summary, table1, table2
+from .study.records import summary
+from .study.stats import chance_curves
+from .study.table1 import table1
+from .study.table2 import table2
 from .core.jobs import ctrl_c_waits
 from .methods.all_methods import as_fitted, leading_method
 from .methods.registry import default_methods, embed_models, fit_method, method_title
 from .models.modelset import ModelSet, load_modelset, task_names
-from .study.plots import plot_embedding, plot_rank_k, plot_similarity
-from .study.records import result_record
+from .study.figures import plot_embedding, plot_rank_k, plot_similarity
+from .study.records import RunsRecord, runs_fields
 from .index.index import ModelIndex, bundled_unseen
 from .second_order import similarity
 from .zoo.train import recipes
@@ -158,10 +161,18 @@ def _demo_tables(name, runs, n_right, splits, ks):
 # %% ../nbs/03_demo.ipynb #cf2903dc
 def _demo_record(models, runs, n_right, settings):
     "What the result file says"
-    about = dict(seed=settings.seed, n_splits=settings.splits, layers=[models.stem], **settings.fit)
+    about = dict(
+        name=models.path.name,
+        seed=settings.seed,
+        n_splits=settings.splits,
+        layers=[models.stem],
+        **settings.fit,
+    )
+    known = runs_fields(runs[0])
+    unseen = runs_fields(runs[1], n_right)
     return dict(
-        table1=result_record(models, runs[0], n_train=n_right, **about),
-        table2=result_record(models, runs[1], n_right, **about),
+        table1=RunsRecord.make(models, about | dict(n_train=n_right), **known).as_dict(),
+        table2=RunsRecord.make(models, about, **unseen).as_dict(),
     )
 
 # %% ../nbs/03_demo.ipynb #211b72b9

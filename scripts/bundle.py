@@ -14,7 +14,7 @@ from pathlib import Path
 from lps.methods.all_methods import LEADERS
 from lps.index.answer import weight_sketch
 from lps.zoo.datasheet import datasheet, write_datasheet
-from lps.study.evaluate import classification_splits
+from lps.study.splits import classification_splits
 from lps.core.files import load_model, save_model
 from lps.methods.registry import fit_method, observations
 from lps.models.modelset import ModelSet, join_sets, load_modelset, pack

@@ -5,7 +5,7 @@ import pytest
 import torch
 from networks import flipped, scaled, shuffled, some_net, write_models
 
-import lps.study.evaluate  # noqa: F401  it registers all methods
+import lps.methods.all_methods  # noqa: F401  it registers all methods
 from lps.methods.registry import INVARIANCES, METHODS, embed_models, fit_method
 from lps.models.model import Model
 from lps.nets.resnet import ResNet

@@ -17,7 +17,7 @@ from ..zoo.datasheet import datasheet, datasheet_text, markdown_table
 from ..core.files import checked, pluralise, printable, read_json, save_model, write_atomic, write_json
 from ..methods.registry import load_fitted, method_title, save_fitted
 from ..models.modelset import ModelSet, load_modelset, pack
-from ..study.records import read_record, record_marks
+from ..study.records import RunsRecord, record_marks
 from .index import ModelIndex
 from ..zoo.tasks import source_of
 
@@ -52,15 +52,15 @@ def _what(thing, kind):
 def _data_of(thing, kind, records):
     "Names of the data sets that a thing and its results are about"
     named = [] if kind == "method" or "data" not in thing.manifest else thing.manifest.data.dropna().unique()
-    for record in records: named = [*named, *record["model_set"]["data"]]
+    for record in records: named = [*named, *record.model_set.data]
     return list(dict.fromkeys(map(str, named)))
 
 def _results(record):
     "The table of a result file, what it was measured on, and what speaks against it"
-    table = pd.DataFrame(record["summary"]).T.fillna("")
-    about = record["model_set"]
+    table = pd.DataFrame(record.summary).T.fillna("")
+    about = record.model_set
     rows = [[name, *row] for name, row in zip(table.index, table.to_numpy().tolist())]
-    said = f"{pluralise(about['models'], 'model')} of {pluralise(about['tasks'], 'task')}, commit {record['commit']}"
+    said = f"{pluralise(about.models, 'model')} of {pluralise(about.tasks, 'task')}, commit {record.commit}"
     marks = "".join(f", {mark}" for mark in record_marks(record))
     return f"{markdown_table(['method', *table.columns], rows)}\n\n{printable(said)}{marks}."
 
@@ -84,7 +84,7 @@ def card(
 ) -> str:             # Markdown, as the Hub takes it
     "A card with what is known: data and their terms, figures, licence, how to use it"
     kind = kind_of(thing)
-    read = [read_record(path) for path in records]
+    read = [RunsRecord.read(path) for path in records]
     tags = ["lps", "model-search", kind]
     head = dict(license=licence, library_name="lps", tags=tags)
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
