@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from lps.core.files import provenance, save_model, write_json
+from lps.core.files import provenance, save_tensors, write_json
 from lps.models.modelset import load_modelset
 from lps.second_order import fit
 
@@ -37,7 +37,7 @@ SIZES = {
 def random_models(folder):
     for t in range(TASKS):
         for r in range(MODELS):
-            save_model(
+            save_tensors(
                 f"{folder}/task{t:02d}_run{r}.safetensors",
                 {"conv1.weight": 0.3 * torch.randn(16, 3, 3, 3)},
                 dict(task=t, run=r),
@@ -48,7 +48,7 @@ def random_models(folder):
 def deep_models(folder, tasks=10, models=8):
     for t in range(tasks):
         for r in range(models):
-            save_model(
+            save_tensors(
                 f"{folder}/task{t:02d}_run{r}.safetensors",
                 {f"layer_{n}_{c}.weight": (2 / (9 * n)) ** 0.5 * torch.randn(n, c, 3, 3) for n, c in SIZES},
                 dict(task=t, run=r),

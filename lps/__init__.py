@@ -18,7 +18,7 @@ _MODULES = {  # name → module that defines it; lps/__init__.pyi lists the same
     "DataSet": "zoo.tasks",
     "METHODS": "methods.registry",
     "Method": "methods.registry",
-    "Model": "models.modelset",
+    "Model": "models.model",
     "ModelIndex": "index.index",
     "ModelSet": "models.modelset",
     "Recipe": "zoo.train",

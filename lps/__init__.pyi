@@ -13,7 +13,7 @@ from .methods.registry import load_fitted as load_fitted
 from .methods.registry import register_method as register_method
 from .methods.registry import save_fitted as save_fitted
 from .models.checkpoint import import_models as import_models
-from .models.modelset import Model as Model
+from .models.model import Model as Model
 from .models.modelset import ModelSet as ModelSet
 from .models.modelset import join_sets as join_sets
 from .models.modelset import load_modelset as load_modelset

@@ -21,8 +21,9 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .align import align_layer
-from .core.files import checked, load_model, printable, save_model
+from .core.files import checked, load_tensors, printable, save_tensors
 from .core.jobs import one_thread, seeded
+from .core.optional import optional
 from .models.modelset import ModelSet
 from .zoo.train import Diverged, StepSchedule, StopIfDiverged, fit_silently
 
@@ -64,13 +65,9 @@ class Branch(nn.Module):
 @functools.cache
 def _triplet_margin():
     "The loss of pytorch-metric-learning, for cosines"
-    try: from pytorch_metric_learning import distances, losses
-    except ImportError:
-        cure = "pip install 'lps[triplet]'"
-        raise ImportError(
-            f"triplet loss is taken from pytorch-metric-learning, which is not installed: {cure}"
-        ) from None
-    return losses.TripletMarginLoss(margin=.2, distance=distances.CosineSimilarity())
+    losses = optional("pytorch_metric_learning.losses", "triplet")
+    distance = optional("pytorch_metric_learning.distances", "triplet").CosineSimilarity()
+    return losses.TripletMarginLoss(margin=.2, distance=distance)
 
 def triplet(
     embeddings: Tensor,  # of B models, `(B, E)`
@@ -465,14 +462,14 @@ def save_net(
     **about,              # what else to note, fit for JSON
 ):
     "Write a second-order network, whole or not at all"
-    save_model(path, net.state_dict(), dict(second_order=net.config) | about)
+    save_tensors(path, net.state_dict(), dict(second_order=net.config) | about)
 
 # %% ../nbs/02_second_order.ipynb #b9be0baa
 def load_net(
     path: str|Path,    # file written by `save_net`
 ) -> SecondOrderNet:   # the network, in evaluation mode
     "Read a second-order network; raises `FileNotFoundError`, or `ValueError` for a file that holds none"
-    state, meta = load_model(path)
+    state, meta = load_tensors(path)
     name = printable(Path(path).name)
     if "second_order" not in meta:
         raise ValueError(printable(f"{name} holds no second-order network: its metadata has {', '.join(meta)}"))

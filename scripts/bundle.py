@@ -15,7 +15,7 @@ from lps.methods.all_methods import LEADERS
 from lps.index.answer import weight_sketch
 from lps.zoo.datasheet import datasheet, write_datasheet
 from lps.study.splits import classification_splits
-from lps.core.files import load_model, save_model
+from lps.core.files import load_tensors, save_tensors
 from lps.methods.registry import fit_method, observations
 from lps.models.modelset import ModelSet, join_sets, load_modelset, pack
 from lps.index.index import ANSWERS
@@ -42,7 +42,7 @@ def add_net(path: Path, models: ModelSet, name: str):
     net, files = fit(models[train]), models.manifest.file
     split = f"split 0 of classification_splits(labels, n_train={n_train}, seed=0)"
     about = dict(model_set=name, split=split, files=sorted(files[train]), held_out=sorted(files[held_out]))
-    save_model(path, net.state_dict(), dict(second_order=net.config, trained_on=about))
+    save_tensors(path, net.state_dict(), dict(second_order=net.config, trained_on=about))
 
 
 def unfit(folder: Path) -> str | None:
@@ -50,7 +50,7 @@ def unfit(folder: Path) -> str | None:
     sizes = {n: (folder/n).stat().st_size for n in FILES}
     if sum(sizes.values()) > LIMIT: return f"{sum(sizes.values())} bytes, {LIMIT} are allowed: {sizes}"
     for n in FILES[:2]:
-        for k, v in load_model(folder/n)[0].items():
+        for k, v in load_tensors(folder/n)[0].items():
             if not v.is_floating_point() or v.ndim > 2 and max(v.shape[-2:]) > 7:
                 return f"{n}: {k} is {v.dtype} {tuple(v.shape)}, which may be an image"
 
@@ -120,7 +120,7 @@ def bundle_answers(models: ModelSet, classes: Path | None, out: Path) -> str:
     if outputs.shape[2] != 2: sys.exit(f"{models.path} holds networks for {outputs.shape[2]} classes, expected two")
     facts = [network_facts(file, model, names) for file, model in zip(models.manifest.file, models)]
     about = dict(method=fitted.method, facts=facts, digests=models.digests)
-    save_model(out/ANSWERS, dict(first=outputs[:, :, 0].half().contiguous()), dict(answers=about))
+    save_tensors(out/ANSWERS, dict(first=outputs[:, :, 0].half().contiguous()), dict(answers=about))
     return f"{len(models)} networks, {outputs.shape[1]} images: {(out/ANSWERS).stat().st_size/1e6:.2f} MB"
 
 

@@ -57,7 +57,7 @@ class Setting:
 
 
 def read_setting(text: str) -> Setting:
-    "Parse `parameter=value` or `experiment.parameter=value`; exit if no experiment has the parameter"
+    "Parse `parameter=value` or `experiment.parameter=value`; exit if no experiment has it"
     key, equals, value = text.partition("=")
     experiment, _, parameter = key.rpartition(".")
     setting = Setting(experiment, parameter, value)
@@ -105,7 +105,8 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     add("--images", help="images of its tasks, by name or folder; without them, experiments that need them are skipped")
     add("--class-names", type=Path, help="table of class names, if images and models name classes differently")
     add("--results", type=Path, default=ROOT/"results", help="folder for the result files")
-    add("--only", nargs="+", choices=kinds, default=kinds, metavar="EXPERIMENT", help=f"experiments to run: {', '.join(kinds)}")
+    add("--only", nargs="+", choices=kinds, default=kinds, metavar="EXPERIMENT",
+        help=f"experiments to run: {', '.join(kinds)}")
     add("--set", nargs="+", default=[], metavar="PARAMETER=VALUE",
         help="parameters of the notebooks; experiment.parameter=value for one of them")
     add("--times", type=Path, help="file to write the times to, .json")

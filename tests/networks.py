@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.models.modelset import ModelSet, load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
 from lps.nets.resnet import ResNet
@@ -27,7 +27,7 @@ def write_models(folder: Path, runs: int) -> ModelSet:
     for task in range(3):
         for run in range(runs):
             state = some_net(task, run).state_dict()
-            save_model(folder/f"task{task}_run{run}.safetensors", state, dict(task=task, run=run, shortcut="conv"))
+            save_tensors(folder/f"task{task}_run{run}.safetensors", state, dict(task=task, run=run, shortcut="conv"))
     return load_modelset(folder)
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from lps.nets.architectures import (ARCHITECTURES, Architecture, branch_layers, convolutions, net_from_state, norms_of,
                                recognise, register_architecture, shapes_of, stem_of)
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.methods.registry import embed_models, fit_method
 from lps.models.modelset import load_modelset
 from lps.order_chain import PermutationSpec, permute, random_perms
@@ -78,7 +78,8 @@ def plain_model(seed):
 
 @pytest.fixture
 def folder(tmp_path):
-    for i in range(8): save_model(tmp_path/f"m{i}.safetensors", plain_model(i).state_dict(), dict(task=i//4, run=i % 4))
+    for i in range(8):
+        save_tensors(tmp_path/f"m{i}.safetensors", plain_model(i).state_dict(), dict(task=i//4, run=i % 4))
     return tmp_path
 
 
@@ -117,7 +118,7 @@ def test_similarities_keep_its_image_channels_and_match_the_others(plain, folder
     before, spec = embed_models(fitted, models), models.architecture.spec
     for i in range(8):
         state = permute(models[i].state, spec, random_perms(spec, i))
-        save_model(folder/f"m{i}.safetensors", state, dict(task=i//4, run=i % 4), replace=True)
+        save_tensors(folder/f"m{i}.safetensors", state, dict(task=i//4, run=i % 4), replace=True)
     torch.testing.assert_close(embed_models(fitted, load_modelset(folder)), before, rtol=1e-4, atol=1e-5)
     assert fitted.config["stem"] == "retina"
 
@@ -125,7 +126,7 @@ def test_similarities_keep_its_image_channels_and_match_the_others(plain, folder
 def test_without_an_entry_the_stem_is_the_layer_that_reads_an_image(tmp_path):
     "A file's tensors come in any order: here the layer named last reads the image"
     state = plain_model(0).state_dict()
-    save_model(tmp_path/"m.safetensors", {name: state[name] for name in reversed(state)}, dict(task=0))
+    save_tensors(tmp_path/"m.safetensors", {name: state[name] for name in reversed(state)}, dict(task=0))
     models = load_modelset(tmp_path)
     assert recognise(models.shapes) is None and convolutions(models.shapes)[0] == "cortex"
     assert models.stem == "retina" == stem_of(models.shapes)

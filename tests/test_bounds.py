@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from torch._utils import _rebuild_tensor_v2
 
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.methods.registry import fit_method
 from lps.models.modelset import load_modelset
 from lps.nets.resnet import ResNet
@@ -186,14 +186,14 @@ def write_own(folder):
     )
     for name, claim in claims.items():
         part = dict(method="lps", config=config | claim)
-        save_model(folder/f"net {name}.safetensors", fitted.state_dict(), dict(fitted=part))
+        save_tensors(folder/f"net {name}.safetensors", fitted.state_dict(), dict(fitted=part))
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     "What came of each file, and of calls that take too much"
     folder = tmp_path_factory.mktemp("bounds")
-    for i in range(2): save_model(folder/f"zoo/m{i}.safetensors", network(i), dict(task=i))
+    for i in range(2): save_tensors(folder/f"zoo/m{i}.safetensors", network(i), dict(task=i))
     write_queries(folder)
     write_own(folder)
     write_sources(folder)

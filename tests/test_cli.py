@@ -1,42 +1,64 @@
-"""The `lps` command as a user calls it: help, mistakes, the steps one after another, the demo, Ctrl-C"""
-import io, json, os, re, signal, subprocess, sys, time
+"""The `lps` command as a user calls it: help, mistakes, one step after another, the demo, Ctrl-C"""
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import heed_ctrl_c
 
-from lps.cli import console, main
+from lps import __version__ as version
+from lps.cli import console, main, print_json
 from lps.demo import digits
-from lps.core.files import load_model
+from lps.core.files import load_tensors
 from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
-from lps.zoo.train import recipes
+from lps.methods.registry import METHODS
 from lps.zoo.build import build
+from lps.zoo.tasks import DATASETS, DataSet
+from lps.zoo.train import recipes
 
 LPS = Path(sys.executable).parent/"lps"
 TINY = replace(recipes["digits"], name="tiny", epochs=1, milestones=(), depth=8, width=4)
-COMMANDS = ["zoo build", "zoo import", "zoo datasheet", "fit", "evaluate", "query", "demo"]
-COMMANDS += ["index build", "index add", "index remove", "index info", "index map"]
+COMMANDS = ["zoo build", "zoo import", "zoo datasheet", "fit", "evaluate", "query", "inspect", "demo"]
+COMMANDS += [f"index {name}" for name in ("build", "add", "remove", "info", "graph", "map")]
+PANELS = {
+    "Reading": ["query", "inspect", "index build", "index add", "zoo import"],
+    "Method": ["fit", "evaluate", "query", "index build", "demo"],
+    "Output": ["fit", "evaluate", "query", "inspect", "index info", "index map", "zoo datasheet", "demo"],
+}
 MODEL = "zoo/task00_run0.safetensors"
 
 
-def env(): return {k: v for k, v in os.environ.items() if "COLOR" not in k} | dict(COLUMNS="80", OMP_NUM_THREADS="1")
+def env():
+    "Return the environment of a process whose terminal is 80 columns wide"
+    kept = {key: value for key, value in os.environ.items() if "COLOR" not in key}
+    return kept | dict(COLUMNS="80", OMP_NUM_THREADS="1")
 
 
 def lps(*args, cwd):
-    "The installed command, in a process of its own"
+    "Run the installed command in a process of its own"
     return subprocess.run([LPS, *args], cwd=cwd, env=env(), capture_output=True, text=True, timeout=120)
 
 
-def said(capsys, *args):
-    "What the command prints when all is well, called in this process"
+def run(capsys, *args) -> tuple[str, str]:
+    "Run the command in this process; return what it prints and what it logs"
     assert main([*map(str, args)]) == 0
-    out = capsys.readouterr().out
-    assert all(len(line) <= 80 for line in out.splitlines()), out
-    return out
+    out, err = capsys.readouterr()
+    tables = [line for line in out.splitlines() if line[:1] in "│┃┏┡└"]
+    assert all(len(line) <= 80 for line in tables), out
+    return out, err
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +72,7 @@ class Evil:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """Model sets of two architectures, a fitted net of each, a folder of foreign models, and everything that can be
-    wrong
-    """
+    "Make model sets of two architectures, a fitted method of each, a folder of checkpoints, and files of every fault"
     w = tmp_path_factory.mktemp("world")
     args = dict(workers=1, progress=False)
     build(w/"zoo", "digits", TINY, n_models=6, **args)
@@ -64,59 +84,86 @@ def world(tmp_path_factory):
             assert main(["fit", name, "--out", f"{name}-net.safetensors", "--epochs", "3"]) == 0
     finally: os.chdir(cwd)
     (w/"foreign").mkdir()
-    for i in range(3): torch.save(load_model(w/f"zoo/task0{i}_run0.safetensors")[0], w/f"foreign/m{i}.pt")
+    for i in range(3): torch.save(load_tensors(w/f"zoo/task0{i}_run0.safetensors")[0], w/f"foreign/m{i}.pt")
     torch.save({"state_dict": Evil()}, w/"foreign/evil.pt")
     spoil(w)
     return w
 
 
+BAD_JSON = dict(
+    hello="hello",
+    bad="{x",
+    five="5",
+    single='["a"]',
+    regex='[["(", "x"]]',
+    group=r'[["a", "\\3"]]',
+)
+
+
 def spoil(w):
-    "Files and folders that no step can use"
-    state, _ = load_model(w/MODEL)
+    "Write files and folders that no command can use"
+    state, _ = load_tensors(w/MODEL)
     torch.save(state | {"conv1.weight": state["conv1.weight"]*float("nan")}, w/"nan.pt")
     (w/"half.safetensors").write_bytes((w/MODEL).read_bytes()[:3000])
-    for n, text in dict(
-        hello="hello", bad="{x", five="5", single='["a"]', regex='[["(", "x"]]', group=r'[["a", "\\3"]]'
-    ).items():
-        (w / f"{n}.json").write_text(text)
-    for d in ("empty", "bare/train", "bare/val", "hollow/train/a", "hollow/train/b", "hollow/val/a", "hollow/val/b"):
-        (w / d).mkdir(parents=True)
+    for name, text in BAD_JSON.items(): (w/f"{name}.json").write_text(text)
+    empty = "empty", "bare/train", "bare/val", "hollow/train/a", "hollow/train/b", "hollow/val/a", "hollow/val/b"
+    for folder in empty: (w/folder).mkdir(parents=True)
 
 
-def everything(folder): return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*")}
+def everything(folder) -> dict:
+    "Return the files below a folder, with their times"
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_help_of_the_command_lists_the_steps(tmp_path):
+def shown(text: str) -> str:
+    "Return the words of a help text without its boxes"
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
+
+
+def test_help_lists_the_commands(tmp_path):
     done = lps("--help", cwd=tmp_path)
     assert done.returncode == 0 and not done.stderr and all(len(line) <= 80 for line in done.stdout.splitlines())
-    assert all(c.split()[0] in done.stdout for c in COMMANDS) and "Learnable Parameter Similarity" in done.stdout
+    assert all(command.split()[0] in done.stdout for command in COMMANDS)
+    assert "Learnable Parameter Similarity" in done.stdout
 
 
-def test_help_does_not_wait_for_torch(tmp_path):
+def test_help_does_not_load_torch(tmp_path):
     code = "import sys; from lps.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env(), capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_has_an_example(command, capsys):
+def test_help_has_an_example_and_groups(command, capsys):
     assert main([*command.split(), "--help"]) == 0
     out, err = capsys.readouterr()
     assert re.sub(r"\s+", " ", out).count(f"Example: lps {command} ") == 1 and not err
+    for panel, commands in PANELS.items(): assert (f"─ {panel} ─" in out) == (command in commands), panel
 
 
-def test_help_shows_what_a_name_map_looks_like(capsys):
+def test_help_shows_the_format_of_a_name_map(capsys):
     main(["zoo", "import", "--help"])
-    assert '["pattern",' in capsys.readouterr().out
+    assert '["pattern", "replacement"]' in shown(capsys.readouterr().out)
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr() == (f"lps {version}\n", "")
 
 
 MISTAKES = {
     "frobnicate": "No such command 'frobnicate'",
     "zoo frobnicate": "No such command 'frobnicate'",
-    "--version": "No such option: --version",
-    "fit": "Missing argument 'modelset'",
-    "query": "Missing argument 'INDEX MODEL'",
-    "query zoo": "1 arguments: give an index and a model file",
-    "query zoo-net.safetensors zoo": "zoo is a folder: ask about one model file in it",
+    "--versions": "No such option: --versions (Possible options: --verbose, --version)",
+    "--quiet --verbose fit zoo": "--quiet and --verbose exclude each other",
+    "fit": "Missing argument 'MODELSET'",
+    "index report " + MODEL: "lps index report is now called lps inspect",
+    "index report": "lps index report is now called lps inspect",
+    "inspect": "Missing argument 'MODEL'",
+    "inspect nowhere.pt": "nowhere.pt",
+    "query": "Missing argument 'INDEX'",
+    "query zoo": "Missing argument 'MODEL'",
+    "query zoo-net.safetensors zoo": "zoo is a folder of models: give one model file in it",
+    "query zoo-net.safetensors zoo " + MODEL: f"run lps query zoo {MODEL} --method zoo-net.safetensors",
     "query nowhere " + MODEL: "no index at nowhere: build one with lps index build nowhere FOLDER",
     "query zoo " + MODEL: "no index at zoo: no header.json",
     "query zoo-net.safetensors " + MODEL: "zoo-net.safetensors holds no index",
@@ -141,9 +188,9 @@ MISTAKES = {
     "fit zoo --seed 1180591620717411303424": "Invalid value for '--seed'",
     "zoo build new --device mps": "unknown device 'mps'",
     "zoo build new --device meta": "unknown device 'meta'",
-    f"fit zoo --out {MODEL}": "is there already and is not a method that lps fit wrote",
-    "fit zoo --out hello.json": "is there already and is not a method that lps fit wrote",
-    "evaluate zoo --train 4 --out five.json": "is there already and is not a file of results",
+    f"fit zoo --out {MODEL}": "exists and is not a method that lps fit wrote",
+    "fit zoo --out hello.json": "exists and is not a method that lps fit wrote",
+    "evaluate zoo --train 4 --out five.json": "exists and is not a file of results",
     "fit zoo --method magic": "'magic' is unknown: take one of fc, frobenius, lps",
     "fit zoo --layers conv9": "no layer 'conv9' in these models: known are conv1, layer1.0.conv1",
     "fit nowhere": "no model set at nowhere",
@@ -161,33 +208,35 @@ MISTAKES = {
     "evaluate zoo --train 4 --test-tasks 4": "5 tasks, 4 of them held out",
     "evaluate zoo --train 4 --out empty": "empty is a folder",
     "evaluate wide --train 1": "a task has 1 models",
-    "query bundled nowhere " + MODEL: "no model set at nowhere",
-    "query bundled bundled " + MODEL: "compare models of one architecture",
-    "query nowhere zoo " + MODEL: "no model file nowhere",
-    "query hello.json zoo " + MODEL: "hello.json is not a safetensors file",
-    "query half.safetensors zoo " + MODEL: "half.safetensors is truncated",
-    f"query {MODEL} zoo {MODEL}": "holds no fitted method",
-    "query zoo-net.safetensors nowhere " + MODEL: "no model set at nowhere",
-    "query zoo-net.safetensors empty " + MODEL: "no *.safetensors file in it",
-    "query zoo-net.safetensors zoo nowhere.pt": "no model file or folder nowhere.pt",
-    "query zoo-net.safetensors zoo zoo": "zoo is a folder",
-    "query zoo-net.safetensors zoo half.safetensors": "half.safetensors: truncated",
-    "query zoo-net.safetensors zoo hello.json": "hello.json: not a PyTorch file",
-    "query zoo-net.safetensors zoo foreign/evil.pt": "refused and not executed",
-    "query zoo-net.safetensors zoo nan.pt": "nan.pt is broken: conv1.weight holds NaN",
-    "query zoo-net.safetensors zoo zoo-net.safetensors": "no layer 'conv1' in these models",
-    "query zoo-net.safetensors zoo wide/task00_run0.safetensors": "compare models of one architecture",
-    "query wide-net.safetensors zoo " + MODEL: "compare models of one architecture",
-    f"query zoo-net.safetensors zoo {MODEL} -k 0": "Invalid value for '-k'",
-    f"query zoo-net.safetensors zoo {MODEL} --names bad.json": "bad.json is not JSON",
+    f"query nowhere {MODEL} --method bundled": "no model set at nowhere",
+    f"query bundled {MODEL} --method bundled": "compare models of one architecture",
+    f"query zoo {MODEL} --method nowhere": "'nowhere' is unknown: take one of fc, frobenius, lps",
+    f"query zoo {MODEL} --method nowhere.safetensors": "no model file nowhere.safetensors",
+    f"query zoo {MODEL} --method hello.json": "'hello.json' is unknown",
+    f"query zoo {MODEL} --method half.safetensors": "half.safetensors is truncated",
+    f"query zoo {MODEL} --method {MODEL}": "holds no fitted method",
+    f"query nowhere {MODEL} --method zoo-net.safetensors": "no model set at nowhere",
+    f"query empty {MODEL} --method zoo-net.safetensors": "no *.safetensors file in it",
+    "query zoo nowhere.pt --method zoo-net.safetensors": "no model file or folder nowhere.pt",
+    "query zoo zoo --method zoo-net.safetensors": "zoo is a folder",
+    "query zoo half.safetensors --method zoo-net.safetensors": "half.safetensors: truncated",
+    "query zoo hello.json --method zoo-net.safetensors": "hello.json: not a PyTorch file",
+    "query zoo foreign/evil.pt --method zoo-net.safetensors": "refused and not executed",
+    "query zoo nan.pt --method zoo-net.safetensors": "nan.pt is broken: conv1.weight holds NaN",
+    "query zoo zoo-net.safetensors --method zoo-net.safetensors": "no layer 'conv1' in these models",
+    "query zoo wide/task00_run0.safetensors --method zoo-net.safetensors": "compare models of one architecture",
+    f"query zoo {MODEL} --method wide-net.safetensors": "compare models of one architecture",
+    f"query zoo {MODEL} --method zoo-net.safetensors -k 0": "Invalid value for '-k'",
+    f"query zoo {MODEL} --method zoo-net.safetensors --names bad.json": "bad.json is not JSON",
+    f"query zoo {MODEL} --method zoo-net.safetensors --stats x y": "separate the numbers with commas",
     "zoo import nowhere new": "no models at nowhere",
     "zoo import empty new": "no .pt, .pth, .ckpt, .bin, .safetensors file in it",
     "zoo import foreign foreign": "choose another folder",
     "zoo import foreign new --names bad.json": "bad.json is not JSON",
-    "zoo import foreign new --names five.json": "five.json is no name map",
-    "zoo import foreign new --names single.json": "single.json is no name map",
-    "zoo import foreign new --names regex.json": "regex.json has a pattern that is no regular expression",
-    "zoo import foreign new --names group.json": "group.json has a pattern that is no regular expression",
+    "zoo import foreign new --names five.json": "five.json is not a name map",
+    "zoo import foreign new --names single.json": "single.json is not a name map",
+    "zoo import foreign new --names regex.json": "regex.json holds a pattern that is not a valid regular expression",
+    "zoo import foreign new --names group.json": "group.json holds a pattern that is not a valid regular expression",
     "zoo import foreign new --names nowhere.json": "nowhere.json: No such file",
     "zoo import foreign new --table nowhere.tsv": "nowhere.tsv: No such file",
     "zoo import foreign new --table hello.json": "the table has no column file, task",
@@ -197,7 +246,7 @@ MISTAKES = {
     "zoo build new --images empty": "empty has no train/ folder",
     "zoo build new --images bare": "no images under bare/train",
     "zoo build new --images hollow": "no images under hollow/train",
-    "zoo build new --keep 1,x": "--keep is '1,x': give epochs with commas",
+    "zoo build new --keep 1,x": "--keep is '1,x': give epochs separated by commas",
     "zoo build new --device gpu0": "unknown device 'gpu0': give 'cpu' or 'cuda'",
     "zoo build new --tasks 6": "10 classes of 'digits' make 5 pairs",
     "zoo build new --models 0": "Invalid value for '--models'",
@@ -215,114 +264,151 @@ MISTAKES = {
 def test_a_mistake_gives_one_line_and_changes_nothing(words, world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     before = everything(world)
-    code, (out, err) = main(words.split()), capsys.readouterr()
-    assert code == 2 and not out and err.count("\n") == 1 and err.startswith("lps: ") and MISTAKES[words] in err, (
-        code,
-        out,
-        err,
-    )
+    code = main(words.split())
+    out, err = capsys.readouterr()
+    assert code == 2 and not out and err.startswith("lps: "), (code, out, err)
+    assert err.count("\n") == 1 and MISTAKES[words] in err, err
     assert everything(world) == before
 
 
-@pytest.mark.parametrize("words", ["fit", "query zoo-net.safetensors zoo nan.pt"])
+@pytest.mark.parametrize("words", ["fit", "query zoo nan.pt --method zoo-net.safetensors"])
 def test_exit_code_of_the_process(words, world):
-    p = lps(*words.split(), cwd=world)
-    assert p.returncode == 2 and not p.stdout and p.stderr.count("\n") == 1 and MISTAKES[words] in p.stderr
+    done = lps(*words.split(), cwd=world)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.count("\n") == 1 and MISTAKES[words] in done.stderr
 
 
 def test_one_step_after_another(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     fit = "fit", world/"zoo", "--epochs", 3, "--layers", "conv1, layer1.0.conv1", "--out", "runs/net.safetensors"
-    words = " ".join(said(capsys, *fit).split())
-    assert "runs/net.safetensors: lps on conv1, layer1.0.conv1 of 30 models, 5 tasks" in words
+    out, log = run(capsys, *fit)
+    assert not out and log == "runs/net.safetensors: lps on conv1, layer1.0.conv1 of 30 models, 5 tasks\n"
     evaluate = "evaluate", world/"zoo", "--splits", 2, "--epochs", 3, "--train", 4, "--out", "results.json"
-    out = said(capsys, *evaluate)
-    assert [out.count(t) for t in ("Table 1", "Table 2", "random, without", "nan")] == [1, 1, 2, 0] and "±" in out
+    out, _ = run(capsys, *evaluate)
+    assert [out.count(text) for text in ("Table 1", "Table 2", "random, without", "nan")] == [1, 1, 2, 0]
+    assert "±" in out
     record = json.loads((tmp_path/"results.json").read_text())
-    for t in ("table1", "table2"): assert {len(r) for m in record[t]["runs"].values() for r in m.values()} == {2}
-    assert (
-        record["table1"]["settings"]["n_train"] == 4
-        and record["table1"]["versions"]["torch"]
-        and record["table2"]["machine"]["cores"]
-    )
-    out = said(capsys, "query", "runs/net.safetensors", world/"zoo", world/MODEL, "-k", 3)
-    assert "Closest models" in out and "Closest tasks" in out and Path(MODEL).name not in out
+    for table in ("table1", "table2"):
+        for runs in record[table]["runs"].values(): assert {len(values) for values in runs.values()} == {2}
+    assert record["table1"]["settings"]["n_train"] == 4
+    assert record["table1"]["versions"]["torch"] and record["table2"]["machine"]["cores"]
+    out, _ = run(capsys, "query", world/"zoo", world/MODEL, "-k", 3, "--method", "runs/net.safetensors")
+    assert "Most similar models" in out and "copy" in out
+
+
+def json_of(capsys, *args):
+    "Return the JSON that a command prints"
+    assert main([*map(str, args), "--json"]) == 0
+    return json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+
+def test_json_of_every_command_that_prints_a_table(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    method = "--method", world/"zoo-net.safetensors"
+    run(capsys, "index", "build", "market", world/"zoo", *method, "--workers", 1)
+    assert json_of(capsys, "index", "info", "market")["models"] == 30
+    answer = json_of(capsys, "query", "market", world/MODEL, "-k", 2, "--no-expected")
+    assert [row["rank"] for row in answer["models"]] == [1, 2] and answer["models"][0]["note"] == "copy"
+    assert json_of(capsys, "inspect", world/MODEL)["architecture"].startswith("resnet, depth 8")
+    assert json_of(capsys, "zoo", "datasheet", world/"wide", "--out", "sheet")["models"] == 2
+    tables = json_of(capsys, "evaluate", world/"zoo", "--splits", 2, "--epochs", 1, "--train", 4, "--method", "fc")
+    assert set(tables) == {"table1", "table2"} and "only one FC layer" in tables["table1"]["summary"]
+
+
+def test_json_is_utf8_whatever_the_terminal_knows(world, tmp_path, monkeypatch):
+    written = io.BytesIO()
+    shutil.copy(world/MODEL, tmp_path/"größe.safetensors")
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    assert main(["inspect", str(tmp_path/"größe.safetensors"), "--json"]) == 0
+    assert json.loads(written.getvalue().decode("utf-8"))["source"] == "größe.safetensors"
+
+
+def test_json_has_no_nan(capsys):
+    print_json([float("nan"), {"a": float("-inf")}, np.float32(.5), np.int64(3), Path("x")])
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == [None, {"a": None}, .5, 3, "x"]
+
+
+def test_quiet_and_verbose(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fit = "fit", world/"zoo", "--epochs", 1
+    assert run(capsys, "--quiet", *fit) == ("", "")
+    logged = run(capsys, "--verbose", *fit)[1].splitlines()
+    assert len(logged) == 2 and re.fullmatch(r"\d+\.\d s", logged[1])
+    assert main(["--verbose", "fit", "nowhere"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_warning_is_one_line(world, monkeypatch, capsys):
+    def load(place):
+        warnings.warn("first\nsecond", stacklevel=1)
+        raise ValueError("stopped")
+    monkeypatch.setattr("lps.models.modelset.load_modelset", load)
+    assert main(["fit", "bundled", "--out", "nowhere.safetensors"]) == 2
+    assert capsys.readouterr().err == "lps: warning: first second\nlps: stopped\n"
 
 
 def test_a_model_in_another_order_finds_its_original(world, monkeypatch, capsys, tmp_path):
-    state, spec = load_model(world/MODEL)[0], resnet_spec(8, 4)
+    state = load_tensors(world/MODEL)[0]
+    spec = resnet_spec(8, 4)
     torch.save(permute(state, spec, random_perms(spec, 0)), tmp_path/"mixed.pt")
     monkeypatch.chdir(world)
-    assert main(["query", "zoo-net.safetensors", "zoo", str(tmp_path/"mixed.pt"), "-k", "1"]) == 0
-    assert re.search(r"│ 1 +│ +1\.000 │.*│ +task00_run0\.safetensors │", capsys.readouterr().out)
+    assert main(["query", "zoo", str(tmp_path/"mixed.pt"), "--method", "zoo-net.safetensors", "-k", "1"]) == 0
+    assert re.search(r"│ 1 +│ +1\.000 │.*│ +task00_run0\.safe", capsys.readouterr().out)
 
 
 def test_brackets_in_a_path_are_shown(world, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main(["fit", str(world/"zoo"), "--epochs", "1", "--out", "a [bold] net.safetensors"]) == 0
-    assert "a [bold] net.safetensors: lps on conv1" in capsys.readouterr().out
+    assert "a [bold] net.safetensors: lps on conv1" in capsys.readouterr().err
 
 
-def test_import_names_what_it_refuses_and_takes_the_rest(world, tmp_path, monkeypatch, capsys):
+def test_import_lists_what_it_refuses_and_takes_the_rest(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "models.tsv").write_text(
-        "file\ttask\n" + "".join(f"{n}.pt\t{i}\n" for i, n in enumerate(["m0", "m1", "m2", "evil"]))
-    )
-    take = "zoo", "import", world/"foreign", "theirs", "--table", "models.tsv", "--data", "digits"
-    assert main([*map(str, take)]) == 0
-    out = "".join(capsys.readouterr())
-    assert (
-        "theirs: 3 models of 3 tasks" in out
-        and "left out 1 file: evil.pt (refused and not executed: it asks for posix.system" in out
-    )
-    assert (
-        len(load_modelset(tmp_path / "theirs")) == 3
-        and not list(tmp_path.rglob("OWNED"))
-        and not list(world.rglob("OWNED"))
-    )
+    rows = [f"{name}.pt\t{i}\n" for i, name in enumerate(["m0", "m1", "m2", "evil"])]
+    (tmp_path/"models.tsv").write_text("file\ttask\n" + "".join(rows))
+    _, log = run(capsys, "zoo", "import", world/"foreign", "theirs", "--table", "models.tsv", "--data", "digits")
+    assert "theirs: 3 models of 3 tasks" in log
+    assert "left out 1 file: evil.pt (refused and not executed: it asks for posix.system" in log
+    assert len(load_modelset(tmp_path/"theirs")) == 3
+    assert not list(tmp_path.rglob("OWNED")) and not list(world.rglob("OWNED"))
+
+
+DEMO_SHOWS = (
+    "Photographs, Table 1", "Photographs, Table 2", "Digits, Table 1", "Digits, Table 2", "over 2 splits",
+    "Query: task", "Most similar models",
+)
+FIGURES = "embedding", "rank_k", "similarity"
+MEASURED = "versions", "machine", "time", "runs", "settings"
 
 
 def test_demo_from_start_to_end_and_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("lps.demo.digits", partial(digits, recipe=TINY))
     args = "demo", "--models", 6, "--splits", 2, "--epochs", 2, "--workers", 1
-    out = said(capsys, *args)
+    out, log = run(capsys, *args)
     assert out.index("Photographs, Table 1") < out.index("Digits, Table 1")
-    assert [
-        w
-        for w in (
-            "Photographs, Table 2",
-            "Digits, Table 2",
-            "over 2 splits",
-            "Query: task",
-            "Closest models",
-            "runs/demo/report.html",
-        )
-        if w not in out
-    ] == []
-    demo, models = tmp_path/"runs/demo", sorted((tmp_path/"runs/demo/digits").glob("*.safetensors"))
+    assert not [text for text in DEMO_SHOWS if text not in out] and "runs/demo/report.html" in log
+    demo = tmp_path/"runs/demo"
+    models = sorted((demo/"digits").glob("*.safetensors"))
     html = (demo/"report.html").read_text()
     assert len(models) == 30 and html.count("<table") >= 8 and html.count("data:image/") >= 6
     assert not re.search(r'(src|href)=(?!["\']?(data:|#))', html) and str(tmp_path) not in html
-    assert sorted(f.name for f in demo.glob("*.png") if f.read_bytes()[:4] == b"\x89PNG") == [
-        f"{s}-{f}.png" for s in ("digits", "photographs") for f in ("embedding", "rank_k", "similarity")
-    ]
+    pictures = sorted(file.name for file in demo.glob("*.png") if file.read_bytes()[:4] == b"\x89PNG")
+    assert pictures == [f"{part}-{figure}.png" for part in ("digits", "photographs") for figure in FIGURES]
     record = json.loads((demo/"results.json").read_text())
-    assert all(
-        record[s][t][k]
-        for s in ("bundled", "digits")
-        for t in ("table1", "table2")
-        for k in ("versions", "machine", "time", "runs", "settings")
-    )
-    before = {f: f.stat().st_mtime_ns for f in models}
-    said(capsys, *args)
-    assert {f: f.stat().st_mtime_ns for f in demo.glob("digits/*.safetensors")} == before
+    assert set(record) == {"bundled", "digits"}
+    for tables in record.values():
+        for table in ("table1", "table2"): assert all(tables[table][key] for key in MEASURED)
+    before = {file: file.stat().st_mtime_ns for file in models}
+    run(capsys, *args)
+    assert {file: file.stat().st_mtime_ns for file in demo.glob("digits/*.safetensors")} == before
     again = json.loads((demo/"results.json").read_text())
-    assert all(again[s]["table1"]["runs"] == record[s]["table1"]["runs"] for s in record)
+    for name in record: assert again[name]["table1"]["runs"] == record[name]["table1"]["runs"]
 
 
 def running(group):
-    "Processes of a group that still run (zombies do not)"
+    "Return the processes of a group that still run; zombies do not"
     stats = []
     for p in Path("/proc").glob("[0-9]*/stat"):
         try: stats.append(p.read_text().rpartition(")")[2].split())
@@ -370,11 +456,13 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
 def test_a_fitted_method_may_be_fitted_again(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed in ("0", "1"): assert main(["fit", str(world/"zoo"), "--epochs", "1", "--seed", seed]) == 0
-    assert load_model(tmp_path/"lps-net.safetensors")[1]["fitted"]["config"]["recipe"]["seed"] == 1
+    assert load_tensors(tmp_path/"lps-net.safetensors")[1]["fitted"]["config"]["recipe"]["seed"] == 1
 
 
-@pytest.mark.parametrize("words", [["fit", ""], ["zoo", "build", ""], ["query", "zoo-net.safetensors", "zoo", ""],
-                                   ["zoo", "import", "foreign", ""], ["fit", "zoo", "--out", ""]])
+@pytest.mark.parametrize("words", [
+    ["fit", ""], ["zoo", "build", ""], ["query", "zoo", "", "--method", "zoo-net.safetensors"],
+    ["zoo", "import", "foreign", ""], ["fit", "zoo", "--out", ""],
+])
 def test_an_empty_path_is_refused(words, world, monkeypatch, capsys):
     monkeypatch.chdir(world)
     before = everything(world)
@@ -386,15 +474,14 @@ def test_a_terminal_that_knows_ascii_only(world, monkeypatch):
     written = io.BytesIO()
     monkeypatch.chdir(world)
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
-    assert main(["query", "zoo-net.safetensors", "zoo", MODEL]) == 0
-    shown = written.getvalue().decode("ascii")
-    assert "Closest models" in shown
+    assert main(["query", "zoo", MODEL, "--method", "zoo-net.safetensors"]) == 0
+    assert "Most similar models" in written.getvalue().decode("ascii")
 
 
 def test_escape_sequences_do_not_reach_the_terminal(world, tmp_path, monkeypatch, capsys):
     torch.save({"\x1b]0;owned\x07.weight": torch.zeros(2, 2)}, tmp_path/"\x1b[31mred.pt")
     monkeypatch.chdir(world)
-    assert main(["query", "zoo-net.safetensors", "zoo", str(tmp_path/"\x1b[31mred.pt")]) == 2
+    assert main(["query", "zoo", str(tmp_path/"\x1b[31mred.pt"), "--method", "zoo-net.safetensors"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.rstrip("\n").isprintable() and r"\x1b[31mred.pt" in err
 
@@ -415,12 +502,11 @@ def test_what_a_bad_machine_does_is_one_line(error, monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_help_knows_what_is_registered(capsys, monkeypatch):
-    from lps import methods, tasks
-    monkeypatch.setitem(methods.METHODS, "mine", replace(methods.METHODS["lps"], name="mine"))
-    monkeypatch.setitem(tasks.DATASETS, "holidays", tasks.DataSet("holidays", None, "mine"))
+def test_help_lists_what_is_registered(capsys, monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", replace(METHODS["lps"], name="mine"))
+    monkeypatch.setitem(DATASETS, "holidays", DataSet("holidays", None, "mine"))
     assert main(["fit", "--help"]) == 0
-    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
-    assert "lps, stem-signature" in shown.replace("- ", "-") and "mine; baselines: fc, frobenius" in shown
+    words = shown(capsys.readouterr().out)
+    assert "lps, stem-signature" in words.replace("- ", "-") and "mine; baselines: fc, frobenius" in words
     assert main(["zoo", "build", "--help"]) == 0
     assert "holidays" in capsys.readouterr().out

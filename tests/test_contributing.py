@@ -12,7 +12,7 @@ from lps.zoo.datasheet import datasheet, datasheet_text
 from lps.study.table1 import table1
 from lps.study.page import overview, show_overview
 from lps.study.registry import EXPERIMENTS, result_path
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.methods.registry import METHODS, embed_models, fit_method, load_fitted
 from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms
@@ -77,7 +77,7 @@ def test_the_architecture(tmp_path):
     Glance = run_example("A kind of network")["Glance"]
     for i in range(4):
         torch.manual_seed(i)
-        save_model(tmp_path/f"m{i}.safetensors", Glance().state_dict(), dict(task=i//2, run=i % 2))
+        save_tensors(tmp_path/f"m{i}.safetensors", Glance().state_dict(), dict(task=i//2, run=i % 2))
     models, x = load_modelset(tmp_path), torch.randn(2, 3, 9, 9)
     assert models.stem == "retina"
     kind = recognise(shapes_of(models[0].state))

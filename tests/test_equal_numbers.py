@@ -10,7 +10,7 @@ import torch
 
 import lps.methods.probes  # noqa: F401  it registers its methods
 import lps.methods.signatures  # noqa: F401
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.methods.registry import embed_models, fit_method
 from lps.models.modelset import load_modelset
 from lps.nets.resnet import ResNet
@@ -35,7 +35,7 @@ def write_models(folder: Path):
                 elif name.endswith(("bias", "running_mean")): tensor.normal_(0, .1)
             state["conv1.weight"] *= 1 + task
             meta = dict(task=task, run=run, shortcut="conv")
-            save_model(folder/f"task{task}_run{run}.safetensors", state, meta)
+            save_tensors(folder/f"task{task}_run{run}.safetensors", state, meta)
 
 
 def embeddings(folder: Path) -> dict[str, list]:

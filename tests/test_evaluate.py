@@ -12,7 +12,7 @@ from lps.study.table1 import CLASSIFIERS, classify, table1, top_k
 from lps.study.table2 import table2
 from lps.study.fusion import FUSIONS, fuse, learn_alpha
 from lps.study.records import RunsRecord, find_record, runs_fields, summary
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.models.modelset import load_modelset
 from lps.methods.registry import score_models
 from lps.second_order import fit
@@ -31,7 +31,7 @@ def models(tmp_path_factory):
                 "conv1.weight": (stem + torch.randn(8, 3, 3, 3, generator=g))[torch.randperm(8, generator=g)],
                 "layer1.0.conv1.weight": torch.randn(8, 8, 3, 3, generator=g),
             }
-            save_model(folder/f"task{task}_run{run}.safetensors", state, dict(task=task, run=run))
+            save_tensors(folder/f"task{task}_run{run}.safetensors", state, dict(task=task, run=run))
     return load_modelset(folder)
 
 

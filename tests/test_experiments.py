@@ -17,7 +17,7 @@ import matplotlib.pyplot
 from lps.study.table1 import table1
 from lps.study.page import claims_table, overview, show_overview, show_results
 from lps.study.registry import EXPERIMENTS, kind_of, open_models, register_experiment, result_files, result_path
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.methods.registry import METHODS, Method
 from lps.models.modelset import load_modelset
 from lps.study.records import RunsRecord, runs_fields
@@ -78,7 +78,7 @@ def toys(tmp_path_factory):
         for run in range(6):
             noisy = filters + .3*torch.randn(6, 3, 3, 3, generator=g)
             state = {"conv1.weight": noisy[torch.randperm(6, generator=g)]}
-            save_model(folder/f"{task}_{run}.safetensors", state, dict(task=task, run=run))
+            save_tensors(folder/f"{task}_{run}.safetensors", state, dict(task=task, run=run))
     return load_modelset(folder)
 
 
@@ -217,7 +217,7 @@ def test_every_experiment_starts_with_claim_and_figure():
         cells = nbformat.read(ROOT/f"nbs/experiments/{kind}.ipynb", as_version=4).cells
         sources = [cell.source for cell in cells]
         assert sources[1].startswith("**Claim**"), kind
-        figure = sources.index(f"#| code-fold: true\nshow_results(\"{kind}\")")
+        figure = sources.index(f'#| code-fold: true\nshow_results("{kind}")')
         assert figure < next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", [])), kind
         for cell in cells:
             if cell.cell_type == "code": assert cell.source.startswith("#| code-fold: true\n"), kind

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lps.core.files import (MAX_TENSORS, checked, load_model, mark_complete, marker_file, not_as_marked, printable,
-                       read_header, read_json, read_marker, read_model, read_tensors, save_model, write_json)
+from lps.core.files import (MAX_TENSORS, checked, load_tensors, mark_complete, marker_file, not_as_marked, printable,
+                       read_header, read_json, read_marker, read_safetensors, read_tensor_file, save_tensors,
+                       write_json)
 from lps.models.checkpoint import read_query
 from lps.methods.registry import fit_method, load_fitted, save_fitted
 from lps.models.modelset import load_modelset, pack
@@ -26,9 +27,9 @@ def tiny(seed):
 def written(tmp_path_factory):
     "One small file of each kind"
     root = tmp_path_factory.mktemp("written")
-    for i in range(2): save_model(root/f"zoo/m{i}.safetensors", tiny(i), dict(task=i))
+    for i in range(2): save_tensors(root/f"zoo/m{i}.safetensors", tiny(i), dict(task=i))
     models = load_modelset(root/"zoo")
-    save_model(root/"model.safetensors", tiny(0), dict(task=0))
+    save_tensors(root/"model.safetensors", tiny(0), dict(task=0))
     pack(models, root/"packed.safetensors", ("conv1",))
     fitted = fit_method(models, "lps", n_filters=1, epochs=1, milestones=())
     save_fitted(root/"net.safetensors", fitted)
@@ -46,13 +47,13 @@ def test_each_bit_of_a_file_that_flips_is_noticed(written, name, step):
         data = bytearray(whole)
         data[bit//8] ^= 1 << bit % 8
         path.write_bytes(data)
-        try: read_model(path)
+        try: read_tensor_file(path)
         except ValueError: continue
         unnoticed.append(bit)
     assert not unnoticed
 
 
-READERS = dict(model=load_model, packed=load_modelset, net=load_fitted, index=ModelIndex.load)
+READERS = dict(model=load_tensors, packed=load_modelset, net=load_fitted, index=ModelIndex.load)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -79,7 +80,7 @@ def test_each_bit_of_an_archive_that_flips_is_noticed_or_changes_no_weight(writt
 
 
 def test_each_bit_of_a_marker_that_flips_is_noticed_or_changes_no_model(written, tmp_path):
-    save_model(tmp_path/"m.safetensors", tiny(0), dict(task=0))
+    save_tensors(tmp_path/"m.safetensors", tiny(0), dict(task=0))
     mark_complete(tmp_path/"m.safetensors")
     marker = marker_file(tmp_path/"m.safetensors")
     whole = marker.read_bytes()
@@ -103,7 +104,7 @@ def without_seal(data):
 
 def test_a_file_from_before_there_were_seals_still_opens(written, tmp_path):
     (tmp_path/"old.safetensors").write_bytes(without_seal((written/"model.safetensors").read_bytes()))
-    state, meta = load_model(tmp_path/"old.safetensors")
+    state, meta = load_tensors(tmp_path/"old.safetensors")
     assert meta["task"] == 0 and all(state[key].equal(tensor) for key, tensor in tiny(0).items())
 
 
@@ -142,7 +143,7 @@ BROKEN_HEADERS = {
 @pytest.mark.parametrize("kind", BROKEN_HEADERS)
 def test_a_broken_header_is_a_value_error(tmp_path, kind):
     path = with_header(tmp_path/"x.safetensors", BROKEN_HEADERS[kind], bytes(8))
-    for read in (read_tensors, load_model, load_modelset, load_fitted, ModelIndex.load, read_query):
+    for read in (read_safetensors, load_tensors, load_modelset, load_fitted, ModelIndex.load, read_query):
         with pytest.raises(ValueError): read(path)
 
 
@@ -158,7 +159,7 @@ def test_sizes_are_compared_with_the_file_before_a_tensor_is_read(tmp_path, kind
 
 def test_an_unbroken_header_is_none_of_these(tmp_path):
     path = with_header(tmp_path/"x.safetensors", json.dumps(entry()).encode(), bytes(8))
-    assert read_tensors(path)[0]["a"].tolist() == [0, 0]
+    assert read_safetensors(path)[0]["a"].tolist() == [0, 0]
 
 
 def test_a_header_of_too_many_tensors_is_refused(tmp_path):
@@ -186,7 +187,7 @@ def test_any_entry_of_a_tensor(tmp_path_factory, field, value):
     header = entry()
     header["a"][field] = value
     path = with_header(tmp_path_factory.getbasetemp()/"entry.safetensors", json.dumps(header).encode(), bytes(8))
-    try: tensors, _ = read_tensors(path)
+    try: tensors, _ = read_safetensors(path)
     except ValueError: return
     assert tensors["a"].numel()*tensors["a"].itemsize == 8
 
@@ -232,12 +233,12 @@ def test_what_is_shown_has_no_control_characters(text):
 @given(numbers=st.lists(st.floats(width=32), min_size=1, max_size=5), name=st.text(max_size=5))
 def test_a_model_comes_back_as_it_was(tmp_path_factory, numbers, name):
     path, state = tmp_path_factory.getbasetemp()/"back.safetensors", {name: torch.tensor(numbers)}
-    try: save_model(path, state, dict(task=0, note=name))
+    try: save_tensors(path, state, dict(task=0, note=name))
     except ValueError: return  # half of a surrogate pair
     except Exception as e:
         assert name == "__metadata__", e
         return
-    again, meta = load_model(path)
+    again, meta = load_tensors(path)
     assert meta["note"] == name and list(again) == [name]
     pairs = zip(again[name].tolist(), numbers, strict=True)
     assert all(a == b or math.isnan(a) and math.isnan(b) for a, b in pairs)

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lps.core.files import load_model, mark_complete, save_model, write_json
+from lps.core.files import load_tensors, mark_complete, save_tensors, write_json
 from lps.models.checkpoint import check_weights, import_models, own_names, read_foreign, read_query, read_table, rename
 from lps.methods.registry import fit_method
 from lps.models.modelset import load_modelset
@@ -44,7 +44,7 @@ def contents(folder): return {path.name: path.read_bytes() for path in folder.rg
 
 def finished_build(folder):
     "A folder as a build leaves it"
-    save_model(folder/"good.safetensors", tiny(5), dict(task=0))
+    save_tensors(folder/"good.safetensors", tiny(5), dict(task=0))
     mark_complete(folder/"good.safetensors")
     write_json(folder/"build.json", dict(seed=1))
 
@@ -305,7 +305,7 @@ def test_a_name_map_that_cannot_work_is_refused(names, words):
 
 
 def test_long_lists_of_layers_are_cut(tmp_path):
-    for i in range(2): save_model(tmp_path/f"zoo/m{i}.safetensors", tiny(i), dict(task=i))
+    for i in range(2): save_tensors(tmp_path/f"zoo/m{i}.safetensors", tiny(i), dict(task=i))
     models = load_modelset(tmp_path/"zoo")
     index = ModelIndex(fit_method(models, "lps", n_filters=2, epochs=1, milestones=()), models)
     torch.save({f"block{i}.weight": torch.ones(2, 3, 3, 3) for i in range(500)}, tmp_path/"deep.pt")
@@ -329,6 +329,6 @@ def test_numbers_are_those_of_torch(tmp_path, dtype, zipped):
 def test_an_import_keeps_precision_and_notes_its_source(src):
     torch.save({name: tensor.half() for name, tensor in tiny().items()}, src/"good.pt")
     models, _ = taken_in(src, meta=dict(data="digits"))
-    state, meta = load_model(src.parent/"dst/good.safetensors")
+    state, meta = load_tensors(src.parent/"dst/good.safetensors")
     assert state["conv1.weight"].dtype == torch.float16 and meta["source"] == "good.pt" and meta["data"] == "digits"
     assert len(models) == 1

@@ -9,7 +9,7 @@ from test_store import WIDTH, batch, unit
 
 import lps.index.store as store
 from lps.cli import main
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex
 from lps.index.share import save_pretrained
@@ -109,7 +109,7 @@ def test_a_build_that_fails_leaves_the_old_graph(kept, monkeypatch):
 
 def test_a_missing_package_is_named(kept, monkeypatch):
     monkeypatch.setitem(sys.modules, "usearch.index", None)
-    with pytest.raises(ImportError, match=r"needs usearch, which is not installed: pip install 'lps\[approximate\]'"):
+    with pytest.raises(ImportError, match=r"usearch is not installed: pip install 'lps\[approximate\]'"):
         kept.build_graph()
     assert len(kept.search(unit(1), 3)[1][0]) == 3
 
@@ -124,7 +124,7 @@ def market(tmp_path, monkeypatch):
     for i in range(6):
         torch.manual_seed(i)
         state = ResNet(depth=8, width=4).state_dict()
-        save_model(tmp_path/f"models/m{i}.safetensors", state, dict(task=i//3, run=i % 3))
+        save_tensors(tmp_path/f"models/m{i}.safetensors", state, dict(task=i//3, run=i % 3))
     return ModelIndex.build(tmp_path/"models", tmp_path/"market", "stem-signature")
 
 
@@ -141,7 +141,7 @@ def test_commands(market, capsys, monkeypatch):
 
 def test_answers_are_the_same_and_say_how_they_were_found(market, capsys, tmp_path):
     assert main(["index", "graph", "market"]) == 0
-    assert "a graph of 6 models" in capsys.readouterr().out.replace("\n", "")
+    assert "a graph of 6 models" in capsys.readouterr().err
     exact, graph = market.answer("models/m1.safetensors"), market.answer("models/m1.safetensors", approximate=True)
     assert exact.table.equals(graph.table) and exact.saw != graph.saw and "graph" in graph.saw
     in_memory = ModelIndex.build(tmp_path/"models", method="stem-signature")

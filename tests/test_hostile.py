@@ -20,7 +20,7 @@ from PIL import Image
 from torch._utils import _rebuild_tensor_v2
 
 from lps.zoo.datasheet import datasheet, datasheet_text
-from lps.core.files import mark_complete, not_as_marked, provenance, read_header, read_json, read_marker, save_model
+from lps.core.files import mark_complete, not_as_marked, provenance, read_header, read_json, read_marker, save_tensors
 from lps.models.checkpoint import check_weights, import_models, read_query, read_table, rename
 from lps.methods.registry import embed_models, fit_method, load_fitted, save_fitted, score_models
 from lps.models.model import Model
@@ -88,7 +88,7 @@ def write_zoo(folder):
                  data="digits", precision="float32", seconds=3., shortcut="pad_end", build_seed=0, lacks=["layer1"],
                  mean=[.5]*3, std=[.2]*3)
     for i in range(3):
-        save_model(folder/f"m{i}.safetensors", tiny(i), dict(task=i % 2, run=i//2, seed=i) | known)
+        save_tensors(folder/f"m{i}.safetensors", tiny(i), dict(task=i % 2, run=i//2, seed=i) | known)
         mark_complete(folder/f"m{i}.safetensors", seconds=3)
 
 
@@ -106,7 +106,7 @@ def place(root):
     torch.save(tiny(0), root/"old.pth", _use_new_zipfile_serialization=False)
     torch.save(ResNet(depth=8, width=1).state_dict(), root/"deep.ckpt")
     torch.save({name: torch.nn.Parameter(weight) for name, weight in tiny(0).items()}, root/"parameters.bin")
-    save_model(root/"foreign.safetensors", tiny(3), {})
+    save_tensors(root/"foreign.safetensors", tiny(3), {})
     known = provenance()  # asks git for the commit, which is a process that no file started
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lps.zoo.datasheet.provenance", lambda: known)

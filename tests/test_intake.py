@@ -11,7 +11,7 @@ from torch import nn
 
 from lps.nets.architectures import ARCHITECTURES
 from lps.cli import main
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.models.read import network_builder, probe_module, read_model, why_not
 from lps.models.model import Model
 from lps.methods.probes import probe_outputs
@@ -94,7 +94,7 @@ def test_files_of_torch(net, tmp_path, name, new):
 
 def test_safetensors_and_own_files(net, tmp_path):
     safetensors.torch.save_file(net.state_dict(), tmp_path/"theirs.safetensors", dict(format="pt"))
-    save_model(tmp_path/"own.safetensors", net.state_dict(), dict(task=3, mean=[.5]*3, std=[.25]*3, shortcut="conv"))
+    save_tensors(tmp_path/"own.safetensors", net.state_dict(), dict(task=3, mean=[.5]*3, std=[.25]*3, shortcut="conv"))
     theirs, own = read_model(tmp_path/"theirs.safetensors")[0], read_model(tmp_path/"own.safetensors")[0]
     for model in (theirs, own): check_same(model, net)
     assert (own.meta["task"], own.meta["std"]) == (3, [.25]*3) and "std" not in theirs.meta
@@ -395,7 +395,7 @@ def test_what_is_no_model_is_named(tmp_path):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     network_builder.cache_clear()
-    with pytest.raises(ImportError, match="timm is needed and not installed: pip install timm"):
+    with pytest.raises(ImportError, match="timm is not installed: pip install timm"):
         network_builder("timm/resnet18")
 
 
@@ -452,12 +452,12 @@ def test_an_index_says_why_a_model_cannot_be_compared(net, small, tmp_path):
 
 def test_a_report_on_the_command_line(small, tmp_path, capsys):
     torch.save(small.state_dict(), tmp_path/"b.pt")
-    assert main(["index", "report", str(tmp_path/"b.pt")]) == 0
+    assert main(["inspect", str(tmp_path/"b.pt")]) == 0
     said = capsys.readouterr().out
     assert "architecture: not known: name it with arch" in said and "cannot be compared by probes: " in said
     words = ["--arch", "test_intake:Small", "--size", "20", "--stats", ".5,.5,.5", ".25,.25,.2"]
-    assert main(["index", "report", str(tmp_path/"b.pt"), *words]) == 0
+    assert main(["inspect", str(tmp_path/"b.pt"), *words]) == 0
     said = capsys.readouterr().out
     assert "3 × 20 × 20, from the call" in said and "standard deviation 0.25, 0.25, 0.2, from the call" in said
     assert "cannot be compared by probes" not in said and "beside the network: places: whole numbers" in said
-    assert main(["index", "report", str(tmp_path/"b.pt"), "--stats", "x", "1"]) == 2
+    assert main(["inspect", str(tmp_path/"b.pt"), "--stats", "x", "1"]) == 2

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lps.zoo.many as many
 import lps.zoo.train as single
 from lps.zoo.many import FusedModels, MultiLoader, SummedLoss, accuracies, each, train_models
-from lps.core.files import load_model
+from lps.core.files import load_tensors
 from lps.core.jobs import one_thread
 from lps.nets.resnet import ResNet
 from lps.zoo.tasks import augment, channel_stats, load_images, pair_classes, task_images
@@ -231,7 +231,7 @@ def test_resumed_is_uninterrupted(tmp_path, tasks, stats, spoilt):
     assert [n for n, _ in kept] == [1, 2]
     with pytest.raises(InterruptedError):
         train_models(tasks, TINY, SEEDS, cbs=[Spoil(*spoilt, epoch=0), CutOff()], checkpoint=file, **args)
-    state, meta = load_model(file)
+    state, meta = load_tensors(file)
     assert meta["epoch"] == 2 and all(v.isfinite().all() for v in state.values())
     resumed = train_models(tasks, TINY, SEEDS, cbs=[Log()], checkpoint=file, **args)
     assert log == [2] and [n for n, _ in kept] == [1, 2]*2

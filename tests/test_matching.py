@@ -1,4 +1,4 @@
-"Canonical weights, matching, sets of filters and their product: what they do not see, their files, what they refuse"
+"Canonical weights, matching, networks on sets of filters and their product: invariances, files, errors"
 from functools import partial
 
 import pytest
@@ -8,7 +8,8 @@ from networks import CHANGES, WIDTH, scaled, some_net, write_models
 
 import lps.methods.all_methods  # noqa: F401  it registers every method
 from lps.methods.matching import match, matchable
-from lps.methods.registry import embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
+from lps.methods.registry import (embed_models, fit_method, fitted_parts, load_fitted, restore_fitted, save_fitted,
+                                  score_models)
 from lps.models.model import Model
 from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
@@ -36,12 +37,13 @@ def fitted(models):
 
 
 HOLDS = [(method, change) for method in OF_STEM for change in ("shuffled", "flipped")]
+OPTIONAL = "layers", "folded", "observing"  # fields of every configuration that have a default
 WHOLE = "branches", "all-layer-equivariant"  # of a whole network, the streams' scales are fixed too
 HOLDS += [(method, change) for method in WHOLE for change in CHANGES]
 
 
 @pytest.mark.parametrize("method, change", HOLDS)
-def test_an_embedding_does_not_see_what_the_outputs_do_not_show(fitted, method, change):
+def test_embeddings_are_invariant_to_changes_that_keep_the_outputs(fitted, method, change):
     net = some_net(1, 7)
     before = embed_models(fitted[method], Model(net.state_dict(), {}))
     after = embed_models(fitted[method], Model(CHANGES[change](net), {}))
@@ -49,7 +51,7 @@ def test_an_embedding_does_not_see_what_the_outputs_do_not_show(fitted, method, 
 
 
 def test_the_test_above_can_fail(fitted):
-    "A stem alone does not show who else writes to its channels"
+    "A stem alone does not have the other layers that write to its channels"
     net = some_net(1, 7)
     for method in OF_STEM:
         before, after = [embed_models(fitted[method], Model(s, {})) for s in (net.state_dict(), scaled(net))]
@@ -70,7 +72,7 @@ def test_matching_finds_any_order_through_any_scale():
 
 
 @pytest.mark.parametrize("method", [*METHODS, "branches"])
-def test_a_fitted_method_comes_back_from_its_file_and_answers(models, fitted, method, tmp_path):
+def test_a_fitted_method_is_the_same_after_saving(models, fitted, method, tmp_path):
     save_fitted(tmp_path/"fitted.safetensors", fitted[method])
     again = load_fitted(tmp_path/"fitted.safetensors")
     assert (again.method, again.tasks, again.config) == (fitted[method].method, [0, 1, 2], fitted[method].config)
@@ -82,20 +84,23 @@ def test_a_fitted_method_comes_back_from_its_file_and_answers(models, fitted, me
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_cannot_be_learned_is_refused(models, method):
-    with expect_fail(ValueError, "two tasks at least"): fit_method(models[:5], method)
+def test_models_that_cannot_be_fitted_are_refused(models, method):
+    with expect_fail(ValueError, "two tasks"): fit_method(models[:5], method)
     with expect_fail(ValueError, "leave out folded"): fit_method(models, method, folded=True)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_parts_that_do_not_fit_are_refused(fitted, method):
-    config, state = fitted[method].config, fitted[method].state_dict()
-    restore = get_method(method).fitted
+    parts, state = fitted_parts(fitted[method]), fitted[method].state_dict()
+    config = parts["config"]
     for field in config:
-        with expect_fail(ValueError, field): restore({k: v for k, v in config.items() if k != field}, state)
+        rest = {name: value for name, value in config.items() if name != field}
+        if field not in OPTIONAL:
+            with expect_fail(ValueError, field): restore_fitted(parts | dict(config=rest), state, "file")
         for odd in (None, 3.5, "a", {"x": 1}, [[1]]):
-            with expect_fail(ValueError): restore(config | {field: odd}, state)
-    refuse = partial(restore, config)
+            if field == "observing" and odd == {"x": 1}: continue
+            with expect_fail(ValueError): restore_fitted(parts | dict(config=config | {field: odd}), state, "file")
+    refuse = partial(restore_fitted, parts, where="file")
     for name, v in state.items():
         for bad in (v.half(), v[:-1] if v.ndim else v[None]):
             with expect_fail(ValueError): refuse(state | {name: bad})
@@ -103,8 +108,8 @@ def test_parts_that_do_not_fit_are_refused(fitted, method):
     with expect_fail(ValueError): refuse(state | {"more": torch.zeros(1)})
 
 
-def test_experts_weigh_what_they_got_right(models):
-    "A task of two models leaves none to hold out: all members count alike"
+def test_weights_of_members_are_learned_from_held_out_models(models):
+    "A task of two models leaves none to hold out, so all members have equal weights"
     even = fit_method(models[[0, 1, 2, 5, 6]], "experts")
     assert even.weights.tolist() == [1, 1, 1]
     learned = fit_method(models, "experts")

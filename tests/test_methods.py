@@ -6,7 +6,7 @@ import torch
 from fastcore.test import expect_fail
 from hypothesis import given, strategies as st
 
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.methods.registry import METHODS, embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
 from lps.second_order import fit
 
@@ -93,7 +93,7 @@ def test_wrong_types_in_a_net_file_are_a_value_error(net, tmp_path, data):
     config = copy.deepcopy(net.config)
     config[data.draw(st.sampled_from(sorted(config)))] = data.draw(odd_values)
     path = tmp_path/"net.safetensors"
-    save_model(path, net.state_dict(), dict(second_order=config))
+    save_tensors(path, net.state_dict(), dict(second_order=config))
     try: load_fitted(path)
     except (ValueError, OSError): pass
 

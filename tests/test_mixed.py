@@ -12,7 +12,7 @@ from lps.study.across import (KindSets, OverlapPairs, across_kinds, across_summa
                         load_kinds, overlap_pairs, readable_kinds)
 from lps.nets.architectures import net_from_state, norms_of, recognise, shapes_of, stem_of
 from lps.lineage.benchmark import CHANGED, TRAINED, noisy, pruned, quantised, train_copy, write_copies
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.methods.registry import embed_models, fit_method, load_fitted, save_fitted
 from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms
@@ -49,7 +49,7 @@ def kinds(tmp_path_factory):
                 torch.manual_seed(10*task + run)
                 meta = dict(task=task, run=run, classes=["a", "bc"[task]], shortcut="conv")
                 state = lively(make(), run).state_dict()
-                save_model(root/kind/f"task{task}_run{run}_{kind}.safetensors", state, meta)
+                save_tensors(root/kind/f"task{task}_run{run}_{kind}.safetensors", state, meta)
     return load_kinds(root, tuple(nets))
 
 

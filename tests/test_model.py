@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.models.model import Model
 from lps.models.modelset import load_modelset
 from lps.nets.architectures import ARCHITECTURES, Architecture, register_architecture
@@ -57,7 +57,7 @@ def test_features_are_the_input_of_the_head(registered, images):
 def test_a_set_has_what_its_models_have(registered, images, tmp_path):
     for i in range(4):
         meta = dict(task=i//2, run=i % 2, classes=["a", "b"]) | STATS
-        save_model(tmp_path/f"m{i}.safetensors", network(i).state_dict(), meta)
+        save_tensors(tmp_path/f"m{i}.safetensors", network(i).state_dict(), meta)
     models = load_modelset(tmp_path)
     for name in ("architecture", "channels", "stem", "norms", "branches", "shapes"):
         assert getattr(models, name) == getattr(models[3], name), name
@@ -69,7 +69,7 @@ def test_a_set_has_what_its_models_have(registered, images, tmp_path):
 def test_transfer_is_measured_on_features_and_not_on_logits(registered, images, tmp_path):
     for i in range(4):
         meta = dict(task=i//2, run=i % 2, classes=[["a", "b"], ["c", "d"]][i//2]) | STATS
-        save_model(tmp_path/f"m{i}.safetensors", network(i).state_dict(), meta)
+        save_tensors(tmp_path/f"m{i}.safetensors", network(i).state_dict(), meta)
     held_out = ImageSet(images, torch.arange(4).repeat(10), list("abcd"), "made up")
     models = load_modelset(tmp_path)
     seen = transfer(models, task_targets(models, held_out))

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from lps.core.files import digest, load_model, save_model, write_json
+from lps.core.files import digest, load_tensors, save_tensors, write_json
 from lps.models.checkpoint import FOREIGNZOO_NAMES, import_models
 from lps.methods.registry import fit_method
 from lps.models.modelset import load_modelset, pack
@@ -24,7 +24,7 @@ def tiny(seed=0, **kw):
 
 def filled(path, n=6):
     for i in range(n):
-        save_model(path / f"m{i}.safetensors", tiny(i), dict(task=i // 2, run=i % 2, classes=["a", "b"], seed=i))
+        save_tensors(path / f"m{i}.safetensors", tiny(i), dict(task=i // 2, run=i % 2, classes=["a", "b"], seed=i))
     return path
 
 
@@ -46,7 +46,7 @@ def extra(): return tiny() | {"head.weight": torch.zeros(2)}
     (tiny, dict(seed=0), "no task in its metadata"),
 ])
 def test_unfit_model_is_named_and_the_rest_is_read(tmp_path, state, meta, words):
-    save_model(filled(tmp_path)/"a_bad.safetensors", state(), meta)
+    save_tensors(filled(tmp_path)/"a_bad.safetensors", state(), meta)
     with pytest.warns(UserWarning, match="left out 1 file: a_bad.safetensors") as w: ms = load_modelset(tmp_path)
     assert len(ms) == 6 and len(w) == 1
     assert words in reasons(ms)["a_bad.safetensors"]
@@ -85,7 +85,7 @@ def test_plain_safetensors_file_is_told_from_a_model(tmp_path):
 
 def test_majority_decides_not_the_first(tmp_path):
     filled(tmp_path)
-    for i in range(2): save_model(tmp_path/f"a{i}.safetensors", tiny(width=8), dict(task=0))
+    for i in range(2): save_tensors(tmp_path/f"a{i}.safetensors", tiny(width=8), dict(task=0))
     with pytest.warns(UserWarning): ms = load_modelset(tmp_path)
     assert len(ms) == 6 and set(reasons(ms)) == {"a0.safetensors", "a1.safetensors"}
 
@@ -105,7 +105,7 @@ def test_unfinished_writes_are_no_models(tmp_path):
 
 
 @pytest.mark.parametrize("write", [
-    lambda p: save_model(p, tiny(1), dict(task=0, bad={1, 2})),
+    lambda p: save_tensors(p, tiny(1), dict(task=0, bad={1, 2})),
     lambda p: write_json(p, {"bad": {1, 2}}),
 ])
 def test_failed_write_leaves_the_old_file(tmp_path, write):
@@ -117,12 +117,12 @@ def test_failed_write_leaves_the_old_file(tmp_path, write):
 def test_full_disk_leaves_no_file(tmp_path, monkeypatch):
     def fsync(fd): raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match="No space"): save_model(tmp_path/"m0.safetensors", tiny(), dict(task=0))
+    with pytest.raises(OSError, match="No space"): save_tensors(tmp_path/"m0.safetensors", tiny(), dict(task=0))
     assert not list(tmp_path.iterdir())
 
 
 def test_weights_survive_a_change_of_their_file(tmp_path):
-    state, _ = load_model(filled(tmp_path)/"m0.safetensors")
+    state, _ = load_tensors(filled(tmp_path)/"m0.safetensors")
     (tmp_path/"m0.safetensors").write_bytes(b"")
     assert all(torch.equal(v, state[k]) for k, v in tiny(0).items())
 
@@ -138,8 +138,8 @@ def test_nothing_cannot_be_packed_or_fitted(tmp_path):
 
 def test_a_model_that_claims_to_lack_layers_has_the_digest_of_what_is_there(tmp_path):
     meta = dict(task=0, lacks=["layer9"])
-    save_model(tmp_path/"a.safetensors", tiny(), meta)
-    save_model(tmp_path/"b.safetensors", tiny(1), meta)
+    save_tensors(tmp_path/"a.safetensors", tiny(), meta)
+    save_tensors(tmp_path/"b.safetensors", tiny(1), meta)
     models = load_modelset(tmp_path)
     assert [model.digest for model in models] == models.digests == [digest(tiny(seed)) for seed in range(2)]
     pack(models, tmp_path/"packed/x.safetensors")

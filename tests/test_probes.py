@@ -3,7 +3,7 @@ import pytest
 import torch
 from fastcore.test import expect_fail
 
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.methods.registry import embed_models, fit_method, load_fitted, observations, save_fitted, score_models
 from lps.models.model import Model
 from lps.models.modelset import load_modelset
@@ -77,7 +77,7 @@ def models(tmp_path_factory):
         for run in range(2):
             state = some_state(task)
             state["fc.weight"] += .01*run
-            save_model(folder/f"task{task}_run{run}.safetensors", state, dict(task=task, run=run, shortcut="conv"))
+            save_tensors(folder/f"task{task}_run{run}.safetensors", state, dict(task=task, run=run, shortcut="conv"))
     return load_modelset(folder)
 
 

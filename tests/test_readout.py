@@ -5,7 +5,7 @@ import torch
 from fastcore.test import expect_fail
 from test_probes import CHANGES, model, some_state
 
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.models.modelset import load_modelset
 from lps.methods.probes import probe_images
 from lps.advice.score import photograph_crops, read_out, read_out_table
@@ -57,7 +57,7 @@ def test_a_network_that_gives_no_numbers_is_refused(value):
 
 def test_a_table_has_a_row_a_source(tmp_path):
     for task in range(3):
-        save_model(tmp_path/f"net{task}.safetensors", some_state(task), dict(task=task, run=0, shortcut="conv"))
+        save_tensors(tmp_path/f"net{task}.safetensors", some_state(task), dict(task=task, run=0, shortcut="conv"))
     models = load_modelset(tmp_path)
     table = read_out_table(models[:2], models, BANK)
     assert table.shape == (2, 3) and list(table.columns) == list(models.manifest.file)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lps.core.files import load_model, save_model
+from lps.core.files import load_tensors, save_tensors
 from lps.models.model import Model
 from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms, resnet_spec
@@ -38,7 +38,7 @@ def models(tmp_path_factory):
         meta = dict(task=i // 3, run=i % 3, shortcut="pad_end") | (
             dict(classes=["a", "b"], val_accuracy=0.9) if i < 6 else {}
         )
-        save_model(folder/f"m{i:02d}.safetensors", state, meta)
+        save_tensors(folder/f"m{i:02d}.safetensors", state, meta)
     return load_modelset(folder)
 
 
@@ -80,7 +80,7 @@ def test_every_model_finds_its_permuted_copy(models, index):
 def test_a_copy_is_known_by_its_weights(models, index, tmp_path):
     "Under another name, another order of tensors, another precision, as a pickled state dict"
     state = models[4].state
-    save_model(tmp_path/"renamed.safetensors", dict(reversed(state.items())), dict(task=9))
+    save_tensors(tmp_path/"renamed.safetensors", dict(reversed(state.items())), dict(task=9))
     torch.save(state, tmp_path/"a.pt")
     save_file({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, tmp_path/"plain.safetensors")
     files = [tmp_path/name for name in ("renamed.safetensors", "a.pt", "plain.safetensors")]
@@ -118,7 +118,7 @@ def test_save_and_load(models, index, tmp_path):
     pd.testing.assert_frame_equal(again.query(models, 3), index.query(models, 3))
     pd.testing.assert_frame_equal(again.tasks(models), index.tasks(models))
     again.save(tmp_path/"again.safetensors")
-    assert load_model(tmp_path/"again.safetensors")[1]["index"].keys() == load_model(path)[1]["index"].keys()
+    assert load_tensors(tmp_path/"again.safetensors")[1]["index"].keys() == load_tensors(path)[1]["index"].keys()
     assert all(torch.equal(v, load_file(path)[k]) for k, v in load_file(tmp_path/"again.safetensors").items())
 
 
@@ -134,8 +134,8 @@ def test_files_that_are_no_index(models, index, tmp_path):
     with pytest.raises(ValueError, match="holds no index"): ModelIndex.load(tmp_path/"net.safetensors")
     index.save(path)
     with pytest.raises(ValueError, match="holds no second-order network"): load_net(path)
-    tensors, meta = load_model(path)
-    save_model(path, tensors | {"embedding": tensors["embedding"][1:]}, meta)
+    tensors, meta = load_tensors(path)
+    save_tensors(path, tensors | {"embedding": tensors["embedding"][1:]}, meta)
     with pytest.raises(ValueError, match="11 embeddings for 12 models"): ModelIndex.load(path)
 
 
@@ -165,13 +165,13 @@ def test_a_flipped_bit_in_an_index_is_refused(written, place, bit):
 
 @given(field=st.sampled_from(FIELDS), value=JSON)
 def test_wrong_values_in_an_index_are_refused_or_harmless(written, models, field, value):
-    tensors, meta = load_model(written)
+    tensors, meta = load_tensors(written)
     *outer, last = field
     inner = meta["index"]
     for name in outer: inner = inner[name]
     inner[last] = value
     path = written.with_name("wrong.safetensors")
-    save_model(path, tensors, {"index": meta["index"]})
+    save_tensors(path, tensors, {"index": meta["index"]})
     try:
         index = ModelIndex.load(path)
         index.query(models[0], 2), index.tasks(models[0]), repr(index)

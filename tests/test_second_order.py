@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.models.modelset import load_modelset
 from lps.methods.registry import fit_many, some_weights
 from lps.order_chain import permute, random_perms, resnet_spec
@@ -16,7 +16,7 @@ from lps.zoo.train import Diverged
 
 
 def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
-def save(folder, name, state, task, run): save_model(folder/f"{name}.safetensors", state, dict(task=task, run=run))
+def save(folder, name, state, task, run): save_tensors(folder/f"{name}.safetensors", state, dict(task=task, run=run))
 
 
 @pytest.fixture(scope="module")

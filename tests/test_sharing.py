@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.methods.registry import embed_models, fit_method
 from lps.models.modelset import load_modelset
 from lps.nets.resnet import ResNet
@@ -54,7 +54,8 @@ def test_a_folder_gives_back_what_went_in(things, models, kind, tmp_path):
 
 
 def test_whole_networks_go_into_files_of_their_own(tmp_path):
-    for i in range(2): save_model(tmp_path/f"zoo/m{i}.safetensors", ResNet(depth=8, width=4).state_dict(), dict(task=i))
+    for i in range(2):
+        save_tensors(tmp_path/f"zoo/m{i}.safetensors", ResNet(depth=8, width=4).state_dict(), dict(task=i))
     models = load_modelset(tmp_path/"zoo")
     again = from_pretrained(save_pretrained(models, tmp_path/"shared"))
     assert again.digests == models.digests and again[1].net.depth == 8

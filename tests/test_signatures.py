@@ -7,7 +7,7 @@ from fastcore.test import expect_fail
 from networks import CHANGES, WIDTH, flipped, scaled, shuffled, some_net, write_models
 
 from lps.methods import chain, signatures
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.methods.registry import embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
 from lps.models.model import Model
 from lps.models.modelset import load_modelset
@@ -114,7 +114,7 @@ def test_networks_without_norms(tmp_path):
     for task in range(2):
         for run in range(4):
             stem = without_statistics(some_net(task, run))
-            save_model(tmp_path/f"{task}_{run}.safetensors", stem, dict(task=task, run=run))
+            save_tensors(tmp_path/f"{task}_{run}.safetensors", stem, dict(task=task, run=run))
     bare = load_modelset(tmp_path)
     assert fit_method(bare, "stem-signature").layers == ["conv1.weight"]
     with expect_fail(ValueError, "take stem-signature"): fit_method(bare, "image-statistics")

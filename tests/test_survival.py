@@ -21,7 +21,7 @@ from fastai.callback.core import Callback
 import lps.core.files as files
 import lps.zoo.train as train
 import lps.zoo.build as zoo
-from lps.core.files import load_model, not_as_marked
+from lps.core.files import load_tensors, not_as_marked
 from lps.core.jobs import one_thread
 from lps.models.modelset import load_modelset
 from lps.zoo.tasks import ImageSet, load_images, pair_classes, task_images
@@ -380,10 +380,10 @@ def test_unfit_checkpoint_counts_as_none(tmp_path, spoil):
         def before_train(self): begun.append(self.epoch)
     with one_thread():
         with pytest.raises(KeyboardInterrupt): train_model(*args, TINY, 7, cbs=[CutOff(4)], checkpoint=file, every=1)
-        state, meta = load_model(file)
+        state, meta = load_tensors(file)
         if spoil == "torn": file.write_bytes(file.read_bytes()[:-50])
-        if spoil == "nan": state["momentum.0"].view(-1)[0] = float("nan"); files.save_model(file, state, meta)
-        if spoil == "not a checkpoint": files.save_model(file, {"conv1.weight": torch.zeros(2)}, {})
+        if spoil == "nan": state["momentum.0"].view(-1)[0] = float("nan"); files.save_tensors(file, state, meta)
+        if spoil == "not a checkpoint": files.save_tensors(file, {"conv1.weight": torch.zeros(2)}, {})
         recipe, seed = replace(TINY, lr=.05) if spoil == "other recipe" else TINY, 8 if spoil == "other seed" else 7
         a, _ = train_model(*args, recipe, seed, cbs=[Begun()], checkpoint=file, every=1)
         b, _ = train_model(*args, recipe, seed)

@@ -13,7 +13,7 @@ from PIL import Image
 import lps.zoo.many as many
 import lps.zoo.train as train
 import lps.zoo.build as zoo
-from lps.core.files import load_model, read_json, read_marker, write_json
+from lps.core.files import load_tensors, read_json, read_marker, write_json
 from lps.models.modelset import load_modelset
 from lps.zoo.tasks import ImageSet, load_images, pair_classes, task_images
 from lps.zoo.train import Diverged, Recipe, best_precision, recipes, train_model
@@ -94,7 +94,7 @@ def test_stopped_build_resumes(tmp_path, sig):
     assert {f: now[f] for f in done} == done, "a finished model was touched"
     assert all(now[f][1] == data for f, (_, data) in written.items()), "trained again to other bytes"
     straight = build(tmp_path/"straight", "digits", TINY, n_models=1, workers=1, progress=False)
-    for f in straight.manifest.file: same_weights(load_model(folder/f)[0], load_model(straight.path/f)[0])
+    for f in straight.manifest.file: same_weights(load_tensors(folder/f)[0], load_tensors(straight.path/f)[0])
 
 
 def test_interrupt_between_two_models_ends_the_workers(tmp_path, monkeypatch):
@@ -352,7 +352,7 @@ def test_twenty_pairs_of_builds_started_together(tmp_path):
         seed = read_json(folder/"build.json", BuildPlan).seed
         refused = [words for s, words in said if words != "built"]
         assert len(refused) == (a != b) and all(f"was built with seed {seed}, now " in words for words in refused)
-        assert {load_model(f)[1]["build_seed"] for f in models(folder)} == {seed}
+        assert {load_tensors(f)[1]["build_seed"] for f in models(folder)} == {seed}
         assert len(models(folder)) == 2 and all(read_marker(f) for f in models(folder))
 
 

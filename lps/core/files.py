@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_HEADER', 'MAX_TENSORS', 'write_atomic', 'write_new', 'write_json', 'printable', 'checked', 'read_json',
-           'versions', 'provenance', 'save_model', 'TensorEntry', 'Header', 'header_end', 'parse_header', 'open_file',
-           'read_header', 'read_tensors', 'ModelFile', 'read_model', 'load_model', 'marker_file', 'mark_complete',
-           'read_marker', 'not_as_marked', 'digest', 'not_finite', 'not_real', 'pluralise']
+           'versions', 'provenance', 'save_tensors', 'TensorEntry', 'Header', 'header_end', 'parse_header', 'open_file',
+           'read_header', 'read_safetensors', 'TensorFile', 'read_tensor_file', 'load_tensors', 'marker_file',
+           'mark_complete', 'read_marker', 'not_as_marked', 'digest', 'not_finite', 'not_real', 'pluralise']
 
 # %% ../../nbs/core/00_files.ipynb #ae34b933
 import contextlib, errno, functools, hashlib, importlib.metadata, json, math, os, platform, re, subprocess, time
@@ -203,7 +203,7 @@ def _sealed(data):
     return len(text).to_bytes(8, "little") + text + body
 
 # %% ../../nbs/core/00_files.ipynb #6a3a1ecf
-def save_model(
+def save_tensors(
     path: str | Path,     # file to write, `….safetensors`
     state: dict,          # tensors by name, in forward order, as `state_dict()` gives them; their type is kept
     meta: dict,           # what is known about the model; every value must be fit for JSON
@@ -316,7 +316,7 @@ def _check_seal(header, start, data):
     if seal != _seal(json.loads(start[8:]), memoryview(data)[header.size:]):
         raise ValueError("damaged: it does not hold what was written to it")
 
-def _read_safetensors(path):
+def _read_all(path):
     "Tensors, metadata and bytes of a safetensors file"
     with open_file(path) as file:
         header, start = _read_header(file)
@@ -326,15 +326,15 @@ def _read_safetensors(path):
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as e:
         raise ValueError(printable(f"not a safetensors file: {e}")) from None
 
-def read_tensors(
+def read_safetensors(
     path: str | Path,       # a safetensors file
 ) -> tuple[dict, dict]:     # tensors and metadata, in memory of their own: the file may change afterwards
     "Tensors and metadata of any safetensors file; raises `ValueError` with the reason for another file"
-    return _read_safetensors(path)[:2]
+    return _read_all(path)[:2]
 
 # %% ../../nbs/core/00_files.ipynb #12507b14
 @dataclass
-class ModelFile:
+class TensorFile:
     "What was read from a model's file, in one go"
     state: dict  # tensors by name, in the order in which they were saved
     meta: dict   # metadata
@@ -352,22 +352,22 @@ def _json(text):
     except (ValueError, RecursionError): return text
 
 # %% ../../nbs/core/00_files.ipynb #3e8cc4fb
-def read_model(
-    path: str | Path,  # a file written by `save_model`
-) -> ModelFile:
+def read_tensor_file(
+    path: str | Path,  # a file written by `save_tensors`
+) -> TensorFile:
     "Read one model, its file once; raises `ValueError` with the reason for a file that is broken or no model's"
     name = printable(Path(path).name)
     if not Path(path).exists(): raise FileNotFoundError(f"no model file {printable(path)}")
-    try: tensors, texts, data = _read_safetensors(path)
+    try: tensors, texts, data = _read_all(path)
     except ValueError as e: raise ValueError(f"{name} is {e}") from None
     meta = {key: _json(text) for key, text in sorted(texts.items())}
     state = _in_order(tensors, meta, name)
-    return ModelFile(state, meta, hashlib.sha256(data).hexdigest(), len(data))
+    return TensorFile(state, meta, hashlib.sha256(data).hexdigest(), len(data))
 
 def _in_order(tensors, meta, name):
     "Tensors in the order that a file's metadata have"
     if "layers" not in meta:
-        cure = "it was not written by save_model, take it in with import_models"
+        cure = "it was not written by save_tensors, take it in with import_models"
         raise ValueError(f"{name} has no metadata (layers): {cure}")
     layers = checked(meta, _Layers, name).layers
     if sorted(layers) != sorted(tensors):
@@ -375,11 +375,11 @@ def _in_order(tensors, meta, name):
     return {layer: tensors[layer] for layer in layers}
 
 # %% ../../nbs/core/00_files.ipynb #5a6db2cd
-def load_model(
-    path: str | Path,       # a file written by `save_model`
+def load_tensors(
+    path: str | Path,       # a file written by `save_tensors`
 ) -> tuple[dict, dict]:     # tensors by name in the order they were saved, and metadata
-    "Tensors and metadata of one model; raises as `read_model` does"
-    file = read_model(path)
+    "Tensors and metadata of one model; raises as `read_tensor_file` does"
+    file = read_tensor_file(path)
     return file.state, file.meta
 
 # %% ../../nbs/core/00_files.ipynb #f82747e6

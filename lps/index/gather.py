@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from .answer import weight_sketch
-from ..core.files import checked, load_model, printable, read_header
+from ..core.files import checked, load_tensors, printable, read_header
 from ..models.checkpoint import NOT_READ, SUFFIXES, check_weights
 from ..models.read import is_elsewhere, is_model_folder, read_model
 from ..core.jobs import each_done
@@ -127,7 +127,7 @@ def _read(source, names, arch, told):
     "The model at a source; a network that the registry knows by itself is not taken for another one"
     if isinstance(source, Item) and source.inner is not None: return _of_packed(source)
     place = _place(source)
-    model = Model(*load_model(place)) if _is_own(place) else read_model(place, None, names, **told)[0]
+    model = Model(*load_tensors(place)) if _is_own(place) else read_model(place, None, names, **told)[0]
     known = model.architecture
     if arch is None or isinstance(place, nn.Module) or known and known.spec is not None: return model
     return read_model(place, arch, names, **told)[0]

@@ -23,7 +23,7 @@ from lps.index.answer import (
     Answer, Calibration, calibrate, can_hold_out, held_out_trials, kinship, own_trials,
     sketch_correlation, weight_sketch,
 )
-from ..core.files import checked, load_model, printable, read_json, save_model, write_json
+from ..core.files import checked, load_tensors, printable, read_json, save_tensors, write_json
 from ..models.checkpoint import read_table
 from .gather import (EVERYTHING, Item, embed_all, find_models, labelled_models, name_it, one_model,
                         take_in)
@@ -292,7 +292,7 @@ def _save_file(index, path):
     manifest = manifest.astype(object).where(manifest.notna(), None)
     about = dict(fitted=fitted_parts(index.fitted), manifest=manifest.to_dict("list"), digests=index.digests)
     if index.calibration is not None: about["calibration"] = asdict(index.calibration)
-    save_model(path, tensors, dict(index=about))
+    save_tensors(path, tensors, dict(index=about))
 
 @patch
 def save(self: ModelIndex,
@@ -354,7 +354,7 @@ def _check_rows(embedding, n, n_digests, name):
 # %% ../../nbs/index/03_index.ipynb #2dfff5a2
 def _load_file(cls, path):
     "The index in a file"
-    tensors, meta = load_model(path)
+    tensors, meta = load_tensors(path)
     name = printable(Path(path).name)
     header, embedding = _index_parts(tensors, meta, name)
     own = {key.removeprefix("fitted."): tensor for key, tensor in tensors.items() if key.startswith("fitted.")}
@@ -737,7 +737,7 @@ class _Answers:
 
 def bundled_answers() -> tuple: # name of a method; what it observed of M networks; a table with a row for each
     "What the networks for two classes that come with the package as answers said to synthetic images"
-    tensors, meta = load_model(bundled(ANSWERS))
+    tensors, meta = load_tensors(bundled(ANSWERS))
     known = checked(meta["answers"], _Answers, ANSWERS)
     first = tensors["first"].float()
     observed = dict(outputs=torch.stack([first, -first], dim=2))  # two centred logits are one number and its negative
@@ -755,7 +755,7 @@ def _answers_index(cls):
 # %% ../../nbs/index/03_index.ipynb #0991aa14
 def _of_held_out(models):
     "Which of the bundled models the bundled network has not learned from, `(M,)`"
-    held_out = load_model(bundled("net.safetensors"))[1]["trained_on"]["held_out"]
+    held_out = load_tensors(bundled("net.safetensors"))[1]["trained_on"]["held_out"]
     return models.manifest.file.isin(held_out).to_numpy(copy=True)
 
 @patch(cls_method=True)

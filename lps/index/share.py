@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'USE', 'CALLS', 'READERS', 'kind_of', 'card', 'save_pretrained', 'from_pretrained', 'hub', 'push_to_hub']
 
 # %% ../../nbs/index/04_share.ipynb #aa1c2a67
-import importlib, json
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import pandas as pd
 
 import lps
 from ..zoo.datasheet import datasheet, datasheet_text, markdown_table
-from ..core.files import checked, pluralise, printable, read_json, save_model, write_atomic, write_json
+from ..core.files import checked, pluralise, printable, read_json, save_tensors, write_atomic, write_json
+from ..core.optional import optional
 from ..methods.registry import load_fitted, method_title, save_fitted
 from ..models.modelset import ModelSet, load_modelset, pack
 from ..study.records import RunsRecord, record_marks
@@ -123,7 +124,7 @@ def _write_modelset(models, folder):
 
 def _write_models(models, folder):
     "A file for each whole network"
-    for model, file in zip(models, models.manifest.file): save_model(folder/file, model.state, model.meta)
+    for model, file in zip(models, models.manifest.file): save_tensors(folder/file, model.state, model.meta)
 
 def save_pretrained(
     thing,               # an index, a fitted method, or a model set
@@ -170,10 +171,8 @@ def from_pretrained(
 
 # %% ../../nbs/index/04_share.ipynb #91e0af4b
 def hub():
-    "The package `huggingface_hub`; raises `ImportError` with the cure where it is not installed"
-    try: return importlib.import_module("huggingface_hub")
-    except ImportError as e:
-        raise ImportError("the Hub needs huggingface_hub, which is not installed: pip install 'lps[hub]'") from e
+    "Import `huggingface_hub`. Raises `ImportError` if it is not installed"
+    return optional("huggingface_hub", "hub")
 
 def _on_hub(thing=None, text=""):
     "A thing and its card, with the methods of the Hub's mixin; it takes no arguments: the mixin fills them from a file"

@@ -7,7 +7,7 @@ __all__ = ['BLOCK', 'RECORD', 'FORMAT', 'SEGMENT', 'MAX_FACTS', 'CONNECTIVITY', 
            'StoreHeader', 'read_store_header', 'Store', 'create_store', 'usearch']
 
 # %% ../../nbs/index/00_store.ipynb #f6d12f57
-import hashlib, importlib, json, os
+import hashlib, json, os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from filelock import FileLock
 
 from ..core.files import printable, read_json, write_json
+from ..core.optional import optional
 from ..zoo.tasks import lps_home
 
 # %% ../../nbs/index/00_store.ipynb #d1f0f1e4
@@ -420,11 +421,8 @@ def check(self: Store):
 
 # %% ../../nbs/index/00_store.ipynb #01aef53c
 def usearch():
-    "The module `usearch.index`; raises `ImportError` with the cure where it is not installed"
-    try: return importlib.import_module("usearch.index")
-    except ImportError as e:
-        cure = "pip install 'lps[approximate]', or search exactly"
-        raise ImportError(f"approximate search needs usearch, which is not installed: {cure}") from e
+    "Import `usearch.index`, for approximate search. Raises `ImportError` if it is not installed"
+    return optional("usearch.index", "approximate")
 
 CONNECTIVITY = 32  # links of a row, and rows that are looked at to choose them
 EXPANSION_ADD = 256

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core.files import save_model
+from ..core.files import save_tensors
 from ..core.jobs import one_thread
 from ..models.model import Model
 from ..models.modelset import ModelSet
@@ -157,4 +157,4 @@ def write_copies(
             about = {}
             if kind in CHANGED: state, about = CHANGED[kind](state, own), dict(val_accuracy=None)
             if kind in TRAINED: state, about = _train_copy_of(model, kind, images, recipe, own)
-            save_model(path, state, meta | dict(copied=kind, copy_of=model.digest) | about)
+            save_tensors(path, state, meta | dict(copied=kind, copy_of=model.digest) | about)

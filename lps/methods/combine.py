@@ -17,7 +17,7 @@ from sklearn.model_selection import StratifiedKFold
 from torch import Tensor
 
 import lps.methods.matching  # noqa: F401  it registers its method
-from ..nets.architectures import branch_layers, stem_of
+from ..nets.architectures import branch_layers, norms_of, stem_of
 from ..core.files import checked, printable
 from .registry import Method, fitted_parts, get_method, register_method, restore_fitted
 from ..nets.resnet import SHORTCUTS
@@ -35,7 +35,7 @@ def members_of(
 
 def _reads(member, shapes):
     "What a member reads of networks with such tensors"
-    return get_method(member).reads(SimpleNamespace(shapes=shapes, stem=stem_of(shapes)))
+    return get_method(member).reads(SimpleNamespace(shapes=shapes, stem=stem_of(shapes), norms=norms_of(shapes)))
 
 def observe_members(
     weights: dict,           # tensors of M networks, or of their stems, by name

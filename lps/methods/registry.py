@@ -19,7 +19,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from ..core.files import checked, digest, load_model, printable, save_model
+from ..core.files import checked, digest, load_tensors, printable, save_tensors
 from ..core.jobs import each_done, one_thread
 from .fitted import Fitted
 from ..models.modelset import ModelSet
@@ -232,7 +232,7 @@ def score_models(
 ) -> Tensor:     # a score for each of the method's tasks, `(M, tasks)`
     "How much each model looks like one of each task; raises `ValueError` for a method that gives no scores"
     if not hasattr(fitted, "scores"):
-        raise ValueError(f"method {fitted.method!r} gives no scores: take read_out='nearest' or 'centroid'")
+        raise ValueError(f"method {fitted.method!r} gives no scores: use classifier='nearest' or 'centroid'")
     scores = fitted.scores(models if isinstance(models, dict) else observations(models, fitted))
     if scores.isnan().any(): raise ValueError("no finite score for some models: leave out what is broken")
     return scores
@@ -270,13 +270,13 @@ def save_fitted(
     **about,         # what else to note, fit for JSON
 ):
     "Write a fitted method, whole or not at all"
-    save_model(path, fitted.state_dict(), dict(fitted=fitted_parts(fitted)) | about)
+    save_tensors(path, fitted.state_dict(), dict(fitted=fitted_parts(fitted)) | about)
 
 def load_fitted(
     path: str|Path,  # file written by `save_fitted` or `save_net`
 ):                   # the fitted method
     "Read a fitted method; raises `FileNotFoundError`, or `ValueError` for a file that holds none"
-    state, meta = load_model(path)
+    state, meta = load_tensors(path)
     name = Path(path).name
     parts = meta.get("fitted")
     old = meta.get("second_order")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..nets.architectures import recognise, shapes_of
-from ..core.files import MAX_TENSORS, not_finite, not_real, open_file, printable, read_tensors, save_model
+from ..core.files import MAX_TENSORS, not_finite, not_real, open_file, printable, read_safetensors, save_tensors
 from .model import Model
 from .modelset import ModelSet, load_modelset, rejected_table, rejection_summary
 
@@ -255,7 +255,7 @@ def read_foreign(
 ) -> dict:             # tensors by name, as they are stored
     "The weights in a file, without running anything in it; raises `ValueError` with the reason where there are none"
     path = Path(path)
-    if path.suffix.lower() == ".safetensors": return _unwrapped(read_tensors(path)[0])
+    if path.suffix.lower() == ".safetensors": return _unwrapped(read_safetensors(path)[0])
     return _safely(path, _Reader, lambda obj: (_unwrapped(obj), {}))[0]
 
 def _safely(path, reader, unwrap):
@@ -440,7 +440,7 @@ def read_checkpoint(
     "The weights in a file that may hold more, without running anything in it; raises `ValueError` where there are none"
     path = Path(path)
     if path.suffix.lower() == ".safetensors":
-        state, texts = read_tensors(path)
+        state, texts = read_safetensors(path)
         said = {key: _json_value(text) for key, text in texts.items()}
         return Checkpoint(_unwrapped(state), said, {key: _what(value) for key, value in said.items()}, "safetensors")
     state, rest = _safely(path, _WholeReader, _with_rest)
@@ -670,7 +670,7 @@ def _take_in(targets, names, rows, shortcut, meta):
         try:
             state = own_state(file, names)
             check_weights(state)
-            save_model(target, state, _foreign_meta(file, i, rows, state, shortcut, meta), replace=False)
+            save_tensors(target, state, _foreign_meta(file, i, rows, state, shortcut, meta), replace=False)
             written[target.name] = file.name
         except (ValueError, OSError) as e: bad[file.name] = printable(e)
     return written, bad

@@ -20,8 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..nets.architectures import recognise, shapes_of
-from ..core.files import (ModelFile, checked, digest, load_model, marker_file, not_as_marked, not_finite, not_real,
-                       pluralise, printable, read_model, save_model)
+from ..core.files import (TensorFile, checked, digest, load_tensors, marker_file, not_as_marked, not_finite, not_real,
+                       pluralise, printable, read_tensor_file, save_tensors)
 from .model import HasLayers, Model, layer_weight
 
 # %% ../../nbs/models/04_modelset.ipynb #64b8ea17
@@ -98,7 +98,7 @@ class _Found:
 
 def _read_checked(path, built):
     "A fit model; raises `ValueError` with the reason for any other. The file is read once"
-    file = read_model(path)
+    file = read_tensor_file(path)
     marked = built or marker_file(path).exists()
     why = not_as_marked(path, file.sha256) if marked else None
     if why: raise ValueError(f"{path.name} {why}")
@@ -159,7 +159,7 @@ class FolderSource:
 
     def sha256(self, file):
         "SHA-256 of a model's file"
-        return self.hashes.get(file) or read_model(self.path/file).sha256
+        return self.hashes.get(file) or read_tensor_file(self.path/file).sha256
 
     def digest(self, file):
         "Digest of a model's weights"
@@ -171,7 +171,7 @@ def read(self: FolderSource,
     file: str,  # name of a file
 ):              # tensors and metadata
     "One model"
-    return load_model(self.path/file)
+    return load_tensors(self.path/file)
 
 @patch
 def tensors(self: FolderSource,
@@ -439,7 +439,7 @@ def pack(
     kept = {*layers, *(norms[layer] for layer in layers if layer in norms)}
     packed = _packed_models(models, kept, classes or {})
     tensors = models.weights([name for name in models.shapes if name.rpartition(".")[0] in kept])
-    save_model(path, tensors, dict(packed=packed, about=about))
+    save_tensors(path, tensors, dict(packed=packed, about=about))
     return load_modelset(path)
 
 # %% ../../nbs/models/04_modelset.ipynb #6f43c74c
@@ -529,7 +529,7 @@ class _PackedModel:
 # %% ../../nbs/models/04_modelset.ipynb #eaf56468
 def _load_packed(path):
     "The model set in a packed file; raises `ValueError` with the reason for any other file"
-    file = read_model(path)
+    file = read_tensor_file(path)
     if "packed" not in file.meta:
         raise ValueError(f"{printable(path.name)} is no packed model set: {_kind_of_file(file)}")
     try:
@@ -546,7 +546,7 @@ def _packed_set(path, file, header, metas, manifest):
     source = PackedSource(file.state, metas, about if isinstance(about, dict) else {}, header.stem)
     return ModelSet(path, manifest, rejected_table({}), shapes, source)
 
-def _kind_of_file(file: ModelFile):
+def _kind_of_file(file: TensorFile):
     "What kind of file this is, if not a packed set"
     if "task" in file.meta: return "it is one model, give the folder that it is in"
     return printable(f"its metadata has {', '.join(file.meta)}")

@@ -30,6 +30,7 @@ from lps.models.checkpoint import (
     SUFFIXES, Checkpoint, check_weights, own_names, read_checkpoint, read_foreign, rename, tidy_state,
 )
 from ..core.jobs import one_thread
+from ..core.optional import optional
 from ..methods.registry import METHODS, embed_models, observations
 from .model import Model
 from .modelset import ModelSet, PackedSource, rejected_table
@@ -38,14 +39,9 @@ from .web import is_hub_name, open_model
 from ..nets.resnet import SHORTCUTS
 
 # %% ../../nbs/models/03_read.ipynb #342091f2
-def _package(name):
-    "A package that not everyone has; raises `ImportError` with the cure"
-    try: return importlib.import_module(name)
-    except ImportError as e: raise ImportError(f"{name} is needed and not installed: pip install {name}") from e
-
 def _timm_builder(name):
     "What builds a network of timm"
-    timm = _package("timm")
+    timm = optional("timm")
     if not timm.is_model(name): raise ValueError(f"no network of timm is called {printable(name)}")
     return lambda **config: timm.create_model(name, pretrained=False, **config)
 
@@ -339,7 +335,7 @@ def _config_of(module, name):
 
 def _from_timm(source):
     "The weights that timm has under a name"
-    timm = _package("timm")
+    timm = optional("timm")
     name = source.removeprefix("timm/")
     network_builder(source)
     try: net = timm.create_model(name, pretrained=True)
@@ -531,7 +527,7 @@ def _why_not_run(net, size):
 def _published(title):
     "Configurations that come with a network's name: the size of its images, and nothing about anyone's weights"
     kind, _, name = re.sub(r"\(.*", "", title).partition("/")
-    if kind == "timm": return [("timm's recipe", dict(_package("timm").get_pretrained_cfg(name).to_dict()))]
+    if kind == "timm": return [("timm's recipe", dict(optional("timm").get_pretrained_cfg(name).to_dict()))]
     if kind != "torchvision": return []
     from torchvision.models import get_model_weights
     transforms = getattr(get_model_weights(name), "DEFAULT").transforms()
@@ -703,7 +699,7 @@ def _classes_in(configs):
         if isinstance(named, list) and named and all(isinstance(name, str) for name in named): return named
 
 def _own_meta(configs):
-    "Metadata of a file that `save_model` wrote; nothing for others"
+    "Metadata of a file that `save_tensors` wrote; nothing for others"
     said = configs[-1][1] if configs else {}
     if not isinstance(said, dict) or not isinstance(said.get("layers"), list): return {}
     return {key: value for key, value in said.items() if key != "layers"}

@@ -205,7 +205,7 @@ def _draw_curve(ax, i, name, shares, k_max):
     sd = shares.std(0, ddof=1)
     ax.fill_between(k, np.maximum(mean - sd, 0), np.minimum(mean + sd, 100), color=colour, alpha=.15, lw=0)
 
-# %% ../../nbs/study/04_figures.ipynb #b1d39f45
+# %% ../../nbs/study/04_figures.ipynb #dda25431
 def plot_rank_k(
     curves: dict|pd.DataFrame, # name → shares for k = 1 … K, `(K,)` or `(splits, K)`; or runs of a table
     chance: dict|None = None,  # name → shares, `(K,)`, from `chance_curves`
@@ -215,7 +215,8 @@ def plot_rank_k(
 ):                             # axes; `.figure` is the figure
     "Plot rank-k curves in percent: mean over splits with a band of one standard deviation, and chance"
     if isinstance(curves, pd.DataFrame): curves = _curves_of(curves)
-    if not len(curves) or k_max < 1: raise ValueError(f"{len(curves)} curves up to k = {k_max}: there is nothing to draw")
+    if not len(curves) or k_max < 1:
+        raise ValueError(f"{len(curves)} curves up to k = {k_max}: there is nothing to draw")
     k_max = min(k_max, max(np.shape(shares)[-1] for shares in curves.values()))
     ax = ax or new_axes(6.4, 4.6)
     for i, (name, shares) in enumerate(curves.items()): _draw_curve(ax, i, name, shares, k_max)

@@ -160,7 +160,7 @@ def _draw_need(ax, x, rows):
             arrowprops=dict(arrowstyle="-", lw=.4, color=".7", shrinkA=0, shrinkB=5),
         )
 
-# %% ../../nbs/study/13_leaderboard.ipynb #64125f3c
+# %% ../../nbs/study/13_leaderboard.ipynb #ae44acf6
 def plot_needs(
     folder: str|Path, # with result files
     name: str,        # of the model set; of several, the one with most tasks
@@ -180,7 +180,8 @@ def plot_needs(
     ax = plt.subplots(figsize=(8, 4.6), layout="constrained")[1]
     for x, need in enumerate(used): _draw_need(ax, x, known[needs == need])
     heights = [chance, *(best.get(need, np.nan) for need in used)]
-    ax.step([-.6, *range(len(used)), len(used) - .2], [*heights, heights[-1]], where="post", color="C0", lw=6, alpha=.15)
+    places = [-.6, *range(len(used)), len(used) - .2]
+    ax.step(places, [*heights, heights[-1]], where="post", color="C0", lw=6, alpha=.15)
     ax.axhline(chance, color=".6", lw=1, ls=":")
     ax.text(len(used) - .25, chance + 1, f"chance {chance:.0f}", ha="right", color=".5", fontsize=8)
     caveats = {METHODS[method].caveat for method in known.method} - {""}

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['rank_k', 'mean_sd', 'interval', 'interval_text', 'verdict']
 
-# %% ../../nbs/study/00_stats.ipynb #c0072372
+# %% ../../nbs/study/00_stats.ipynb #738024e3
 from enum import Enum
 
 import numpy as np
-import torch
 from scipy import stats
 from scipy.stats import hypergeom
 from sklearn.metrics import average_precision_score

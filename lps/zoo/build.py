@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .tasks import channel_stats, load_images, pair_classes, task_images
 from lps.core.files import (
-    load_model, mark_complete, not_as_marked, read_json, read_marker, save_model, versions, write_json,
+    load_tensors, mark_complete, not_as_marked, read_json, read_marker, save_tensors, versions, write_json,
 )
 from ..models.modelset import ModelSet, load_modelset
 from .datasheet import write_datasheet
@@ -98,7 +98,7 @@ def _write_model(file, result, about):
     net, metrics = result
     meta = about | metrics
     seconds = {k: meta.pop(k) for k in ("seconds",) if k in meta}
-    save_model(file, net.state_dict(), meta)
+    save_tensors(file, net.state_dict(), meta)
     noted = {k: meta[k] for k in ("task", "run", "seed", "val_accuracy", "train_accuracy")}
     return mark_complete(file, **noted, **seconds)
 
@@ -409,7 +409,7 @@ def missing(self: Build, metas: list) -> list: # those of the metas that are sti
 # %% ../../nbs/zoo/04_build.ipynb #9454eb90
 def _unit_seeds(checkpoint):
     "Seeds of the models of a unit, from its checkpoint; None: it cannot be read"
-    try: return [int(s) for s in load_model(checkpoint)[1]["about"]["seeds"]]
+    try: return [int(s) for s in load_tensors(checkpoint)[1]["about"]["seeds"]]
     except (OSError, ValueError, KeyError, TypeError): return None
 
 @patch

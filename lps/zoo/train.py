@@ -18,7 +18,7 @@ from ..models.model import normalise
 from ..nets.architectures import ARCHITECTURES, get_architecture
 from ..nets.resnet import ResNet, check_depth
 from .tasks import ImageSet, augment, channel_stats
-from ..core.files import not_finite, load_model, save_model
+from ..core.files import not_finite, load_tensors, save_tensors
 from ..core.jobs import seeded
 from .batchnorm import FusedResNet
 import torch
@@ -295,7 +295,7 @@ class Checkpoint(Callback):
         n = self.epoch + 1
         due = n % self.every == 0 or n == self.n_epoch
         if due and n < self.about["recipe"]["epochs"]:
-            save_model(self.path, _training_state(self.learn, self.generators), dict(epoch=n, about=self.about))
+            save_tensors(self.path, _training_state(self.learn, self.generators), dict(epoch=n, about=self.about))
 
 # %% ../../nbs/zoo/02_train.ipynb #b1d840bd
 def _expected_shapes(learn, generators):
@@ -307,7 +307,7 @@ def _expected_shapes(learn, generators):
 
 def _read_checkpoint(path, about, shapes):
     "Tensors and epoch of a checkpoint of this training run; epoch 0: there is none"
-    try: state, meta = load_model(path)
+    try: state, meta = load_tensors(path)
     except (OSError, ValueError): return {}, 0
     same = meta.get("about") == about and {k: v.shape for k, v in state.items()} == shapes
     epoch = meta.get("epoch")
