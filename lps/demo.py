@@ -27,7 +27,7 @@ from .study.figures import plot_embedding, plot_rank_k, plot_similarity
 from .study.records import RunsRecord, runs_fields
 from .index.index import ModelIndex, bundled_unseen
 from .second_order import similarity
-from .zoo.train import recipes
+from .zoo.recipe import recipes
 from .zoo.build import build
 
 # %% ../nbs/03_demo.ipynb #da9a3c7b

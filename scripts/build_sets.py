@@ -18,7 +18,7 @@ from pathlib import Path
 from lps.lineage.benchmark import write_copies
 from lps.models.modelset import load_modelset
 from lps.zoo.tasks import load_images, pair_classes
-from lps.zoo.train import Recipe
+from lps.zoo.recipe import Recipe
 from lps.zoo.build import build, model_file
 
 BRIEF = Recipe("brief", epochs=10, lr=0.1, milestones=(5, 8))

@@ -220,7 +220,8 @@ def test_datasheet_of_a_build(folder, packed):
 def test_datasheet_of_models_about_which_nothing_is_known(tmp_path):
     save_tensors(tmp_path/"a.safetensors", ResNet(depth=8, width=4).state_dict(), dict(task=-1))
     text = datasheet_text(write_datasheet(tmp_path))
-    assert "1 model of 1 task\n" in text and "not known" in text and "whoever passes the models on has to say" in text
+    assert "1 model of 1 task\n" in text and "not known" in text
+    assert "whoever publishes the models must state them" in text
 
 
 def test_bundled_set_loads_without_a_network(monkeypatch):

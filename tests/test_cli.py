@@ -27,7 +27,7 @@ from lps.order_chain import permute, random_perms, resnet_spec
 from lps.methods.registry import METHODS
 from lps.zoo.build import build
 from lps.zoo.tasks import DATASETS, DataSet
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 
 LPS = Path(sys.executable).parent/"lps"
 TINY = replace(recipes["digits"], name="tiny", epochs=1, milestones=(), depth=8, width=4)
@@ -168,7 +168,7 @@ MISTAKES = {
     "query zoo " + MODEL: "no index at zoo: no header.json",
     "query zoo-net.safetensors " + MODEL: "zoo-net.safetensors holds no index",
     "index build market nowhere": "no models at nowhere: no such folder or file",
-    "index build market empty": "no model could be taken in: no model files there",
+    "index build market empty": "no model can be read: there are no model files",
     "index build zoo foreign": "zoo holds .build.lock: choose an empty folder",
     "index build hello.json zoo": "hello.json is a file: choose another folder for the index",
     "index build market zoo --method magic": "'magic' is unknown: take one of fc, frobenius, lps",
@@ -420,7 +420,7 @@ SMALL = """
 import sys
 from dataclasses import replace
 from lps.cli import main
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 recipes['digits'] = replace(recipes['digits'], depth=8, width=4)
 sys.exit(main(sys.argv[1:]))
 """  # the command, which trains small networks

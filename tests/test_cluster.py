@@ -10,9 +10,9 @@ import pytest
 
 from lps.core.files import not_as_marked
 from lps.models.modelset import load_modelset
-from lps.index.index import ModelIndex
+from lps.index.index import BuildSettings, ModelIndex
 from lps.zoo.tasks import load_images
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 from lps.zoo.build import build
 
 distributed = pytest.importorskip("distributed", reason="needs the extra lps[cluster]")
@@ -66,8 +66,8 @@ def test_error_on_the_cluster_is_the_builds_error(tmp_path, client):
 
 def test_an_index_built_on_the_cluster_is_that_of_one_process(tmp_path, client):
     build(tmp_path/"zoo", IMAGES, TINY, n_models=2, workers=1, progress=False)
-    how = dict(method="stem-signature", workers=1)
-    index = ModelIndex.build(tmp_path/"zoo", tmp_path/"market", executor=client.get_executor(), **how)
-    one = ModelIndex.build(tmp_path/"zoo", **how)
+    settings = BuildSettings(executor=client.get_executor())
+    index = ModelIndex.build(tmp_path/"zoo", tmp_path/"market", "stem-signature", settings=settings)
+    one = ModelIndex.build(tmp_path/"zoo", method="stem-signature")
     assert len(index) == 10 and sorted(index.digests) == sorted(one.digests)
     assert index.query(load_modelset(tmp_path/"zoo")[3], 5).equals(one.query(load_modelset(tmp_path/"zoo")[3], 5))

@@ -20,7 +20,8 @@ from lps.nets.plain import PlainNet
 from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex
 from lps.zoo.tasks import load_images, task_images
-from lps.zoo.train import Recipe, init_model, recipe_fields, recipes, train_model
+from lps.zoo.recipe import Recipe, init_model, recipe_fields, recipes
+from lps.zoo.train import train_model
 from lps.zoo.build import build, plan_build, plan_differences
 
 TINY = replace(recipes["digits"], name="tiny", epochs=1, milestones=(), depth=8, width=4)
@@ -100,7 +101,7 @@ def test_networks_without_norm_learn_and_go_on_from_given_weights():
 
 def test_a_build_of_given_pairs(tmp_path):
     images, pairs = (load_images("digits", "train"), load_images("digits", "test")), list(combinations(range(3), 2))
-    models = build(tmp_path, images, replace(TINY, architecture="plain"), n_models=1, pairs=pairs, workers=1)
+    models = build(tmp_path, images, replace(TINY, architecture="plain"), n_models=1, tasks=pairs, workers=1)
     assert models.manifest[["class_0", "class_1"]].values.tolist() == [["0", "1"], ["0", "2"], ["1", "2"]]
     assert isinstance(models[0].net, PlainNet) and "shortcut" not in models[0].meta
     plans = [plan_build(images[0], TINY, 0, chosen) for chosen in (pairs, None)]

@@ -124,8 +124,8 @@ def test_they_come_back_from_a_file(models, probes, tmp_path):
 
 
 def test_an_index_finds_the_other_network_of_a_task(models, probes, tmp_path):
-    ModelIndex(probes, models[[0, 2, 4]]).save(tmp_path/"index.safetensors")
-    index = ModelIndex.load(tmp_path/"index.safetensors")
+    ModelIndex(probes, models[[0, 2, 4]]).save(tmp_path/"index.zip")
+    index = ModelIndex.load(tmp_path/"index.zip")
     for place in (1, 3, 5): assert index.query(models[place], k=1).task.tolist() == [place//2]
     deeper = index.query(model(some_state(0, "pad_end", depth=14), "pad_end"), k=3)  # another architecture may ask
     assert sorted(deeper.task) == [0, 1, 2]

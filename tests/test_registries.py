@@ -16,7 +16,7 @@ from lps.models.modelset import load_modelset
 from lps.study.records import runs_fields, summary
 from lps.index.index import ModelIndex
 from lps.zoo.tasks import DataSet, ImageSet, register_dataset
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 from lps.zoo.build import build
 
 
@@ -59,8 +59,8 @@ def test_a_method_from_outside_arrives_everywhere(strength, tmp_path, capsys):
     save_fitted(tmp_path/"fitted.safetensors", fitted)
     again = load_fitted(tmp_path/"fitted.safetensors")
     assert isinstance(again, Strength) and again.tasks == models.tasks
-    ModelIndex(fitted, models).save(tmp_path/"index.safetensors")
-    index = ModelIndex.load(tmp_path/"index.safetensors")
+    ModelIndex(fitted, models).save(tmp_path/"index.zip")
+    index = ModelIndex.load(tmp_path/"index.zip")
     assert index.fitted.method == "strength" and index.query(models[3], 1, with_self=True).similarity[1] > 0.9999
     assert main(["fit", "--help"]) == 0
     assert "baselines: fc, frobenius, strength" in plain(capsys.readouterr().out)

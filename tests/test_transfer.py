@@ -14,7 +14,7 @@ from lps.study.records import fingerprint
 from lps.models.model import Model
 from lps.nets.resnet import ResNet
 from lps.zoo.tasks import CIFAR100_SUPERCLASSES, ImageSet, channel_stats, load_images
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 from lps.study.others import plot_transfer
 from lps.study.records import about_models
 from lps.study.transfer import (

@@ -65,7 +65,7 @@ def fitted_images(
     sizes = [min(FITTED_AT_ONCE, n - start) for start in range(0, n, FITTED_AT_ONCE)]
     for i, size in enumerate(sizes):
         own = seed*len(sizes) + i
-        blocks.append(gallery_bank(weights, models.shortcuts, size, own, max(1, steps//len(sizes)), seed=own))
+        blocks.append(gallery_bank(weights, models.architectures, size, own, max(1, steps//len(sizes)), seed=own))
     return torch.cat(blocks)
 
 # %% ../../nbs/advice/00_score.ipynb #ed23565c

@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from rich.progress import track
 from torch import Tensor, nn
 
-from ..nets.architectures import net_from_state
+from ..models.model import Model
+from ..nets.architectures import recognise, unknown_architecture
 from ..core.files import checked, digest, printable
 from ..core.jobs import one_thread
 from .registry import INVARIANCES, Method, register_method
@@ -125,16 +126,16 @@ def _one_state(weights, i):
     "The state dict of one of several models"
     return {name: v[i] for name, v in weights.items()}
 
-def _net(weights, shortcuts, i):
-    "One of several models as a network, and how many channels it reads"
-    hints = {"shortcut": shortcuts[i]} if isinstance(shortcuts[i], str) else {}
-    net = net_from_state(_one_state(weights, i), **hints)
-    return net, next(v.shape[1] for v in net.state_dict().values() if v.ndim == 4)
+def _net(weights, architectures, i):
+    "Rebuild one of several models; returns the network and how many channels it reads"
+    state = _one_state(weights, i)
+    if architectures[i] is None: raise unknown_architecture(state)
+    return architectures[i].rebuild(state), Model(state, {}, architectures[i]).channels
 
 @torch.no_grad()
 def probe_outputs(
     weights: dict,       # every tensor of M models by its full name, `(M, …)` each
-    shortcuts: list,     # for each model how its shortcuts are built where shapes cannot tell, or None
+    architectures: list, # `Architecture` of each model
     n_images: int = 256, # of the seeded bank
     probe_seed: int = 0, # of the seeded bank
     parts: int = 1,      # of the bank
@@ -144,11 +145,11 @@ def probe_outputs(
     answers = []
     x = None
     own = None if bank is None else own_bank(bank)
-    for i in track(range(len(shortcuts)), "probing", disable=len(shortcuts) < 20, transient=True):
-        net, channels = _net(weights, shortcuts, i)
+    for i in track(range(len(architectures)), "probing", disable=len(architectures) < 20, transient=True):
+        net, channels = _net(weights, architectures, i)
         if x is None and own is None: x = probe_bank(n_images, probe_seed, parts, channels)
         elif x is None: x = _as_input(own, channels)
-        with one_thread(): answers.append(net(x))
+        with one_thread(): answers.append(architectures[i].run(net, x))
     z = centred_outputs(torch.stack(answers))
     if not z.isfinite().all(): raise ValueError("a network's answers are not finite: leave out what is broken")
     return dict(outputs=z)
@@ -290,7 +291,7 @@ def _register(name, title, parts):
         reads=_every_tensor,
         fit=partial(fit_probes, parts=parts, method=name),
         fitted=partial(restore_probes, method=name),
-        knows=("shortcuts",),
+        knows=("architectures",),
         observe=partial(probe_outputs, parts=parts),
         needs="running it",
         invariances=tuple(INVARIANCES),
@@ -316,7 +317,7 @@ def _misfits(net):
 # %% ../../nbs/methods/07_probes.ipynb #1df14dfe
 def gallery_bank(
     weights: dict,       # every tensor of M models by its full name, `(M, …)` each
-    shortcuts: list,     # for each model how its shortcuts are built where shapes cannot tell, or None
+    architectures: list, # `Architecture` of each model
     n_images: int = 64,  # how many
     probe_seed: int = 0, # of the noise they start from
     steps: int = 100,    # of Adam, each for one model
@@ -324,10 +325,10 @@ def gallery_bank(
     seed: int = 0,       # decides which models
 ) -> Tensor:             # float32 `(n_images, C, 32, 32)`, the two halves from noise of two spectra
     "Images whose statistics fit those that the models remember; raises `ValueError` for models without BN"
-    order = torch.randint(len(shortcuts), (steps,), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randint(len(architectures), (steps,), generator=torch.Generator().manual_seed(seed)).tolist()
     x = None
     for i in track(order, "fitting probes", disable=steps < 20, transient=True):
-        net, channels = _net(weights, shortcuts, i)
+        net, channels = _net(weights, architectures, i)
         if x is None:
             x = probe_bank(n_images, probe_seed, 2, channels).requires_grad_(True)
             optimiser = torch.optim.Adam([x], lr=lr)
@@ -357,9 +358,10 @@ def fit_gallery_probes(
     "Probes with a bank that fits the batch normalisation of these models"
     networks = dict(networks)
     kinds = networks.pop("shortcut").tolist()
-    shortcuts = [SHORTCUTS[kind] if kind >= 0 else None for kind in kinds]
-    bank = gallery_bank(networks, shortcuts, n_images, probe_seed, steps, seed=seed)
-    observed = probe_outputs(networks, shortcuts, bank=bank)
+    shapes = {name: tuple(v.shape[1:]) for name, v in networks.items()}
+    architectures = [recognise(shapes, **({} if kind < 0 else dict(shortcut=SHORTCUTS[kind]))) for kind in kinds]
+    bank = gallery_bank(networks, architectures, n_images, probe_seed, steps, seed=seed)
+    observed = probe_outputs(networks, architectures, bank=bank)
     return fit_probes(observed, labels, probe_seed=probe_seed, parts=2, bank=bank)
 
 register_method(Method(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from rich.progress import track
@@ -22,6 +23,7 @@ from torch import Tensor
 from ..core.files import checked, digest, load_tensors, printable, save_tensors
 from ..core.jobs import each_done, one_thread
 from .fitted import Fitted
+from ..models.model import Model
 from ..models.modelset import ModelSet
 from ..second_order import check_embedding, fit as fit_net, restore as restore_net
 
@@ -283,3 +285,33 @@ def load_fitted(
     if parts is None and isinstance(old, dict): parts = dict(method=old.get("method"), config=old)
     if parts is None: raise ValueError(printable(f"{name} holds no fitted method: its metadata has {', '.join(meta)}"))
     return restore_fitted(parts, state, name)
+
+# %% ../../nbs/methods/00_registry.ipynb #3cbe6fef
+def _check_read_out(model):
+    "Raise `ValueError` for a model whose features cannot be computed"
+    known = model.architecture
+    if known is None: raise ValueError("it cannot be run, its architecture is not known: name it with arch")
+    if known.head is None: raise ValueError("it has no layer that returns logits")
+    if "mean" not in model.meta: raise ValueError("how its images were normalised is not known: pass stats")
+
+def _try_method(model, method):
+    "Observe a model as a method does"
+    if hasattr(method, "embed"): return embed_models(method, model)
+    if method == "read-out": return _check_read_out(model)
+    named = signature(METHODS[method].observe).parameters if METHODS[method].observe else {}
+    few = dict(n_images=4) if "n_images" in named else {}
+    return observations(model, SimpleNamespace(method=method, layers=(), folded=False, observing=few))
+
+# %% ../../nbs/methods/00_registry.ipynb #ed526bf8
+def why_not(
+    model: Model,  # a model
+    methods=None,  # names of methods, or fitted methods; None: all that are registered, and read-out
+) -> dict:         # name of a method → reason; empty if all methods can compare it
+    "Find the methods that cannot compare a model"
+    found = {}
+    for method in [*METHODS, "read-out"] if methods is None else methods:
+        try: _try_method(model, method)
+        except Exception as e:
+            name = method if isinstance(method, str) else method.method
+            found[name] = printable(str(e).strip().partition("\n")[0][:200]) or type(e).__name__
+    return found

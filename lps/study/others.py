@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/study/16_others.ipynb #6d2e0c2f
+# %% ../../nbs/study/16_others.ipynb #d8be959f
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -28,7 +28,7 @@ from .stats import Verdict
 from .table1 import plot_table, runs_table
 from .transfer import PREDICTORS, check_transfer, finding, transfer_table, transfer_text, with_interval
 from ..zoo.build import build
-from ..zoo.train import recipes
+from ..zoo.recipe import recipes
 
 # %% ../../nbs/study/16_others.ipynb #4671f822
 def _with_interval(values, form):
@@ -98,7 +98,7 @@ def shuffled_words(
     what = "Mean cosine of networks of shuffled labels to those of their task, and to those of others"
     return f"{what}: {'; '.join(said)}."
 
-# %% ../../nbs/study/16_others.ipynb #77217e2f
+# %% ../../nbs/study/16_others.ipynb #d7f2367e
 def _small_recipe(zoo_epochs, **changes):
     "Small networks for digits"
     recipe = replace(recipes["digits"], **dict(depth=8, width=8) | changes)
@@ -132,7 +132,7 @@ def open_overlap(
     "The models of an experiment on tasks that share classes"
     if model_set != "digits": return load_modelset(model_set)
     pairs = list(combinations(range(4), 2))
-    return build(f"{runs}/digits-overlap", "digits", _small_recipe(zoo_epochs), pairs=pairs, progress=False, **how)
+    return build(f"{runs}/digits-overlap", "digits", _small_recipe(zoo_epochs), tasks=pairs, progress=False, **how)
 
 # %% ../../nbs/study/16_others.ipynb #7b1ca3ea
 def _copies_in_order(folder):
