@@ -106,8 +106,7 @@ def print_json(value):
 
 # %% ../nbs/04_cli.ipynb #6ce4c78b
 def load_methods() -> dict:
-    "Import all built-in methods and return their registry"
-    import lps.methods.all_methods  # noqa: F401  it registers the methods
+    "Return the registry of methods"
     from lps.methods.registry import METHODS
     return METHODS
 
@@ -179,8 +178,9 @@ class ReadingOptions:
 # %% ../nbs/04_cli.ipynb #3598d8b4
 def parse_stats(stats) -> tuple | None:
     "Return mean and standard deviation as lists of numbers, from text such as '.5,.5,.5'"
+    def numbers(text): return [float(number) for number in text.split(",")]
     if stats is None: return None
-    try: return tuple([float(number) for number in text.split(",")] for text in stats)
+    try: return tuple(map(numbers, stats))
     except ValueError: raise ValueError(f"--stats {' '.join(stats)}: separate the numbers with commas") from None
 
 def read_name_map(file: str | None):
@@ -367,13 +367,13 @@ def fit(
     out: OutFile = Path("lps-net.safetensors"),
 ):
     "Fit a method on a model set."
-    from lps.methods.registry import fit_method, get_method, save_fitted
+    from lps.methods.registry import fit_method, get_method, own_settings, save_fitted
     load_methods()
     get_method(method)
     check_out(out, is_fitted, "a method that lps fit wrote")
     models = open_modelset(modelset)
     with busy(f"fitting {method} on {len(models)} models"):
-        fitted = fit_method(models, method, seed, **options.settings())
+        fitted = fit_method(models, method, seed, **own_settings(method, options.settings()))
     save_fitted(out, fitted)
     layers = ", ".join(fitted.layers) or "all layers"
     log.info("%s: %s on %s of %d models, %d tasks", out, method, layers, len(models), len(fitted.tasks))
@@ -590,7 +590,6 @@ def inspect_command(
     as_json: AsJson = False,
 ):
     "Show what is read from a model: layers, input, normalisation, head, and what is ignored."
-    import lps.methods.all_methods  # noqa: F401  it registers every method
     from lps.methods.registry import why_not
     from lps.models.read import inspect_model
     inspection = inspect_model(source_of(model), dataclasses.replace(reading.settings(), whole=whole))

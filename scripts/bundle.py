@@ -11,15 +11,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lps.methods.all_methods import LEADERS
 from lps.index.answer import weight_sketch
 from lps.zoo.datasheet import datasheet, write_datasheet
 from lps.study.splits import classification_splits
 from lps.core.files import load_tensors, save_tensors
-from lps.methods.registry import fit_method, load_fitted, observations
+from lps.methods.registry import LEADERS, fit_method, load_fitted, observations, save_fitted
 from lps.models.modelset import ModelSet, join_sets, load_modelset, pack
 from lps.index.index import BUNDLED_INDEX, BUNDLED_OUTPUTS, ModelIndex
-from lps.second_order import fit
 
 DATA = Path(__file__).resolve().parent.parent/"lps/data"
 LIMIT = 5_000_000  # bytes, of all files together
@@ -39,10 +37,10 @@ def add_net(path: Path, models: ModelSet, name: str):
     "One LPS with the default recipe, fitted on all but two models of each task; its metadata say which"
     n_train = int(models.manifest.task.value_counts().min()) - 2
     train, held_out = classification_splits(models.labels, n_train, n_splits=1, seed=0)[0]
-    net, files = fit(models[train]), models.manifest.file
+    fitted, files = fit_method(models[train]), models.manifest.file
     split = f"split 0 of classification_splits(labels, n_train={n_train}, seed=0)"
     about = dict(model_set=name, split=split, files=sorted(files[train]), held_out=sorted(files[held_out]))
-    save_tensors(path, net.state_dict(), dict(second_order=net.config, trained_on=about))
+    save_fitted(path, fitted, trained_on=about)
 
 
 def add_index(folder: Path):

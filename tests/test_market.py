@@ -13,14 +13,15 @@ import torch
 from conftest import ROOT
 
 import lps.index.gather as gather
-from lps.methods.all_methods import LEADERS
+from lps.methods.registry import LEADERS
 from lps.index.answer import Trials, calibrate, lineage_note, own_trials, sketch_correlation, weight_sketch
 from lps.cli import main
 from lps.core.files import load_tensors, save_tensors
 from lps.models.model import Model
 from lps.methods.registry import load_fitted
 from lps.models.modelset import bundled, load_modelset
-from lps.order_chain import permute, random_perms, resnet_spec
+from lps.order_chain import permute, random_perms
+from lps.nets.resnet import resnet_spec
 from lps.nets.resnet import ResNet
 from lps.index.index import BuildSettings, ModelIndex
 from lps.advice.advisers import ExpectedAccuracy, transfer_score

@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from lps.core.files import checked, load_tensors, save_tensors
 from lps.models.model import Model
 from lps.models.modelset import load_modelset
-from lps.order_chain import permute, random_perms, resnet_spec
+from lps.order_chain import permute, random_perms
+from lps.nets.resnet import resnet_spec
 from lps.nets.resnet import ResNet
 from lps.core.files import digest
 from lps.index.index import ModelIndex
 from lps.index.store import Rows, StoreHeader, read_packed, seal_of, sealed_name, unpack_rows, write_packed
-from lps.second_order import fit, load_net, save_net
+from lps.methods.registry import fit_method, load_fitted, save_fitted
 
 CONFIG = ("layers", "tasks", "method", "kernels", "n_filters", "folded", "stem", "recipe", "magic")
 FACTS = ("file", "task", "class_0", "class_1", "val_accuracy", "label", "sketch", "key")
@@ -51,7 +52,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module", params=["lps", "lps-folded", "fc"])
 def index(models, request):
     method, _, folded = request.param.partition("-")
-    net = fit(
+    net = fit_method(
         models[models.manifest.task < 3],
         layers=("conv1", "layer2.0.conv1"),
         method=method,
@@ -67,7 +68,7 @@ def index(models, request):
 def written(models, tmp_path_factory):
     "A packed index"
     path = tmp_path_factory.mktemp("index")/"index.zip"
-    ModelIndex(fit(models, layers=("conv1",), epochs=2, milestones=(1,), n_filters=8), models).save(path)
+    ModelIndex(fit_method(models, layers=("conv1",), epochs=2, milestones=(1,), n_filters=8), models).save(path)
     return path
 
 
@@ -135,10 +136,10 @@ def test_files_that_are_no_index(models, index, tmp_path):
         path.write_bytes(data)
         with pytest.raises(ValueError, match="index.zip is not a packed index"): ModelIndex.load(path)
     with pytest.raises(FileNotFoundError, match="lps index build"): ModelIndex.load(tmp_path/"none.zip")
-    save_net(tmp_path/"net.safetensors", index.fitted)
+    save_fitted(tmp_path/"net.safetensors", index.fitted)
     with pytest.raises(ValueError, match="is not a packed index"): ModelIndex.load(tmp_path/"net.safetensors")
     index.save(path)
-    with pytest.raises(ValueError, match="index.zip"): load_net(path)
+    with pytest.raises(ValueError, match="index.zip"): load_fitted(path)
 
 
 def test_an_index_of_an_older_version_is_refused_with_its_cure(index, tmp_path):

@@ -31,7 +31,8 @@ from lps.index.store import (
     write_folder, write_packed,
 )
 from lps.methods.registry import (
-    embed_models, fit_method, get_method, load_fitted, method_title, restore_fitted, save_fitted,
+    LEADERS, as_fitted, embed_models, fit_method, fit_observed, get_method, leading_method, load_fitted, method_title,
+    own_settings, restore_fitted, save_fitted,
 )
 from ..models.imports import read_table
 from ..models.model import Model
@@ -57,7 +58,6 @@ class ModelIndex:
     ):
         if len(gallery) == 0: raise ValueError("the gallery has 0 models: give a model set with one model or more")
         if fitted is None or isinstance(fitted, str):
-            from lps.methods.all_methods import as_fitted
             fitted = as_fitted(fitted, gallery)
         embedding = embed_models(fitted, gallery, gallery.manifest.file.tolist())
         facts = gallery.manifest.astype(object).where(gallery.manifest.notna(), None).to_dict("records")
@@ -360,15 +360,14 @@ def _fit(method, items, reading, table, settings):
     models = one_model(items, reading, table) if known is None else known
     if models is None: raise ValueError(_no_model(items, reading))
     if method == "auto":
-        from lps.methods.all_methods import leading_method
         method = leading_method(models)
-    try: fitted = fit_method(models, method, settings.seed, **settings.fit)
+    try: fitted = fit_method(models, method, settings.seed, **own_settings(method, settings.fit))
     except ValueError as e:
         if known is not None: raise
         raise ValueError(_unknown_tasks(method, models, e)) from None
     if known is None or not can_hold_out(known.labels.numpy()): return fitted, _own_calibration(fitted, known)
     resources = dict(seed=settings.seed, workers=settings.workers, executor=settings.executor)
-    return fitted, calibrate(held_out_trials(known, method, **resources, **settings.fit))
+    return fitted, calibrate(held_out_trials(known, method, **resources, **own_settings(method, settings.fit)))
 
 def _own_calibration(fitted, known):
     "Calibrate on models that may have been used in the fit; None if there are too few"
@@ -684,12 +683,11 @@ def bundled(cls: ModelIndex,
 ):
     "Load an index that comes with the package; no method was fitted on the models of `bundled_unseen`"
     if method == "lps": return cls.load(bundled(BUNDLED_INDEX))
-    from lps.methods.all_methods import LEADERS
     if method != LEADERS["whole networks"]:
         models = load_modelset("bundled")
         return cls(fit_method(models[~_held_out(models)], method), models)
     method, observed, facts = bundled_outputs()
-    fitted = get_method(method).fit(observed, torch.tensor(facts.task.to_numpy()), 0)
+    fitted = fit_observed(method, observed, torch.tensor(facts.task.to_numpy()))
     facts_list = facts.drop(columns="digest").to_dict("records")
     return cls._of(fitted, _rows_in_memory(fitted.embed(observed).numpy(), facts.digest.tolist(), facts_list))
 

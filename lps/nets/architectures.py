@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.jobs import seeded
-from ..order_chain import PermutationSpec, resnet_spec
+from ..order_chain import PermutationSpec
+from .resnet import resnet_spec
 from .plain import PlainNet, plain_config, plain_convs, plain_norm, plain_spec
 from .resnet import ResNet, bn_of, branch_layers as resnet_branches, resnet_config
 

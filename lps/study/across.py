@@ -8,7 +8,7 @@ __all__ = ['KindSets', 'load_kinds', 'observe_kind', 'readable_kinds', 'fit_sets
            'copy_rows', 'plot_across', 'plot_overlap', 'plot_copies']
 
 # %% ../../nbs/study/15_across.ipynb #3380e93f
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from ..core.files import printable
-from ..methods.registry import embed_models, get_method, method_title, observations
+from ..methods.registry import embed_models, fit_observed, get_method, method_title, observe_models
 from ..models.modelset import ModelSet, load_modelset
 from ..second_order import similarity
 
@@ -59,20 +59,12 @@ def load_kinds(
     return KindSets({kind: load_modelset(Path(folder)/kind) for kind in kinds or found})
 
 # %% ../../nbs/study/15_across.ipynb #d2f1a79d
-@dataclass(frozen=True)
-class _Unfitted:
-    "What `observations` asks of a method"
-    method: str
-    layers: tuple = ()
-    folded: bool = False
-    observing: dict = field(default_factory=dict)
-
 def observe_kind(
     models: ModelSet,  # of one architecture
     method: str,       # name of a method
 ) -> dict:             # tensors by name, `(M, …)`
     "What a method sees of models before it is fitted; raises `ValueError` for models that it cannot read"
-    return observations(models, _Unfitted(get_method(method).name))
+    return observe_models(models, method)
 
 def _seen_as(models, method):
     "Names and shapes of what a method sees of a model; None where it sees nothing"
@@ -108,8 +100,9 @@ def fit_sets(
             raise ValueError(f"{why}: take a method that sees both alike, such as probes")
     joined = {}
     for name in seen[0]: joined[name] = torch.cat([one[name] for one in seen])
-    facts = dict(stem=sets[0].stem) if "stem" in method.knows else {}
-    return method.fit(joined, torch.cat([models.labels for models in sets]), seed, **facts, **settings)
+    own = {name: value for name, value in settings.items() if name in method.settings}
+    facts = dict(stem=sets[0].stem) if "stem" in method.fit_facts else {}
+    return fit_observed(method, joined, torch.cat([models.labels for models in sets]), seed, **facts, **own)
 
 def embed_sets(
     fitted,      # a fitted method

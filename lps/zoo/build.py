@@ -290,7 +290,7 @@ def write_first_plan(
 # %% ../../nbs/zoo/05_build.ipynb #ee7e543a
 @dataclass(frozen=True)
 class Running:
-    "Where and how the units of a build run; raises `ValueError` for impossible values"
+    "Settings of the machine that a build runs on; raises `ValueError` for impossible values"
     workers: int = 2          # processes; 1: train in this one
     executor: Executor | None = None # any `concurrent.futures.Executor` to use instead; it is not shut down
     progress: bool = True     # show a progress bar?

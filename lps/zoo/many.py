@@ -227,7 +227,8 @@ def _stack_stats(stats, M, device):
     "Stack mean and standard deviation of each channel, two tensors `(M, C)`"
     stats = stats if isinstance(stats, list) else [stats]*M
     for one in stats: check_stats(one)
-    means, deviations = (torch.stack([torch.as_tensor(s) for s in values]) for values in zip(*stats))
+    means = torch.stack([torch.as_tensor(mean) for mean, _ in stats])
+    deviations = torch.stack([torch.as_tensor(std) for _, std in stats])
     return means.float().to(device), deviations.float().to(device)
 
 def _normalise(xb, mean, std):

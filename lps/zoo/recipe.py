@@ -20,7 +20,7 @@ from ..nets.resnet import check_depth
 # %% ../../nbs/zoo/01_recipe.ipynb #439f55ba
 @dataclass(frozen=True)
 class Recipe:
-    "How a network is trained; raises `ValueError` for impossible values"
+    "Settings of the training of a network; raises `ValueError` for impossible values"
     name: str                   # short name, kept with every model
     epochs: int                 # passes over the training images
     lr: float                   # learning rate of the first epoch

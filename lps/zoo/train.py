@@ -157,7 +157,7 @@ def accuracy(
 # %% ../../nbs/zoo/03_train.ipynb #a96c0aa4
 @dataclass(frozen=True)
 class Saving:
-    "When a training run is saved, and where it stops; raises `ValueError` for impossible values"
+    "Epochs at which a training run is saved, kept and stopped; raises `ValueError` for impossible values"
     checkpoint: str | Path | None = None # file to continue from if it exists, and to write to; None: none
     every: int = 10            # epochs from one checkpoint to the next
     until: int | None = None   # stop after this many epochs, with the recipe's schedule; None: at its end
