@@ -68,6 +68,12 @@ def noisy(
     return perturbed
 
 # %% ../../nbs/lineage/00_benchmark.ipynb #557546c6
+def half(
+    state: dict,  # tensors by name
+) -> dict:        # tensors by name
+    "Convert weights to float16"
+    return {name: v.half() if v.is_floating_point() else v for name, v in state.items()}
+
 def renamed(
     state: dict,  # tensors by name
 ) -> dict:        # the same tensors by number
@@ -168,7 +174,7 @@ SAME_VALUES = "same weights in another precision or under other names"
 SAME_NETWORK = "same network, reordered or rescaled"
 
 DERIVATIONS = {
-    "float16": Derivation(lambda a, b, seed: {n: v.half() for n, v in a.state.items()}, verdict=SAME_VALUES),
+    "float16": Derivation(lambda a, b, seed: half(a.state), verdict=SAME_VALUES),
     "renamed": Derivation(lambda a, b, seed: renamed(a.state), verdict=SAME_VALUES),
     "reordered": Derivation(lambda a, b, seed: reordered(a.state, a.architecture.spec, seed), verdict=SAME_NETWORK),
     "rescaled": Derivation(lambda a, b, seed: rescaled(a.state, a.architecture, seed), verdict=SAME_NETWORK),

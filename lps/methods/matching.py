@@ -105,8 +105,9 @@ def match(
         if not changed: break
     moved = permute(b, spec, perms)
     product = sum((a[name]*moved[name]).sum() for name in a)
-    lengths = [sum(v.square().sum() for v in state.values()).sqrt() for state in (a, b)]
-    return perms, float(product/lengths[0]/lengths[1])
+    squares = [(a[name].square().sum(), b[name].square().sum()) for name in a]
+    length_a, length_b = torch.tensor(squares).sum(0).sqrt()
+    return perms, float(product/length_a/length_b)
 
 # %% ../../nbs/methods/04_matching.ipynb #b6d41a86
 def stem_rows(

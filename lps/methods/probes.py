@@ -154,7 +154,7 @@ class ProbesConfig(FittedConfig):
     n_images: Annotated[int, Field(ge=1, le=MOST_IMAGES)]
     probe_seed: Annotated[int, Field(ge=0, lt=2**63)]
     parts: Annotated[int, Field(ge=1)] = 1
-    bank: str = ""  # digest of images of one's own
+    bank: str = ""  # digest of your own images; "" for seeded ones
 
     def __post_init__(self):
         if self.n_images % self.parts: raise ValueError(f"field 'parts' is {self.parts} for {self.n_images} images")
@@ -221,7 +221,7 @@ def fit_probes(
     labels: Tensor,   # task of each model, `(M,)`
     seed: int = 0,    # unused: nothing is random
     parts: int = 1,   # of the bank
-    bank: Tensor | str | Path | None = None,  # images of one's own, as for `own_bank`
+    bank: Tensor | str | Path | None = None,  # your own images, as for `own_bank`
 ) -> Probes:
     "Average the embeddings of each task's models"
     tasks = labels.unique().tolist()

@@ -103,7 +103,8 @@ class ResNet(nn.Module):
         self.layer3 = _stage(2*width, 4*width, n_blocks, 2, shortcut)
         self.fc = nn.Linear(4*width, n_classes)
         for m in self.modules():
-            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            if not isinstance(m, nn.Conv2d) or m.weight.is_meta: continue  # on meta it would import torch._dynamo
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(
         self,
