@@ -383,7 +383,7 @@ def fit(
 # %% ../nbs/04_cli.ipynb #5233efd9
 def check_splits(models, train: int, test_tasks: int | None):
     "Raise `ValueError` for a model set that is too small for Tables 1 and 2, before anything is fitted"
-    from lps.study.evaluate import retrieval_splits
+    from lps.study.splits import retrieval_splits
     fewest = models.manifest.task.value_counts().min()
     if fewest < 3: raise ValueError(f"a task has {fewest} models: at least 3 are needed, two of them as queries")
     if train >= fewest:
@@ -417,8 +417,9 @@ def evaluate(
     from lps.core.files import write_json
     from lps.demo import n_right_answers
     from lps.methods.registry import get_method
-    from lps.study.evaluate import summary, table1, table2
-    from lps.study.records import result_record
+    from lps.study.records import RunsRecord, runs_fields, summary
+    from lps.study.table1 import table1
+    from lps.study.table2 import table2
     check_out(out, is_tables, "a file of results that lps evaluate wrote")
     load_methods()
     for name in method or (): get_method(name)
@@ -431,10 +432,10 @@ def evaluate(
     n_right = n_right_answers(models)
     classified = table1(models, splits, train, progress=progress, **settings)
     retrieved = table2(models, splits, test_tasks, progress=progress, **settings)
-    records = dict(
-        table1=result_record(models, classified, n_train=train, n_splits=splits, **settings),
-        table2=result_record(models, retrieved, n_right, n_test_tasks=test_tasks, n_splits=splits, **settings),
-    )
+    settings |= dict(name=models.path.name, n_splits=splits)
+    known = RunsRecord.make(models, settings | dict(n_train=train), **runs_fields(classified))
+    unseen = RunsRecord.make(models, settings | dict(n_test_tasks=test_tasks), **runs_fields(retrieved, n_right))
+    records = dict(table1=known.as_dict(), table2=unseen.as_dict())
     if out: write_json(out, records)
     if as_json: return print_json(records)
     show_table(summary(classified), f"Table 1, task classification, {len(models.tasks)} tasks, % over {splits} splits")

@@ -303,7 +303,7 @@ def score_models(
 ) -> Tensor:     # `(M, tasks)`
     "Score models for each task of a fitted method. Raises `ValueError` for a method without scores"
     if not hasattr(fitted, "scores"):
-        raise ValueError(f"method {fitted.method!r} has no scores: use read_out='nearest' or 'centroid'")
+        raise ValueError(f"method {fitted.method!r} has no scores: use classifier='nearest' or 'centroid'")
     scores = fitted.scores(models if isinstance(models, dict) else observations(models, fitted))
     if scores.isnan().any(): raise ValueError("some models have no finite score: exclude them")
     return scores
