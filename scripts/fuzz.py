@@ -18,7 +18,7 @@ TEST = re.compile(r"^tests/(test_\w+\.py::\S.*):$", flags=re.M)
 
 
 def pytest(*args: str, **env) -> str:
-    "What pytest prints for the property tests"
+    "Run the property tests; return the output of pytest"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "hypothesis", *args]
     files = [f"tests/{name}" for name in FILES if (ROOT/"tests"/name).exists()]
     done = subprocess.run([*command, *files], cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
