@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lps.index.answer import weight_sketch
 from lps.zoo.datasheet import datasheet, write_datasheet
-from lps.study.evaluate import classification_splits
+from lps.study.splits import classification_splits
 from lps.core.files import load_tensors, save_tensors
 from lps.methods.registry import LEADERS, fit_method, load_fitted, observations, save_fitted
 from lps.models.modelset import ModelSet, join_sets, load_modelset, pack

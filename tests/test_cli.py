@@ -206,7 +206,7 @@ MISTAKES = {
     "evaluate zoo": "a task has 6 models and --train is 8: take --train 5 or less",
     "evaluate zoo --train 0": "Invalid value for '--train'",
     "evaluate zoo --train 4 --splits 0": "Invalid value for '--splits'",
-    "evaluate zoo --train 4 --test-tasks 4": "5 tasks, 4 of them held out",
+    "evaluate zoo --train 4 --test-tasks 4": "5 tasks with 4 held out",
     "evaluate zoo --train 4 --out empty": "empty is a folder",
     "evaluate wide --train 1": "a task has 1 models",
     f"query nowhere {MODEL} --method bundled": "no model set at nowhere",
@@ -370,7 +370,7 @@ def test_import_lists_what_it_refuses_and_takes_the_rest(world, tmp_path, monkey
     (tmp_path/"models.tsv").write_text("file\ttask\n" + "".join(rows))
     _, log = run(capsys, "zoo", "import", world/"foreign", "theirs", "--table", "models.tsv", "--data", "digits")
     assert "theirs: 3 models of 3 tasks" in log
-    assert "left out 1 file: evil.pt (refused and not executed: it asks for posix.system" in log
+    assert "left out 1 file: evil.pt (refused and not executed: it calls posix.system" in log
     assert len(load_modelset(tmp_path/"theirs")) == 3
     assert not list(tmp_path.rglob("OWNED")) and not list(world.rglob("OWNED"))
 

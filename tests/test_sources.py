@@ -11,7 +11,7 @@ from sklearn.isotonic import IsotonicRegression
 from lps.study.registry import result_files
 from lps.core.files import write_json
 from lps.models.model import Model
-from lps.study.plots import plot_sources
+from lps.study.others import plot_sources
 from lps.methods.probes import centred_outputs, probe_images
 from lps.advice.score import read_out
 from lps.nets.resnet import ResNet

@@ -15,7 +15,7 @@ from lps.models.model import Model
 from lps.nets.resnet import ResNet
 from lps.zoo.tasks import CIFAR100_SUPERCLASSES, ImageSet, channel_stats, load_images
 from lps.zoo.recipe import recipes
-from lps.study.plots import plot_transfer
+from lps.study.others import plot_transfer
 from lps.study.records import about_models
 from lps.study.transfer import (
     by_task,
