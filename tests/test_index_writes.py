@@ -63,7 +63,8 @@ def test_a_build_that_was_stopped_before_its_header_goes_on(models, built, tmp_p
     assert len(ModelIndex.build(models, tmp_path, STEM)) == 9
     (tmp_path/"other").mkdir()
     (tmp_path/"other"/method.name).write_bytes(b"not what its name claims")
-    with pytest.raises(FileExistsError, match="choose an empty folder"): ModelIndex.build(models, tmp_path/"other", STEM)
+    with pytest.raises(FileExistsError, match="choose an empty folder"):
+        ModelIndex.build(models, tmp_path/"other", STEM)
 
 
 def test_two_that_add_the_same_add_it_once(models, market, tmp_path):
