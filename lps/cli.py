@@ -667,7 +667,7 @@ def query(
     as_json: AsJson = False,
 ):
     "Find the models of an index that are most similar to a model."
-    from lps.advice.advisers import expected_accuracy
+    from lps.advice.expected import expected_accuracy
     if context.args:
         cure = f"to compare by a fitted method, run lps query {model} {context.args[0]} --method {index}"
         raise ValueError(f"lps query takes an index and a model: {cure}")

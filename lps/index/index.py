@@ -36,7 +36,7 @@ from ..models.model import Model
 from ..models.modelset import ModelSet, bundled, load_modelset, rejected_table, rejection_summary
 from ..methods.probes import probe_images
 from ..second_order import similarity
-from ..advice.advisers import explained_by
+from ..advice.score import explained_by
 from .store import Rows, Store, create_store
 
 # %% ../../nbs/index/03_index.ipynb #036699fd
