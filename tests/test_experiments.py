@@ -4,6 +4,7 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 
 import nbformat
 import pytest
@@ -196,7 +197,7 @@ def test_a_baseline_from_outside_is_one_to_beat(toys, registries):
 
 def test_a_kind_can_be_registered_once(registries):
     taken = "'table1' is taken by Task classification"
-    with pytest.raises(ValueError, match=taken): register_experiment(EXPERIMENTS["table1"])
+    with pytest.raises(ValueError, match=taken): register_experiment(replace(EXPERIMENTS["table1"], title="Another"))
 
 
 def test_digits_are_built_small(tmp_path):
@@ -228,7 +229,7 @@ def test_what_would_fail_in_the_end_is_said_at_the_start(tmp_path):
     (results/"table1-bundled.json").mkdir(parents=True)
     file.write_text("")
     with pytest.raises(ValueError, match="table1-bundled.json is a folder"): result_path(results, "table1", "bundled")
-    with pytest.raises(ValueError, match="is a file: give a folder"): result_path(file, "table1", "bundled")
+    with pytest.raises(ValueError, match="is a file: pass a folder"): result_path(file, "table1", "bundled")
     with pytest.raises(SystemExit, match="is a file"): SCRIPT["main"](["--results", file, "--uncommitted"])
     with pytest.raises(SystemExit, match="is a folder"): SCRIPT["main"](["--times", tmp_path, "--uncommitted"])
 

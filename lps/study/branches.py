@@ -50,13 +50,17 @@ def from_text(
     rows = [line.split() for line in lines]
     return torch.tensor(np.array(rows, dtype=float), dtype=torch.float32)
 
-# %% ../../nbs/study/09_branches.ipynb #52da12c5
+# %% ../../nbs/study/09_branches.ipynb #ebeba5da
 @dataclass(kw_only=True)
 class BranchRecord(RunsRecord):
     "Result of single branches; methods are layers"
     learned: dict[str, list[float]]|None = None       # layer → top-1 of training models, one share a split
     test: list[list[int]]|None = None                 # test models of each split
     log_probs: dict[str, list[list[str]]]|None = None # layer → log-probabilities as text, one matrix a split
+
+    def scores(self, i):
+        "Return the log-probabilities of the test models of split i, `(layers, M, tasks)`"
+        return torch.stack([from_text(self.log_probs[layer][i]) for layer in self.settings["layers"]])
 
 def branch_fields(
     models: ModelSet, # all models
@@ -66,13 +70,16 @@ def branch_fields(
 ) -> dict:            # fields of `BranchRecord`
     "Measure every branch"
     scores = branch_scores(models, splits, layers, **kwargs)
-    of_train = {layer: [train for train, _ in found] for layer, found in scores.items()}
-    of_test = {layer: [test for _, test in found] for layer, found in scores.items()}
+    of_train, of_test, log_probs = {}, {}, {}
+    for layer, found in scores.items():
+        of_train[layer] = [train for train, _ in found]
+        of_test[layer] = [test for _, test in found]
+        log_probs[layer] = [as_text(test) for test in of_test[layer]]
     learned = top_k(of_train, models, [(test, train) for train, test in splits])["top-1"].astype(float).round(4)
     return runs_fields(top_k(of_test, models, splits)) | dict(
         learned={layer: learned.loc[layer].tolist() for layer in layers},
         test=[test.tolist() for _, test in splits],
-        log_probs={layer: [as_text(s) for s in of_test[layer]] for layer in layers},
+        log_probs=log_probs,
     )
 
 # %% ../../nbs/study/09_branches.ipynb #3fde8fdb

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fuse', 'learn_alpha', 'FusionRecord', 'fusion_fields', 'plot_fusion']
 
-# %% ../../nbs/study/11_fusion.ipynb #0cf47fce
+# %% ../../nbs/study/11_fusion.ipynb #24a2943d
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.modelset import ModelSet
-from .branches import BranchRecord, branch_scores, from_text
+from .branches import BranchRecord, branch_scores
 from .figures import draw_bars, error_points, plain_text
 from .records import MEASURED_BY, RunsRecord, runs_fields
 from .registry import ALL_LAYERS, SMALL_FIT, Claim, Experiment, register_experiment
@@ -111,7 +111,7 @@ def fuse_splits(
     found["learned α: probabilities"] = [fuse(scores, alpha=a) for scores, a in zip(tested, alpha)]
     return found, alpha, chosen, oracle
 
-# %% ../../nbs/study/11_fusion.ipynb #6712df35
+# %% ../../nbs/study/11_fusion.ipynb #3059c2d4
 def fusion_fields(
     models: ModelSet, # all models
     splits: list,     # from `classification_splits`
@@ -124,14 +124,15 @@ def fusion_fields(
     "Measure all combinations of branches"
     def stacked(splits):
         scores = branch_scores(models, splits, layers, **kwargs)
-        return [torch.stack([scores[layer][i][1] for layer in layers]) for i in range(len(splits))]
+        found = []
+        for i in range(len(splits)): found.append(torch.stack([scores[layer][i][1] for layer in layers]))
+        return found
     inner = held_out_splits(models.labels, splits, n_held, seed)
     held = stacked(inner)
     origin = "fitted with the others"
     if branches is None: tested = stacked(splits)
     else:
-        texts = zip(*[branches.log_probs[layer] for layer in layers])
-        tested = [torch.stack([from_text(lines) for lines in of_split]) for of_split in texts]
+        tested = [branches.scores(i) for i in range(len(splits))]
         origin = f"branches-{branches.name}.json of {branches.time}, commit {branches.commit}"
     places = torch.searchsorted(torch.tensor(models.tasks), models.labels)
     targets = [(places[aside], places[test]) for (_, aside), (_, test) in zip(inner, splits)]
@@ -139,7 +140,7 @@ def fusion_fields(
     return runs_fields(top_k(found, models, splits)) | dict(
         fusions=[name for name in found if "α" in name],
         best_branch=BEST,
-        alpha=[[round(v, 4) for v in a.tolist()] for a in alpha],
+        alpha=torch.stack(alpha).double().numpy().round(4).tolist(),
         chosen=[layers[i] for i in chosen],
         oracle=[layers[i] for i in oracle],
         branches=origin,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['other_epochs', 'learning_curves', 'CurveRecord', 'plot_curves']
 
-# %% ../../nbs/study/08_learning_curve.ipynb #c67d4c55
+# %% ../../nbs/study/08_learning_curve.ipynb #414ab7ad
 import re
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,8 +18,7 @@ from ..core.files import pluralise
 from ..methods.registry import observations, score_models
 from ..models.modelset import ModelSet, load_modelset
 from .figures import COLOURS, plain_text
-from .page import escaped
-from .records import MEASURED_BY, Record
+from .records import MEASURED_BY, Record, escaped
 from .registry import SMALL_FIT, Experiment, register_experiment
 from .splits import nested_splits, per_split
 from .stats import mean_sd, rank_k, spread

@@ -5,24 +5,18 @@
 # %% auto #0
 __all__ = ['show_results', 'show_overview']
 
-# %% ../../nbs/study/05_page.ipynb #2085ff6d
+# %% ../../nbs/study/05_page.ipynb #14bae252
 import html
 from pathlib import Path
 
 import pandas as pd
 
 from ..core.files import printable
-from .records import Record, record_marks, record_text
+from .records import Record, escaped, record_marks, record_text
 from .registry import EXPERIMENTS, kind_of, result_files
 from .stats import Verdict
 
-# %% ../../nbs/study/05_page.ipynb #64f77337
-def escaped(
-    text: str, # from a file
-) -> str:
-    "Escape text for HTML and Markdown"
-    return html.escape(printable(text), quote=False)
-
+# %% ../../nbs/study/05_page.ipynb #06a0f2b9
 def caption(
     record: Record, # from a result file
 ) -> str:           # Markdown

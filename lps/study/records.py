@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Record', 'summary', 'RunsRecord']
 
-# %% ../../nbs/study/03_records.ipynb #ba93236f
-import ast, hashlib, importlib.util, json
+# %% ../../nbs/study/03_records.ipynb #4b897969
+import ast, hashlib, html, importlib.util, json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar, Self
@@ -61,7 +61,7 @@ def plain_source(
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
-# %% ../../nbs/study/03_records.ipynb #ee0d93f1
+# %% ../../nbs/study/03_records.ipynb #a6f4a3fa
 def source_hash(
     *modules: str, # names of modules, such as `lps.align`
 ) -> str:          # 16 hexadecimal digits
@@ -87,6 +87,12 @@ class Sources:
     def are_current(self): # False if a module changed or no longer exists
         try: return source_hash(*self.modules) == self.sha256
         except ValueError: return False
+
+def sources_field(
+    kind: type, # subclass of `Record`
+) -> dict:      # its field `sources`
+    "Return the code behind a result as it is written"
+    return dict(sources=asdict(Sources.of(kind.measured_by)))
 
 # %% ../../nbs/study/03_records.ipynb #b260b1dd
 @dataclass
@@ -174,13 +180,7 @@ class Record:
     def name(self): # of the model set
         return self.settings["name"]
 
-# %% ../../nbs/study/03_records.ipynb #31a44e63
-def sources_field(
-    kind: type, # subclass of `Record`
-) -> dict:      # its field `sources`
-    "Return the code behind a result as it is written"
-    return dict(sources=asdict(Sources.of(kind.measured_by)))
-
+# %% ../../nbs/study/03_records.ipynb #09b8ff4f
 def find_record(
     kind: type,       # subclass of `Record`
     path: str|Path,   # a result file, which need not exist
@@ -197,7 +197,13 @@ def find_record(
     wanted = json.loads(json.dumps(settings))
     return record if same_models and same_code and record.settings | wanted == record.settings else None
 
-# %% ../../nbs/study/03_records.ipynb #fc303dba
+# %% ../../nbs/study/03_records.ipynb #51e0ca80
+def escaped(
+    text: str, # from a file
+) -> str:
+    "Escape text for HTML and Markdown"
+    return html.escape(printable(text), quote=False)
+
 def record_marks(
     record: Record, # from a result file
 ) -> list:          # phrases; empty for a current result

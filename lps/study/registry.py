@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Claim', 'Experiment', 'register_experiment', 'result_path', 'open_models']
 
-# %% ../../nbs/study/02_registry.ipynb #1a9ad18d
+# %% ../../nbs/study/02_registry.ipynb #13917877
 import importlib, re
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import lps.study
 from ..core.files import printable
 
 # %% ../../nbs/study/02_registry.ipynb #4400f071
@@ -62,7 +63,7 @@ def has_images(
 ALL_LAYERS = {"all layers": has_all_layers}
 IMAGES = {"images": has_images}
 
-# %% ../../nbs/study/02_registry.ipynb #12197fbe
+# %% ../../nbs/study/02_registry.ipynb #8fd549c4
 class Experiments(UserDict):
     "Experiments by kind; those of lps are imported at the first look"
     def __init__(self):
@@ -72,7 +73,7 @@ class Experiments(UserDict):
     @property
     def data(self): # read by all methods of a dict
         if not self.complete:
-            for path in sorted(Path(__file__).parent.glob("*.py")):
+            for path in sorted(Path(lps.study.__path__[0]).glob("*.py")):
                 registers = "\nregister_experiment(" in path.read_text(encoding="utf-8")
                 if registers: importlib.import_module(f"lps.study.{path.stem}")
             self.known = dict(sorted(self.known.items(), key=lambda item: item[1].order))
@@ -81,16 +82,17 @@ class Experiments(UserDict):
 
 EXPERIMENTS = Experiments()
 
-# %% ../../nbs/study/02_registry.ipynb #8285a59c
+# %% ../../nbs/study/02_registry.ipynb #dc2a7db6
 def register_experiment(
-    experiment: Experiment, # with a new kind, made of letters, digits and underscores
+    experiment: Experiment, # its kind has letters, digits and underscores; one of the same title is replaced
 ) -> Experiment:
     "Add an experiment to the registry. Raises `ValueError` if its kind is taken or malformed"
     kind = experiment.kind
     if not re.fullmatch(r"[A-Za-z]\w*", kind):
         raise ValueError(f"'{kind}' is not a valid kind: use letters, digits and _")
     known = EXPERIMENTS.known.get(kind)
-    if known: raise ValueError(f"'{kind}' is taken by {known.title}: choose another kind")
+    if known and known.title != experiment.title:
+        raise ValueError(f"'{kind}' is taken by {known.title}: choose another kind")
     EXPERIMENTS.known[kind] = experiment
     return experiment
 
