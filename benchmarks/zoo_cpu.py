@@ -44,7 +44,8 @@ from torchvision import transforms as T
 
 from lps.core.files import provenance, write_json
 from lps.nets.resnet import ResNet
-from lps.zoo.train import BatchLoader, best_precision, init_model, make_learner, recipes
+from lps.zoo.train import BatchLoader, make_learner
+from lps.zoo.recipe import best_precision, init_model, recipes
 from lps.core.jobs import start_worker
 
 STATS = (.48, .45, .40), (.28, .27, .28)

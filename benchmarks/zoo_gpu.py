@@ -55,7 +55,8 @@ from zoo_cpu import STATS, PerItem, spread
 from lps.zoo.many import FusedModels, ManyLinear, MultiLoader, cuda_math, each, many_learner
 from lps.core.files import provenance, write_json
 from lps.nets.resnet import ResNet
-from lps.zoo.train import Recipe, StopIfDiverged, init_model, make_learner, recipes
+from lps.zoo.recipe import Recipe, init_model, recipes
+from lps.zoo.train import StopIfDiverged, make_learner
 
 MODELSET500 = 500*160*1000
 

@@ -1,7 +1,7 @@
 "The names that `import lps` offers, for type checkers and completion"
 from .align import align_layer as align_layer
 from .index.index import ModelIndex as ModelIndex
-from .index.map import market_map as market_map
+from .index.map import model_map as model_map
 from .index.share import from_pretrained as from_pretrained
 from .index.share import push_to_hub as push_to_hub
 from .index.share import save_pretrained as save_pretrained
@@ -12,7 +12,7 @@ from .methods.registry import fit_method as fit_method
 from .methods.registry import load_fitted as load_fitted
 from .methods.registry import register_method as register_method
 from .methods.registry import save_fitted as save_fitted
-from .models.checkpoint import import_models as import_models
+from .models.imports import import_models as import_models
 from .models.model import Model as Model
 from .models.modelset import ModelSet as ModelSet
 from .models.modelset import join_sets as join_sets

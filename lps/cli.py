@@ -106,8 +106,7 @@ def print_json(value):
 
 # %% ../nbs/04_cli.ipynb #6ce4c78b
 def load_methods() -> dict:
-    "Import all built-in methods and return their registry"
-    import lps.methods.all_methods  # noqa: F401  it registers the methods
+    "Return the registry of methods"
     from lps.methods.registry import METHODS
     return METHODS
 
@@ -122,7 +121,7 @@ class RegistryHelp(TyperCommand):
 def registered_names() -> dict[str, str]:
     "Return what is registered, by the word that stands for it in help texts"
     from lps.zoo.tasks import DATASETS
-    from lps.zoo.train import recipes
+    from lps.zoo.recipe import recipes
     methods = load_methods()
     baselines = [name for name, method in methods.items() if method.baseline]
     others = [name for name in methods if name not in baselines]
@@ -170,16 +169,18 @@ class ReadingOptions:
         tuple[str, str] | None, Option(metavar="MEAN SD", help=STATS, rich_help_panel=READING)
     ] = None
 
-    def settings(self) -> dict:
-        "Return the keyword arguments for `read_model`"
+    def settings(self):
+        "Return the same as a `Reading`"
+        from lps.models.read import Reading
         if self.arch and ":" in self.arch and "" not in sys.path: sys.path.insert(0, "")  # modules of this folder
-        return dict(names=read_name_map(self.names), arch=self.arch, size=self.size, stats=parse_stats(self.stats))
+        return Reading(read_name_map(self.names), self.arch, self.size, parse_stats(self.stats))
 
 # %% ../nbs/04_cli.ipynb #3598d8b4
 def parse_stats(stats) -> tuple | None:
     "Return mean and standard deviation as lists of numbers, from text such as '.5,.5,.5'"
+    def numbers(text): return [float(number) for number in text.split(",")]
     if stats is None: return None
-    try: return tuple([float(number) for number in text.split(",")] for text in stats)
+    try: return tuple(map(numbers, stats))
     except ValueError: raise ValueError(f"--stats {' '.join(stats)}: separate the numbers with commas") from None
 
 def read_name_map(file: str | None):
@@ -288,14 +289,16 @@ def zoo_build(
     keep: Annotated[str, Option(help="Epochs after which each network is also kept, such as 10,40,80")] = "",
     until: Annotated[int | None, Option(min=1, help=UNTIL)] = None,
     size: Annotated[int | None, Option(min=1, help="Side in pixels to which a folder's images are resized")] = None,
+    packed: Annotated[str | None, Option(help="Packed models of this build, or their folder: not trained")] = None,
 ):
     "Train a model set, several networks for each pair of classes, or resume an interrupted build."
     from lps.zoo.build import build
+    from lps.zoo.tasks import load_splits
     if not re.fullmatch(r"(\d+(,\d+)*)?", keep):
         raise ValueError(f"--keep is '{keep}': give epochs separated by commas, such as 10,40,80")
     models = build(
         path,
-        images=images,
+        images=load_splits(images, size=size),
         recipe=recipe,
         n_tasks=tasks,
         n_models=models,
@@ -304,7 +307,7 @@ def zoo_build(
         device=device,
         keep=tuple(map(int, keep.split(","))) if keep else (),
         until=until,
-        size=size,
+        packed=packed,
     )
     log_modelset(models)
 
@@ -342,7 +345,7 @@ def zoo_import(
     names: Names = None,
 ):
     "Make a model set of checkpoints that were trained elsewhere."
-    from lps.models.checkpoint import import_models
+    from lps.models.imports import import_models
     if shortcut not in ("pad_end", "pad_both"):
         raise ValueError(f"unknown shortcut '{shortcut}': known are pad_end, pad_both")
     known = {key: value for key, value in dict(data=data, recipe=recipe).items() if value}
@@ -364,26 +367,23 @@ def fit(
     out: OutFile = Path("lps-net.safetensors"),
 ):
     "Fit a method on a model set."
-    from lps.methods.registry import fit_method, get_method, save_fitted
+    from lps.methods.registry import fit_method, get_method, own_settings, save_fitted
     load_methods()
     get_method(method)
     check_out(out, is_fitted, "a method that lps fit wrote")
     models = open_modelset(modelset)
     with busy(f"fitting {method} on {len(models)} models"):
-        fitted = fit_method(models, method, seed, **options.settings())
+        fitted = fit_method(models, method, seed, **own_settings(method, options.settings()))
     save_fitted(out, fitted)
     layers = ", ".join(fitted.layers) or "all layers"
     log.info("%s: %s on %s of %d models, %d tasks", out, method, layers, len(models), len(fitted.tasks))
 
 # %% ../nbs/04_cli.ipynb #5233efd9
 def check_splits(models, train: int, test_tasks: int | None):
-    "Raise `ValueError` for a model set that is too small for Tables 1 and 2"
-    from lps.demo import n_right_answers
+    "Raise `ValueError` for a model set that is too small for Tables 1 and 2, before anything is fitted"
     from lps.study.splits import retrieval_splits
-    fewest = n_right_answers(models, 0)
-    if fewest < 3:
-        needed = "the tables need at least 3 of each, two as queries and one to be found"
-        raise ValueError(f"a task has {fewest} models: {needed}")
+    fewest = models.manifest.task.value_counts().min()
+    if fewest < 3: raise ValueError(f"a task has {fewest} models: at least 3 are needed, two of them as queries")
     if train >= fewest:
         cure = f"take --train {fewest - 1} or less, or train more models"
         raise ValueError(f"a task has {fewest} models and --train is {train}: {cure}")
@@ -442,9 +442,7 @@ def evaluate(
 # %% ../nbs/04_cli.ipynb #d557d227
 def is_index(path: Path) -> bool:
     "Return whether a path holds an index and not a model set"
-    from lps.core.files import read_header
-    if path.is_dir(): return (path/"header.json").exists()
-    return path.is_file() and "index" in read_header(path).meta
+    return (path/"header.json").exists() if path.is_dir() else path.suffix == ".zip"
 
 def calibrated(index):
     "Calibrate an index that is not, if enough of its models have known tasks"
@@ -454,12 +452,16 @@ def calibrated(index):
 def open_index(place):
     "Load an index and calibrate it if it can be"
     from lps.index.index import ModelIndex
-    if place != "bundled" and not path_of(place).exists():
-        raise ValueError(f"no index at {place}: build one with lps index build {place} FOLDER")
-    return calibrated(ModelIndex.load(place))
+    return calibrated(ModelIndex.load(place if place == "bundled" else path_of(place)))
+
+def save_packed(index, path: Path):
+    "Write an index that was changed in memory back to its packed file"
+    if str(path) == "bundled": raise ValueError("the bundled index cannot be changed: build one in a folder")
+    if path.is_file(): index.save(path)
 
 # %% ../nbs/04_cli.ipynb #98197eed
-IndexFolder = Annotated[Path, Argument(parser=path_of, metavar="INDEX", help="Folder of the index")]
+INDEX_PLACE = "An index: a folder or a packed .zip file; bundled: the one that comes with lps"
+IndexFolder = Annotated[Path, Argument(parser=path_of, metavar="INDEX", help=INDEX_PLACE)]
 SOURCES = "Folders, model files, packed sets, timm/NAME, org/name on the Hub; bundled: the set that comes with lps"
 Sources = Annotated[list[str], Argument(metavar="SOURCES", help=SOURCES)]
 Workers = Annotated[int, Option(min=1, help="Processes that read models")]
@@ -477,7 +479,7 @@ def log_index(index, path: Path):
 
 def calibration_text(index) -> str:
     "Return how the probabilities of an index were measured, in a sentence"
-    return f"Probabilities: {index.calibration}." if index.calibration else NOT_CALIBRATED
+    return str(index.calibration or NOT_CALIBRATED)
 
 # %% ../nbs/04_cli.ipynb #e490b367
 BUILD_METHOD = "How models are compared: METHODS; a file from lps fit; bundled; auto: the best for these models"
@@ -495,18 +497,10 @@ def index_build(
     seed: Seed = 0,
 ):
     "Read models into an index, and fit the method on those whose tasks are known."
-    from lps.index.index import ModelIndex
+    from lps.index.index import BuildSettings, ModelIndex
+    settings = BuildSettings(workers=workers, seed=seed, fit=options.settings())
     with busy(f"reading models into {path}"):
-        index = ModelIndex.build(
-            list(map(source_of, sources)),
-            path,
-            method=method,
-            table=table,
-            workers=workers,
-            seed=seed,
-            **reading.settings(),
-            **options.settings(),
-        )
+        index = ModelIndex.build(list(map(source_of, sources)), path, method, table, reading.settings(), settings)
     log_index(index, path)
     log.info(calibration_text(index))
 
@@ -521,9 +515,12 @@ def index_add(
     workers: Workers = 2,
 ):
     "Add models that the index does not hold yet, or whose files have changed."
+    from lps.index.index import BuildSettings
     index = open_index(str(path))
+    settings = BuildSettings(workers=workers)
     with busy(f"reading models into {path}"):
-        n = index.add(list(map(source_of, sources)), table, workers=workers, **reading.settings())
+        n = index.add(list(map(source_of, sources)), table, reading.settings(), settings)
+    save_packed(index, path)
     log.info("%d added", n)
     log_index(index, path)
 
@@ -535,6 +532,7 @@ def index_remove(
     "Remove models from the index; their files are kept."
     index = open_index(str(path))
     n = index.remove(list(map(source_of, models)))
+    save_packed(index, path)
     log.info("%d removed", n)
     log_index(index, path)
 
@@ -563,7 +561,7 @@ def index_info(
 ):
     "Show what an index holds, what could not be read, and how its probabilities were measured."
     index = open_index(str(path))
-    if check and hasattr(index.rows, "check"): index.rows.check()
+    if check: index.check()
     facts = index_facts(index)
     if as_json: return print_json(facts)
     architectures = ", ".join(f"{cell_text(name)} ({n})" for name, n in facts["architectures"].items())
@@ -592,9 +590,12 @@ def inspect_command(
     as_json: AsJson = False,
 ):
     "Show what is read from a model: layers, input, normalisation, head, and what is ignored."
-    from lps.models.read import read_model
-    found = read_model(source_of(model), whole=whole, **reading.settings())[1].table().found
-    if as_json: return print_json(dict(found))
+    from lps.methods.registry import why_not
+    from lps.models.read import inspect_model
+    inspection = inspect_model(source_of(model), dataclasses.replace(reading.settings(), whole=whole))
+    found = dict(inspection.table().found)
+    for method, why in why_not(inspection.model).items(): found[f"cannot be compared by {method}"] = why
+    if as_json: return print_json(found)
     for name, value in found.items(): console.print(f"{cell_text(name)}: {cell_text(value)}", soft_wrap=True)
 
 # %% ../nbs/04_cli.ipynb #00739f3d
@@ -667,15 +668,13 @@ def query(
     as_json: AsJson = False,
 ):
     "Find the models of an index that are most similar to a model."
-    from lps.advice.expected import expected_accuracy
     if context.args:
         cure = f"to compare by a fitted method, run lps query {model} {context.args[0]} --method {index}"
         raise ValueError(f"lps query takes an index and a model: {cure}")
     check_one_model(model)
-    settings = reading.settings()
+    read = reading.settings()
     opened = index_by(index, method) if method else open_index(index)
-    relation = expected_accuracy() if expected else None
-    answer = opened.answer(model, k, expected=relation, approximate=approximate, **settings)
+    answer = opened.answer(model, k, read, expected=expected, approximate=approximate)
     if as_json: print_json(answer.to_dict())
     else: show_answer(answer)
 

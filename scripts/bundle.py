@@ -11,19 +11,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lps.methods.all_methods import LEADERS
 from lps.index.answer import weight_sketch
 from lps.zoo.datasheet import datasheet, write_datasheet
 from lps.study.splits import classification_splits
 from lps.core.files import load_tensors, save_tensors
-from lps.methods.registry import fit_method, observations
+from lps.methods.registry import LEADERS, fit_method, load_fitted, observations, save_fitted
 from lps.models.modelset import ModelSet, join_sets, load_modelset, pack
-from lps.index.index import ANSWERS
-from lps.second_order import fit
+from lps.index.index import BUNDLED_INDEX, BUNDLED_OUTPUTS, ModelIndex
 
 DATA = Path(__file__).resolve().parent.parent/"lps/data"
 LIMIT = 5_000_000  # bytes, of all files together
-FILES = "modelset.safetensors", "net.safetensors", "DATASHEET.md", "datasheet.json"
+FILES = "modelset.safetensors", "net.safetensors", "DATASHEET.md", "datasheet.json", BUNDLED_INDEX
 
 
 def class_names(path: Path | None) -> dict[str, str]:
@@ -39,10 +37,17 @@ def add_net(path: Path, models: ModelSet, name: str):
     "One LPS with the default recipe, fitted on all but two models of each task; its metadata say which"
     n_train = int(models.manifest.task.value_counts().min()) - 2
     train, held_out = classification_splits(models.labels, n_train, n_splits=1, seed=0)[0]
-    net, files = fit(models[train]), models.manifest.file
+    fitted, files = fit_method(models[train]), models.manifest.file
     split = f"split 0 of classification_splits(labels, n_train={n_train}, seed=0)"
     about = dict(model_set=name, split=split, files=sorted(files[train]), held_out=sorted(files[held_out]))
-    save_tensors(path, net.state_dict(), dict(second_order=net.config, trained_on=about))
+    save_fitted(path, fitted, trained_on=about)
+
+
+def add_index(folder: Path):
+    "The index of all models, compared and calibrated by the bundled network"
+    index = ModelIndex(load_fitted(folder/FILES[1]), load_modelset(folder/FILES[0]))
+    index.calibrate()
+    index.save(folder/BUNDLED_INDEX)
 
 
 def unfit(folder: Path) -> str | None:
@@ -120,12 +125,12 @@ def bundle_answers(models: ModelSet, classes: Path | None, out: Path) -> str:
     if outputs.shape[2] != 2: sys.exit(f"{models.path} holds networks for {outputs.shape[2]} classes, expected two")
     facts = [network_facts(file, model, names) for file, model in zip(models.manifest.file, models)]
     about = dict(method=fitted.method, facts=facts, digests=models.digests)
-    save_tensors(out/ANSWERS, dict(first=outputs[:, :, 0].half().contiguous()), dict(answers=about))
-    return f"{len(models)} networks, {outputs.shape[1]} images: {(out/ANSWERS).stat().st_size/1e6:.2f} MB"
+    save_tensors(out/BUNDLED_OUTPUTS, dict(first=outputs[:, :, 0].half().contiguous()), dict(answers=about))
+    return f"{len(models)} networks, {outputs.shape[1]} images: {(out/BUNDLED_OUTPUTS).stat().st_size/1e6:.2f} MB"
 
 
 def bundle(build: Path, classes: Path | None, name: str, out: Path) -> str:
-    "Write the four files, all or none; returns what they are in a line"
+    "Write the files, all or none; returns what they are in a line"
     models, names = load_modelset(build), class_names(classes)
     if not (build/"build.json").exists(): sys.exit(f"{build} is not the folder of a build: it has no build.json")
     check_names(models, names, classes)
@@ -133,6 +138,7 @@ def bundle(build: Path, classes: Path | None, name: str, out: Path) -> str:
         packed = pack(models, f"{tmp}/{FILES[0]}", classes=names, datasheet=datasheet(models, name, names))
         add_net(Path(tmp)/FILES[1], packed, name)
         write_datasheet(packed, tmp, name=name)
+        add_index(Path(tmp))
         if why := unfit(Path(tmp)): sys.exit(f"nothing was bundled: {why}")
         out.mkdir(parents=True, exist_ok=True)
         for n in FILES: shutil.copyfile(f"{tmp}/{n}", out/n)

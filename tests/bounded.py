@@ -10,8 +10,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from lps.models.checkpoint import import_models
-from lps.models.read import read_model
+from lps.models.imports import import_models
+from lps.models.read import inspect_model
 from lps.methods.registry import fit_method, load_fitted
 from lps.models.modelset import load_modelset
 from lps.index.index import ModelIndex
@@ -66,7 +66,7 @@ def main(folder):
     index = ModelIndex(fit_method(models, "lps", n_filters=4, epochs=1, milestones=()), models)
     readers = dict(query=index.query, net=load_fitted, index=ModelIndex.load, packed=load_modelset)
     readers["import"] = lambda path: import_models(path, folder/"taken in").rejected.to_string()
-    readers["take"] = lambda path: read_model(path)[1].architecture
+    readers["take"] = lambda path: inspect_model(path).architecture
     index.query(folder/"query normal.pt")  # what it loads is loaded now
     said = {}
     for path in sorted(folder.glob("* *")):

@@ -5,7 +5,8 @@ import torch
 
 from lps.core.files import save_tensors
 from lps.models.modelset import ModelSet, load_modelset
-from lps.order_chain import permute, random_perms, resnet_spec
+from lps.order_chain import permute, random_perms
+from lps.nets.resnet import resnet_spec
 from lps.nets.resnet import ResNet
 
 WIDTH = 4

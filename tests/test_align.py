@@ -50,9 +50,29 @@ def test_gradcheck(channels):
     assert torch.autograd.gradcheck(lambda w, v: align_layer(w, v, align_channels=channels), (weight, second_order))
 
 
+@pytest.mark.parametrize("shape, P, Q", [
+    ((1, 64, 64, 3, 3), 20, 64), ((3, 8, 6, 1, 1), 1, 1), ((2, 5, 300, 3, 3), 7, 2),
+])
+def test_few_models_need_no_kernel_and_have_the_same_scores(monkeypatch, shape, P, Q):
+    weight, second_order = [t.detach().float() for t in layer(shape=shape, P=P, Q=Q)]
+    plain = align_layer(weight, second_order)
+    monkeypatch.setattr(lps.align, "FEW", 0)
+    compiled = align_layer(weight, second_order)
+    torch.testing.assert_close(plain, compiled, rtol=1e-6, atol=1e-6*compiled.abs().max().item())
+
+
+def test_a_query_imports_no_compiler():
+    code = "import sys, torch; from lps.align import align_layer;"
+    code += " align_layer(torch.randn(8, 6, 3, 3), torch.randn(4, 6, 3, 3));"
+    code += " assert not {'numba', 'fastai', 'torchvision', 'sklearn', 'pandas'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("few", [0, lps.align.FEW])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_broken_number_shows_in_the_scores(value, which):
+def test_a_broken_number_shows_in_the_scores(monkeypatch, value, which, few):
+    monkeypatch.setattr(lps.align, "FEW", few)
     tensors = [t.detach() for t in layer()]
     tensors[which].view(-1)[5] = value
     out = align_layer(*tensors, align_filters=False)
@@ -149,7 +169,7 @@ def test_without_channel_alignment_the_channels_must_be_as_many():
 @pytest.mark.parametrize("channels", [True, False])
 def test_nothing_to_compare_is_refused_before_the_kernel(shape, P, Q, channels):
     second_order = torch.zeros(P, Q, *shape[2:])
-    with pytest.raises(ValueError, match="need one at least"):
+    with pytest.raises(ValueError, match="need one or more"):
         align_layer(torch.zeros(shape), second_order, align_channels=channels)
 
 

@@ -120,7 +120,7 @@ def test_similarities_keep_its_image_channels_and_match_the_others(plain, folder
         state = permute(models[i].state, spec, random_perms(spec, i))
         save_tensors(folder/f"m{i}.safetensors", state, dict(task=i//4, run=i % 4), replace=True)
     torch.testing.assert_close(embed_models(fitted, load_modelset(folder)), before, rtol=1e-4, atol=1e-5)
-    assert fitted.config["stem"] == "retina"
+    assert fitted.config.stem == "retina"
 
 
 def test_without_an_entry_the_stem_is_the_layer_that_reads_an_image(tmp_path):

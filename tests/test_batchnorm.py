@@ -9,7 +9,8 @@ from torch import nn
 from lps.zoo.batchnorm import FusedResNet, bn_relu
 from lps.nets.resnet import ResNet
 from lps.zoo.tasks import load_images, pair_classes, task_images
-from lps.zoo.train import Recipe, train_model
+from lps.zoo.recipe import Recipe
+from lps.zoo.train import train_model
 
 
 def step(dtype, shape, shortcut, seed=0):

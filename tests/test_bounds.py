@@ -176,7 +176,7 @@ def write_own(folder):
     "Files that this project writes, with other claims in them"
     models = load_modelset(folder/"zoo")
     fitted = fit_method(models, "lps", n_filters=4, epochs=1, milestones=())
-    config = dict(fitted.config)
+    config = fitted.parts["config"]
     many = {f"layer{i}": [1, 1, 1, 1] for i in range(50_000)}
     claims = dict(
         filters=dict(n_filters=10**9),
@@ -234,7 +234,7 @@ REFUSED = {
     "net filters": "",
     "net tasks": "",
     "net shape": "",
-    "net branches": "50000 layers get a branch, 1000 may",
+    "net branches": "50000 layers get a branch: give 1 to 1000 layers",
     "take many parts": "its modules have no end",
     "take many objects": "refused and not executed",
     "take long names": "its modules have no end",

@@ -15,11 +15,10 @@ from lps.study.stats import rank_k
 from lps.study.table1 import table1
 from lps.study.table2 import table2
 from lps.core.files import load_tensors, mark_complete, save_tensors
-from lps.models.modelset import bundled, digest, load_modelset, pack
+from lps.models.modelset import bundled, digest, load_modelset, pack, repository_sets
 from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex
-from lps.methods.registry import score_models
-from lps.second_order import embed, fit, load_net
+from lps.methods.registry import embed_models, fit_method, load_fitted, observations, score_models
 from lps.zoo.tasks import source_of
 
 QUICK = dict(n_filters=8, epochs=2, milestones=(1,))
@@ -97,14 +96,14 @@ def test_manifest_labels_and_models_are_those_of_the_folder(whole, packed):
 
 
 def test_fit_embed_and_tables_are_those_of_the_folder(whole, packed):
-    nets = [fit(ms, **QUICK) for ms in (whole, packed)]
-    assert torch.equal(embed(nets[0], whole), embed(nets[1], packed))
+    nets = [fit_method(ms, **QUICK) for ms in (whole, packed)]
+    assert torch.equal(embed_models(nets[0], whole), embed_models(nets[1], packed))
     for table, args in ((table1, (1, 2)), (table2, (1, 2, 1))):
         pd.testing.assert_frame_equal(table(packed, *args, **QUICK), table(whole, *args, **QUICK))
 
 
 def test_search_takes_packed_and_whole_for_the_same_models(whole, packed, folder):
-    net = fit(whole, **QUICK)
+    net = fit_method(whole, **QUICK)
     queries = whole, packed, whole[2], packed[2], folder/"task00_run2.safetensors"
     for q, with_self in ((q, w) for q in queries for w in (False, True)):
         found = [ModelIndex(net, g).query(q, 3, with_self) for g in (whole, packed)]
@@ -220,14 +219,15 @@ def test_datasheet_of_a_build(folder, packed):
 def test_datasheet_of_models_about_which_nothing_is_known(tmp_path):
     save_tensors(tmp_path/"a.safetensors", ResNet(depth=8, width=4).state_dict(), dict(task=-1))
     text = datasheet_text(write_datasheet(tmp_path))
-    assert "1 model of 1 task\n" in text and "not known" in text and "whoever passes the models on has to say" in text
+    assert "1 model of 1 task\n" in text and "not known" in text
+    assert "whoever publishes the models must state them" in text
 
 
 def test_bundled_set_loads_without_a_network(monkeypatch):
     def no(*args, **kw): raise OSError("no network")
     monkeypatch.setattr(socket, "socket", no)
-    models, net = load_modelset("bundled"), load_net(bundled("net.safetensors"))
-    assert len(models) >= 4*len(models.tasks) and embed(net, models).isfinite().all()
+    models, net = load_modelset("bundled"), load_fitted(bundled("net.safetensors"))
+    assert len(models) >= 4*len(models.tasks) and embed_models(net, models).isfinite().all()
 
 
 def test_bundled_set_is_small_and_holds_no_image(ours):
@@ -270,7 +270,7 @@ def test_bundled_datasheet_is_complete(ours):
 
 
 def test_bundled_net_saw_its_training_split_only_and_knows_the_others(ours):
-    about, net = load_tensors(bundled("net.safetensors"))[1]["trained_on"], load_net(bundled("net.safetensors"))
+    about, net = load_tensors(bundled("net.safetensors"))[1]["trained_on"], load_fitted(bundled("net.safetensors"))
     n_train = int(re.search(r"n_train=(\d+)", about["split"])[1])
     train, test = classification_splits(ours.labels, n_train, n_splits=1, seed=0)[0]
     assert about["files"] == sorted(ours.manifest.file[train]) and about["held_out"] == sorted(ours.manifest.file[test])
@@ -373,3 +373,31 @@ def test_kept_networks_are_added_by_one_command(folder, tmp_path):
     assert again.digests == packed.digests
     with pytest.raises(SystemExit, match="after .3. epochs, not 4"): script["kept_models"](None, 4, [packed.path])
     assert packed.about["datasheet"]["name"] == "toys, after 3 epochs"
+
+
+@pytest.mark.parametrize("name", repository_sets())
+def test_packed_networks_of_the_repository_have_their_observations(name):
+    "First layers and what methods observe belong to the same networks, and each says what trained it"
+    models = load_modelset(name)
+    tensors, meta = load_tensors(models.path.parent/"observed"/models.path.name)
+    assert meta["observed"]["digests"] == models.digests and models.layers == ["conv1"]
+    assert {len(tensor) for tensor in tensors.values()} == {len(models)}
+    assert all(tensor.dtype == torch.float16 and tensor.isfinite().all() for tensor in tensors.values())
+    assert all(model.meta["instruction_set"] and model.meta["epoch"] for model in models)
+
+
+def test_packing_keeps_what_methods_observe(tmp_path):
+    "In float16, embeddings of outputs and signatures stay what they are to three digits"
+    script = runpy.run_path(str(ROOT/"scripts/pack_zoo.py"))
+    kept = tmp_path/"zoo/epochs/003"
+    for i in range(4):
+        torch.manual_seed(i)
+        about = dict(task=i//2, run=i % 2, epoch=3, recipe=dict(name="tiny", epochs=6), shortcut="conv")
+        save_tensors(kept/f"task0{i//2}_run{i % 2}.safetensors", ResNet(8, 4).state_dict(), about)
+    assert "4 networks of 2 tasks" in script["pack_epoch"](load_modelset(kept), tmp_path/"out", 3, "toys")
+    whole = load_modelset(kept)
+    tensors, meta = load_tensors(tmp_path/"out/observed/epoch3.safetensors")
+    assert load_modelset(tmp_path/"out/epoch3.safetensors").digests == whole.digests == meta["observed"]["digests"]
+    observed = observations(whole, fit_method(whole, "two-spectra-probes"))["outputs"]
+    z = torch.cat([tensors["outputs"], -tensors["outputs"].sum(-1, keepdim=True)], -1).float()
+    torch.testing.assert_close(z, observed, rtol=2e-3, atol=2e-3)

@@ -20,14 +20,15 @@ from conftest import heed_ctrl_c
 
 from lps import __version__ as version
 from lps.cli import console, main, print_json
-from lps.demo import digits
+from lps.demo import digits, photographs
 from lps.core.files import load_tensors
 from lps.models.modelset import load_modelset
-from lps.order_chain import permute, random_perms, resnet_spec
+from lps.order_chain import permute, random_perms
+from lps.nets.resnet import resnet_spec
 from lps.methods.registry import METHODS
 from lps.zoo.build import build
 from lps.zoo.tasks import DATASETS, DataSet
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 
 LPS = Path(sys.executable).parent/"lps"
 TINY = replace(recipes["digits"], name="tiny", epochs=1, milestones=(), depth=8, width=4)
@@ -168,7 +169,7 @@ MISTAKES = {
     "query zoo " + MODEL: "no index at zoo: no header.json",
     "query zoo-net.safetensors " + MODEL: "zoo-net.safetensors holds no index",
     "index build market nowhere": "no models at nowhere: no such folder or file",
-    "index build market empty": "no model could be taken in: no model files there",
+    "index build market empty": "no model can be read: there are no model files",
     "index build zoo foreign": "zoo holds .build.lock: choose an empty folder",
     "index build hello.json zoo": "hello.json is a file: choose another folder for the index",
     "index build market zoo --method magic": "'magic' is unknown: take one of fc, frobenius, lps",
@@ -384,7 +385,12 @@ MEASURED = "versions", "machine", "time", "runs", "settings"
 
 def test_demo_from_start_to_end_and_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    made = {}
+    def kept_photographs(*given):
+        made["photographs"] = photographs(*given)
+        return made["photographs"]
     monkeypatch.setattr("lps.demo.digits", partial(digits, recipe=TINY))
+    monkeypatch.setattr("lps.demo.photographs", kept_photographs)
     args = "demo", "--models", 6, "--splits", 2, "--epochs", 2, "--workers", 1
     out, log = run(capsys, *args)
     assert out.index("Photographs, Table 1") < out.index("Digits, Table 1")
@@ -401,10 +407,11 @@ def test_demo_from_start_to_end_and_again(tmp_path, monkeypatch, capsys):
     for tables in record.values():
         for table in ("table1", "table2"): assert all(tables[table][key] for key in MEASURED)
     before = {file: file.stat().st_mtime_ns for file in models}
+    monkeypatch.setattr("lps.demo.photographs", lambda *given: made["photographs"])  # only the live part is repeated
     run(capsys, *args)
     assert {file: file.stat().st_mtime_ns for file in demo.glob("digits/*.safetensors")} == before
     again = json.loads((demo/"results.json").read_text())
-    for name in record: assert again[name]["table1"]["runs"] == record[name]["table1"]["runs"]
+    assert again["digits"]["table1"]["runs"] == record["digits"]["table1"]["runs"]
 
 
 def running(group):
@@ -420,7 +427,7 @@ SMALL = """
 import sys
 from dataclasses import replace
 from lps.cli import main
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 recipes['digits'] = replace(recipes['digits'], depth=8, width=4)
 sys.exit(main(sys.argv[1:]))
 """  # the command, which trains small networks

@@ -10,9 +10,9 @@ import pytest
 
 from lps.core.files import not_as_marked
 from lps.models.modelset import load_modelset
-from lps.index.index import ModelIndex
+from lps.index.index import BuildSettings, ModelIndex
 from lps.zoo.tasks import load_images
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 from lps.zoo.build import build
 
 distributed = pytest.importorskip("distributed", reason="needs the extra lps[cluster]")
@@ -26,10 +26,18 @@ def client():
     with distributed.LocalCluster(**how, silence_logs=50) as cluster, distributed.Client(cluster) as c: yield c
 
 
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    "A model set that one process built"
+    folder = tmp_path_factory.mktemp("straight")
+    build(folder, IMAGES, TINY, n_models=2, workers=1, progress=False)
+    return folder
+
+
 def models(path): return {f.name: f.read_bytes() for f in path.glob("*.safetensors")}
 
 
-def test_killed_worker(tmp_path, client):
+def test_killed_worker(tmp_path, client, straight):
     "The set ends complete and without duplicates, and is the one that a single process builds"
     folder, pids = tmp_path/"cluster", list(client.run(os.getpid).values())
     assert len(set(pids)) == 2 and os.getpid() not in pids
@@ -51,8 +59,7 @@ def test_killed_worker(tmp_path, client):
     assert len(list(folder.glob("complete/*.json"))) == 10 and not any(
         not_as_marked(f) for f in folder.glob("*.safetensors")
     )
-    build(tmp_path/"straight", IMAGES, TINY, n_models=2, workers=1, progress=False)
-    assert models(folder) == models(tmp_path/"straight") and early.items() <= models(folder).items()
+    assert models(folder) == models(straight) and early.items() <= models(folder).items()
     assert len(load_modelset(folder)) == 10
 
 
@@ -64,10 +71,9 @@ def test_error_on_the_cluster_is_the_builds_error(tmp_path, client):
     assert len(build(tmp_path, IMAGES, TINY, n_models=1, executor=client.get_executor(), progress=False)) == 5
 
 
-def test_an_index_built_on_the_cluster_is_that_of_one_process(tmp_path, client):
-    build(tmp_path/"zoo", IMAGES, TINY, n_models=2, workers=1, progress=False)
-    how = dict(method="stem-signature", workers=1)
-    index = ModelIndex.build(tmp_path/"zoo", tmp_path/"market", executor=client.get_executor(), **how)
-    one = ModelIndex.build(tmp_path/"zoo", **how)
+def test_an_index_built_on_the_cluster_is_that_of_one_process(tmp_path, client, straight):
+    settings = BuildSettings(executor=client.get_executor())
+    index = ModelIndex.build(straight, tmp_path/"market", "stem-signature", settings=settings)
+    one = ModelIndex.build(straight, method="stem-signature")
     assert len(index) == 10 and sorted(index.digests) == sorted(one.digests)
-    assert index.query(load_modelset(tmp_path/"zoo")[3], 5).equals(one.query(load_modelset(tmp_path/"zoo")[3], 5))
+    assert index.query(load_modelset(straight)[3], 5).equals(one.query(load_modelset(straight)[3], 5))

@@ -19,7 +19,7 @@ from lps.order_chain import permute, random_perms
 from lps.study.records import RunsRecord, runs_fields, summary
 from lps.index.index import ModelIndex
 from lps.zoo.tasks import DATASETS
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 from lps.zoo.build import build
 
 PAGE = (Path(__file__).parent.parent/"CONTRIBUTING.md").read_text(encoding="utf-8")

@@ -12,7 +12,7 @@ from lps.study.learning_curve import (
 from lps.study.splits import nested_splits
 from lps.study.table1 import classify
 from lps.models.modelset import load_modelset
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 from lps.zoo.build import build
 
 HOW = dict(n_filters=4, epochs=2, milestones=())

@@ -15,7 +15,7 @@ from lps.study.records import RunsRecord, find_record, runs_fields, summary
 from lps.core.files import save_tensors
 from lps.models.modelset import load_modelset
 from lps.methods.registry import score_models
-from lps.second_order import fit
+from lps.methods.registry import fit_method
 
 FEW = dict(epochs=2, milestones=(1,), n_filters=6)
 
@@ -38,7 +38,7 @@ def models(tmp_path_factory):
 def test_tables_are_those_of_fits_one_by_one(models):
     splits = classification_splits(models.labels, 3, 2)
     by_hand = [rank_k(score_models(net, models[test]), models.labels[test], torch.tensor(net.tasks))
-               for i, (train, test) in enumerate(splits) for net in [fit(models[train], method="lps", seed=i, **FEW)]]
+               for i, (train, test) in enumerate(splits) for net in [fit_method(models[train], "lps", seed=i, **FEW)]]
     one_by_one = [table1(models, 2, 3, **FEW), table2(models, 2, 2, 1, **FEW)]
     with ThreadPoolExecutor(2) as ex:
         at_once = [table1(models, 2, 3, executor=ex, **FEW), table2(models, 2, 2, 1, executor=ex, **FEW)]

@@ -22,7 +22,7 @@ from lps.core.files import save_tensors
 from lps.methods.registry import METHODS, Method
 from lps.models.modelset import load_modelset
 from lps.study.records import RunsRecord, runs_fields
-from lps.second_order import fit
+from lps.methods.fitted import Fitted, FittedConfig
 
 SCRIPT = runpy.run_path(str(ROOT/"scripts/experiments.py"))
 HOW = dict(name="toys", n_splits=2, seed=0, layers=["conv1"], momentum=.9, folded=False)
@@ -152,33 +152,29 @@ def test_an_experiment_from_outside_arrives_in_the_runner(outside, warm_kernels)
     assert record["settings"]["n_splits"] == 2 and len(record["runs"]["lps"]["top-1"]) == 2
 
 
-class Middle:
+class Middle(Fitted):
     "A fitted method from outside: the sorted mean of each filter's middle"
-    method, folded, config = "middle", False, {}
-
-    def __init__(self, weights, labels):
-        self.layers, self.tasks = list(weights), labels.unique().tolist()
-        z = self.embed(weights)
-        self.centres = torch.stack([z[labels == task].mean(0) for task in self.tasks])
-
     def embed(self, weights):
         middle = torch.cat([w[..., 1, 1].mean(2).sort(1).values for w in weights.values()], 1)
         return torch.nn.functional.normalize(middle, dim=1)
 
-    def scores(self, weights): return self.embed(weights) @ self.centres.T
-
-    def state_dict(self): return dict(centres=self.centres)
+    def scores(self, weights): return self.embed(weights) @ self.tensors["centres"].T
 
 
 def test_a_method_from_outside_arrives_in_records_and_verdicts(toys, registries):
-    def fit_middle(weights, labels, seed, **settings): return Middle(weights, labels)
+    def fit_middle(weights, labels, seed):
+        fitted = Middle(FittedConfig(tasks=labels.unique().tolist()))
+        z = fitted.embed(weights)
+        fitted.tensors["centres"] = torch.stack([z[labels == task].mean(0) for task in fitted.tasks])
+        return fitted
+
     METHODS["middle"] = Method(
         name="middle",
         title="Middles of filters",
         baseline=False,
-        reads=lambda models, **settings: ("conv1",),
+        reads=lambda models, layers=None, folded=False: ("conv1",),
         fit=fit_middle,
-        fitted=lambda config, tensors: None,
+        fitted=Middle,
     )
     runs = table1(toys, n_splits=2, n_train=4, **FEW)
     record = measured(toys, runs)
@@ -188,9 +184,7 @@ def test_a_method_from_outside_arrives_in_records_and_verdicts(toys, registries)
 
 
 def test_a_baseline_from_outside_is_one_to_beat(toys, registries):
-    def fit_perfect(weights, labels, seed, **settings):
-        return fit(weights, labels=labels, seed=seed, method="lps", **settings)
-    METHODS["oracle"] = Method("oracle", "LPS again", True, lambda models, **_: ("conv1",), fit_perfect, None)
+    METHODS["oracle"] = replace(METHODS["lps"], name="oracle", title="LPS again", baseline=True)
     record = measured(toys, table1(toys, n_splits=2, n_train=4, **FEW))
     assert "LPS again" in claims_table("table1-toys.json", record)["found here"][0]
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from lps.core.files import (MAX_TENSORS, checked, load_tensors, mark_complete, marker_file, not_as_marked, printable,
                        read_header, read_json, read_marker, read_safetensors, read_tensor_file, save_tensors,
                        write_json)
-from lps.models.checkpoint import read_query
+from lps.models.read import read_model
+from lps.index.index import ModelIndex
 from lps.methods.registry import fit_method, load_fitted, save_fitted
 from lps.models.modelset import load_modelset, pack
-from lps.index.index import ModelIndex
 
 
 def tiny(seed):
@@ -33,12 +33,11 @@ def written(tmp_path_factory):
     pack(models, root/"packed.safetensors", ("conv1",))
     fitted = fit_method(models, "lps", n_filters=1, epochs=1, milestones=())
     save_fitted(root/"net.safetensors", fitted)
-    ModelIndex(fitted, models).save(root/"index.safetensors")
     torch.save(tiny(0), root/"archive.pt")
     return root
 
 
-@pytest.mark.parametrize("name, step", [("model", 1), ("packed", 5), ("net", 5), ("index", 5)])
+@pytest.mark.parametrize("name, step", [("model", 1), ("packed", 5), ("net", 5)])
 def test_each_bit_of_a_file_that_flips_is_noticed(written, name, step):
     "All bits of the smallest file; every fifth of the others, which have the same reader and the same seal"
     whole = (written/f"{name}.safetensors").read_bytes()
@@ -53,7 +52,7 @@ def test_each_bit_of_a_file_that_flips_is_noticed(written, name, step):
     assert not unnoticed
 
 
-READERS = dict(model=load_tensors, packed=load_modelset, net=load_fitted, index=ModelIndex.load)
+READERS = dict(model=load_tensors, packed=load_modelset, net=load_fitted)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -73,7 +72,7 @@ def test_each_bit_of_an_archive_that_flips_is_noticed_or_changes_no_weight(writt
         data = bytearray(whole)
         data[bit//8] ^= 1 << bit % 8
         path.write_bytes(data)
-        try: state = read_query(path).state
+        try: state = read_model(path).state
         except ValueError: continue
         assert state.keys() == tensors.keys()
         assert all(tensor.equal(tensors[key]) for key, tensor in state.items()), bit
@@ -143,7 +142,7 @@ BROKEN_HEADERS = {
 @pytest.mark.parametrize("kind", BROKEN_HEADERS)
 def test_a_broken_header_is_a_value_error(tmp_path, kind):
     path = with_header(tmp_path/"x.safetensors", BROKEN_HEADERS[kind], bytes(8))
-    for read in (read_safetensors, load_tensors, load_modelset, load_fitted, ModelIndex.load, read_query):
+    for read in (read_safetensors, load_tensors, load_modelset, load_fitted, ModelIndex.load, read_model):
         with pytest.raises(ValueError): read(path)
 
 

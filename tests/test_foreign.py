@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from lps.core.files import load_tensors, mark_complete, save_tensors, write_json
-from lps.models.checkpoint import check_weights, import_models, own_names, read_foreign, read_query, read_table, rename
+from lps.models.checkpoint import own_names, read_checkpoint, rename
+from lps.models.imports import import_models, read_table
 from lps.methods.registry import fit_method
 from lps.models.modelset import load_modelset
+from lps.models.read import Reading, inspect_model, read_model
 from lps.index.index import ModelIndex
 
 
@@ -143,7 +145,7 @@ UNFIT = {
     "a list": (lambda: [torch.ones(2)], "holds no state dict"),
     "one tensor": (lambda: torch.ones(2), "holds no state dict"),
     "nothing": (dict, "holds no state dict (tensors by name), but an empty dict"),
-    "a whole module": (lambda: nn.Linear(2, 2), "save its state_dict() alone"),
+    "another module": (lambda: nn.Linear(2, 2), "layer conv1.weight is missing"),
     "tensors that repeat": (wrong(lambda: torch.ones(1).expand(300_000, 27)), "tensors that repeat their numbers"),
 }
 
@@ -214,7 +216,7 @@ def test_an_archive_that_names_a_place_beyond_all_files_is_listed(src):
 def test_weights_that_are_no_floating_point_numbers_are_no_query(tmp_path, dtype):
     torch.save(tiny() | {"conv1.weight": torch.ones(2, 3, 3, 3, dtype=dtype)}, tmp_path/"x.pt")
     with pytest.raises(ValueError, match=f"weights are {str(dtype).removeprefix('torch.')}: conv1.weight"):
-        check_weights(read_query(tmp_path/"x.pt").state)
+        read_model(tmp_path/"x.pt")
 
 
 # Tables are checked whole
@@ -257,8 +259,8 @@ def test_control_characters_do_not_leave_a_checkpoint(src):
     texts = [str(said[0].message), *models.rejected.reason]
     assert len(models.rejected) == 3 and all(text.isprintable() for text in texts)
     assert r"\x1b[2Jx\n" in " ".join(texts)
-    for name in ("keys.pt", "\x1b[31mred.pt"):
-        with pytest.raises(ValueError) as said: read_query(src/name)
+    for name in ("names.pt", "\x1b[31mred.pt"):
+        with pytest.raises(ValueError) as said: read_model(src/name)
         assert str(said.value).isprintable()
 
 
@@ -270,13 +272,13 @@ def test_state_dicts_in_dicts_are_found(tmp_path, keys):
     obj = tiny()
     for key in reversed(keys): obj = {key: obj, "epoch": 3, "optimizer": dict(lr=.1)}
     torch.save(obj, tmp_path/"x.pt")
-    state = read_query(tmp_path/"x.pt").state
+    state = read_model(tmp_path/"x.pt").state
     assert list(state) == list(tiny()) and all(tensor.equal(tiny()[name]) for name, tensor in state.items())
 
 
 def test_a_dict_without_weights_is_said_with_its_keys(tmp_path):
     torch.save({f"key{i}": i for i in range(9)}, tmp_path/"x.pt")
-    with pytest.raises(ValueError) as said: read_query(tmp_path/"x.pt")
+    with pytest.raises(ValueError) as said: read_model(tmp_path/"x.pt")
     assert str(said.value).endswith("but a dict with key0, key1, key2, key3, key4, key5, …")
 
 
@@ -314,6 +316,41 @@ def test_long_lists_of_layers_are_cut(tmp_path):
     assert "names= in Python, --names on the command line" in str(said.value)
 
 
+# The first bytes decide the format, not the name
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin", "x.pth.tar", "x"])
+@pytest.mark.parametrize("write", [torch.save, safetensors.torch.save_file])
+def test_the_content_decides_the_format(tmp_path, name, write):
+    write(tiny(), tmp_path/name)
+    state = read_model(tmp_path/name).state
+    assert state.keys() == tiny().keys() and all(state[key].equal(tensor) for key, tensor in tiny().items())
+
+
+@pytest.mark.parametrize("start, words", [
+    (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer.*run git lfs pull"),
+    (b"\x89HDF", "an HDF5 file"), (b"GGUF", "a GGUF file"), (b"\x93NUMPY", "a NumPy file"),
+])
+def test_other_formats_are_named_with_the_cure(tmp_path, start, words):
+    (tmp_path/"x.pt").write_bytes(start + bytes(600))
+    with pytest.raises(ValueError, match=f"x.pt: {words}"): read_model(tmp_path/"x.pt")
+
+
+# Of several networks in a file, one is read
+
+@pytest.mark.parametrize("keys, read", [
+    (("state_dict", "state_dict_ema"), "state_dict_ema"),
+    (("model", "ema"), "ema"),
+    (("student", "teacher"), "teacher"),
+])
+def test_an_average_and_a_teacher_come_first(tmp_path, keys, read):
+    torch.save({key: tiny(i) for i, key in enumerate(keys)} | dict(optimizer=dict(lr=.1)), tmp_path/"x.pt")
+    found = inspect_model(tmp_path/"x.pt")
+    other, = set(keys) - {read}
+    assert found.model.digest == read_model(tiny(keys.index(read))).digest and list(found.networks) == [other]
+    assert read_model(tmp_path/"x.pt", Reading(which=other)).digest == read_model(tiny(keys.index(other))).digest
+    with pytest.raises(ValueError, match="no network called 'x'"): read_model(tmp_path/"x.pt", Reading(which="x"))
+
+
 # Whatever there is, its numbers are kept
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -322,7 +359,7 @@ def test_numbers_are_those_of_torch(tmp_path, dtype, zipped):
     state = {name: tensor.to(dtype).transpose(0, 1) for name, tensor in tiny().items()}
     torch.save(state, tmp_path/"x.pt", _use_new_zipfile_serialization=zipped)
     theirs = torch.load(tmp_path/"x.pt", weights_only=True)
-    ours = read_foreign(tmp_path/"x.pt")
+    ours = read_checkpoint(tmp_path/"x.pt").state
     assert all(ours[name].dtype == dtype and ours[name].equal(tensor) for name, tensor in theirs.items())
 
 

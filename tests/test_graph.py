@@ -143,7 +143,7 @@ def test_answers_are_the_same_and_say_how_they_were_found(market, capsys, tmp_pa
     assert main(["index", "graph", "market"]) == 0
     assert "a graph of 6 models" in capsys.readouterr().err
     exact, graph = market.answer("models/m1.safetensors"), market.answer("models/m1.safetensors", approximate=True)
-    assert exact.table.equals(graph.table) and exact.saw != graph.saw and "graph" in graph.saw
+    assert exact.table.equals(graph.table) and exact.reads != graph.reads and "graph" in graph.reads
     in_memory = ModelIndex.build(tmp_path/"models", method="stem-signature")
     with pytest.raises(ValueError, match="is searched exactly: save it to a folder"):
         in_memory.query("models/m1.safetensors", approximate=True)

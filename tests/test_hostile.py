@@ -21,10 +21,12 @@ from torch._utils import _rebuild_tensor_v2
 
 from lps.zoo.datasheet import datasheet, datasheet_text
 from lps.core.files import mark_complete, not_as_marked, provenance, read_header, read_json, read_marker, save_tensors
-from lps.models.checkpoint import check_weights, import_models, read_query, read_table, rename
+from lps.models.checkpoint import rename
+from lps.models.imports import import_models, read_table
 from lps.methods.registry import embed_models, fit_method, load_fitted, save_fitted, score_models
 from lps.models.model import Model
 from lps.models.modelset import load_modelset, pack, task_names
+from lps.models.read import read_model
 from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex
 from lps.zoo.tasks import load_images
@@ -101,7 +103,7 @@ def place(root):
     Asked.fitted = fit_method(models, "lps", n_filters=2, epochs=1, milestones=())
     save_fitted(root/"net.safetensors", Asked.fitted)
     Asked.index = ModelIndex(Asked.fitted, models)
-    Asked.index.save(root/"index.safetensors")
+    Asked.index.save(root/"index.zip")
     torch.save(dict(state_dict=tiny(0), epoch=3), root/"new.pt")
     torch.save(tiny(0), root/"old.pth", _use_new_zipfile_serialization=False)
     torch.save(ResNet(depth=8, width=1).state_dict(), root/"deep.ckpt")
@@ -151,13 +153,12 @@ def use_index(path):
     "An index"
     index = ModelIndex.load(path)
     repr(index)
-    index.query(Asked.query, 2).to_string(), index.tasks(Asked.query).to_string()
+    index.query(Asked.query, 2).to_string(), index.tasks(Asked.query).to_string(), index.answer(Asked.query).to_dict()
 
 
 def use_foreign(path):
     "A checkpoint from elsewhere"
-    model = read_query(path)
-    check_weights(model.state)
+    model = read_model(path)
     repr(model)
     Asked.index.query(model, 2)
 
@@ -166,7 +167,7 @@ READERS = {
     "zoo/m2.safetensors": use_in_gallery,
     "packed.safetensors": use_set,
     "net.safetensors": use_net,
-    "index.safetensors": use_index,
+    "index.zip": use_index,
     "foreign.safetensors": use_foreign,
     "new.pt": use_foreign,
     "old.pth": use_foreign,
@@ -356,7 +357,7 @@ def test_imports(root, rows, names):
 def test_any_bytes(root, suffix, data, start):
     path = root/f"any{suffix}"
     path.write_bytes(start + data)
-    for read in (read_query, read_header, load_modelset, load_fitted, ModelIndex.load, read_json): attempt(read, path)
+    for read in (read_model, read_header, load_modelset, load_fitted, ModelIndex.load, read_json): attempt(read, path)
 
 
 CALLS = ["builtins eval", "builtins exec", "builtins __import__", "importlib import_module", "operator attrgetter"]
@@ -377,7 +378,7 @@ def test_pickles_that_ask_for_code(place, call, argument, rest, zipped):
     path = place/"code.pt"
     if zipped: path.write_bytes(zip_with(data))
     else: path.write_bytes(pickle.dumps(0x1950a86a20f9469cfc6c, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + data)
-    assert attempt(read_query, path) is None
+    assert attempt(read_model, path) is None
 
 
 def zip_with(pickled):

@@ -8,15 +8,17 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from lps.nets.architectures import ARCHITECTURES
 from lps.cli import main
 from lps.core.files import save_tensors
-from lps.models.read import network_builder, probe_module, read_model, why_not
+from lps.models.read import Reading, inspect_model, read_model
+from lps.nets.named import network_builder
 from lps.models.model import Model
-from lps.methods.probes import probe_outputs
+from lps.methods.probes import centred_outputs, probe_images, probe_outputs
+from lps.methods.registry import why_not
 from lps.nets.resnet import ResNet
-from lps.index.index import ModelIndex
+from lps.index.index import BuildSettings, ModelIndex
 
 
 class Small(nn.Module):
@@ -28,15 +30,6 @@ class Small(nn.Module):
         self.out = nn.Linear(width, num_classes)
 
     def forward(self, x): return self.out(self.norm(self.conv(x)).relu().mean((2, 3)))
-
-
-@pytest.fixture(autouse=True)
-def registry():
-    "Networks that a test names are forgotten after it"
-    before = dict(ARCHITECTURES)
-    yield
-    ARCHITECTURES.clear()
-    ARCHITECTURES.update(before)
 
 
 @pytest.fixture
@@ -59,8 +52,9 @@ def check_same(model, net):
 
 
 def check_runs(model, net, size=(3, 32, 32)):
-    "A model answers as a network does"
-    torch.testing.assert_close(probe_module(model.net, size, n_images=4), probe_module(net, size, n_images=4))
+    "A model has the outputs of a network"
+    images = torch.rand((4, *size), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model.outputs(images), net(images).detach())
 
 
 # Every format, written by its library
@@ -85,7 +79,8 @@ def test_files_of_torch(net, tmp_path, name, new):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.save(TORCH[name](net), tmp_path/name, _use_new_zipfile_serialization=new)
-    model, report = read_model(tmp_path/name)
+    report = inspect_model(tmp_path/name)
+    model = report.model
     check_same(model, net)
     check_runs(model, net)
     assert report.architecture.startswith("resnet, depth 8, width 4") and report.source == name
@@ -95,7 +90,7 @@ def test_files_of_torch(net, tmp_path, name, new):
 def test_safetensors_and_own_files(net, tmp_path):
     safetensors.torch.save_file(net.state_dict(), tmp_path/"theirs.safetensors", dict(format="pt"))
     save_tensors(tmp_path/"own.safetensors", net.state_dict(), dict(task=3, mean=[.5]*3, std=[.25]*3, shortcut="conv"))
-    theirs, own = read_model(tmp_path/"theirs.safetensors")[0], read_model(tmp_path/"own.safetensors")[0]
+    theirs, own = read_model(tmp_path/"theirs.safetensors"), read_model(tmp_path/"own.safetensors")
     for model in (theirs, own): check_same(model, net)
     assert (own.meta["task"], own.meta["std"]) == (3, [.25]*3) and "std" not in theirs.meta
 
@@ -121,7 +116,8 @@ def test_a_checkpoint_of_lightning(net, tmp_path):
         warnings.simplefilter("ignore")
         trainer.fit(Task(), torch.utils.data.DataLoader(data, batch_size=4))
         trainer.save_checkpoint(tmp_path/"last.ckpt")
-    model, report = read_model(tmp_path/"last.ckpt")
+    report = inspect_model(tmp_path/"last.ckpt")
+    model = report.model
     check_same(model, net)
     assert model.meta["mean"] == [.4, .5, .6] and report.normalisation.endswith("from the file, hyper_parameters")
     assert report.ignored["loss"] == "1 tensor outside of the network" and "optimizer_states" in report.ignored
@@ -145,7 +141,8 @@ def test_the_keys_of_a_checkpoint_of_lightning(net, tmp_path):
         "hparams_name": "kwargs",
         "hyper_parameters": dict(lr=.1, mean=(.4, .5, .6), std=(.2, .2, .2)),
     }, tmp_path/"epoch=3-step=120.ckpt")
-    model, report = read_model(tmp_path/"epoch=3-step=120.ckpt")
+    report = inspect_model(tmp_path/"epoch=3-step=120.ckpt")
+    model = report.model
     check_same(model, net)
     check_runs(model, net)
     assert model.meta["mean"] == [.4, .5, .6] and report.normalisation.endswith("from the file, hyper_parameters")
@@ -172,7 +169,8 @@ def test_what_fastai_saves_and_exports(net, learner, tmp_path):
         warnings.simplefilter("ignore")
         learner.export("export.pkl")
     for name in ("saved.pth", "export.pkl"):
-        model, report = read_model(tmp_path/name)
+        report = inspect_model(tmp_path/name)
+        model = report.model
         check_same(model, net)
         assert report.ignored, name
 
@@ -181,14 +179,15 @@ def test_networks_of_torchvision(tmp_path):
     torch.manual_seed(0)
     net = network_builder("torchvision/shufflenet_v2_x0_5")(num_classes=7).eval()
     torch.save(net.state_dict(), tmp_path/"shuffle.pth")
-    model, report = read_model(tmp_path/"shuffle.pth", "torchvision/shufflenet_v2_x0_5", stats=(.5, .25))
+    report = inspect_model(tmp_path/"shuffle.pth", Reading(arch="torchvision/shufflenet_v2_x0_5", stats=(.5, .25)))
+    model = report.model
     check_runs(model, net, model.meta["size"])
     assert report.architecture == "torchvision/shufflenet_v2_x0_5(num_classes=7)"
     assert model.meta["size"] == [3, 224, 224] and model.meta["mean"] == [.5]*3
     assert report.head == "fc, 7 × 1024" and report.stem == "conv1.0, 24 × 3 × 3 × 3"
     why = why_not(model, ["chain", "stem-signature"])
-    assert list(why) == ["chain"] and "not registered with a permutation spec: take stem-signature" in why["chain"]
-    again, _ = read_model(tmp_path/"shuffle.pth", "torchvision/shufflenet_v2_x0_5")
+    assert list(why) == ["chain"] and "not registered with a permutation spec" in why["chain"]
+    again = read_model(tmp_path/"shuffle.pth", Reading(arch="torchvision/shufflenet_v2_x0_5"))
     assert again.digest == model.digest and "mean" not in again.meta
 
 
@@ -202,7 +201,8 @@ def timm_net(**settings):
 def test_networks_of_timm(tmp_path):
     net = timm_net(num_classes=4)
     torch.save(net.state_dict(), tmp_path/"tuned.pth")
-    model, report = read_model(tmp_path/"tuned.pth", "timm/test_resnet")
+    report = inspect_model(tmp_path/"tuned.pth", Reading(arch="timm/test_resnet"))
+    model = report.model
     check_runs(model, net, model.meta["size"])
     assert model.meta["architecture"] == "timm/test_resnet(num_classes=4)" and "timm's recipe" in report.input
     assert "mean" not in model.meta, "a recipe of published weights says nothing of these"
@@ -212,16 +212,11 @@ def test_a_folder_that_timm_wrote(tmp_path):
     net = timm_net(num_classes=4)
     from timm.models import save_for_hf
     save_for_hf(net, tmp_path/"hub")
-    model, report = read_model(tmp_path/"hub", "timm/test_resnet")
+    report = inspect_model(tmp_path/"hub", Reading(arch="timm/test_resnet"))
+    model = report.model
     check_runs(model, net, model.meta["size"])
     assert model.meta["std"] == pytest.approx([.5, .5, .5], abs=.3) and "config.json" in report.normalisation
-    assert "config.json says test_resnet: arch='timm/test_resnet'" in read_other(tmp_path/"hub").architecture
-
-
-def read_other(path):
-    "The report about a source whose network nobody has named yet"
-    for name in [name for name in ARCHITECTURES if "/" in name]: del ARCHITECTURES[name]
-    return read_model(path)[1]
+    assert "config.json names test_resnet: arch='timm/test_resnet'" in inspect_model(tmp_path/"hub").architecture
 
 
 def test_a_name_of_timm(tmp_path, monkeypatch):
@@ -235,7 +230,8 @@ def test_a_name_of_timm(tmp_path, monkeypatch):
     (cached/"refs/main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    model, report = read_model("timm/test_resnet")
+    report = inspect_model("timm/test_resnet")
+    model = report.model
     check_same(model, net)
     assert report.kind == "weights of timm" and len(model.meta["mean"]) == 3
     with pytest.raises(ValueError, match="could not load its weights"): read_model("timm/resnet18")
@@ -249,7 +245,8 @@ def test_folders_of_huggingface_hub(small, tmp_path):
     hub.save_torch_state_dict(small.state_dict(), tmp_path/"shards", max_shard_size=200)
     assert len(list((tmp_path/"shards").glob("*.safetensors"))) > 1
     for folder in ("one", "shards"):
-        model, report = read_model(tmp_path/folder, Small)
+        report = inspect_model(tmp_path/folder, Reading(arch=Small))
+        model = report.model
         check_same(model, small)
         assert report.ignored == {"places": "whole numbers, which the network makes itself"}
     assert report.kind.endswith("shards")
@@ -257,10 +254,11 @@ def test_folders_of_huggingface_hub(small, tmp_path):
 
 def test_a_module_in_memory_is_left_as_it_is(small):
     small.train()
-    model, report = read_model(small)
+    report = inspect_model(small)
+    model = report.model
     assert small.training and report.kind == "network in memory" and report.architecture == "test_intake:Small"
     check_runs(model, small.eval())
-    assert model.meta["size"] == [3, 32, 32] and "say size for its own" in report.input
+    assert model.meta["size"] == [3, 32, 32] and "pass size for its own" in report.input
 
 
 # What is known is used, and nothing is made up
@@ -277,8 +275,9 @@ def test_the_configuration_of_a_folder(small, tmp_path):
     said = dict(image_mean=[.1, .2, .3], image_std=[.4]*3, crop_size=dict(height=24, width=20), do_normalize=True)
     config = dict(id2label={"0": "cat", "1": "dog", "2": "owl"}, architectures=["SmallForImages"], image_size=99)
     path = folder(tmp_path/"hub", small, config=config, preprocessor_config=said)
-    assert "['SmallForImages']: name it with arch" in read_model(path)[1].architecture
-    model, report = read_model(path, Small)
+    assert "['SmallForImages']: name it with arch" in inspect_model(path).architecture
+    report = inspect_model(path, Reading(arch=Small))
+    model = report.model
     assert (model.meta["mean"], model.meta["std"]) == ([.1, .2, .3], [.4]*3)
     assert model.meta["size"] == [3, 24, 20] and model.meta["classes"] == ["cat", "dog", "owl"]
     assert report.normalisation.endswith("from preprocessor_config.json")
@@ -289,49 +288,54 @@ def test_the_configuration_of_a_folder(small, tmp_path):
     dict(image_mean=[.5]*3, image_std=[.5]*3, do_rescale=False), [], 3, dict(image_mean=[float("nan")]*3, image_std=1),
 ])
 def test_a_normalisation_that_is_none_stays_unknown(small, tmp_path, said):
-    model, report = read_model(folder(tmp_path/"hub", small, preprocessor_config=said))
+    report = inspect_model(folder(tmp_path/"hub", small, preprocessor_config=said))
+    model = report.model
     assert "mean" not in model.meta and report.normalisation.startswith("not known")
-    assert report.cannot["read-out"] == "it cannot be run, its architecture is not known: name it with arch"
+    assert why_not(model, ["read-out"])["read-out"].endswith("its architecture is not known: name it with arch")
 
 
 def test_shortcuts_without_weights_are_told_apart_by_answers():
     for kind in ("pad_end", "pad_both"):
         net = ResNet(depth=8, width=4, shortcut=kind).eval()
-        model, report = read_model(net)
+        report = inspect_model(net)
+        model = report.model
         assert f"shortcut {kind}" in report.architecture
         check_runs(model, net)
 
 
-def test_a_network_that_answers_otherwise_is_refused(small):
+def test_two_networks_with_equal_names_and_shapes_stay_apart(small):
     class Other(Small):
         def forward(self, x): return -super().forward(x)**2
-    read_model(small)
-    with pytest.raises(ValueError, match="which answers otherwise"): read_model(Other(num_classes=3))
+    x = torch.rand(3, 3, 32, 32)
+    nets = small, Other(num_classes=3).eval()
+    models = [read_model(net) for net in nets]
+    for net, model in zip(nets, models): torch.testing.assert_close(model.outputs(x), net(x).detach())
 
 
 def test_another_network_is_refused(small, tmp_path):
     torch.save(small.state_dict() | {"conv.more": torch.ones(1)}, tmp_path/"more.pt")
     with pytest.raises(ValueError, match="more.pt: not the weights of .*Small: .*conv.more"):
-        read_model(tmp_path/"more.pt", Small)
+        read_model(tmp_path/"more.pt", Reading(arch=Small))
     torch.save({name: v for name, v in small.state_dict().items() if name != "conv.weight"}, tmp_path/"less.pt")
     with pytest.raises(ValueError, match="the checkpoint lacks conv.weight; a name map"):
-        read_model(tmp_path/"less.pt", Small)
+        read_model(tmp_path/"less.pt", Reading(arch=Small))
     torch.save(Small(width=5).state_dict(), tmp_path/"wide.pt")
     with pytest.raises(ValueError, match=r"conv.weight has shape \(5, 3, 3, 3\), in the network it has \(4, 3, 3, 3\)"):
-        read_model(tmp_path/"wide.pt", Small)
+        read_model(tmp_path/"wide.pt", Reading(arch=Small))
 
 
 def test_names_are_mapped_for_a_named_network(small, tmp_path):
     theirs = {f'module.{name.replace("conv.", "retina.")}': v for name, v in small.state_dict().items()}
     torch.save(theirs, tmp_path/"theirs.pt")
     for names in ([("retina", "conv")], [("^retina", "conv")]):
-        check_runs(read_model(tmp_path/"theirs.pt", Small, names)[0], small)
+        check_runs(read_model(tmp_path/"theirs.pt", Reading(names=names, arch=Small)), small)
 
 
 def test_probes_of_a_named_network_are_those_of_the_method(small):
-    model, _ = read_model(small)
-    asked = probe_outputs({name: v[None] for name, v in model.state.items()}, [None], n_images=16)["outputs"][0]
-    torch.testing.assert_close(asked, probe_module(small, n_images=16))
+    model = read_model(small)
+    found = probe_outputs({name: v[None] for name, v in model.state.items()}, model.architectures, n_images=16)
+    expected = centred_outputs(small(probe_images(16)).detach()[None])
+    torch.testing.assert_close(found["outputs"], expected)
     why = why_not(model)
     assert {"chain", "read-out"} <= set(why) and not {"probes", "stem-signature", "lps"} & set(why)
 
@@ -339,7 +343,7 @@ def test_probes_of_a_named_network_are_those_of_the_method(small):
 def test_broken_weights_are_no_model(net, tmp_path):
     net.conv1.weight.data[0] = torch.nan
     torch.save(net.state_dict(), tmp_path/"nan.pt")
-    with pytest.raises(ValueError, match="nan.pt: is broken: conv1.weight holds NaN"): read_model(tmp_path/"nan.pt")
+    with pytest.raises(ValueError, match="nan.pt: conv1.weight holds NaN"): read_model(tmp_path/"nan.pt")
 
 
 # What a file cannot do
@@ -355,7 +359,8 @@ class Trap:
 def test_nothing_in_a_file_is_run(net, tmp_path):
     net.trap = Trap(tmp_path/"executed")
     torch.save(dict(model=net, hook=Trap(tmp_path/"executed")), tmp_path/"trap.pt")
-    model, report = read_model(tmp_path/"trap.pt")
+    report = inspect_model(tmp_path/"trap.pt")
+    model = report.model
     check_same(model, net)
     assert not (tmp_path/"executed").exists() and "mkdir" in report.ignored["hook"]
 
@@ -365,7 +370,7 @@ def test_a_file_cannot_name_the_code_that_builds_it(small, tmp_path):
     sys.path.insert(0, str(tmp_path))
     try:
         said = dict(architecture="lps_intake_canary:build", auto_map=dict(AutoModel="lps_intake_canary.Model"))
-        _, report = read_model(folder(tmp_path/"hub", small, config=said))
+        report = inspect_model(folder(tmp_path/"hub", small, config=said))
     finally: sys.path.remove(str(tmp_path))
     assert "lps_intake_canary" not in sys.modules and report.architecture.startswith("not known")
 
@@ -387,7 +392,8 @@ def test_an_index_of_shards_that_lies_is_refused(tmp_path, index, words):
 
 def test_what_is_no_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model file or folder"): read_model(tmp_path/"nowhere.pt")
-    with pytest.raises(TypeError, match="a dict is no model"): read_model({})
+    with pytest.raises(ValueError, match="a dict is a model only if"): read_model({})
+    with pytest.raises(TypeError, match="a list is no model"): read_model([])
     with pytest.raises(ValueError, match="has 0 files of weights"): read_model(tmp_path)
     with pytest.raises(ValueError, match="give timm/NAME"): network_builder("os")
 
@@ -403,10 +409,12 @@ def test_a_network_for_larger_images_is_asked_in_its_size():
     "A head that counts pixels cannot take 32 × 32; asked about those, it sees them enlarged, as if it had been told"
     torch.manual_seed(0)
     fixed = nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(4*11*11, 2)).eval()
-    model, report = read_model(fixed, size=48)
-    assert model.meta["size"] == [3, 48, 48] and "probes" not in report.cannot
-    asked = probe_outputs({name: v[None] for name, v in model.state.items()}, [None], n_images=40)["outputs"][0]
-    torch.testing.assert_close(asked, probe_module(fixed, (3, 48, 48), n_images=40))
+    report = inspect_model(fixed, Reading(size=48))
+    model = report.model
+    assert model.meta["size"] == [3, 48, 48] and "probes" not in why_not(model)
+    found = probe_outputs({name: v[None] for name, v in model.state.items()}, model.architectures, n_images=40)
+    enlarged = F.interpolate(probe_images(40), (48, 48), mode="bicubic")
+    torch.testing.assert_close(found["outputs"], centred_outputs(fixed(enlarged).detach()[None]))
     with pytest.raises(RuntimeError): fixed(torch.zeros(1, 3, 32, 32))
 
 
@@ -419,6 +427,8 @@ def test_a_model_can_say_why_a_fitted_method_cannot_compare_it(net):
 
 # Into an index
 
+FEW_IMAGES = BuildSettings(fit=dict(n_images=16))
+
 def test_an_index_takes_in_what_is_not_a_file(net, small, tmp_path, monkeypatch):
     "A folder of the Hub, one in shards, a named network, a name of timm; the same model is found again"
     (tmp_path/"models").mkdir()
@@ -426,7 +436,7 @@ def test_an_index_takes_in_what_is_not_a_file(net, small, tmp_path, monkeypatch)
     (tmp_path/"models/hub/training_args.bin").write_bytes(b"no weights")
     torch.save(small.state_dict(), tmp_path/"models/small.pt")
     torch.save(ResNet(depth=8, width=4, n_classes=3).state_dict(), tmp_path/"models/plain.pt")
-    index = ModelIndex.build([tmp_path/"models", "timm/none"], arch=Small, n_images=16)
+    index = ModelIndex.build([tmp_path/"models", "timm/none"], reading=Reading(arch=Small), settings=FEW_IMAGES)
     assert index.fitted.method == "two-spectra-probes" and len(index) == 3, index.rejected
     assert dict(zip([Path(file).name for file in index.manifest.file], index.manifest.architecture)) == {
         "hub": "resnet", "plain.pt": "resnet", "small.pt": "test_intake:Small(num_classes=3)"}
@@ -435,19 +445,19 @@ def test_an_index_takes_in_what_is_not_a_file(net, small, tmp_path, monkeypatch)
     for asked in (tmp_path/"models/hub", str(tmp_path/"models/hub"), net):
         assert index.answer(asked, 1).table.note[1] == "copy"
     assert index.answer(small, 1).table.note[1] == "copy"
-    assert index.add(tmp_path/"models", arch=Small) == 0 and index.remove(tmp_path/"models/hub") == 1
+    assert index.add(tmp_path/"models", reading=Reading(arch=Small)) == 0 and index.remove(tmp_path/"models/hub") == 1
 
 
 def test_an_index_says_why_a_model_cannot_be_compared(net, small, tmp_path):
     torch.save(net.state_dict(), tmp_path/"a.pt")
     torch.save(small.state_dict(), tmp_path/"b.pt")
-    index = ModelIndex.build(tmp_path, n_images=16)
+    index = ModelIndex.build(tmp_path, settings=FEW_IMAGES)
     assert len(index) == 1 and index.rejected.reason[0].endswith("(--arch, --names on the command line)")
     with pytest.raises(ValueError, match="b.pt: no known architecture .*--arch, --names on the command line"):
         index.query(tmp_path/"b.pt")
-    assert len(index.query(tmp_path/"b.pt", arch=Small)) == 1
+    assert len(index.query(tmp_path/"b.pt", reading=Reading(arch=Small))) == 1
     with pytest.raises(ValueError, match="b.pt: not the weights of torchvision/resnet18"):
-        index.query(tmp_path/"b.pt", arch="torchvision/resnet18")
+        index.query(tmp_path/"b.pt", reading=Reading(arch="torchvision/resnet18"))
 
 
 def test_a_report_on_the_command_line(small, tmp_path, capsys):

@@ -1,21 +1,17 @@
 "Each invariance that a method of the registry claims is exact; what changes the embedding is not claimed"
-from inspect import signature
-
 import pytest
 import torch
 from networks import flipped, scaled, shuffled, some_net, write_models
 
-import lps.methods.all_methods  # noqa: F401  it registers all methods
-from lps.methods.registry import INVARIANCES, METHODS, embed_models, fit_method
+from lps.methods.registry import INVARIANCES, METHODS, embed_models, fit_method, own_settings
 from lps.models.model import Model
 from lps.nets.resnet import ResNet
 
 
 def small_fit(models, name):
     "A method, fitted in no time"
-    named = signature(METHODS[name].fit).parameters
-    few = {key: value for key, value in dict(n_images=16, steps=2, n_steps=20).items() if key in named}
-    return fit_method(models, name, **dict(epochs=1, milestones=(), n_filters=4) | few)
+    few = dict(n_images=16, steps=2, n_steps=20, epochs=1, milestones=(), n_filters=4)
+    return fit_method(models, name, **own_settings(name, few))
 
 
 def exchanged(net):

@@ -3,7 +3,7 @@ import pytest
 from conftest import ROOT
 
 from lps.study.leaderboard import leaderboard, measured
-from lps.methods.all_methods import LEADERS, leading_method
+from lps.methods.registry import LEADERS, leading_method
 from lps.methods.registry import METHODS, method_title
 from lps.models.modelset import load_modelset
 

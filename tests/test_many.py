@@ -18,7 +18,8 @@ from lps.core.files import load_tensors
 from lps.core.jobs import one_thread
 from lps.nets.resnet import ResNet
 from lps.zoo.tasks import augment, channel_stats, load_images, pair_classes, task_images
-from lps.zoo.train import BatchLoader, Diverged, KeepEpochs, accuracy, init_model, recipes, train_model
+from lps.zoo.train import BatchLoader, Diverged, KeepEpochs, accuracy, train_model
+from lps.zoo.recipe import init_model, recipes
 
 TINY = replace(recipes["digits"], name="tiny", epochs=3, milestones=(2,), depth=8, width=4, batch_size=64)
 SEEDS = [11, 12, 13]

@@ -13,15 +13,17 @@ import torch
 from conftest import ROOT
 
 import lps.index.gather as gather
-from lps.methods.all_methods import LEADERS
-from lps.index.answer import Trials, calibrate, kinship, own_trials, sketch_correlation, weight_sketch
+from lps.methods.registry import LEADERS
+from lps.index.answer import Trials, calibrate, lineage_note, own_trials, sketch_correlation, weight_sketch
 from lps.cli import main
 from lps.core.files import load_tensors, save_tensors
 from lps.models.model import Model
-from lps.models.modelset import load_modelset
-from lps.order_chain import permute, random_perms, resnet_spec
+from lps.methods.registry import load_fitted
+from lps.models.modelset import bundled, load_modelset
+from lps.order_chain import permute, random_perms
+from lps.nets.resnet import resnet_spec
 from lps.nets.resnet import ResNet
-from lps.index.index import ModelIndex
+from lps.index.index import BuildSettings, ModelIndex
 from lps.advice.expected import ExpectedAccuracy
 from lps.advice.score import transfer_score
 
@@ -100,10 +102,9 @@ def test_a_stopped_build_goes_on(models, tmp_path, monkeypatch):
         read.extend(item.file for item in items)
         return real(fitted, items, **how)
     monkeypatch.setattr(gather, "BATCH", 4)
-    monkeypatch.setattr(gather.embed_all, "__defaults__", (*gather.embed_all.__defaults__[:-1], 4))
     monkeypatch.setattr(gather, "embed_items", stops)
     with pytest.raises(KeyboardInterrupt): ModelIndex.build(models, tmp_path/"market", STEM)
-    assert len(ModelIndex.load(tmp_path/"market")) == len(read) - 1 == 8, "one was read for the width of a row"
+    assert len(ModelIndex.load(tmp_path/"market")) == len(read) == 8
     seen = set(read)
     read.clear()
 
@@ -138,7 +139,8 @@ def test_broken_files_among_many_are_listed_after_a_stop(tmp_path, monkeypatch):
 
 
 def test_any_executor_gives_the_same(models):
-    with ThreadPoolExecutor(3) as executor: index = ModelIndex.build(models, None, STEM, executor=executor)
+    with ThreadPoolExecutor(3) as executor:
+        index = ModelIndex.build(models, None, STEM, settings=BuildSettings(executor=executor))
     one = ModelIndex.build(models, None, STEM)
     pd.testing.assert_frame_equal(index.manifest.sort_values("file", ignore_index=True),
                                   one.manifest.sort_values("file", ignore_index=True))
@@ -162,16 +164,16 @@ def test_changed_added_removed(models, tmp_path):
 def test_what_an_answer_says(market, models):
     index = ModelIndex.load(market)
     new = index.answer(Model(network(3, 8), {}), k=3)
-    assert new.table.task.tolist() == [3]*3 and new.like and not new.table.note.any()
+    assert new.table.task.tolist() == [3]*3 and new.related and not new.table.note.any()
     assert new.table.probability.between(0, 1).all() and new.table.probability.is_monotonic_decreasing
     own = index.answer(models/"t3_0.safetensors", k=2)
-    assert own.table.note.tolist()[0] == "copy" and own.start == own.table.file[2]
+    assert own.table.note.tolist()[0] == "copy" and own.recommended == own.table.file[2]
     state = load_modelset(models)[0].state
     tuned = {name: w + .1*w.std()*torch.randn(w.shape) if w.ndim == 4 else w for name, w in state.items()}
     tuned["fc.weight"], tuned["fc.bias"] = torch.randn(5, 16), torch.zeros(5)
-    assert index.answer(Model(tuned, {}), 1).table.note[1] == "fine-tuned copy"
+    assert index.answer(Model(tuned, {}), 1).table.note[1] == "derived"
     mixed = permute(state, SPEC, random_perms(SPEC, 5))
-    assert index.answer(Model(mixed, {}), 1).table.note[1] == "the same as far as read"
+    assert index.answer(Model(mixed, {}), 1).table.note[1] == "same embedding"
     net = ResNet(depth=8, width=4)
     net.load_state_dict(state)
     assert index.answer(net, 1).table.note[1] == "copy"
@@ -185,7 +187,7 @@ def test_what_may_be_expected_after_transfer(market, models, tmp_path):
     answer = index.answer(asked, 3, expected=relation)
     table = answer.table
     accuracy = table.expected_accuracy
-    assert accuracy.between(.5, .9).all() and answer.start == table.file[accuracy.idxmax()]
+    assert accuracy.between(.5, .9).all() and answer.recommended == table.file[accuracy.idxmax()]
     assert (table.expected_low < accuracy).all() and (accuracy < table.expected_high).all()
     score = transfer_score(one_of(models, table.file[1]), asked)
     assert table.expected_accuracy[1] == pytest.approx(.5 + .4*score, abs=1e-6)
@@ -194,7 +196,7 @@ def test_what_may_be_expected_after_transfer(market, models, tmp_path):
     cut = index.answer(stem, 2, expected=relation)
     assert "expected_accuracy" not in cut.table and "architecture is not known" in cut.sentences[-1]
     there = ModelIndex("stem-signature", load_modelset(models)).answer(asked, 2, expected=relation)
-    assert "the index does not know its file" in there.sentences[-1]
+    assert "the index does not record its file" in there.sentences[-1]
 
 
 def test_the_start_is_no_copy(market, models):
@@ -203,10 +205,11 @@ def test_the_start_is_no_copy(market, models):
     tuned = {name: w + .1*w.std()*torch.randn(w.shape) if w.ndim == 4 else w for name, w in state.items()}
     tuned = Model(tuned, {})
     answer = index.answer(tuned, 3)
-    assert answer.table.note[1] == "fine-tuned copy" and answer.start == answer.table.file[2]
+    assert answer.table.note[1] == "derived" and answer.recommended == answer.table.file[2]
     alone = index.answer(tuned, 1)
-    assert alone.start == "" and alone.sentences[0].startswith("All of these are copies of it")
-    assert ModelIndex(STEM, load_modelset(models)).answer(models/"t3_0.safetensors", 1).start == "", "not calibrated"
+    assert alone.recommended == "" and alone.sentences[0].startswith("All of these are copies of the query")
+    without = ModelIndex(STEM, load_modelset(models)).answer(models/"t3_0.safetensors", 1)
+    assert without.calibration is None and without.recommended == ""
 
 
 def test_the_same_number_in_two_folders_is_not_the_same_task(models, tmp_path):
@@ -214,24 +217,25 @@ def test_the_same_number_in_two_folders_is_not_the_same_task(models, tmp_path):
     for name, classes in (("a", None), ("b", None), ("c", ["x", "y"]), ("d", ["y", "x"])):
         meta = dict(task=0) | (dict(classes=classes) if classes else {})
         save_tensors(tmp_path/name/"m.safetensors", network(0, ord(name)), meta)
-    index = ModelIndex.build([tmp_path/name for name in "abcd"], method="probes", n_images=8)
+    few = BuildSettings(fit=dict(n_images=8))
+    index = ModelIndex.build([tmp_path/name for name in "abcd"], method="probes", settings=few)
     label = dict(zip([Path(file).parent.name for file in index.manifest.file], index.manifest.label))
     assert label["a"] != label["b"] and label["c"] == label["d"] != label["a"]
 
 
 def test_without_tasks_probes_compare(models, tmp_path):
     for i in range(3): torch.save(network(i, 0), tmp_path/f"m{i}.pt")
-    index = ModelIndex.build(tmp_path, n_images=16)
+    index = ModelIndex.build(tmp_path, settings=BuildSettings(fit=dict(n_images=16)))
     assert index.fitted.method == "two-spectra-probes" and index.calibration is None
     answer = index.answer(tmp_path/"m1.pt", 2)
-    assert answer.like is None and "Not calibrated" in str(answer) and Path(answer.table.file[1]).name == "m1.pt"
+    assert answer.related is None and "Not calibrated" in str(answer) and Path(answer.table.file[1]).name == "m1.pt"
     with pytest.raises(ValueError, match="chain cannot be fitted on models of unknown tasks.*name the tasks"):
         ModelIndex.build(tmp_path, method="chain")
 
 
 def test_the_default_is_what_the_leaderboard_says(models, tmp_path):
     "Probes for whole networks, whether their tasks are known or not; the stem's signature for first layers"
-    index = ModelIndex.build(models, n_images=16)
+    index = ModelIndex.build(models, settings=BuildSettings(fit=dict(n_images=16)))
     assert index.fitted.method == LEADERS["whole networks"] and index.calibration.held_out
     one = load_modelset("bundled")
     for i in (0, 1, 10, 11): save_tensors(tmp_path/f"s{i}.safetensors", one[i].state, dict(task=int(i > 9)))
@@ -243,10 +247,10 @@ def test_the_default_is_what_the_leaderboard_says(models, tmp_path):
 
 def test_a_folder_and_a_file_keep_the_same(market, tmp_path):
     index = ModelIndex.load(market)
-    index.save(tmp_path/"index.safetensors")
-    ModelIndex.load(tmp_path/"index.safetensors").save(tmp_path/"again")
+    index.save(tmp_path/"index.zip")
+    ModelIndex.load(tmp_path/"index.zip").save(tmp_path/"again")
     asked = Model(network(2, 8), {})
-    for place in ("index.safetensors", "again"):
+    for place in ("index.zip", "again"):
         other = ModelIndex.load(tmp_path/place)
         assert other.calibration == index.calibration
         pd.testing.assert_frame_equal(other.query(asked), index.query(asked))
@@ -254,12 +258,22 @@ def test_a_folder_and_a_file_keep_the_same(market, tmp_path):
 
 
 @pytest.mark.parametrize("spoiled, says", [
-    ("method.safetensors", "is not the method of this index"), ("rows.f32", "truncated"),
-    ("header.json", "is no index, or a damaged one"), ("facts.jsonl", "truncated")])
+    ("method-*.safetensors", "method-.* is missing or damaged"), ("rows.f32", "truncated"),
+    ("header.json", "is not an index, or a damaged one"), ("facts.jsonl", "truncated")])
 def test_a_damaged_folder_gives_one_error(market, tmp_path, spoiled, says):
     path = shutil.copytree(market, tmp_path/"market")
-    (path/spoiled).write_bytes((path/spoiled).read_bytes()[:-20])
+    file, = path.glob(spoiled)
+    file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(ValueError, match=says): ModelIndex.load(path)
+
+
+def test_the_bundled_index_is_that_of_the_bundled_models():
+    "Made by scripts/bundle.py; another machine rounds otherwise"
+    fresh = ModelIndex(load_fitted(bundled("net.safetensors")), load_modelset("bundled"))
+    index = ModelIndex.bundled()
+    assert index.digests == fresh.digests and index.manifest.equals(fresh.manifest)
+    assert torch.allclose(index.embedding, fresh.embedding, atol=1e-4)
+    assert index.calibration.threshold == pytest.approx(fresh.calibrate().threshold, abs=1e-3)
 
 
 def test_probabilities_are_those_that_were_put_in():
@@ -278,7 +292,7 @@ def test_probabilities_are_those_that_were_put_in():
 def test_sketches_that_cannot_be_compared_say_nothing():
     a, b = weight_sketch(network(0, 0)), weight_sketch(ResNet(depth=8, width=6).state_dict())
     for x, y in ((a, b), (a, None), (a, {}), (a, dict(shapes=a["shapes"])), (a, a | dict(values="%")), ({}, {})):
-        assert np.isnan(sketch_correlation(x, y)) and kinship(.5, False, sketch_correlation(x, y)) == ""
+        assert np.isnan(sketch_correlation(x, y)) and lineage_note(.5, False, sketch_correlation(x, y)) == ""
     assert sketch_correlation(a, a) == pytest.approx(1)
 
 
@@ -293,13 +307,13 @@ def test_commands_one_after_another(models, tmp_path, monkeypatch, capsys):
     assert "1 file could not be read: runs/text.pt: " in said
     torch.save(network(3, 8), "mine.pth")
     said = says("query", "market", "mine.pth", "-k", 3)
-    assert "To start from: runs/t3_" in said and "no image of yours" in said and "probability" in said
+    assert "Recommended source: runs/t3_" in said and "no images of yours" in said and "probability" in said
     answer = json.loads(says("query", "market", "mine.pth", "--json"))
-    assert len(answer["models"]) == 5 and answer["like"] and answer["models"][0]["classes"] == "3a / 3b"
+    assert len(answer["models"]) == 5 and answer["related"] and answer["models"][0]["classes"] == "3a / 3b"
     assert "1 added" in says("index", "add", "market", "mine.pth")
     assert "1 removed" in says("index", "remove", "market", "mine.pth") and Path("mine.pth").exists()
     info = json.loads(says("index", "info", "market", "--json"))
     assert info["models"] == 20 and info["tasks"] == 5 and info["architectures"] == {"resnet": 20}
     assert "All checksums match" in says("index", "info", "market", "--check")
     assert main(["index", "build", "market", "runs", "--method", "probes"]) == 2
-    assert "compares by stem-signature, asked for is probes" in capsys.readouterr().err
+    assert "compares by stem-signature, not by probes" in capsys.readouterr().err

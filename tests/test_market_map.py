@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lps.index.map import LIMIT, SEVERAL, market_map
+from lps.index.map import LIMIT, SEVERAL, MapSettings, model_map
 
 EVIL = [
     "</script><script>window.hit = 1</script>",
@@ -38,7 +38,8 @@ def market(tmp_path_factory):
     first, second = rng.normal(size=(6, 8))[tasks] + .3*rng.normal(size=(60, 8)), rng.normal(size=(60, 4))
     second[7] = np.nan
     manifest, embeddings = pd.DataFrame(dict(file=names, task=tasks) | facts), {"first": first, "<i>second": second}
-    return manifest, embeddings, market_map(manifest, embeddings, tmp_path_factory.mktemp("map")/"map.html", EVIL[0])
+    path = tmp_path_factory.mktemp("map")/"map.html"
+    return manifest, embeddings, model_map(manifest, embeddings, path, MapSettings(EVIL[0]))
 
 
 @pytest.fixture
@@ -189,7 +190,7 @@ def test_a_market_beyond_the_limit_is_sampled_and_responds(show, tmp_path):
     n = LIMIT + 1
     embedding, tasks = np.random.default_rng(0).normal(size=(n, 4)).astype(np.float32), np.arange(n) % 100
     manifest = pd.DataFrame(dict(file=[f"model{i}" for i in range(n)], task=tasks))
-    tab = show(market_map(manifest, {"first": embedding}, tmp_path/"many.html"))
+    tab = show(model_map(manifest, {"first": embedding}, tmp_path/"many.html"))
     assert "20,000 models of 100 tasks" in tab.inner_text("header p")
     assert "A random sample: 20,000 of 20,001 models" in tab.inner_text("header p")
     assert tab.evaluate("document.getElementById('map').data[0].type") == "scattergl"
@@ -208,7 +209,7 @@ def test_without_webgl_and_without_facts(show, tmp_path):
     embedding = np.random.default_rng(0).normal(size=(SEVERAL + 1, 3))
     manifest = pd.DataFrame(dict(file=[f"model{i}" for i in range(len(embedding))]))
     none = "HTMLCanvasElement.prototype.getContext = () => null"
-    tab = show(market_map(manifest, {"first": embedding}, tmp_path/"plain.html"), script=none)
+    tab = show(model_map(manifest, {"first": embedding}, tmp_path/"plain.html"), script=none)
     tab.mouse.click(*place_of(tab, 3))
     assert re.fullmatch(r"model\d+", tab.inner_text("#chosen")) and len(listed(tab)) == 10
     assert not tab.locator("#tree-section").is_visible() and not tab.locator("#methods").is_visible()

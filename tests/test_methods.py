@@ -1,5 +1,7 @@
 "Fitted methods: what cannot be learned, embedded or read is refused; everything else comes back the same"
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -7,7 +9,10 @@ from fastcore.test import expect_fail
 from hypothesis import given, strategies as st
 
 from lps.core.files import save_tensors
-from lps.methods.registry import METHODS, embed_models, fit_method, get_method, load_fitted, save_fitted, score_models
+from lps.methods.registry import (
+    BUILT_IN, METHODS, embed_models, fit_method, fit_observed, get_method, known_settings, load_fitted, save_fitted,
+    score_models,
+)
 from lps.second_order import fit
 
 SHAPE = 6, 4, 3, 3
@@ -24,7 +29,7 @@ def some_models(seed=0):
 def fitted_by(method, **settings):
     "A method fitted on the made-up models, for two epochs"
     weights, labels = some_models()
-    return get_method(method).fit(weights, labels, 0, stem="first", epochs=2, n_filters=3, **settings)
+    return fit_observed(method, weights, labels, layers=["first"], stem="first", epochs=2, n_filters=3, **settings)
 
 
 OF_WEIGHTS = [name for name, method in METHODS.items() if method.observe is None]  # the others have tests of their own
@@ -63,11 +68,11 @@ def test_a_recipe_that_cannot_work_is_refused(setting, words):
 
 def test_nothing_to_learn_from_is_refused():
     weights, labels = some_models()
-    with expect_fail(ValueError, "one layer at least"): fit({}, labels=labels)
+    with expect_fail(ValueError, "one layer or more"): fit({}, labels=labels)
     with expect_fail(ValueError, "no labels"): fit(weights)
-    with expect_fail(ValueError, "two tasks at least"): fit(weights, labels=0*labels)
+    with expect_fail(ValueError, "two tasks or more"): fit(weights, labels=0*labels)
     with expect_fail(ValueError, "one label a model"): fit(weights, labels=labels[:3])
-    with expect_fail(ValueError, "two tasks at least"): fit({"first": weights["first"][:0]}, labels=labels[:0])
+    with expect_fail(ValueError, "two tasks or more"): fit({"first": weights["first"][:0]}, labels=labels[:0])
 
 
 def test_an_unknown_method_is_named_with_those_known():
@@ -75,6 +80,21 @@ def test_an_unknown_method_is_named_with_those_known():
     with expect_fail(ValueError, "lps"): get_method("lsp")
     with expect_fail(ValueError): fit(weights, labels=labels, method="lsp")
     with expect_fail(ValueError, "lps"): fit_method(None, "lsp")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_unknown_setting_is_named_with_those_known(method):
+    "Before any model is read"
+    with expect_fail(ValueError, f"has no setting 'epoch': its settings are {', '.join(known_settings(method))}"):
+        fit_method(None, method, epoch=3)
+
+
+def test_a_method_is_found_without_importing_the_others():
+    code = "import sys; from lps.methods.registry import METHODS, get_method; list(METHODS); get_method('lps');"
+    code += "print(sorted(m for m in sys.modules if m.startswith('lps.methods.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "['lps.methods.fitted', 'lps.methods.paper', 'lps.methods.registry']\n"
+    assert set(METHODS) >= {name for names in BUILT_IN.values() for name in names}
 
 
 odd_values = st.one_of(
@@ -90,7 +110,7 @@ def net():
 
 @given(data=st.data())
 def test_wrong_types_in_a_net_file_are_a_value_error(net, tmp_path, data):
-    config = copy.deepcopy(net.config)
+    config = copy.deepcopy(net.parts["config"])
     config[data.draw(st.sampled_from(sorted(config)))] = data.draw(odd_values)
     path = tmp_path/"net.safetensors"
     save_tensors(path, net.state_dict(), dict(second_order=config))

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from lps.nets.architectures import net_from_state, norms_of, recognise, shapes_of, stem_of
 from lps.lineage.benchmark import CHANGED, TRAINED, noisy, pruned, quantised, train_copy, write_copies
-from lps.core.files import save_model
+from lps.core.files import save_tensors
 from lps.methods.registry import embed_models, fit_method, load_fitted, save_fitted
 from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms
@@ -29,7 +29,8 @@ from lps.study.architectures import (
 )
 from lps.study.overlap import OverlapPairs, overlap_pairs
 from lps.zoo.tasks import load_images, task_images
-from lps.zoo.train import Recipe, init_model, recipe_fields, recipes, train_model
+from lps.zoo.recipe import Recipe, init_model, recipe_fields, recipes
+from lps.zoo.train import train_model
 from lps.zoo.build import build, plan_build, plan_differences
 
 TINY = replace(recipes["digits"], name="tiny", epochs=1, milestones=(), depth=8, width=4)
@@ -58,7 +59,7 @@ def kinds(tmp_path_factory):
                 torch.manual_seed(10*task + run)
                 meta = dict(task=task, run=run, classes=["a", "bc"[task]], shortcut="conv")
                 state = lively(make(), run).state_dict()
-                save_model(root/kind/f"task{task}_run{run}_{kind}.safetensors", state, meta)
+                save_tensors(root/kind/f"task{task}_run{run}_{kind}.safetensors", state, meta)
     return load_sets(root, tuple(nets))
 
 
@@ -109,7 +110,7 @@ def test_networks_without_norm_learn_and_go_on_from_given_weights():
 
 def test_a_build_of_given_pairs(tmp_path):
     images, pairs = (load_images("digits", "train"), load_images("digits", "test")), list(combinations(range(3), 2))
-    models = build(tmp_path, images, replace(TINY, architecture="plain"), n_models=1, pairs=pairs, workers=1)
+    models = build(tmp_path, images, replace(TINY, architecture="plain"), n_models=1, tasks=pairs, workers=1)
     assert models.manifest[["class_0", "class_1"]].values.tolist() == [["0", "1"], ["0", "2"], ["1", "2"]]
     assert isinstance(models[0].net, PlainNet) and "shortcut" not in models[0].meta
     plans = [plan_build(images[0], TINY, 0, chosen) for chosen in (pairs, None)]

@@ -8,7 +8,8 @@ import safetensors.torch
 import torch
 
 from lps.core.files import digest, load_tensors, save_tensors, write_json
-from lps.models.checkpoint import FOREIGNZOO_NAMES, import_models
+from lps.models.checkpoint import FOREIGNZOO_NAMES
+from lps.models.imports import import_models
 from lps.methods.registry import fit_method
 from lps.models.modelset import load_modelset, pack
 from lps.nets.resnet import ResNet, branch_layers
@@ -205,7 +206,7 @@ def test_import_without_batch_counters_keeps_buffers(tmp_path):
 
 def test_import_refuses_what_cannot_end_well(tmp_path):
     (src := tmp_path/"src").mkdir()
-    with pytest.raises(ValueError, match="no model could be taken in"): import_models(src, tmp_path/"dst")
+    with pytest.raises(ValueError, match="no model could be imported"): import_models(src, tmp_path/"dst")
     with pytest.raises(ValueError, match="choose another folder"): import_models(src, src)
     with pytest.raises(FileNotFoundError, match="not a folder"): import_models(tmp_path/"x", tmp_path/"dst")
     with pytest.raises(ValueError, match="no column task"):

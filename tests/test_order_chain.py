@@ -4,8 +4,10 @@ from itertools import product
 import pytest
 import torch
 
-from lps.order_chain import PermutationSpec, fold_bn, folded_resnet, inverse, permute, random_perms, resnet_spec
-from lps.nets.resnet import SHORTCUTS, ResNet, bn_of, resnet_from_state
+from lps.order_chain import PermutationSpec, inverse, permute, random_perms
+from lps.nets.resnet import fold_bn, folded_resnet, resnet_spec
+from lps.nets.architectures import net_from_state
+from lps.nets.resnet import SHORTCUTS, ResNet, bn_of
 
 CASES = [
     (d, w, s, seed) for d, w, s, seed in product((8, 20), (4, 16), SHORTCUTS, (0, 1)) if (d, w) != (20, 16) or seed == 0
@@ -44,7 +46,7 @@ def test_logits(case):
     assert list(new) == list(state) and all(
         new[k].dtype == v.dtype and new[k].shape == v.shape for k, v in state.items()
     )
-    same(resnet_from_state(new, model.shortcut)(x), logits)
+    same(net_from_state(new, shortcut=model.shortcut)(x), logits)
 
 
 @torch.no_grad()

@@ -7,9 +7,10 @@ from lps.core.files import save_tensors
 from lps.methods.registry import embed_models, fit_method, load_fitted, observations, save_fitted, score_models
 from lps.models.model import Model
 from lps.models.modelset import load_modelset
-from lps.order_chain import permute, random_perms, resnet_spec
-from lps.methods.probes import probe_images, restore_probes
-from lps.nets.resnet import SHORTCUTS, ResNet, bn_of, resnet_from_state
+from lps.order_chain import permute, random_perms
+from lps.methods.probes import Probes, probe_images
+from lps.nets.architectures import net_from_state
+from lps.nets.resnet import SHORTCUTS, ResNet, bn_of, resnet_spec
 from lps.index.index import ModelIndex
 
 
@@ -91,8 +92,9 @@ def test_what_leaves_the_outputs_leaves_the_embedding(probes, shortcut, change):
     state, x = some_state(7, shortcut), probe_images(8, seed=3)
     new = change(state, shortcut)
     assert not torch.allclose(new["layer1.0.conv2.weight"], state["layer1.0.conv2.weight"], rtol=.1)
-    logits = resnet_from_state(state, shortcut)(x)
-    torch.testing.assert_close(resnet_from_state(new, shortcut)(x), logits, rtol=1e-4, atol=1e-4*logits.abs().max())
+    logits = net_from_state(state, shortcut=shortcut)(x)
+    found = net_from_state(new, shortcut=shortcut)(x)
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4*logits.abs().max())
     a, b = (embed_models(probes, model(s, shortcut)) for s in (state, new))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4*a.abs().max())
 
@@ -110,7 +112,7 @@ def test_networks_of_another_kind_have_embeddings_beside_them(probes):
     "Deeper, or of five classes: as long, and compared by a cosine"
     states = some_state(0, depth=14), some_state(0, n_classes=5)
     z = torch.cat([embed_models(probes, model(s)) for s in states])
-    assert z.shape[1] == probes.centres.shape[1]
+    assert z.shape[1] == probes.tensors["centres"].shape[1]
     torch.testing.assert_close(z.norm(dim=1), torch.ones(2))
 
 
@@ -124,8 +126,8 @@ def test_they_come_back_from_a_file(models, probes, tmp_path):
 
 
 def test_an_index_finds_the_other_network_of_a_task(models, probes, tmp_path):
-    ModelIndex(probes, models[[0, 2, 4]]).save(tmp_path/"index.safetensors")
-    index = ModelIndex.load(tmp_path/"index.safetensors")
+    ModelIndex(probes, models[[0, 2, 4]]).save(tmp_path/"index.zip")
+    index = ModelIndex.load(tmp_path/"index.zip")
     for place in (1, 3, 5): assert index.query(models[place], k=1).task.tolist() == [place//2]
     deeper = index.query(model(some_state(0, "pad_end", depth=14), "pad_end"), k=3)  # another architecture may ask
     assert sorted(deeper.task) == [0, 1, 2]
@@ -137,21 +139,22 @@ def test_an_index_finds_the_other_network_of_a_task(models, probes, tmp_path):
     ("probe_seed", 2**70), ("probe_seed", None),
 ])
 def test_a_config_that_does_not_fit_is_refused(probes, field, value):
-    with expect_fail(ValueError): restore_probes(probes.config | {field: value}, probes.state_dict())
+    with expect_fail(ValueError): Probes.restore(probes.parts["config"] | {field: value}, probes.state_dict(), "probes")
     with expect_fail(ValueError, field):
-        restore_probes({name: v for name, v in probes.config.items() if name != field}, probes.state_dict())
+        config = {name: v for name, v in probes.parts["config"].items() if name != field}
+        Probes.restore(config, probes.state_dict(), "probes")
 
 
 @pytest.mark.parametrize("centres", [torch.zeros(3, 4), torch.zeros(3, 48*49//2, dtype=torch.float64)])
 def test_centres_that_do_not_fit_are_refused(probes, centres):
-    with expect_fail(ValueError, "centres"): restore_probes(probes.config, dict(centres=centres))
+    with expect_fail(ValueError, "centres"): Probes.restore(probes.parts["config"], dict(centres=centres), "probes")
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_a_network_that_gives_no_numbers_is_refused(probes, scale):
     state = some_state(7)
     broken = model(state | {"fc.bias": state["fc.bias"] + scale})
-    with expect_fail(ValueError, "answers are not finite"): embed_models(probes, broken)
+    with expect_fail(ValueError, "contain NaN or inf"): embed_models(probes, broken)
 
 
 def test_a_network_that_always_says_the_same_has_no_embedding(probes):
@@ -162,5 +165,6 @@ def test_a_network_that_always_says_the_same_has_no_embedding(probes):
 
 def test_the_bank_is_decided_by_its_seed(models):
     a, b, c = (fit_method(models, "probes", n_images=16, probe_seed=s) for s in (0, 0, 1))
-    assert torch.equal(a.centres, b.centres) and not torch.allclose(a.centres, c.centres)
+    first, again, other = (fitted.tensors["centres"] for fitted in (a, b, c))
+    assert torch.equal(first, again) and not torch.allclose(first, other)
     assert observations(models, a)["outputs"].shape == (6, 16, 2)

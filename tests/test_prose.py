@@ -12,6 +12,8 @@ import tokenize
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = [path for path in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
 MODULES = [path for path in sorted(ROOT.glob("lps/**/*.py")) if path.name != "_modidx.py"]
@@ -49,6 +51,33 @@ QUESTION = re.compile(r"(?:What|Which|How|Where|Who|Whose|Whether|Why|When)\b")
 PATTERNS = {re.compile(rf"(?<![\w`-])(?:{banned})(?![\w`-])", flags=re.I): cure for banned, cure in BANNED.items()}
 
 
+NOT_YET_REWRITTEN = [  # remove a file from this list when it is rewritten
+    "CONTRIBUTING.md", "lps/advice/advisers.py", "lps/advice/score.py", "lps/core/files.py", "lps/core/jobs.py",
+    "lps/methods/combine.py",
+    "lps/models/checkpoint.py", "lps/models/model.py",
+    "lps/models/modelset.py", "lps/models/read.py", "lps/models/web.py", "lps/nets/plain.py",
+    "lps/nets/resnet.py", "lps/study/across.py",
+    "lps/study/claims.py", "lps/study/curves.py", "lps/study/evaluate.py", "lps/study/leaderboard.py",
+    "lps/study/plots.py", "lps/study/records.py", "lps/study/registry.py",
+    "lps/study/transfer.py", "lps/zoo/build.py", "lps/zoo/recipe.py", "lps/zoo/tasks.py", "lps/zoo/train.py",
+   
+    "nbs/04_cli.ipynb", "nbs/advice/00_score.ipynb", "nbs/advice/01_advisers.ipynb", "nbs/core/00_files.ipynb",
+    "nbs/experiments/alignment.ipynb", "nbs/experiments/architectures.ipynb", "nbs/experiments/branches.ipynb",
+    "nbs/experiments/copies.ipynb", "nbs/experiments/first_weights.ipynb", "nbs/experiments/fusion.ipynb",
+    "nbs/experiments/leaderboard.ipynb", "nbs/experiments/learning_curve.ipynb",
+    "nbs/experiments/overlap.ipynb", "nbs/experiments/start_from.ipynb", "nbs/experiments/table1.ipynb",
+    "nbs/experiments/table2.ipynb", "nbs/experiments/transfer.ipynb", "nbs/experiments/triplet.ipynb",
+   
+    "nbs/methods/06_combine.ipynb",
+    "nbs/models/01_checkpoint.ipynb", "nbs/models/02_web.ipynb", "nbs/models/03_read.ipynb",
+    "nbs/models/04_modelset.ipynb", "nbs/results.ipynb", "nbs/study/00_evaluate.ipynb",
+    "nbs/study/01_records.ipynb", "nbs/study/02_transfer.ipynb", "nbs/study/05_across.ipynb",
+    "nbs/study/06_claims.ipynb", "nbs/study/07_registry.ipynb", "nbs/study/08_leaderboard.ipynb",
+    "nbs/tutorials/start_from.ipynb", "nbs/tutorials/your_models.ipynb",
+    "nbs/zoo/00_tasks.ipynb", "nbs/zoo/05_build.ipynb",
+]
+
+
 class Text(NamedTuple):
     "A piece of prose and where it stands"
     place: str
@@ -56,9 +85,14 @@ class Text(NamedTuple):
     is_docstring: bool = False
 
 
+def without_fences(markdown: str) -> str:
+    "Return a page without its blocks of code and its comments"
+    return re.sub(r"```.*?```|<!--.*?-->", "", markdown, flags=re.S)
+
+
 def plain(text: str) -> str:
     "Return prose in one line, without code, link targets and formulas"
-    text = re.sub(r"```.*?```|\$\$.*?\$\$", " ", text, flags=re.S)
+    text = re.sub(r"\$\$.*?\$\$", " ", without_fences(text), flags=re.S)
     text = re.sub(r"`[^`\n]*`|\$[^$\n]*\$", "CODE", text)
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
     return " ".join(text.split())
@@ -95,7 +129,7 @@ def texts_of(path: Path) -> list[Text]:
     "Return the prose of a page, a module, or a notebook; what a notebook exports is read in its module"
     source = path.read_text(encoding="utf-8")
     if path.suffix == ".py": return texts_of_code(source, "line ")
-    if path.suffix == ".md": return [Text("", part) for part in re.split(r"\n\s*\n", source)]
+    if path.suffix == ".md": return [Text("", part) for part in re.split(r"\n\s*\n", without_fences(source))]
     found = []
     for cell in json.loads(source)["cells"]:
         text = "".join(cell["source"])
@@ -126,8 +160,7 @@ def offences_in(path: Path) -> list[str]:
 
 def sentences(markdown: str) -> list[str]:
     "Return the sentences of a page's prose, without headings, tables, code and pictures"
-    markdown = re.sub(r"```.*?```|<!--.*?-->", "", markdown, flags=re.S)
-    kept = [line for line in markdown.splitlines() if not re.match(r"\s*(?:#|\||!\[|\[!\[)", line)]
+    kept = [line for line in without_fences(markdown).splitlines() if not re.match(r"\s*(?:#|\||!\[|\[!\[)", line)]
     blocks = re.split(r"\n\s*\n|\n(?=\s*[-*>] )", "\n".join(kept))
     found = []
     for block in blocks: found += re.split(r"(?<=[.!?:])\s+(?=[A-Z`*\[(])", plain(block))
@@ -152,6 +185,24 @@ def measures(path: Path) -> str:
     "Return the number of words of a page and the lengths of its sentences, as text"
     words, median, longest = sentence_lengths(markdown_of(path))
     return f"{words:5d} words, {median:4.1f} a sentence, 95 %: {longest:4.1f}"
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+REWRITTEN = [path for path in [*PAGES, *NOTEBOOKS, *MODULES] if relative(path) not in NOT_YET_REWRITTEN]
+
+
+@pytest.mark.parametrize("path", REWRITTEN, ids=relative)
+def test_no_banned_word(path):
+    found = offences_in(path)
+    assert not found, "\n".join([relative(path), *found])
+
+
+def test_readme_is_short():
+    words, median, longest = sentence_lengths(markdown_of(ROOT/"README.md"))
+    assert words <= 450 and median < 17 and longest <= 28
 
 
 def test_the_reader_finds_prose():
@@ -181,13 +232,13 @@ def report(paths: list[Path]):
     for path in paths:
         found = offences_in(path)
         total[path] = len(found)
-        if found: print(f"\n{path.relative_to(ROOT)}")
+        if found: print(f"\n{relative(path)}")
         for offence in found: print(f"  {offence}")
     print()
     for path in paths:
         if path.suffix == ".py" and not total[path]: continue
         numbers = "" if path.suffix == ".py" else measures(path)
-        print(f"{total[path]:4d}  {path.relative_to(ROOT).as_posix():40} {numbers}")
+        print(f"{total[path]:4d}  {relative(path):40} {numbers}")
     print(f"{sum(total.values())} offences")
 
 

@@ -11,37 +11,28 @@ from lps.zoo import tasks
 from lps.cli import main
 from lps.zoo.datasheet import datasheet, datasheet_text
 from lps.study.table1 import table1
+from lps.methods.fitted import Fitted, FittedConfig
 from lps.methods.registry import Method, fit_method, load_fitted, register_method, save_fitted
 from lps.models.modelset import load_modelset
 from lps.study.records import runs_fields, summary
 from lps.index.index import ModelIndex
 from lps.zoo.tasks import DataSet, ImageSet, register_dataset
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 from lps.zoo.build import build
 
 
-class Strength:
+class Strength(Fitted):
     "How strong each filter is, strongest first: what a network computes does not depend on their order"
-    method, folded = "strength", False
-
-    def __init__(self, layers, tasks): self.layers, self.tasks = list(layers), list(tasks)
-
-    @property
-    def config(self): return dict(layers=self.layers, tasks=self.tasks)
-
-    def state_dict(self): return {"none": torch.zeros(1)}
-
     def embed(self, weights):
         norms = [weights[layer].flatten(2).norm(dim=2).sort(descending=True).values for layer in self.layers]
         return normalize(torch.cat(norms, 1), dim=1)
 
 
-def fit_strength(weights, labels, seed, **settings): return Strength(weights, sorted(set(labels.tolist())))
-def restore_strength(config, tensors): return Strength(**config)
-def reads_stem(models, **settings): return (models.stem,)
+def fit_strength(weights, labels, seed): return Strength(FittedConfig(tasks=labels.unique().tolist()))
+def reads_stem(models, layers=None, folded=False): return [models.stem]
 
 
-STRENGTH = Method("strength", "Norms of filters", True, reads_stem, fit_strength, restore_strength)
+STRENGTH = Method("strength", "Norms of filters", True, reads_stem, fit_strength, Strength)
 
 
 @pytest.fixture
@@ -59,8 +50,8 @@ def test_a_method_from_outside_arrives_everywhere(strength, tmp_path, capsys):
     save_fitted(tmp_path/"fitted.safetensors", fitted)
     again = load_fitted(tmp_path/"fitted.safetensors")
     assert isinstance(again, Strength) and again.tasks == models.tasks
-    ModelIndex(fitted, models).save(tmp_path/"index.safetensors")
-    index = ModelIndex.load(tmp_path/"index.safetensors")
+    ModelIndex(fitted, models).save(tmp_path/"index.zip")
+    index = ModelIndex.load(tmp_path/"index.zip")
     assert index.fitted.method == "strength" and index.query(models[3], 1, with_self=True).similarity[1] > 0.9999
     assert main(["fit", "--help"]) == 0
     assert "baselines: fc, frobenius, strength" in plain(capsys.readouterr().out)

@@ -11,7 +11,8 @@ import torch
 
 from lps.models import web as remote
 from lps.index.gather import embed_items, find_models
-from lps.models.read import read_model, why_not
+from lps.models.read import Reading, inspect_model, read_model
+from lps.methods.registry import why_not
 from lps.methods.registry import embed_models, fit_method
 from lps.models.model import Model
 from lps.models.modelset import load_modelset
@@ -90,7 +91,8 @@ def test_a_model_is_indexed_for_kilobytes(net, file, monkeypatch):
     "Its embedding is that of the whole model"
     with serving({"/org/net/resolve/main/model.safetensors": file}, "moves") as (address, kind):
         monkeypatch.setenv("HF_ENDPOINT", address)
-        model, report = read_model("org/net")
+        report = inspect_model("org/net")
+        model = report.model
     assert set(model.state) == {"conv1.weight", *(f"bn1.{v}" for v in NORM)}
     for name, tensor in model.state.items(): assert torch.equal(tensor, net.state_dict()[name])
     read = int(report.kind.partition(" ")[0].replace(",", ""))
@@ -113,7 +115,7 @@ def models_of_two():
 
 def test_all_of_a_model_where_it_is_asked_for(net, file):
     with serving({"/m.safetensors": file}) as (address, _):
-        model, report = read_model(f"{address}/m.safetensors", whole=True)
+        model = read_model(f"{address}/m.safetensors", Reading(whole=True))
     assert model.digest == Model(net.state_dict(), {}).digest and "lacks" not in model.meta
     x = torch.zeros(1, 3, 32, 32)
     assert torch.equal(model.net(x), net(x))
@@ -130,7 +132,7 @@ def test_shards_and_configurations(net, monkeypatch):
     files[f"{base}config.json"] = json.dumps(dict(id2label={"0": "cat", "1": "dog"})).encode()
     with serving(files) as (address, _):
         monkeypatch.setenv("HF_ENDPOINT", address)
-        model, report = read_model("org/net", whole=True)
+        model = read_model("org/net", Reading(whole=True))
     assert model.digest == Model(state, {}).digest
     assert model.meta["std"] == [.2]*3 and model.meta["classes"] == ["cat", "dog"]
 

@@ -122,7 +122,7 @@ def test_figures_are_closed_or_kept(tmp_path):
 def test_a_report_that_fails_leaves_the_old_one(tmp_path):
     path = html_report(tmp_path/"r.html", "first", [("a", ["text"])])
     before = path.read_bytes()
-    with pytest.raises(TypeError, match="set cannot stand in a report"):
+    with pytest.raises(TypeError, match="set cannot be part of a report"):
         html_report(path, "second", [("a", ["text", {1}])])
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["r.html"]
 

@@ -1,25 +1,32 @@
-"""The index as a file, damaged or not, and what a copy, a permutation and a foreign checkpoint find in it"""
+"""The packed index, damaged or not, and queries: a copy, a permutation, a foreign checkpoint"""
+import json
+import zipfile
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from lps.core.files import load_tensors, save_tensors
+from lps.core.files import checked, load_tensors, save_tensors
 from lps.models.model import Model
 from lps.models.modelset import load_modelset
-from lps.order_chain import permute, random_perms, resnet_spec
+from lps.order_chain import permute, random_perms
+from lps.nets.resnet import resnet_spec
 from lps.nets.resnet import ResNet
 from lps.core.files import digest
 from lps.index.index import ModelIndex
-from lps.second_order import fit, load_net, save_net
+from lps.index.store import Rows, StoreHeader, read_packed, seal_of, sealed_name, unpack_rows, write_packed
+from lps.methods.registry import fit_method, load_fitted, save_fitted
 
-ROW = [("manifest", column) for column in ("file", "task", "class_0", "class_1", "val_accuracy")]
 CONFIG = ("layers", "tasks", "method", "kernels", "n_filters", "folded", "stem", "recipe", "magic")
-FIELDS = [("fitted",), ("manifest",), ("digests",), ("fitted", "method"), ("fitted", "config"), *ROW]
-FIELDS += [("fitted", "config", name) for name in CONFIG]
+FACTS = ("file", "task", "class_0", "class_1", "val_accuracy", "label", "sketch", "key")
+HEADER = ("format", "width", "rows", "facts", "segments", "removed", "gone", "chain", "about", "seal")
+ABOUT = ("method", "method_file", "calibration")
+FIELDS = [("config", name) for name in CONFIG] + [("fact", name) for name in FACTS]
+FIELDS += [("header", name) for name in HEADER] + [("about", name) for name in ABOUT]
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 JSON = st.recursive(PLAIN, lambda x: st.lists(x, max_size=12) | st.dictionaries(st.text(max_size=5), x, max_size=3))
 
@@ -45,7 +52,7 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module", params=["lps", "lps-folded", "fc"])
 def index(models, request):
     method, _, folded = request.param.partition("-")
-    net = fit(
+    net = fit_method(
         models[models.manifest.task < 3],
         layers=("conv1", "layer2.0.conv1"),
         method=method,
@@ -59,9 +66,9 @@ def index(models, request):
 
 @pytest.fixture(scope="module")
 def written(models, tmp_path_factory):
-    "An index as a file"
-    path = tmp_path_factory.mktemp("index")/"index.safetensors"
-    ModelIndex(fit(models, layers=("conv1",), epochs=2, milestones=(1,), n_filters=8), models).save(path)
+    "A packed index"
+    path = tmp_path_factory.mktemp("index")/"index.zip"
+    ModelIndex(fit_method(models, layers=("conv1",), epochs=2, milestones=(1,), n_filters=8), models).save(path)
     return path
 
 
@@ -111,32 +118,57 @@ def test_a_set_asks_as_its_models_do(models, index):
 
 
 def test_save_and_load(models, index, tmp_path):
-    path = tmp_path/"index.safetensors"
+    path = tmp_path/"index.zip"
     index.save(path)
-    assert [p.name for p in tmp_path.iterdir()] == ["index.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["index.zip"]
     again = ModelIndex.load(path)
     pd.testing.assert_frame_equal(again.query(models, 3), index.query(models, 3))
     pd.testing.assert_frame_equal(again.tasks(models), index.tasks(models))
-    again.save(tmp_path/"again.safetensors")
-    assert load_tensors(tmp_path/"again.safetensors")[1]["index"].keys() == load_tensors(path)[1]["index"].keys()
-    assert all(torch.equal(v, load_file(path)[k]) for k, v in load_file(tmp_path/"again.safetensors").items())
+    again.save(tmp_path/"again.zip")
+    assert (tmp_path/"again.zip").read_bytes() == path.read_bytes()
 
 
 def test_files_that_are_no_index(models, index, tmp_path):
-    path = tmp_path/"index.safetensors"
+    path = tmp_path/"index.zip"
     index.save(path)
     whole = path.read_bytes()
     for data in (whole[:len(whole)//2], whole[:100], b"", b"an index"):
         path.write_bytes(data)
-        with pytest.raises(ValueError, match="index.safetensors"): ModelIndex.load(path)
-    with pytest.raises(FileNotFoundError): ModelIndex.load(tmp_path/"none.safetensors")
-    save_net(tmp_path/"net.safetensors", index.fitted)
-    with pytest.raises(ValueError, match="holds no index"): ModelIndex.load(tmp_path/"net.safetensors")
+        with pytest.raises(ValueError, match="index.zip is not a packed index"): ModelIndex.load(path)
+    with pytest.raises(FileNotFoundError, match="lps index build"): ModelIndex.load(tmp_path/"none.zip")
+    save_fitted(tmp_path/"net.safetensors", index.fitted)
+    with pytest.raises(ValueError, match="is not a packed index"): ModelIndex.load(tmp_path/"net.safetensors")
     index.save(path)
-    with pytest.raises(ValueError, match="holds no second-order network"): load_net(path)
-    tensors, meta = load_tensors(path)
-    save_tensors(path, tensors | {"embedding": tensors["embedding"][1:]}, meta)
-    with pytest.raises(ValueError, match="11 embeddings for 12 models"): ModelIndex.load(path)
+    with pytest.raises(ValueError, match="index.zip"): load_fitted(path)
+
+
+def test_an_index_of_an_older_version_is_refused_with_its_cure(index, tmp_path):
+    save_tensors(tmp_path/"old.safetensors", dict(embedding=torch.zeros(1, 2)), dict(index={}))
+    with pytest.raises(ValueError, match="old.safetensors is not a packed index.*build the index again"):
+        ModelIndex.load(tmp_path/"old.safetensors")
+    index.save(tmp_path/"old")
+    header = checked(json.loads((tmp_path/"old/header.json").read_text()), StoreHeader, "header")
+    header.format = "lps store 1"
+    header.seal = seal_of(header)
+    (tmp_path/"old/header.json").write_text(json.dumps(vars(header)))
+    with pytest.raises(ValueError, match="has format 'lps store 1', this version reads 'lps index 2': build the"):
+        ModelIndex.load(tmp_path/"old")
+
+
+@pytest.mark.parametrize("name, compression, says", [
+    ("../../escaped", zipfile.ZIP_STORED, "is not the name of a file"),
+    ("/etc/passwd", zipfile.ZIP_STORED, "is not the name of a file"),
+    ("sub/rows.f32", zipfile.ZIP_STORED, "is not the name of a file"),
+    ("bomb.bin", zipfile.ZIP_DEFLATED, "is compressed"),
+])
+def test_a_hostile_archive_is_refused(written, tmp_path, monkeypatch, name, compression, says):
+    "Its seal fits, for anyone can compute that"
+    files = read_packed(written) | {name: bytes(1000)}
+    if compression != zipfile.ZIP_STORED: monkeypatch.setattr(zipfile, "ZIP_STORED", compression)
+    write_packed(tmp_path/"hostile.zip", files)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=says): ModelIndex.load(tmp_path/"hostile.zip")
+    assert [path.name for path in tmp_path.iterdir()] == ["hostile.zip"]
 
 
 def test_queries_that_cannot_be_answered(models, index, tmp_path):
@@ -158,23 +190,46 @@ def test_queries_that_cannot_be_answered(models, index, tmp_path):
 def test_a_flipped_bit_in_an_index_is_refused(written, place, bit):
     spoiled = bytearray(written.read_bytes())
     spoiled[place % len(spoiled)] ^= 1 << bit
-    path = written.with_name("flipped.safetensors")
+    path = written.with_name("flipped.zip")
     path.write_bytes(spoiled)
-    with pytest.raises((ValueError, OSError), match="flipped.safetensors"): ModelIndex.load(path)
+    with pytest.raises((ValueError, OSError), match="flipped.zip"): ModelIndex.load(path)
+
+
+def changed(files, field, value, folder):
+    "The files of an index with another value in one place; seals fit where they can"
+    part, name = field
+    header = json.loads(files["header.json"])
+    if part == "fact":
+        rows = unpack_rows(files, "index")
+        facts = rows.facts(rows.places)
+        facts[0][name] = value
+        other = Rows(rows.width)
+        other.append(rows.rows, rows.digests(rows.places), rows.labels(rows.places), facts)
+        return files | other.files(**rows.about)
+    if part == "config":
+        method = folder/"method.safetensors"
+        method.write_bytes(files[header["about"]["method_file"]])
+        state, meta = load_tensors(method)
+        meta["fitted"]["config"][name] = value
+        save_tensors(method, state, {"fitted": meta["fitted"]})
+        data = method.read_bytes()
+        header["about"]["method_file"] = sealed_name(data)
+        files = files | {sealed_name(data): data}
+    elif part == "about": header["about"][name] = value
+    else: header[name] = value
+    try: header["seal"] = seal_of(checked(header, StoreHeader, "header")) if field != ("header", "seal") else value
+    except ValueError: pass
+    return files | {"header.json": json.dumps(header).encode()}
 
 
 @given(field=st.sampled_from(FIELDS), value=JSON)
 def test_wrong_values_in_an_index_are_refused_or_harmless(written, models, field, value):
-    tensors, meta = load_tensors(written)
-    *outer, last = field
-    inner = meta["index"]
-    for name in outer: inner = inner[name]
-    inner[last] = value
-    path = written.with_name("wrong.safetensors")
-    save_tensors(path, tensors, {"index": meta["index"]})
+    path = written.with_name("wrong.zip")
+    write_packed(path, changed(read_packed(written), field, value, written.parent))
     try:
         index = ModelIndex.load(path)
-        index.query(models[0], 2), index.tasks(models[0]), repr(index)
+        index.query(models[0], 2), index.tasks(models[0]), repr(index), index.answer(models[0]).to_dict()
+        index.check(), index.manifest
     except (ValueError, OSError): pass
 
 

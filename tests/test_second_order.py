@@ -1,6 +1,8 @@
 """The second-order network: order does not matter to any of the 19 branches, the fast loop is the plain loop, n = 1
 equals the plain case"""
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,14 +10,15 @@ import torch
 
 from lps.core.files import save_tensors
 from lps.models.modelset import load_modelset
-from lps.methods.registry import fit_many, some_weights
-from lps.order_chain import permute, random_perms, resnet_spec
-from lps.nets.resnet import ResNet, branch_layers
-from lps.second_order import VARIANTS, SecondOrderNet, embed, fit, load_net, save_net, similarity
+from lps.methods.registry import embed_models, fit_many, fit_method, load_fitted, save_fitted
+from lps.order_chain import permute, random_perms
+from lps.nets.resnet import ResNet, branch_layers, resnet_spec
+from lps.second_order import VARIANTS, NetConfig, SecondOrderNet, fit, similarity
 from lps.zoo.train import Diverged
 
 
-def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+def same(a, b): return all(torch.equal(v, b.state_dict()[name]) for name, v in a.state_dict().items())
+def embed(net, models): return net.embed(models.weights(list(net.config.shapes), net.config.folded))
 def save(folder, name, state, task, run): save_tensors(folder/f"{name}.safetensors", state, dict(task=task, run=run))
 
 
@@ -121,7 +124,7 @@ def test_fits_at_once_have_the_weights_of_fits_one_by_one(models, where, request
         dict(method="fc", seed=3, **few),
         dict(layers=("conv1", "layer1.0.conv1"), folded=True, **few),
     ]
-    one_by_one = [fit(models[train], **job) for job in jobs]
+    one_by_one = [fit_method(models[train], **job) for job in jobs]
     jobs = [dict(job, train=train) for job in jobs]
     if where == "threads":
         with ThreadPoolExecutor(2) as ex: at_once = fit_many(models, jobs, executor=ex)
@@ -132,8 +135,14 @@ def test_fits_at_once_have_the_weights_of_fits_one_by_one(models, where, request
 
 def test_a_job_carries_only_the_layers_it_reads(models):
     for layer in branch_layers(): models.stack(layer)
-    some = some_weights(models, ["conv1"], which=[0, 5])
-    assert list(some) == ["conv1"] and len(pickle.dumps(some)) < 4*some["conv1"].numel() + 2_000
+    seen = []
+    class Recorder(ThreadPoolExecutor):
+        def submit(self, f, *args):
+            seen.append(pickle.dumps(args))
+            return super().submit(f, *args)
+    with Recorder(1) as executor: fit_many(models, [dict(train=[0, 6], epochs=1, n_filters=4)], executor=executor)
+    weight = models.stack("conv1")
+    assert len(seen) == 1 and len(seen[0]) < 4*weight[:2].numel() + 4_000
 
 
 def test_a_fit_that_fails_at_once_with_others_says_why(models, processes):
@@ -160,10 +169,10 @@ def test_fit_leaves_the_random_state_and_the_threads_alone(models):
 
 
 def test_saved_and_read_again_it_is_the_same(models, tmp_path):
-    net = fit(models, ("conv1", "layer1.0.conv1"), epochs=1, n_filters=4, alpha=[.75, .25])
-    save_net(tmp_path/"net.safetensors", net)
-    again = load_net(tmp_path/"net.safetensors")
-    assert again.config == net.config and torch.equal(embed(net, models), embed(again, models))
+    net = fit_method(models, layers=("conv1", "layer1.0.conv1"), epochs=1, n_filters=4, alpha=[.75, .25])
+    save_fitted(tmp_path/"net.safetensors", net)
+    again = load_fitted(tmp_path/"net.safetensors")
+    assert again.config == net.config and torch.equal(embed_models(net, models), embed_models(again, models))
 
 
 def test_what_is_wrong_is_named(models, tmp_path):
@@ -172,6 +181,19 @@ def test_what_is_wrong_is_named(models, tmp_path):
     with pytest.raises(Diverged, match="the loss is"): fit(models, lr=1e8, epochs=5)
     with pytest.raises(ValueError, match="hold no triplet"): fit(models, loss="triplet", bs=16)
     with pytest.raises(ValueError, match="'hinge' is unknown"): fit(models, loss="hinge")
-    with pytest.raises(FileNotFoundError): load_net(tmp_path/"none.safetensors")
-    wider = SecondOrderNet({"conv1": (16, 3, 3, 3)}, [0, 1], n_filters=4)
+    with pytest.raises(FileNotFoundError): load_fitted(tmp_path/"none.safetensors")
+    wider = SecondOrderNet(NetConfig(shapes={"conv1": (16, 3, 3, 3)}, tasks=[0, 1], n_filters=4))
     with pytest.raises(ValueError, match=r"conv1 is \(4, 3, 3, 3\).*\(16, 3, 3, 3\)"): embed(wider, models)
+    with pytest.raises(ValueError, match="layer conv1 is missing"): wider.embed({})
+
+
+HEAVY = "fastai", "sklearn", "numba", "pandas", "rich"
+LIGHT = "second_order", "methods.registry", "methods.paper", "methods.signatures", "methods.probes"
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_an_import_is_light(module):
+    "Training, image data, compilers and estimators are imported where they are used"
+    code = f"import sys, lps.{module}; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

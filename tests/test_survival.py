@@ -25,7 +25,8 @@ from lps.core.files import load_tensors, not_as_marked
 from lps.core.jobs import one_thread
 from lps.models.modelset import load_modelset
 from lps.zoo.tasks import ImageSet, load_images, pair_classes, task_images
-from lps.zoo.train import recipes, train_model
+from lps.zoo.recipe import recipes
+from lps.zoo.train import train_model
 from lps.zoo.build import build, train_unit
 
 TINY = replace(recipes["digits"], name="tiny", epochs=6, milestones=(4,), depth=8, width=2, batch_size=128)
@@ -84,8 +85,8 @@ class DyingOs:
 
 def child(n_ops, n_models):
     real = zoo.train_model
-    def logged(*a, cbs, checkpoint, **kw):
-        return real(*a, cbs=[*cbs, Log(checkpoint.name)], checkpoint=checkpoint, **kw)
+    def logged(*a, checkpoint, **kw):
+        return real(*a, cbs=[Log(checkpoint.name)], checkpoint=checkpoint, **kw)
     zoo.train_model = logged
     if n_ops: lps.core.files.os = DyingOs(n_ops)
     zoo.build({folder!r}, IMAGES, QUICK, n_models=n_models, **HOW)
@@ -337,9 +338,9 @@ class Inject(Callback):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_number_is_noticed_within_the_epoch(tmp_path, monkeypatch, tensor, value):
     real, log, recipe = zoo.train_model, [], replace(TINY, precision="bfloat16" if value > 0 else "float32")
-    def injected(*a, cbs, checkpoint, **kw):
+    def injected(*a, checkpoint, **kw):
         spoiling = [Inject(tensor, value, 4, log)] if "task01" in checkpoint.name else []
-        return real(*a, cbs=[*cbs, *spoiling], checkpoint=checkpoint, **kw)
+        return real(*a, cbs=spoiling, checkpoint=checkpoint, **kw)
     monkeypatch.setattr(zoo, "train_model", injected)
     ms = build(tmp_path, IMAGES, recipe, n_models=1, n_tasks=3, **HOW)
     assert log == [0, 1, 2, 3, 4], "no epoch was begun after it"
@@ -394,13 +395,13 @@ def test_one_unit_twice(tmp_path, monkeypatch):
     "Done again, or by two at the same time: one model, one answer"
     units = []
     def grab(us, *_): units.extend(us); yield from ()
-    monkeypatch.setattr(zoo, "_unit_results", grab)
+    monkeypatch.setattr(zoo, "unit_results", grab)
     with pytest.raises(ValueError, match="no model"): build(tmp_path, IMAGES, SHORT, n_models=1, **ONE)
-    with ThreadPoolExecutor(2) as ex: (a,), (b,) = ex.map(lambda u: train_unit(*u), units*2)
+    with ThreadPoolExecutor(2) as ex: (a,), (b,) = ex.map(train_unit, units*2)
     same = lambda r: {k: v for k, v in r.items() if k != "seconds"}
     assert same(a) == same(b) and not not_as_marked(tmp_path/a["file"]) and a["sha256"]
     times = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if f.is_file()}
-    assert same(*train_unit(*units[0])) == same(a) and times == {
+    assert same(*train_unit(units[0])) == same(a) and times == {
         f: f.stat().st_mtime_ns for f in tmp_path.rglob("*") if f.is_file()
     }
 
@@ -450,13 +451,13 @@ def test_interrupted_unit_of_many_goes_on_as_it_was(tmp_path, monkeypatch, writt
     class Begun(Callback):
         def before_train(self): begun.append((self.model.M, self.epoch))
     def cut(*a, **kw): return real(*a, **kw, cbs=[Begun(), *([] if written else [CutOff(4)])])
-    finish = zoo._Unit._finish
+    finish = zoo.Unit.finish
     def failing(self, place, *a):
         if len(list(place.folder.glob("complete/*"))) == written: raise KeyboardInterrupt
         return finish(self, place, *a)
     with monkeypatch.context() as mp:
         mp.setattr(zoo, "train_models", cut)
-        mp.setattr(zoo._Unit, "_finish", failing)
+        mp.setattr(zoo.Unit, "finish", failing)
         with pytest.raises(KeyboardInterrupt): build(tmp_path/"cut", equal_tasks(), TINY, **MANY)
     before, begun[:] = finished(tmp_path/"cut"), []
     assert len(before) == written

@@ -1,15 +1,25 @@
 """Images as people have them: of any depth, broken, misplaced, of one class; what cannot make tasks is refused first"""
 import os
+import pickle
+import shutil
+import subprocess
+import sys
 import warnings
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
-from lps.zoo.tasks import (DATASETS, DataSet, ImageSet, channel_stats, check_splits, load_images, pair_classes,
-                       register_dataset, source_of, task_images)
-from lps.zoo.build import build
+from lps.zoo.build import build, plan_build
+from lps.zoo.recipe import recipes
+from lps.zoo.tasks import (
+    CIFAR100_SUPERCLASSES, DATASETS, DataSet, ImageSet, channel_stats, load_images, load_splits, pair_classes,
+    register_dataset, source_of, task_images,
+)
 
 
 @pytest.fixture
@@ -43,8 +53,8 @@ def grey(value, dtype): return Image.fromarray(np.full((8, 8), value, dtype=dtyp
     (grey(65535, np.int32), "tif", [255]*3, "1 scaled to 8 bits by their range"),
     (grey(.5, np.float32), "tif", [128]*3, "1 scaled to 8 bits by their range"),
     (grey(200, np.float32), "tif", [200]*3, "1 scaled to 8 bits by their range"),
-    (Image.new("RGBA", (8, 8), (200, 100, 0, 128)), "png", [100, 50, 0], "1 transparency laid on black"),
-    (Image.new("LA", (8, 8), (200, 0)), "png", [0]*3, "1 transparency laid on black"),
+    (Image.new("RGBA", (8, 8), (200, 100, 0, 128)), "png", [100, 50, 0], "1 transparency composited on black"),
+    (Image.new("LA", (8, 8), (200, 0)), "png", [0]*3, "1 transparency composited on black"),
     (Image.new("RGB", (8, 8), (200, 100, 0)).quantize(2), "png", [200, 100, 0], "1 palette to RGB"),
     (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "tif", [255, 0, 0], "1 CMYK to RGB"),
     (Image.new("L", (8, 8), 77), "png", [77]*3, ""), (Image.new("1", (8, 8), 1), "png", [255]*3, "")])
@@ -98,7 +108,7 @@ def test_what_is_no_image_is_listed(tree):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_class_without_a_readable_image_is_refused_before_there_is_a_folder(tree, tmp_path, split):
     for f in (tree/split/"dog").iterdir(): f.write_bytes(b"broken")
-    with pytest.raises(ValueError, match="class 'dog' has no readable image in"), warnings.catch_warnings():
+    with pytest.raises(ValueError, match="class 'dog' of 'pets' has no readable image in"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         build(tmp_path/"zoo", str(tree), n_models=1, workers=1, progress=False)
     assert not (tmp_path/"zoo").exists()
@@ -115,10 +125,11 @@ def test_splits_of_two_sizes_or_with_other_classes_are_refused(tree, tmp_path):
     for name in ("cat", "dog"):
         for i in range(2): Image.new("RGB", (6, 6), (60*i, 9, 30)).save(tree/"val"/name/f"{i}.png")
     with pytest.raises(ValueError, match=r"\(3, 8, 8\).*\(3, 6, 6\)"):
-        check_splits(load_images(tree), load_images(tree, "test"))
+        load_splits(tree)
     with pytest.raises(ValueError, match=r"\(3, 8, 8\).*\(3, 6, 6\)"):
         build(tmp_path/"zoo", str(tree), n_models=1, workers=1, progress=False)
-    check_splits(load_images(tree, size=6), load_images(tree, "test", size=6))
+    train, test = load_splits(tree, size=6)
+    assert train.images.shape[1:] == test.images.shape[1:] == (3, 6, 6)
     (tree/"val"/"dog").rename(tree/"val"/"cow")
     with pytest.raises(ValueError, match="do not hold the same classes: cow, dog"): load_images(tree, "test")
 
@@ -159,7 +170,7 @@ def images_of(labels, classes=("a", "b")):
 
 def test_labels_belong_to_classes():
     for labels in ([0, 2], [-1, 0]):
-        with pytest.raises(ValueError, match="names none of the 2 classes"): images_of(labels)
+        with pytest.raises(ValueError, match="is none of the 2 classes"): images_of(labels)
     with pytest.raises(ValueError, match="no image of the class b in 'toy'"): task_images(images_of([0, 0]), (0, 1))
     assert len(images_of([0, 1])) == 2
 
@@ -180,3 +191,173 @@ def test_a_data_set_from_outside_is_loaded_built_and_described(tmp_path, monkeyp
     with pytest.raises(ValueError, match="'noise'"): load_images("nosie")
     models = build(tmp_path/"zoo", "noise", n_models=1, workers=1, progress=False)
     assert len(models) == 1 and "Random bytes, free for all" in (tmp_path/"zoo"/"DATASHEET.md").read_text()
+
+
+def test_importing_the_tasks_loads_neither_torchvision_nor_scikit_learn():
+    code = "import sys, lps.zoo.tasks; print([m for m in ('torchvision', 'sklearn', 'fastai') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
+# A stand-in for CIFAR-100: three training images and two test images a class, in a shuffled official order
+CLASSES = sorted(CIFAR100_SUPERCLASSES)
+PER_CLASS = dict(train=3, test=2)
+
+
+def official(split):
+    "Pixels `(n, 32, 32, 3)` and labels in the order of the official files"
+    rng = np.random.default_rng(PER_CLASS[split])
+    labels = rng.permutation(np.arange(100).repeat(PER_CLASS[split]))
+    return rng.integers(0, 256, (len(labels), 32, 32, 3), dtype=np.uint8), labels
+
+
+def by_class(split):
+    "Class name → its images, in the official order"
+    pixels, labels = official(split)
+    return {name: pixels[labels == number] for number, name in enumerate(CLASSES)}
+
+
+def write_tree(folder):
+    for split in PER_CLASS:
+        for name, images in by_class(split).items():
+            (folder/split/name).mkdir(parents=True)
+            for i, image in enumerate(images): Image.fromarray(image).save(folder/split/name/f"{i:04d}.png")
+
+
+def write_sheets(folder):
+    "Rows of as many tiles as there are images"
+    for split in PER_CLASS:
+        (folder/split).mkdir(parents=True)
+        for name, images in by_class(split).items():
+            Image.fromarray(np.concatenate(images, 1)).save(folder/split/f"{name}.png")
+
+
+def write_official(folder):
+    "The pickles that torchvision reads"
+    (folder/"cifar-100-python").mkdir(parents=True)
+    for split in PER_CLASS:
+        pixels, labels = official(split)
+        rows = pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
+        entry = dict(data=rows, fine_labels=labels.tolist(), coarse_labels=[0]*len(labels))
+        (folder/"cifar-100-python"/split).write_bytes(pickle.dumps(entry))
+    (folder/"cifar-100-python"/"meta").write_bytes(pickle.dumps(dict(fine_label_names=CLASSES)))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    "An empty `$LPS_HOME/data`; torchvision takes any files for the official ones"
+    monkeypatch.setenv("LPS_HOME", str(tmp_path))
+    monkeypatch.setattr("torchvision.datasets.CIFAR100._check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    return tmp_path/"data"
+
+
+SOURCES = dict(
+    tree=lambda home: write_tree(home/"cifar100"),
+    sheets=lambda home: write_sheets(home/"cifar100"),
+    torchvision=write_official,
+)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_each_source_of_cifar100_gives_the_same_images(home, source):
+    SOURCES[source](home)
+    for split in PER_CLASS:
+        images = load_images("cifar100", split, download=False)
+        expected = by_class(split)
+        pixels = np.concatenate(list(expected.values())).transpose(0, 3, 1, 2)
+        assert np.array_equal(images.images.numpy(), pixels) and images.images.is_contiguous()
+        assert images.labels.tolist() == np.arange(100).repeat(PER_CLASS[split]).tolist()
+        assert images.labels.dtype == torch.long and images.classes == CLASSES and images.name == "cifar100"
+    pixels = np.concatenate(list(by_class("train").values())).transpose(0, 3, 1, 2)
+    labels = np.arange(100).repeat(PER_CLASS["train"])
+    crc = zlib.crc32(labels.tobytes(), zlib.crc32(pixels.tobytes()))
+    assert plan_build(load_images("cifar100", download=False), recipes["paper"], seed=0).images.crc32 == crc
+
+
+def test_own_files_come_before_torchvision_s(home):
+    "Also when a folder is given; without own files and without a download, the error names the places"
+    write_sheets(home/"cifar100")
+    (home/"cifar-100-python").mkdir()
+    assert len(load_images("cifar100", download=False)) == len(load_images("cifar100", root=home/"cifar100")) == 300
+    with pytest.raises(FileNotFoundError, match="LPS_HOME"): load_images("cifar100", root=home/"other", download=False)
+
+
+def broken_sheet(home):
+    file = home/"cifar100/train/apple.png"
+    file.write_bytes(file.read_bytes()[:50])
+
+
+def cut_sheet(home): Image.new("RGB", (96, 40)).save(home/"cifar100/train/apple.png")
+
+
+def short_sheet(home): Image.new("RGB", (64, 32)).save(home/"cifar100/train/apple.png")
+
+
+def missing_sheet(home): (home/"cifar100/train/apple.png").unlink()
+
+
+def unknown_sheet(home): (home/"cifar100/train/apple.png").rename(home/"cifar100/train/unicorn.png")
+
+
+def missing_image(home): (home/"cifar100/train/apple/0001.png").unlink()
+
+
+def broken_image(home): (home/"cifar100/train/apple/0001.png").write_bytes(b"no image")
+
+
+def large_image(home): Image.new("RGB", (64, 64)).save(home/"cifar100/train/apple/0001.png")
+
+
+def missing_class(home):
+    for split in PER_CLASS: shutil.rmtree(home/"cifar100"/split/"apple")
+
+
+def class_of_one_split(home): shutil.rmtree(home/"cifar100/test/apple")
+
+
+@pytest.mark.parametrize("source, spoil, words", [
+    ("sheets", broken_sheet, "apple.png cannot be read"),
+    ("sheets", cut_sheet, "apple.png has 96×40 pixels: a class sheet holds whole tiles of 32×32"),
+    ("sheets", short_sheet, "its classes have 2 to 3 images"),
+    ("sheets", missing_sheet, "class 'apple' is missing"),
+    ("sheets", unknown_sheet, "class 'apple' is missing"),
+    ("tree", missing_image, "its classes have 2 to 3 images"),
+    ("tree", broken_image, "0001.png cannot be read"),
+    ("tree", large_image, "0001.png is 64×64 pixels"),
+    ("tree", missing_class, "class 'apple' is missing"),
+    ("tree", class_of_one_split, "do not hold the same classes: apple"),
+])
+def test_an_incomplete_cifar100_is_refused(home, source, spoil, words):
+    SOURCES[source](home)
+    spoil(home)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match=words): load_splits("cifar100", download=False)
+
+
+def real_cifar100():
+    "The folder of the real images, or None"
+    places = [Path.home()/".cache/lps/data/cifar100", ROOT.parent/"shared/data/cifar100"]
+    return next((place for place in places if (place/"train").is_dir()), None)
+
+
+@pytest.mark.skipif(real_cifar100() is None, reason="CIFAR-100 is not in ~/.cache/lps/data or ../shared/data")
+def test_the_real_cifar100_has_the_known_checksum():
+    train = load_images("cifar100", root=real_cifar100(), download=False)
+    plan = plan_build(train, recipes["paper"], seed=0)
+    assert plan.images.crc32 == 2799742548 and plan.images.n == 50_000
+    assert plan.mean == pytest.approx([0.50707513, 0.48654887, 0.44091785], abs=1e-7)
+    assert plan.std == pytest.approx([0.26733428, 0.25643846, 0.27615047], abs=1e-7)
+
+
+def test_tasks_of_many_classes():
+    "Labels number the classes in the given order; for two classes they are those of the pair"
+    images = load_images("digits")
+    x, y = task_images(images, (7, 1, 4))
+    rows = torch.cat([(images.labels == number).nonzero()[:, 0] for number in (7, 1, 4)]).sort().values
+    assert torch.equal(x, images.images[rows])
+    assert torch.equal(torch.tensor([7, 1, 4])[y], images.labels[rows])
+    x, y = task_images(images, (9, 2))
+    rows = ((images.labels == 9) | (images.labels == 2)).nonzero()[:, 0]
+    assert torch.equal(x, images.images[rows]) and torch.equal(y, (images.labels[rows] == 2).long())

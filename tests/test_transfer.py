@@ -35,7 +35,7 @@ from lps.study.transfer import (
 )
 from lps.zoo.build import build
 from lps.zoo.tasks import CIFAR100_SUPERCLASSES, ImageSet, channel_stats, load_images
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 """Builds that are killed, interrupted, repeated, extended and mixed up, in real processes"""
-import json, multiprocessing, os, shutil, signal, subprocess, sys, time, warnings
+import inspect, json, multiprocessing, os, shutil, signal, subprocess, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -14,16 +14,17 @@ import lps.zoo.many as many
 import lps.zoo.train as train
 import lps.zoo.build as zoo
 from lps.core.files import load_tensors, read_json, read_marker, write_json
-from lps.models.modelset import load_modelset
+from lps.models.modelset import load_modelset, pack
 from lps.zoo.tasks import ImageSet, load_images, pair_classes, task_images
-from lps.zoo.train import Diverged, Recipe, best_precision, recipes, train_model
+from lps.zoo.train import Diverged, train_model
+from lps.zoo.recipe import Recipe, best_precision, recipes
 from lps.zoo.build import BuildPlan, build
 
 TINY = replace(recipes["digits"], name="tiny", epochs=4, milestones=(3,), depth=8, width=4, batch_size=256)
 SCRIPT = """
 import sys
 from dataclasses import replace
-from lps.zoo.train import recipes
+from lps.zoo.recipe import recipes
 from lps.zoo.build import build
 tiny = replace(recipes['digits'], name='tiny', epochs=4, milestones=(3,), depth=8, width=4, batch_size=256)
 if __name__ == '__main__': build(sys.argv[1], 'digits', tiny, n_models=int(sys.argv[2]), workers=2)
@@ -102,7 +103,7 @@ def test_interrupt_between_two_models_ends_the_workers(tmp_path, monkeypatch):
     def watched(results, *args):
         yield next(results)
         raise KeyboardInterrupt
-    monkeypatch.setattr(zoo, "_watched", watched)
+    monkeypatch.setattr(zoo, "watched", watched)
     before = set(multiprocessing.active_children())
     with pytest.raises(KeyboardInterrupt) as kept:
         build(tmp_path, "digits", TINY, n_models=60, workers=2, progress=False)
@@ -231,7 +232,7 @@ def test_what_cannot_be_built_is_said(tmp_path):
             (dict(device="mps"), "unknown device 'mps'"),
             (dict(device="meta"), "unknown device 'meta'")]:
         with pytest.raises(ValueError, match=words): build(tmp_path/"zoo", **kw, workers=1)
-    with pytest.raises(ValueError, match="known are 'float32'"): Recipe("odd", 1, .1, (), precision="half")
+    with pytest.raises(ValueError, match="known are float32"): Recipe("odd", 1, .1, (), precision="half")
     assert not (tmp_path/"zoo").exists()
 
 
@@ -420,8 +421,7 @@ def test_a_gpu_is_asked_for_where_the_models_train(tmp_path, monkeypatch):
     monkeypatch.setattr(
         zoo,
         "train_unit",
-        lambda path, recipe, metas, arrays, device, *how: asked.append(device)
-        or [dict(task=0, run=0, val_accuracy=0.5)] * len(metas),
+        lambda unit: asked.append(unit.device) or [dict(task=0, run=0, val_accuracy=0.5)] * len(unit.metas),
     )
     for f in ("load_modelset", "write_datasheet"): monkeypatch.setattr(zoo, f, lambda path: None)
     with ThreadPoolExecutor(1) as ex:
@@ -477,3 +477,81 @@ def test_stopping_where_a_build_cannot_go_back_to_is_refused(tmp_path):
     with pytest.raises(ValueError, match="trained to its end and was not kept after 2 epochs"):
         build(tmp_path, until=2, **how)
     with pytest.raises(ValueError, match="until 5 epochs: recipe 'tiny' has 4"): build(tmp_path, until=5, **how)
+
+
+def lost(folder, models, name="packed", **kwargs):
+    "The first layers of some models, packed"
+    return pack(models, folder/f"{name}.safetensors", **kwargs).path
+
+
+HOW = dict(images="digits", recipe=TINY, workers=1, progress=False)
+
+
+def test_packed_models_are_not_trained_again(tmp_path):
+    "Those of the stage asked for or later, in one file or several; the others are what they are without it"
+    whole = build(tmp_path/"whole", n_models=2, keep=(1,), **HOW)
+    early = load_modelset(tmp_path/"whole/epochs/001")
+    packs = tmp_path/"packs"
+    packs.mkdir()
+    lost(packs, early[:5], "epoch1")
+    lost(packs, whole[5:9], "epoch4")
+    rest = build(tmp_path/"rest", n_models=2, packed=packs, **HOW)
+    trained = {f.name for f in models(tmp_path/"rest")}
+    assert trained == {"task00_run0.safetensors", "task04_run1.safetensors"} | set(whole.manifest.file[:5])
+    assert rest.manifest.file.tolist() == whole.manifest.file.tolist() and rest.digests == whole.digests
+    for name in trained: assert (tmp_path/"rest"/name).read_bytes() == (tmp_path/"whole"/name).read_bytes()
+    stage = build(tmp_path/"stage", n_models=2, until=1, packed=packs, **HOW)
+    assert [f.name for f in models(tmp_path/"stage/epochs/001")] == ["task04_run1.safetensors"]
+    assert len(stage) == 10 and not models(tmp_path/"stage")
+
+
+def test_a_build_whose_models_are_all_packed_trains_nothing(tmp_path, monkeypatch):
+    whole = build(tmp_path/"whole", n_models=1, **HOW)
+    file = lost(tmp_path, whole, classes={"4": "four"})
+    monkeypatch.setattr(zoo, "train_unit", None)
+    again = build(tmp_path/"again", n_models=1, packed=file, **HOW)
+    assert again.digests == whole.digests and not models(tmp_path/"again")
+    assert (tmp_path/"again/build.json").read_bytes() == (tmp_path/"whole/build.json").read_bytes()
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(seed=1), "build_seed 0, not 1"),
+    (dict(recipe=replace(TINY, lr=.05)), "is of another build: recipe"),
+    (dict(tasks=[(0, 1), (2, 3)]), "pairs "),
+])
+def test_a_packed_set_of_another_build_is_refused(tmp_path, change, words):
+    file = lost(tmp_path, build(tmp_path/"whole", n_tasks=1, n_models=1, **HOW))
+    with pytest.raises(ValueError, match=words): build(tmp_path/"new", n_models=1, packed=file, **HOW | change)
+    assert not (tmp_path/"new").exists()
+    with pytest.raises(FileNotFoundError): build(tmp_path/"new", n_models=1, packed=tmp_path/"nowhere", **HOW)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_tasks_of_four_classes(tmp_path, at_once):
+    "Heads and metadata have as many classes as the tasks, which may share some"
+    tasks = [(0, 1, 5, 8), (8, 2, 3, 4), (2, 3, 5, 6)]
+    how = HOW | dict(tasks=tasks, n_models=2, keep=(1,), at_once=at_once)
+    ms = build(tmp_path, **how)
+    assert [model.net.fc.out_features for model in ms] == [4]*6
+    assert [model.meta["classes"] for model in ms[::2]] == [["0", "1", "5", "8"], ["8", "2", "3", "4"], list("2356")]
+    assert [model.meta["pair"] for model in ms] == [list(tasks[task]) for task in ms.labels]
+    assert read_json(tmp_path/"build.json", BuildPlan).pairs == list(map(list, tasks))
+    assert ms.manifest.val_accuracy.between(0, 1).all()
+    before = fingerprint(models(tmp_path))
+    build(tmp_path, **how)
+    assert fingerprint(models(tmp_path)) == before
+
+
+@pytest.mark.parametrize("tasks", [
+    [(0,)], [(0, 0)], [(0, 1, 0)], [(0, 10)], [(0, -1)], [(0, 1), (1, 0)], [(0, 1), (2, 3, 4)],
+])
+def test_impossible_tasks_are_refused(tmp_path, tasks):
+    with pytest.raises(ValueError, match="classes"): build(tmp_path/"zoo", tasks=tasks, **HOW)
+    assert not (tmp_path/"zoo").exists()
+
+
+def test_settings_are_shown_where_they_are_passed():
+    "Fields of `Running` and `Saving` are in the signatures of the functions that take them"
+    assert {"workers", "executor", "device", "packed", "until"} <= set(inspect.signature(build).parameters)
+    assert {"checkpoint", "every", "until", "keep"} <= set(inspect.signature(train_model).parameters)
+    with pytest.raises(TypeError, match="worker"): build("nowhere", worker=1)

@@ -66,7 +66,7 @@ def fitted_images(
     for i in range(n_blocks):
         size = min(FITTED_AT_ONCE, n - i*FITTED_AT_ONCE)
         own = seed*n_blocks + i
-        blocks.append(gallery_bank(weights, models.shortcuts, size, own, max(1, steps//n_blocks), seed=own))
+        blocks.append(gallery_bank(weights, models.architectures, size, own, max(1, steps//n_blocks), seed=own))
     return torch.cat(blocks)
 
 # %% ../../nbs/advice/01_advisers.ipynb #c03dc0b6

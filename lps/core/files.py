@@ -6,7 +6,8 @@
 __all__ = ['MAX_HEADER', 'MAX_TENSORS', 'write_atomic', 'write_new', 'write_json', 'printable', 'checked', 'read_json',
            'versions', 'provenance', 'save_tensors', 'TensorEntry', 'Header', 'header_end', 'parse_header', 'open_file',
            'read_header', 'read_safetensors', 'TensorFile', 'read_tensor_file', 'load_tensors', 'marker_file',
-           'mark_complete', 'read_marker', 'not_as_marked', 'digest', 'not_finite', 'not_real', 'pluralise']
+           'mark_complete', 'read_marker', 'not_as_marked', 'digest', 'not_finite', 'not_real', 'check_weights',
+           'pluralise']
 
 # %% ../../nbs/core/00_files.ipynb #ae34b933
 import contextlib, errno, functools, hashlib, importlib.metadata, json, math, os, platform, re, subprocess, time
@@ -461,6 +462,13 @@ def not_real(
         if tensor.is_floating_point() or not name.endswith(("weight", "bias")): continue
         kind = str(tensor.dtype).removeprefix("torch.")
         return f"weights are {kind}: {printable(name)} would have to be turned into floating-point numbers first"
+
+def check_weights(
+    state: dict,  # tensors by name
+):
+    "Raise `ValueError` for weights that are no finite floating-point numbers"
+    why = not_real(state) or not_finite(state)
+    if why: raise ValueError(why)
 
 # %% ../../nbs/core/00_files.ipynb #2d0603c9
 def pluralise(

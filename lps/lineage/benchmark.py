@@ -6,8 +6,10 @@
 __all__ = ['CHANGED', 'TRAINED', 'pruned', 'quantised', 'noisy', 'write_copies']
 
 # %% ../../nbs/lineage/00_benchmark.ipynb #6f5c80e9
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +18,13 @@ from ..core.files import save_tensors
 from ..core.jobs import one_thread
 from ..models.model import Model
 from ..models.modelset import ModelSet
+from ..nets.architectures import Architecture
+from ..order_chain import PermutationSpec, permute, random_perms
 from ..zoo.tasks import task_images
-from ..zoo.train import Recipe, normalise, recipe_fields, train_model
-from ..zoo.build import model_seed
+from ..zoo.recipe import Recipe, recipe_fields
+from ..zoo.tasks import normalise
+from ..zoo.train import train_model
+from ..zoo.recipe import model_seed
 
 # %% ../../nbs/lineage/00_benchmark.ipynb #6654cf95
 def _is_matrix(tensor):
@@ -60,6 +66,126 @@ def noisy(
         noise = torch.randn(v.shape, generator=g)*size*v.std() if _is_matrix(v) else torch.zeros_like(v)
         perturbed[name] = v + noise
     return perturbed
+
+# %% ../../nbs/lineage/00_benchmark.ipynb #557546c6
+def half(
+    state: dict,  # tensors by name
+) -> dict:        # tensors by name
+    "Convert weights to float16"
+    return {name: v.half() if v.is_floating_point() else v for name, v in state.items()}
+
+def renamed(
+    state: dict,  # tensors by name
+) -> dict:        # the same tensors by number
+    "Give all tensors other names"
+    return {f"tensor{i}": v for i, v in enumerate(state.values())}
+
+def merged(
+    state: dict,   # tensors by name
+    other: dict,   # tensors of another model of the same architecture
+    share: float,  # weight of `state`, 0 to 1
+) -> dict:         # tensors by name
+    "Average the weights of two models"
+    return {name: share*v + (1 - share)*other[name] if v.is_floating_point() else v for name, v in state.items()}
+
+def reordered(
+    state: dict,            # tensors by name
+    spec: PermutationSpec,  # of the architecture
+    seed: int = 0,          # seed of the permutations
+) -> dict:                  # tensors by name
+    "Permute all groups of channels"
+    known = {name: v for name, v in state.items() if name in spec.axes_to_perm}
+    return state | permute(known, spec, random_perms(spec, seed))
+
+# %% ../../nbs/lineage/00_benchmark.ipynb #f0059dd9
+def rescaled(
+    state: dict,                 # tensors by name
+    architecture: Architecture,  # with batch normalisation and a permutation spec
+    seed: int = 0,               # seed of the scales
+) -> dict:                       # tensors by name
+    "Scale filters before batch normalisation, with any sign, and channels after it; the outputs stay the same"
+    g = torch.Generator().manual_seed(seed)
+    state = {name: v.clone() for name, v in state.items()}
+    spec = architecture.spec
+    scales = {group: torch.rand(n, generator=g) + .5 for group, n in spec.sizes.items()}
+    def of_channels(groups): return torch.cat([scales[group] for group in groups])
+    for layer, norm in architecture.norms.items():
+        n = len(state[f"{norm}.weight"])
+        filters = (torch.rand(n, generator=g) + .5)*(torch.randint(2, (n,), generator=g)*2 - 1)
+        state[f"{layer}.weight"] *= filters[:, None, None, None]
+        state[f"{norm}.running_mean"] *= filters
+        state[f"{norm}.running_var"] *= filters**2
+        state[f"{norm}.weight"] *= filters.sign()
+        for name in (f"{norm}.weight", f"{norm}.bias"): state[name] *= of_channels(spec.axes_to_perm[name][0])
+    for name, axes in spec.axes_to_perm.items():
+        if len(axes) < 2 or not axes[1]: continue
+        state[name] /= of_channels(axes[1]).view(1, -1, *(1,)*(state[name].ndim - 2))
+    return state
+
+# %% ../../nbs/lineage/00_benchmark.ipynb #fad6a1bc
+def sliced(
+    state: dict,            # tensors by name
+    spec: PermutationSpec,  # of the architecture
+    share: float,           # share of the channels to keep
+    seed: int = 0,          # seed of the choice
+) -> dict:                  # smaller tensors by name
+    "Keep some channels of each group"
+    g = torch.Generator().manual_seed(seed)
+    kept = {}
+    for group, n in spec.sizes.items():
+        kept[group] = torch.randperm(n, generator=g)[:max(1, round(share*n))].sort().values
+    smaller = {}
+    for name, v in state.items():
+        for axis, groups in enumerate(spec.axes_to_perm.get(name, ())):
+            if not groups: continue
+            parts = v.split([spec.sizes[group] for group in groups], axis)
+            v = torch.cat([part.index_select(axis, kept[group]) for part, group in zip(parts, groups)], axis)
+        smaller[name] = v
+    return smaller
+
+def grey(
+    state: dict,  # tensors by name
+    stem: str,    # layer that reads the image
+) -> dict:        # tensors by name
+    "Make a network read grey images by adding up the input channels of its stem"
+    name = f"{stem}.weight"
+    return state | {name: state[name].sum(1, keepdim=True)}
+
+def with_new_head(
+    state: dict,     # tensors by name
+    head: str,       # layer that returns the logits
+    n_classes: int,  # number of classes
+    seed: int = 0,   # seed of its weights
+) -> dict:           # tensors by name
+    "Replace the last layer by a random one"
+    g = torch.Generator().manual_seed(seed)
+    n_features = state[f"{head}.weight"].shape[1]
+    weight = torch.randn(n_classes, n_features, generator=g)/n_features**.5
+    return state | {f"{head}.weight": weight, f"{head}.bias": torch.zeros(n_classes)}
+
+# %% ../../nbs/lineage/00_benchmark.ipynb #58f74677
+class Derivation(NamedTuple):
+    "A way to make a model from another one"
+    make: Callable      # `(model, other, seed)` → state; `other` is an independent model of the same architecture
+    how: str = ""       # change that `compare` should name; empty: the same network
+    verdict: str = "derived"
+
+SAME_VALUES = "same weights in another precision or under other names"
+SAME_NETWORK = "same network, reordered or rescaled"
+
+DERIVATIONS = {
+    "float16": Derivation(lambda a, b, seed: half(a.state), verdict=SAME_VALUES),
+    "renamed": Derivation(lambda a, b, seed: renamed(a.state), verdict=SAME_VALUES),
+    "reordered": Derivation(lambda a, b, seed: reordered(a.state, a.architecture.spec, seed), verdict=SAME_NETWORK),
+    "rescaled": Derivation(lambda a, b, seed: rescaled(a.state, a.architecture, seed), verdict=SAME_NETWORK),
+    "noise-10": Derivation(lambda a, b, seed: noisy(a.state, .1, seed), "fine-tuned"),
+    "pruned-80": Derivation(lambda a, b, seed: pruned(a.state, .8), "pruned"),
+    "four-bits": Derivation(lambda a, b, seed: quantised(a.state, 4), "quantised"),
+    "merged-25": Derivation(lambda a, b, seed: merged(a.state, b.state, .25), "fine-tuned or merged"),
+    "half-width": Derivation(lambda a, b, seed: sliced(a.state, a.architecture.spec, .5, seed), "channels removed"),
+    "grey": Derivation(lambda a, b, seed: grey(a.state, a.stem), "input channels changed"),
+    "new-head": Derivation(lambda a, b, seed: with_new_head(a.state, a.architecture.head, 10, seed), "head replaced"),
+}
 
 # %% ../../nbs/lineage/00_benchmark.ipynb #276fb6c6
 @torch.no_grad()

@@ -7,28 +7,19 @@ __all__ = []
 
 # %% ../../nbs/methods/03_canonical.ipynb #08399101
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..nets.architectures import norms_of, stem_of
-from ..core.files import checked, printable
+from ..core.files import printable
 from .fitted import FittedConfig, FittedNet
+from .paper import SETTINGS
 from .registry import Method, register_method
-from ..nets.resnet import SHORTCUTS
 from ..second_order import NetConfig, SecondOrderNet, fit as fit_net
-from .signatures import OF_STEM, canonical, reads_all, reads_stem, stem_filters
+from .signatures import OF_STEM, canonical, layer_tensors, reads_all, reads_stem, stem_filters
 
 # %% ../../nbs/methods/03_canonical.ipynb #2a5c5889
-def layer_tensors(
-    tensors: dict,      # tensors by name
-    layer: str,         # name of a layer
-    norm: str | None,   # name of the BN after it
-) -> dict:              # tensors by name
-    "Select the tensors of a layer and of the BN after it"
-    return {name: v for name, v in tensors.items() if name.rpartition(".")[0] in (layer, norm)}
-
 def canonical_layer(
     tensors: dict,            # weight `(M, N, C, k, k)` of a layer, vectors `(M, N)` of its BN, others; by name
     layer: str,               # name of the layer
@@ -49,8 +40,6 @@ def canonical_layer(
     return (both/length[:, None, None, None, None]).float()
 
 # %% ../../nbs/methods/03_canonical.ipynb #5e2057f4
-ShortcutSetting = dict[Literal["shortcut"], Literal[SHORTCUTS]]
-
 def canonical_layers(
     weights: dict,                # tensors of M whole networks, or of their stems, by name, `(M, …)` each
     layers: tuple | None = None,  # names of the layers; default: the stem
@@ -71,7 +60,6 @@ def reads_canonical(
     models,        # a `ModelSet`, or anything with `shapes` and `stem`
     layers=None,   # layers that get a branch; default: the stem
     folded=False,  # must be False: BN is always folded in
-    **settings,    # of other methods: unused
 ) -> list:         # names of tensors
     "List the tensors of the stem and its BN, or all tensors for named layers. Raises `ValueError` for unknown layers"
     if folded: raise ValueError("canonical weights have their batch normalisation folded in: leave out folded")
@@ -85,26 +73,23 @@ def reads_canonical(
 @dataclass(kw_only=True)
 class CanonicalConfig(FittedConfig):
     "Configuration of LPS on canonical weights"
-    net: dict                     # configuration of the second-order network
-    shortcut: Literal[SHORTCUTS]  # kind of shortcut, if it has no weights
+    net: NetConfig  # configuration of the second-order network
 
 class CanonicalLPS(FittedNet):
     "A second-order network on canonical weights"
     Config = CanonicalConfig
 
     @staticmethod
-    def build(config):
-        known = dict(vars(checked(config.net, NetConfig, "field 'net'")))
-        known.pop("recipe")
-        return SecondOrderNet(**known)
+    def build(config): return SecondOrderNet(config.net)
 
     def check(self):
-        "Raise `ValueError` unless the network was fitted on the tasks of the configuration"
-        if self.net.tasks == self.tasks: return
-        raise ValueError(f"{self.method}: field 'tasks' has {len(self.tasks)} tasks, the network {len(self.net.tasks)}")
-
-    @property
-    def observing(self): return dict(layers=tuple(self.net.layers), shortcut=self.config.shortcut)
+        "Raise `ValueError` unless the network was fitted on the tasks and layers of the configuration"
+        net = self.config.net
+        if net.tasks != self.tasks:
+            raise ValueError(f"{self.method}: field 'tasks' has {len(self.tasks)} tasks, the network {len(net.tasks)}")
+        layers = self.observing.get("layers")
+        if layers is None or list(layers) == list(net.shapes): return
+        raise ValueError(f"{self.method}: field 'observing' has other layers than the network: {', '.join(net.shapes)}")
 
     def embed(self, observed):
         "Embed models by the second-order network"
@@ -119,15 +104,12 @@ def fit_canonical(
     observed: dict,             # from `canonical_layers`
     labels: Tensor,             # task of each model, `(M,)`
     seed: int = 0,              # seed of initialisation and order
-    layers: tuple = (),         # names of the tensors that were read
     stem: str = "conv1",        # layer that reads the image
-    shortcut: str = "pad_end",  # kind of shortcut, if it has no weights
     **settings,                 # of `lps.second_order.fit`: epochs, n_filters, lr, …
 ) -> CanonicalLPS:
     "Fit LPS on canonical layers. Raises `ValueError` for fewer than two tasks"
-    settings.pop("folded", None)
     net = fit_net(observed, labels=labels, stem=stem, seed=seed, **settings)
-    config = CanonicalConfig(tasks=net.tasks, layers=list(layers), net=net.config, shortcut=shortcut)
+    config = CanonicalConfig(tasks=net.config.tasks, net=net.config)
     return CanonicalLPS(config, net.state_dict(), "canonical-lps")
 
 # %% ../../nbs/methods/03_canonical.ipynb #1e035434
@@ -135,11 +117,12 @@ register_method(Method(
     name="canonical-lps",
     title="LPS on canonical weights",
     baseline=False,
-    by_default=False,
     invariances=OF_STEM,
     reads=reads_canonical,
     fit=fit_canonical,
     fitted=CanonicalLPS,
-    knows=("stem",),
+    settings=tuple(SETTINGS),
     observe=canonical_layers,
+    observing=dict(layers=None, shortcut="pad_end"),
+    fit_facts=("stem",),
 ))

@@ -13,8 +13,8 @@ from torch.special import ndtr
 
 from ..nets.architectures import branch_layers, norms_of, recognise
 from ..core.files import printable
-from .registry import INVARIANCES, register_method
-from .signatures import canonical, gram, reads_all, shapes_here, signature_method
+from .registry import INVARIANCES
+from .signatures import canonical, gram, reads_all, register_signature
 
 # %% ../../nbs/methods/02_chain.ipynb #cbb35c75
 def relu_moments(
@@ -138,19 +138,19 @@ def chain_signature(
     return dict(chain=torch.cat(chunks))
 
 # %% ../../nbs/methods/02_chain.ipynb #03e4d272
-def _reads_chain(models, **settings):
+def _reads_chain(models, layers=None, folded=False):
     "List all tensors. Raises `ValueError` for unsupported networks"
-    names = reads_all(models, **settings)
-    shapes = shapes_here(models)
+    names = reads_all(models, layers, folded)
+    shapes = models.shapes
     _check_followed(shapes, recognise(shapes), norms_of(shapes))
     return names
 
-register_method(signature_method(
+register_signature(
     name="chain",
     title="chain from the image to each layer",
     reads=_reads_chain,
     observe=chain_signature,
-    observing=("shortcut", "depth", "relu"),
+    observing=dict(shortcut="pad_end", depth=-1, relu="gaussian"),
     whole=True,
     invariances=tuple(INVARIANCES),
-))
+)

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from ..nets.architectures import branch_layers, norms_of
 from ..core.files import printable
 from ..core.jobs import one_thread, seeded
-from .canonical import ShortcutSetting, layer_tensors
 from .fitted import FittedConfig, FittedNet, Size
 from .matching import learnable, stem_rows
 from .registry import INVARIANCES, Method, register_method
-from .signatures import OF_STEM, canonical, reads_all, reads_stem, stem_filters
+from .signatures import OF_STEM, canonical, layer_tensors, reads_all, reads_stem, stem_filters
 
 # %% ../../nbs/methods/05_equivariant.ipynb #ba23fb39
 def _mlp(n_in, hidden):
@@ -96,17 +95,15 @@ def fit_equivariant(
     observed: dict,         # from `stem_rows`
     labels: Tensor,         # task of each model, `(M,)`
     seed: int = 0,          # seed of initialisation and dropout
-    layers: tuple = (),     # names of the tensors that were read
     hidden: int = 64,       # width
     n_steps: int = 200,     # full-batch steps
     top_rate: float = .01,  # highest learning rate
     decay: float = 1,       # weight decay
-    **settings,             # of other methods: unused
 ) -> Equivariant:
     "Train a network on the stem. Raises `ValueError` for fewer than two tasks and for weights that are not finite"
     rows = observed["rows"]
     tasks, targets = learnable(observed, labels)
-    config = EquivariantConfig(tasks=tasks, layers=list(layers), n_in=rows.shape[2], hidden=hidden)
+    config = EquivariantConfig(tasks=tasks, n_in=rows.shape[2], hidden=hidden)
     with one_thread(), seeded(seed):
         net = Equivariant.build(config)
         _train(net, rows, targets, n_steps, top_rate, decay)
@@ -117,11 +114,11 @@ register_method(Method(
     name="equivariant",
     title="equivariant network",
     baseline=False,
-    by_default=False,
     invariances=OF_STEM,
     reads=reads_stem,
     fit=fit_equivariant,
     fitted=Equivariant,
+    settings=("hidden", "n_steps", "top_rate", "decay"),
     observe=stem_rows,
 ))
 
@@ -189,7 +186,6 @@ class AllLayersConfig(FittedConfig):
     "Configuration of a network on the channels of all layers"
     n_layers: Annotated[int, Field(ge=1, le=1024)]
     hidden: Size  # width
-    observing: ShortcutSetting
 
 class AllLayerEquivariant(Equivariant):
     "Models represented by the logits of a network on the channels of all layers"
@@ -215,13 +211,10 @@ def fit_all_layers(
     n_steps: int = 150,     # full-batch steps
     top_rate: float = .01,  # highest learning rate
     decay: float = 1,       # weight decay
-    shortcut: str | None = None,  # kind of shortcut, if it has no weights
-    **settings,             # of other methods: unused
 ) -> AllLayerEquivariant:
     "Train a network on all layers. Raises `ValueError` for fewer than two tasks and for weights that are not finite"
     tasks, targets = learnable(observed, labels)
-    observing = {} if shortcut is None else dict(shortcut=shortcut)
-    config = AllLayersConfig(tasks=tasks, n_layers=len(observed), hidden=hidden, observing=observing)
+    config = AllLayersConfig(tasks=tasks, n_layers=len(observed), hidden=hidden)
     with one_thread(), seeded(seed):
         net = AllLayerEquivariant.build(config)
         net.standardise(observed)
@@ -233,10 +226,12 @@ register_method(Method(
     name="all-layer-equivariant",
     title="equivariant network on all layers",
     baseline=False,
-    by_default=False,
     invariances=tuple(INVARIANCES),
     reads=reads_all,
     fit=fit_all_layers,
     fitted=AllLayerEquivariant,
+    settings=("hidden", "n_steps", "top_rate", "decay"),
     observe=channel_sets,
+    observing=dict(shortcut="pad_end"),
+    whole=True,
 ))

@@ -77,6 +77,12 @@ class Fitted:
     def check(self):
         "Raise `ValueError` for tensors whose values make no sense; called after restoring"
 
+    def record(self, layers, folded, observing):
+        "Record how the models were read; called after fitting"
+        self.config.layers = list(layers)
+        self.config.folded = folded
+        self.config.observing = {name: list(v) if isinstance(v, tuple) else v for name, v in observing.items()}
+
     def embed(self, observed: dict) -> Tensor:
         "Embed M models as rows of length 1, `(M, E)`"
         raise NotImplementedError

@@ -105,8 +105,9 @@ def match(
         if not changed: break
     moved = permute(b, spec, perms)
     product = sum((a[name]*moved[name]).sum() for name in a)
-    lengths = [sum(v.square().sum() for v in state.values()).sqrt() for state in (a, b)]
-    return perms, float(product/lengths[0]/lengths[1])
+    squares = [(a[name].square().sum(), b[name].square().sum()) for name in a]
+    length_a, length_b = torch.tensor(squares).sum(0).sqrt()
+    return perms, float(product/length_a/length_b)
 
 # %% ../../nbs/methods/04_matching.ipynb #b6d41a86
 def stem_rows(
@@ -162,8 +163,6 @@ def fit_landmarks(
     observed: dict,      # from `stem_rows`
     labels: Tensor,      # task of each model, `(M,)`
     seed: int = 0,       # unused: nothing is random
-    layers: tuple = (),  # names of the tensors that were read
-    **settings,          # of other methods: unused
 ) -> Landmarks:
     "Match all pairs of models. Raises `ValueError` as `learnable` does"
     rows = observed["rows"]
@@ -174,7 +173,7 @@ def fit_landmarks(
     centroids = torch.stack([z[labels == task].mean(0) for task in tasks])
     n_landmarks, n_filters, n_in = rows.shape
     config = LandmarksConfig(
-        tasks=tasks, layers=list(layers), n_landmarks=n_landmarks, n_filters=n_filters, n_in=n_in)
+        tasks=tasks, n_landmarks=n_landmarks, n_filters=n_filters, n_in=n_in)
     return Landmarks(config, dict(rows=rows.clone(), centre=centre, centroids=centroids), "weight-matching")
 
 # %% ../../nbs/methods/04_matching.ipynb #b7068a48
@@ -182,7 +181,6 @@ register_method(Method(
     name="weight-matching",
     title="weight matching to landmarks",
     baseline=False,
-    by_default=False,
     invariances=OF_STEM,
     reads=reads_stem,
     fit=fit_landmarks,

@@ -112,6 +112,11 @@ class Model(HasLayers):
         return noted or digest(self.state)
 
     @property
+    def architectures(self): # list of one
+        "The architecture, as a set of one has it"
+        return [self.architecture]
+
+    @property
     def shortcuts(self): # list of one: str, or None
         "Kind of its shortcuts, if its metadata name it"
         return [self.meta.get("shortcut")]
@@ -183,8 +188,10 @@ def features_and_outputs(self: Model,
     net.get_submodule(head).register_forward_pre_hook(lambda layer, args: read.append(args[0].flatten(1)))
     outputs = []
     with one_thread():
-        for xb in images.split(bs): outputs.append(net(xb if xb.is_floating_point() else normalise(xb, stats)))
-    found = torch.cat(read), torch.cat(outputs).flatten(1)
+        for xb in images.split(bs):
+            xb = xb if xb.is_floating_point() else normalise(xb, stats)
+            outputs.append(self.architecture.run(net, xb))
+    found = torch.cat(read), torch.cat(outputs)
     if all(part.isfinite().all() for part in found): return found
     raise ValueError(f"{self!r} has outputs that are not finite: leave out what is broken")
 

@@ -13,10 +13,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.jobs import seeded
-from ..order_chain import PermutationSpec, resnet_spec
+from ..order_chain import PermutationSpec
+from .resnet import resnet_spec
 from .plain import PlainNet, plain_config, plain_convs, plain_norm, plain_spec
 from .resnet import ResNet, bn_of, branch_layers as resnet_branches, resnet_config
 
@@ -32,6 +34,7 @@ class Architecture:
     branches: list                       # convolutions that get a branch, in forward order
     norms: dict                          # convolution → name of the normalisation after it
     spec: PermutationSpec | None = None  # channels that can be permuted; None: not known
+    size: tuple | None = None            # channels, height and width of its images; None: any size
 
     def build(self) -> nn.Module:
         "Build the network, freshly initialised"
@@ -43,6 +46,15 @@ class Architecture:
         "Build the network with given weights. Raises `ValueError` for tensors that are no weights"
         check_state(state)
         return _with_weights(self, state)
+
+    def run(self,
+        net: nn.Module,  # of this architecture
+        images: Tensor,  # normalised, `(B, C, H, W)`; resized if the network takes another size
+    ) -> Tensor:         # logits, `(B, K)`
+        "Run a network on images"
+        if self.size is None or tuple(images.shape[2:]) == tuple(self.size[1:]): return logits_of(net(images))
+        sized = (F.interpolate(xb, tuple(self.size[1:]), mode="bicubic") for xb in images.split(32))
+        return torch.cat([logits_of(net(xb)) for xb in sized])
 
 # %% ../../nbs/nets/02_architectures.ipynb #2f1c7aa0
 def _not_weights(name, tensor):
@@ -66,19 +78,30 @@ def check_state(
         reason = _not_weights(name, tensor)
         if reason: raise ValueError(f"{name!r} {reason}")
 
+def logits_of(
+    output,    # of a network
+) -> Tensor:   # `(B, K)`
+    "Return the logits in the output of a network. Raises `ValueError` if it has none"
+    output = getattr(output, "logits", output)
+    if isinstance(output, (tuple, list)) and output: output = output[0]
+    if isinstance(output, Tensor) and output.ndim > 1: return output.flatten(1)
+    raise ValueError(f"the network returns {type(output).__name__}, expected logits, `(B, K)`")
+
 def _as_float32(tensor):
     "Copy a tensor to float32; integers keep their type"
     return tensor.detach().to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 def _with_weights(architecture, state):
-    "Build a network without initialising it, where it has no tensors besides its state dict, and load its weights"
+    "Build a network and load its weights; memory for initial weights is only used if it has buffers of its own"
     with torch.device("meta"): net = architecture.build()
     counts = {name: torch.tensor(0) for name in net.state_dict() if name.endswith("num_batches_tracked")}
     weights = counts | {name: _as_float32(tensor) for name, tensor in state.items()}
-    net.load_state_dict(weights, assign=True)
-    if any(tensor.is_meta for tensor in net.buffers()):  # buffers outside of the state dict
+    buffers = dict(net.named_buffers())
+    if any(tensor.is_meta for name, tensor in buffers.items() if name not in weights):
         with seeded(0): net = architecture.build()
-        net.load_state_dict(weights)
+        buffers = dict(net.named_buffers())
+    kept = {name: v for name, v in net.state_dict().items() if name in buffers and name not in weights}
+    net.load_state_dict(kept | weights, assign=True)
     return net.float().eval()
 
 # %% ../../nbs/nets/02_architectures.ipynb #5bd0b1e4

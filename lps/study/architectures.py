@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/study/15_architectures.ipynb #3380e93f
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.files import printable
-from ..methods.registry import embed_models, get_method, method_title, observations
+from ..methods.registry import embed_models, fit_observed, get_method, method_title, observe_models
 from ..models.modelset import ModelSet, load_modelset
 from ..second_order import similarity
 from .figures import new_axes, plain_text
@@ -62,21 +62,6 @@ def load_sets(
     return ModelSets({name: load_modelset(folder/name) for name in names or found})
 
 # %% ../../nbs/study/15_architectures.ipynb #d2f1a79d
-@dataclass(frozen=True)
-class Unfitted:
-    "Fields that `observations` reads of a fitted method"
-    method: str
-    layers: tuple = ()
-    folded: bool = False
-    observing: dict = field(default_factory=dict)
-
-def observe_models(
-    models: ModelSet,
-    method: str,  # name of a method
-) -> dict:        # tensors by name, `(M, …)`
-    "Compute what a method observes of models before it is fitted"
-    return observations(models, Unfitted(get_method(method).name))
-
 def observed_shapes(
     models: ModelSet,
     method: str,     # name of a method
@@ -102,7 +87,7 @@ def fit_sets(
     sets: list,     # `ModelSet`s
     method: str,    # name of a method
     seed: int = 0,  # of everything random
-    **settings,     # of the method
+    **settings,     # those that the method does not have are ignored
 ):                  # the fitted method
     "Fit a method on several model sets; raises `ValueError` if their shapes differ"
     observed = [observe_models(models, method) for models in sets]
@@ -114,8 +99,9 @@ def fit_sets(
             raise ValueError(f"{why}: use a method that observes the same shapes of both, such as probes")
     joined = {name: torch.cat([of_set[name] for of_set in observed]) for name in observed[0]}
     method = get_method(method)
-    facts = dict(stem=sets[0].stem) if "stem" in method.knows else {}
-    return method.fit(joined, torch.cat([models.labels for models in sets]), seed, **facts, **settings)
+    own = {name: value for name, value in settings.items() if name in method.settings}
+    if "stem" in method.fit_facts: own["stem"] = sets[0].stem
+    return fit_observed(method, joined, torch.cat([models.labels for models in sets]), seed, **own)
 
 def embed_sets(
     fitted,      # a fitted method

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from ..lineage.benchmark import CHANGED, TRAINED, write_copies
-from ..methods.registry import embed_models, fit_method, method_title
+from ..methods.registry import embed_models, fit_method, method_title, own_settings
 from ..models.modelset import ModelSet, load_modelset
 from ..second_order import similarity
 from .architectures import SMALL_ACROSS, ModelSets, load_sets, small_set
@@ -98,7 +98,8 @@ def copies_fields(
     "Compare copies with their originals by each method"
     found = {}
     for method in methods:
-        rows = measure_copies(fit_method(fit_models, method, seed, **settings), copies, others).round(4)
+        fitted = fit_method(fit_models, method, seed, **own_settings(method, settings))
+        rows = measure_copies(fitted, copies, others).round(4)
         found[method] = rows.astype(object).where(rows.notna(), None).to_dict("list")
     return dict(copies=found)
 

@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from ..core.files import read_json
-from ..methods.registry import embed_models, fit_method, method_title
+from ..methods.registry import embed_models, fit_method, method_title, own_settings
 from ..models.modelset import ModelSet
 from ..second_order import similarity
 from .architectures import SMALL_ACROSS, draw_intervals, methods_axes
@@ -101,8 +101,8 @@ def open_overlap(
     if model_set != "digits": return open_models(model_set)
     from lps.zoo.build import build
     recipe = digits_recipe(zoo_epochs, depth=8, width=8)
-    pairs = list(combinations(range(4), 2))
-    return build(f"{runs}/digits-overlap", "digits", recipe, pairs=pairs, progress=False, **kwargs)
+    tasks = list(combinations(range(4), 2))
+    return build(f"{runs}/digits-overlap", "digits", recipe, tasks=tasks, progress=False, **kwargs)
 
 @dataclass(kw_only=True)
 class OverlapRecord(Record):
@@ -123,7 +123,7 @@ def overlap_fields(
     "Measure the overlap by each method"
     overlap = {}
     for method in methods:
-        fitted = fit_method(fit_models, method, seed, **settings)
+        fitted = fit_method(fit_models, method, seed, **own_settings(method, settings))
         pairs = overlap_pairs(embed_models(fitted, models, models.manifest.file.tolist()), models.manifest)
         overlap[method] = summarise_pairs(pairs, n_boot, seed)
     return dict(overlap=overlap)

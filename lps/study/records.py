@@ -44,10 +44,10 @@ def about_models(
         val_accuracy=spread if accuracy.notna().any() else None,
     )
 
-# %% ../../nbs/study/03_records.ipynb #86afd0cc
+# %% ../../nbs/study/03_records.ipynb #5af9333a
 MEASURED_BY = (
     "lps.order_chain", "lps.models.modelset", "lps.align", "lps.second_order", "lps.methods.registry",
-    "lps.study.splits", "lps.study.stats", "lps.study.table1", "lps.study.table2",
+    "lps.methods.paper", "lps.study.splits", "lps.study.stats", "lps.study.table1", "lps.study.table2",
 )
 
 def plain_source(

@@ -150,13 +150,13 @@ def open_models(
     folder = f"{runs}/{'digits-epochs' if keep else 'digits'}"
     return build(folder, images="digits", recipe=digits_recipe(zoo_epochs), keep=keep, progress=False, **kwargs)
 
-# %% ../../nbs/study/02_registry.ipynb #1e1c069e
+# %% ../../nbs/study/02_registry.ipynb #eaddbb59
 def digits_recipe(
     epochs: int = 0, # 0: those of the recipe for digits
     **changes,       # other fields
 ):                   # `Recipe`
     "Return the recipe for digits, changed"
-    from lps.zoo.train import recipes
+    from lps.zoo.recipe import recipes
     recipe = replace(recipes["digits"], **changes)
     return replace(recipe, name=f"digits, {epochs} epochs", epochs=epochs, milestones=()) if epochs else recipe
 

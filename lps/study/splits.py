@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['classification_splits', 'first_models', 'retrieval_splits', 'nested_splits']
 
-# %% ../../nbs/study/01_splits.ipynb #5ebac8bf
+# %% ../../nbs/study/01_splits.ipynb #4dcd73db
 import numpy as np
 import pandas as pd
 from torch import Tensor
 
-import lps.methods.all_methods  # noqa: F401  it registers every method
-from ..methods.registry import fit_many
+from ..methods.registry import fit_many, own_settings
 from ..models.modelset import ModelSet
 
 # %% ../../nbs/study/01_splits.ipynb #bf14fad3
@@ -115,7 +114,7 @@ def nested_splits(
         splits.append((train, test))
     return splits
 
-# %% ../../nbs/study/01_splits.ipynb #6e86e2c7
+# %% ../../nbs/study/01_splits.ipynb #eb3c9ba6
 def per_split(
     models: ModelSet, # all models
     splits: list,     # tuples of index arrays; the first of each is for training
@@ -126,7 +125,9 @@ def per_split(
     "Fit every setting on every split"
     jobs = []
     for how in settings.values():
-        jobs += [dict(how, train=split[0], seed=i) for i, split in enumerate(splits)]
+        method = how.get("method", "lps")
+        own = own_settings(method, how)
+        jobs += [dict(own, method=method, train=split[0], seed=i) for i, split in enumerate(splits)]
     fitted = iter(fit_many(models, jobs, **kwargs))
     results = {}
     for name in settings: results[name] = [f(method, split) for split, method in zip(splits, fitted)]

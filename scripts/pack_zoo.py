@@ -1,0 +1,61 @@
+"""Pack what comparisons need of the finished networks of a build, so that they outlive the machine that trained them:
+
+python scripts/pack_zoo.py BUILD OUT [--epochs 10 20 40 60 80]
+
+For each epoch, OUT/epochNN.safetensors is a packed model set: the first layer with its batch normalisation in float32
+(float16 would save 1 KB a network and change its digest), and all metadata, such as the instruction set that trained
+it. OUT/observed/epochNN.safetensors has what two methods observe of the same networks in the same order, in float16:
+`outputs`, the centred logits on the probe images of two-spectra-probes without the last class, which is minus the sum
+of the others; and `layers`, the signature of all layers. `lps zoo build BUILD … --packed OUT` trains the rest.
+"""
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from lps.core.files import pluralise, save_tensors
+from lps.methods.probes import probe_outputs
+from lps.methods.signatures import all_layer_signature
+from lps.models.modelset import ModelSet, load_modelset, pack
+from lps.zoo.datasheet import datasheet
+
+METHODS = {"outputs": "two-spectra-probes", "layers": "all-layer-signature"}
+
+
+def observe(models: ModelSet) -> dict[str, torch.Tensor]:
+    "Compute outputs on probe images `(M, n, K - 1)` and signatures of all layers `(M, E)`, in float16"
+    names = [name for name in models.shapes if not name.endswith("num_batches_tracked")]
+    weights = models.weights(names)
+    outputs = probe_outputs(weights, models.shortcuts, parts=2)["outputs"][..., :-1]
+    layers = all_layer_signature(weights, "conv")["layers"]
+    return dict(outputs=outputs.half().contiguous(), layers=layers.half().contiguous())
+
+
+def pack_epoch(models: ModelSet, out: Path, epoch: int, name: str) -> str:
+    "Write both files of one epoch; returns a line about them"
+    file = out/f"epoch{epoch}.safetensors"
+    observed = out/"observed"/file.name
+    out.mkdir(parents=True, exist_ok=True)
+    pack(models, file, datasheet=datasheet(models, f"{name}, after {epoch} epochs"))
+    tensors = observe(models)
+    about = dict(methods=METHODS, files=models.manifest.file.tolist(), digests=models.digests)
+    save_tensors(observed, tensors, dict(observed=about))
+    size = (os.path.getsize(file) + os.path.getsize(observed))/1e6
+    count = f"{pluralise(len(models), 'network')} of {pluralise(len(models.tasks), 'task')}"
+    return f"epoch {epoch}: {count}, {size:.2f} MB"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("build", type=Path, help="folder of a build")
+    parser.add_argument("out", type=Path, help="folder to write to, such as data/modelset500-cifar100")
+    parser.add_argument("--epochs", type=int, nargs="+", help="epochs that were kept; all if not given")
+    args = parser.parse_args()
+    kept = sorted(int(folder.name) for folder in (args.build/"epochs").iterdir() if folder.name.isdecimal())
+    for epoch in args.epochs or kept:
+        models = load_modelset(args.build/f"epochs/{epoch:03d}")
+        print(pack_epoch(models, args.out, epoch, args.build.resolve().name))
+
+
+if __name__ == "__main__": main()
