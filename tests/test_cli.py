@@ -370,7 +370,7 @@ def test_import_lists_what_it_refuses_and_takes_the_rest(world, tmp_path, monkey
     (tmp_path/"models.tsv").write_text("file\ttask\n" + "".join(rows))
     _, log = run(capsys, "zoo", "import", world/"foreign", "theirs", "--table", "models.tsv", "--data", "digits")
     assert "theirs: 3 models of 3 tasks" in log
-    assert "left out 1 file: evil.pt (refused and not executed: it asks for posix.system" in log
+    assert "left out 1 file: evil.pt (refused and not executed: it calls posix.system" in log
     assert len(load_modelset(tmp_path/"theirs")) == 3
     assert not list(tmp_path.rglob("OWNED")) and not list(world.rglob("OWNED"))
 

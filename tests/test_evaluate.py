@@ -10,7 +10,7 @@ from lps.study.splits import classification_splits
 from lps.study.stats import rank_k
 from lps.study.table1 import CLASSIFIERS, classify, table1, top_k
 from lps.study.table2 import table2
-from lps.study.fusion import FUSIONS, fuse, learn_alpha
+from lps.methods.combine import FUSIONS, fuse, learn_alpha
 from lps.study.records import RunsRecord, find_record, runs_fields, summary
 from lps.core.files import save_tensors
 from lps.models.modelset import load_modelset

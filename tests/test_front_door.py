@@ -1,6 +1,7 @@
 """`import lps`: every name that it offers can be imported, is listed for completion, and costs nothing until used"""
 import ast
 import importlib
+import os
 import subprocess
 import sys
 
@@ -54,3 +55,22 @@ def test_type_information_is_shipped():
     setup = (ROOT/"setup.py").read_text(encoding="utf-8")
     for name in ("py.typed", "__init__.pyi"):
         assert (ROOT/"lps"/name).exists() and f'"{name}"' in setup
+
+
+QUERY = """
+import sys, torch
+from lps.cli import main
+from lps.nets.resnet import ResNet
+torch.save(ResNet(20, 16).state_dict(), "model.pt")
+assert main(["query", "bundled", "model.pt"]) == 0
+print(*sys.modules, file=sys.stderr)
+"""
+NOT_NEEDED = {"fastai", "torchvision", "sklearn", "scipy", "numba", "matplotlib", "plotly", "jinja2", "torch._dynamo"}
+
+
+def test_a_query_loads_no_package_that_it_does_not_need(tmp_path):
+    env = os.environ | dict(PYTHONPATH=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", QUERY], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stderr.splitlines()[-1].split())
+    assert not NOT_NEEDED & loaded, "`python benchmarks/startup.py --imports` shows what imports them"

@@ -163,7 +163,7 @@ def test_hostile_pickle_is_refused_not_run(tmp_path, legacy):
     )
     with pytest.warns(UserWarning, match="trap.pth"): ms = import_models(src, tmp_path/"dst")
     assert not (tmp_path/"executed").exists() and len(ms) == 1
-    assert "refused and not executed: it asks for posix.mkdir" in reasons(ms)["trap.pth"]
+    assert "refused and not executed: it calls posix.mkdir" in reasons(ms)["trap.pth"]
 
 
 def test_import_names_each_bad_file(tmp_path):

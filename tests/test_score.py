@@ -50,7 +50,7 @@ def test_photographs_need_to_be_normalised():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_network_that_gives_no_numbers_is_refused(value):
     state = some_state()
-    with expect_fail(ValueError, "not finite"):
+    with expect_fail(ValueError, "NaN or inf"):
         model(state | {"bn1.bias": state["bn1.bias"] + value}).outputs(BANK)
 
 

@@ -187,7 +187,7 @@ def test_what_is_wrong_is_named(models, tmp_path):
     with pytest.raises(ValueError, match="layer conv1 is missing"): wider.embed({})
 
 
-HEAVY = "fastai", "sklearn", "numba", "pandas", "rich"
+HEAVY = "fastai", "torchvision", "sklearn", "numba", "pandas", "rich"
 LIGHT = "second_order", "methods.registry", "methods.paper", "methods.signatures", "methods.probes"
 
 

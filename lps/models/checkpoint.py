@@ -6,14 +6,14 @@
 __all__ = ['FOREIGNZOO_NAMES', 'read_checkpoint']
 
 # %% ../../nbs/models/01_checkpoint.ipynb #b65cf93e
-import errno, functools, json, math, pickle, re, struct, zipfile
+import errno, functools, math, pickle, re, struct, zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..core.files import MAX_TENSORS, open_file, printable, read_safetensors
+from ..core.files import MAX_TENSORS, json_value, open_file, printable, read_safetensors
 
 # %% ../../nbs/models/01_checkpoint.ipynb #4666d671
 @dataclass
@@ -160,7 +160,7 @@ def _find_storage(self, pid):
     "Note a storage and its type; for a class that was stored with its source, return the class"
     if pid[0] == "module": return pid[1]
     kind, dtype, key, _, n = pid[:5]
-    if isinstance(dtype, _Stub): raise ValueError(f"refused and not executed: it asks for {dtype.name}")
+    if isinstance(dtype, _Stub): raise ValueError(f"refused and not executed: it calls {dtype.name}")
     known = kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, (str, int))
     if not known or not isinstance(n, int) or n < 0: raise ValueError("damaged: it names an object outside of the file")
     storage = _Storage(str(key), dtype, n)
@@ -322,8 +322,10 @@ def _has_weights(tensors):
 
 def _size(tensors):
     "Count the numbers of some tensors"
-    sizes = [view.size for view in tensors.values() if all(isinstance(n, int) for n in view.size)]
-    return sum(math.prod(size) for size in sizes)
+    total = 0
+    for view in tensors.values():
+        if all(isinstance(n, int) for n in view.size): total += math.prod(view.size)
+    return total
 
 def _preference(path, tensors):
     "Return the key by which networks are sorted, the preferred one first"
@@ -358,7 +360,7 @@ def _check_names(obj, tensors):
     for name, value in _fields(obj).items():
         if isinstance(value, _View) or value is None or not str(name).endswith(("weight", "bias")): continue
         if not isinstance(value, _Stub): raise ValueError(f"holds {describe(value)} in the place of {name}")
-        raise ValueError(f"refused and not executed: it asks for {value.name} in the place of {name}")
+        raise ValueError(f"refused and not executed: it calls {value.name} in the place of {name}")
 
 # %% ../../nbs/models/01_checkpoint.ipynb #d90f0f42
 @dataclass
@@ -371,10 +373,10 @@ class Checkpoint:
     networks: dict = None  # networks in the file that were not read: key → count of tensors
 
 def _request(obj):
-    "Name the first class or function that a file without weights asks for"
+    "Name the first class or function that a file without weights calls"
     items = obj if isinstance(obj, (list, tuple)) else [obj, *_fields(obj).values()]
     first = next((item.name for item in items if isinstance(item, _Stub)), None)
-    return f"; refused and not executed: it asks for {first}" if first else ""
+    return f"; refused and not executed: it calls {first}" if first else ""
 
 def _unpack(obj, which):
     "Return the tensors of one network, what is beside them, and the other networks"
@@ -451,13 +453,6 @@ def _read_pickle(path, kind, which):
         return _tensors(views, read), beside, others
 
 # %% ../../nbs/models/01_checkpoint.ipynb #fca790a4
-def json_value(
-    text: str,  # from the header of a safetensors file
-):
-    "Return the JSON value in a text, or the text"
-    try: return json.loads(text)
-    except (ValueError, RecursionError): return text
-
 def _from_safetensors(path):
     "Read a safetensors file; a file that this project wrote names the order of its tensors"
     state, texts = read_safetensors(path)

@@ -193,7 +193,7 @@ def features_and_outputs(self: Model,
             outputs.append(self.architecture.run(net, xb))
     found = torch.cat(read), torch.cat(outputs)
     if all(part.isfinite().all() for part in found): return found
-    raise ValueError(f"{self!r} has outputs that are not finite: leave out what is broken")
+    raise ValueError(f"{self!r} has outputs that are NaN or inf: exclude this model")
 
 # %% ../../nbs/models/00_model.ipynb #a1ad0d1e
 @patch

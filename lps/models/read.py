@@ -31,7 +31,7 @@ from ..nets.resnet import SHORTCUTS
 # %% ../../nbs/models/04_read.ipynb #1b6de3c0
 @dataclass(frozen=True)
 class Reading:
-    "What a source does not say about its model"
+    "Facts about a model that its source does not record"
     names: object = ()                          # name map, as in `import_models`
     arch: str | Callable | None = None          # architecture, if it cannot be recognised, as in `network_builder`
     size: int | tuple | None = None             # side of its images, or channels, height and width
@@ -48,7 +48,7 @@ class Reading:
 # %% ../../nbs/models/04_read.ipynb #d247187f
 @dataclass
 class Found:
-    "What was found at a source"
+    "Parts of a source"
     name: str           # to show
     kind: str           # in words
     state: dict         # tensors by name
@@ -373,7 +373,7 @@ def _architecture_of(part, size):
 # %% ../../nbs/models/04_read.ipynb #73bb4ab1
 @dataclass
 class Inspection:
-    "What was read from a source, in words"
+    "Description of what was read from a source"
     source: str          # its name
     kind: str            # of file or source
     architecture: str    # its name, or how to name it
@@ -442,8 +442,8 @@ def _architecture_in_words(known, configs):
 def _stats_in_words(stats):
     "Name a normalisation and where it stands"
     if stats is None: return "not known, nothing that was read names it: stats=(mean, std) does"
-    mean, std = (", ".join(f"{v:.4g}" for v in values) for values in stats[:2])
-    return f"mean {mean}, standard deviation {std}, from {printable(stats[2])}"
+    def numbers(values): return ", ".join(f"{v:.4g}" for v in values)
+    return f"mean {numbers(stats[0])}, standard deviation {numbers(stats[1])}, from {printable(stats[2])}"
 
 # %% ../../nbs/models/04_read.ipynb #c5bd4600
 def _integers(state):
@@ -460,7 +460,7 @@ class _Read:
     part: Part
     architecture: Architecture | None
     integers: list      # names of tensors that were left out
-    size_words: str     # channels and size of the input, and where they stand
+    size_words: str     # channels and size of the input, and the place that names them
     stats: tuple | None # normalisation and where it stands
 
 # %% ../../nbs/models/04_read.ipynb #961bd2ad
