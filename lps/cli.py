@@ -155,6 +155,7 @@ READING, METHOD, OUTPUT = "Reading", "Method", "Output"
 NAME_MAP = r'Rename tensors: JSON file with a list of \["pattern", "replacement"], or an object {"old": "new"}'
 Names = Annotated[str | None, Option(help=NAME_MAP, rich_help_panel=READING)]
 ARCH = "Architecture, if it cannot be recognised: timm/NAME, torchvision/NAME, package.module:function"
+WHICH = "Network to read from a file that holds several, as lps inspect lists them"
 STATS = "Mean and standard deviation used to normalise its images, if no file records them: .5,.5,.5 .25,.25,.25"
 
 @dataclasses.dataclass
@@ -168,12 +169,13 @@ class ReadingOptions:
     stats: Annotated[
         tuple[str, str] | None, Option(metavar="MEAN SD", help=STATS, rich_help_panel=READING)
     ] = None
+    which: Annotated[str | None, Option(help=WHICH, rich_help_panel=READING)] = None
 
     def settings(self):
         "Return the same as a `Reading`"
         from lps.models.read import Reading
         if self.arch and ":" in self.arch and "" not in sys.path: sys.path.insert(0, "")  # modules of this folder
-        return Reading(read_name_map(self.names), self.arch, self.size, parse_stats(self.stats))
+        return Reading(read_name_map(self.names), self.arch, self.size, parse_stats(self.stats), self.which)
 
 # %% ../nbs/04_cli.ipynb #3598d8b4
 def parse_stats(stats) -> tuple | None:
@@ -381,7 +383,7 @@ def fit(
 # %% ../nbs/04_cli.ipynb #5233efd9
 def check_splits(models, train: int, test_tasks: int | None):
     "Raise `ValueError` for a model set that is too small for Tables 1 and 2, before anything is fitted"
-    from lps.study.evaluate import retrieval_splits
+    from lps.study.splits import retrieval_splits
     fewest = models.manifest.task.value_counts().min()
     if fewest < 3: raise ValueError(f"a task has {fewest} models: at least 3 are needed, two of them as queries")
     if train >= fewest:
@@ -415,8 +417,9 @@ def evaluate(
     from lps.core.files import write_json
     from lps.demo import n_right_answers
     from lps.methods.registry import get_method
-    from lps.study.evaluate import summary, table1, table2
-    from lps.study.records import result_record
+    from lps.study.records import RunsRecord, runs_fields, summary
+    from lps.study.table1 import table1
+    from lps.study.table2 import table2
     check_out(out, is_tables, "a file of results that lps evaluate wrote")
     load_methods()
     for name in method or (): get_method(name)
@@ -429,10 +432,10 @@ def evaluate(
     n_right = n_right_answers(models)
     classified = table1(models, splits, train, progress=progress, **settings)
     retrieved = table2(models, splits, test_tasks, progress=progress, **settings)
-    records = dict(
-        table1=result_record(models, classified, n_train=train, n_splits=splits, **settings),
-        table2=result_record(models, retrieved, n_right, n_test_tasks=test_tasks, n_splits=splits, **settings),
-    )
+    settings |= dict(name=models.path.name, n_splits=splits)
+    known = RunsRecord.make(models, settings | dict(n_train=train), **runs_fields(classified))
+    unseen = RunsRecord.make(models, settings | dict(n_test_tasks=test_tasks), **runs_fields(retrieved, n_right))
+    records = dict(table1=known.as_dict(), table2=unseen.as_dict())
     if out: write_json(out, records)
     if as_json: return print_json(records)
     show_table(summary(classified), f"Table 1, task classification, {len(models.tasks)} tasks, % over {splits} splits")

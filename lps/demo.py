@@ -13,13 +13,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .study.evaluate import chance_curves, summary, table1, table2
+from .study.records import summary
+from .study.stats import chance_curves
+from .study.table1 import table1
+from .study.table2 import table2
 from .core.jobs import ctrl_c_waits
 from .methods.registry import as_fitted, leading_method
 from .methods.registry import default_methods, embed_models, fit_method, method_title
 from .models.modelset import ModelSet, load_modelset, task_names
-from .study.plots import plot_embedding, plot_rank_k, plot_similarity
-from .study.records import result_record
+from .study.figures import plot_embedding, plot_rank_k, plot_similarity
+from .study.records import RunsRecord, runs_fields
 from .index.index import ModelIndex, bundled_unseen
 from .second_order import similarity
 from .zoo.recipe import recipes
@@ -173,7 +176,8 @@ def demo_part(
     "Measure the tables, draw the figures and run a query on one model set"
     runs = measure_tables(models, settings, executor)
     n_right = n_right_answers(models)
-    how = dict(seed=settings.seed, n_splits=settings.splits, layers=[models.stem], **settings.fit)
+    splits = dict(seed=settings.seed, n_splits=settings.splits)
+    how = dict(name=name, layers=[models.stem], **splits, **settings.fit)
     row = unseen.manifest.iloc[0]
     near = indexes[0].query(unseen[0], 5), "One query: the models most similar to one that was held out from the fit."
     tasks = indexes[0].tasks(unseen[0]), "Tasks by the mean similarity of their models."
@@ -185,8 +189,8 @@ def demo_part(
         answers=[near, tasks],
         figures=demo_figures(name, unseen, embed_models(indexes[0].fitted, unseen), runs[1], n_right),
         record=dict(
-            table1=result_record(models, runs[0], n_train=n_right, **how),
-            table2=result_record(models, runs[1], n_right, **how),
+            table1=RunsRecord.make(models, how | dict(n_train=n_right), **runs_fields(runs[0])).as_dict(),
+            table2=RunsRecord.make(models, how, **runs_fields(runs[1], n_right)).as_dict(),
         ),
     )
 

@@ -10,7 +10,10 @@ from conftest import ROOT, copy_of_repo
 
 from lps.cli import main
 from lps.zoo.datasheet import datasheet, datasheet_text, write_datasheet
-from lps.study.evaluate import classification_splits, rank_k, table1, table2
+from lps.study.splits import classification_splits
+from lps.study.stats import rank_k
+from lps.study.table1 import table1
+from lps.study.table2 import table2
 from lps.core.files import load_tensors, mark_complete, save_tensors
 from lps.models.modelset import bundled, digest, load_modelset, pack, repository_sets
 from lps.nets.resnet import ResNet

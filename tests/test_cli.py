@@ -206,7 +206,7 @@ MISTAKES = {
     "evaluate zoo": "a task has 6 models and --train is 8: take --train 5 or less",
     "evaluate zoo --train 0": "Invalid value for '--train'",
     "evaluate zoo --train 4 --splits 0": "Invalid value for '--splits'",
-    "evaluate zoo --train 4 --test-tasks 4": "5 tasks, 4 of them held out",
+    "evaluate zoo --train 4 --test-tasks 4": "5 tasks with 4 held out",
     "evaluate zoo --train 4 --out empty": "empty is a folder",
     "evaluate wide --train 1": "a task has 1 models",
     f"query nowhere {MODEL} --method bundled": "no model set at nowhere",

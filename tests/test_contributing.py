@@ -1,4 +1,4 @@
-"""The four worked examples of CONTRIBUTING.md, run as they stand there, arrive where the page says they do"""
+"""The four examples of CONTRIBUTING.md run as printed, and their entries appear everywhere"""
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +9,14 @@ import torch
 from lps.nets.architectures import ARCHITECTURES, recognise, shapes_of
 from lps.cli import main
 from lps.zoo.datasheet import datasheet, datasheet_text
-from lps.study.evaluate import summary, table1
-from lps.study.registry import EXPERIMENTS, overview, result_path, show_overview
-from lps.core.files import save_tensors, write_json
+from lps.study.table1 import table1
+from lps.study.page import overview, show_overview
+from lps.study.registry import EXPERIMENTS, result_path
+from lps.core.files import save_tensors
 from lps.methods.registry import METHODS, embed_models, fit_method, load_fitted
 from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms
-from lps.study.records import result_record
+from lps.study.records import RunsRecord, runs_fields, summary
 from lps.index.index import ModelIndex
 from lps.zoo.tasks import DATASETS
 from lps.zoo.recipe import recipes
@@ -30,7 +31,7 @@ REGISTRIES = METHODS, ARCHITECTURES, DATASETS, EXPERIMENTS
 
 @pytest.fixture(autouse=True)
 def registries():
-    "What an example registers is forgotten after the test"
+    "Forget the entries of an example after the test"
     before = [dict(registry) for registry in REGISTRIES]
     yield
     for registry, kept in zip(REGISTRIES, before):
@@ -39,7 +40,7 @@ def registries():
 
 
 def run_example(heading) -> dict:
-    "Run the example under a heading; gives what it defined"
+    "Run the example under a heading; return its definitions"
     sections = re.split("^### ", PAGE, flags=re.M)
     section, = [section for section in sections if section.split("\n")[0].split(":")[0] == heading]
     code = re.search(CODE, section, flags=re.M | re.S)[1]
@@ -69,7 +70,7 @@ def test_the_method(tmp_path, capsys):
     index = ModelIndex(load_fitted(out), models)
     assert index.query(models[3], 1, with_self=True).file[1] == models.manifest.file[3]
     few = models[models.manifest.task < 4]
-    assert "Lengths of filters" in summary(table1(few, 2, 8, methods=("lengths",), read_out="nearest")).index
+    assert "Lengths of filters" in summary(table1(few, 2, 8, methods=("lengths",), classifier="nearest")).index
 
 
 def test_the_architecture(tmp_path):
@@ -106,8 +107,8 @@ def test_the_experiment(tmp_path):
     models = models[models.manifest.task < 3]
     few = dict(epochs=2, milestones=(1,), n_filters=4)
     how = dict(name="bundled", n_splits=2, seed=0, layers=["conv1"], momentum=.9, folded=False)
-    record = result_record(models, table1(models, 2, methods=("lps",), **few), **how, **few)
-    write_json(result_path(tmp_path, "hurried", "bundled"), record)
+    fields = runs_fields(table1(models, 2, methods=("lps",), **few))
+    RunsRecord.make(models, how | few, **fields).write(result_path(tmp_path, "hurried", "bundled"))
     grid = overview(tmp_path)
     assert grid.index.tolist() == [("not in the paper", "two epochs are enough", "top-1")]
     assert grid["bundled"].iloc[0].endswith("%")

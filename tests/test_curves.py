@@ -4,9 +4,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lps.study.curves import curve_record, curve_splits, curve_table, curve_text, learning_curves, other_epochs, top1
-from lps.study.plots import plot_curves
-from lps.study.evaluate import classify
+from made_up import base_record
+
+from lps.study.learning_curve import (
+    CurveRecord, curve_summary, curve_table, curve_text, learning_curves, other_epochs, plot_curves, top1,
+)
+from lps.study.splits import nested_splits
+from lps.study.table1 import classify
 from lps.models.modelset import load_modelset
 from lps.zoo.recipe import recipes
 from lps.zoo.build import build
@@ -22,7 +26,7 @@ def zoo(tmp_path_factory):
 
 def test_splits_are_nested(zoo):
     small, more_models, more_tasks = (
-        curve_splits(zoo.labels, k, n, 1, n_splits=5) for k, n in ((3, 1), (3, 3), (5, 1))
+        nested_splits(zoo.labels, k, n, 1, n_splits=5) for k, n in ((3, 1), (3, 3), (5, 1))
     )
     for (a, b), (c, d), (e, f) in zip(small, more_models, more_tasks):
         assert set(a) < set(c) and set(b) == set(d) and set(a) < set(e) and set(b) < set(f) and not set(c) & set(d)
@@ -34,13 +38,13 @@ def test_splits_are_nested(zoo):
 
 @pytest.mark.parametrize("k, n, m", [(6, 1, 1), (1, 1, 1), (5, 4, 1)])
 def test_too_many_tasks_or_models(zoo, k, n, m):
-    with pytest.raises(ValueError, match="take"): curve_splits(zoo.labels, k, n, m)
+    with pytest.raises(ValueError, match="use"): nested_splits(zoo.labels, k, n, m)
 
 
 def test_top1_is_that_of_classify_on_a_set_of_these_tasks(zoo):
-    splits = curve_splits(zoo.labels, 5, 3, 1, n_splits=2)
+    splits = nested_splits(zoo.labels, 5, 3, 1, n_splits=2)
     assert top1(zoo, splits, **HOW) == pytest.approx(classify(zoo, splits, **HOW)["top-1"].tolist(), abs=1e-4)
-    (train, test), = curve_splits(zoo.labels, 3, 3, 1, n_splits=1)
+    (train, test), = nested_splits(zoo.labels, 3, 3, 1, n_splits=1)
     some = np.sort(np.concatenate([train, test]))
     inside = tuple(np.searchsorted(some, i) for i in (train, test))
     assert top1(zoo, [(train, test)], **HOW) == pytest.approx(
@@ -67,16 +71,18 @@ def test_curves_record_and_words(zoo):
         ("epochs", 2, 5, 3),
     ]
     assert points[1]["top1"] == points[3]["top1"] == points[5]["top1"]
-    record = curve_record(zoo, points, name="toy", n_splits=2)
+    record = CurveRecord.make(zoo, dict(name="toy", n_splits=2), points=points)
     assert str(zoo.path) not in str(record) and len(plot_curves(record).axes) == 6
-    for p, high in zip(points, (.5, .9, .3, .9, .2, .9)): p["top1"] = [high - .01, high + .01]
-    t = curve_table(record)
-    assert t.times.tolist() == pytest.approx(
-        [1.5, 4.5, 1.5, 4.5, 1, 4.5]
-    ) and "from 2 epochs of training on" in curve_text(record)
-    points[5]["top1"] = [.1, .3]
+    for p, high in zip(record.points, (.5, .9, .3, .9, .2, .9)): p.top1 = [high - .01, high + .01]
+    assert curve_table(record).times.tolist() == pytest.approx([1.5, 4.5, 1.5, 4.5, 1, 4.5])
+    assert "from 2 epochs of training on" in curve_text(record)
+    record.points[5].top1 = [.1, .3]
     assert "at none of the epochs" in curve_text(record)
-    assert "epoch" not in curve_text(curve_record(zoo, points[:4], name="toy"))
+    assert "epoch" not in curve_text(replace(record, points=record.points[:4]))
+
+
+def made_up(points, **settings) -> CurveRecord:
+    return CurveRecord.from_dict(base_record(**settings) | dict(points=points))
 
 
 def test_a_readable_epoch_exceeds_chance_by_a_standard_deviation():
@@ -85,10 +91,10 @@ def test_a_readable_epoch_exceeds_chance_by_a_standard_deviation():
     """
     shares = [.18]*5 + [.38]*5
     point = dict(curve="epochs", x=4, n_tasks=5, top1=shares, val_accuracy=None)
-    record = dict(settings=dict(name="toy"), points=[point])
+    record = made_up([point])
     assert np.mean(shares) - 2*np.std(shares, ddof=1)/10**.5 > 1/5 > np.mean(shares) - np.std(shares, ddof=1)
     assert "at none of the epochs" in curve_text(record)
-    point["top1"] = [.23]*5 + [.33]*5
+    record.points[0].top1 = [.23]*5 + [.33]*5
     assert "from 4 epochs of training on" in curve_text(record)
 
 
@@ -101,18 +107,16 @@ GOOD = dict(curve="tasks", x=2, n_tasks=2, top1=[.5, .6], val_accuracy=None)
     (dict(n_tasks=0), "n_tasks"), (dict(n_tasks="5"), "n_tasks"), (dict(x=None), "x"),
 ])
 def test_a_broken_point_is_named(change, field):
-    record = dict(settings=dict(name="toy"), points=[GOOD, GOOD | change])
-    for f in (curve_table, curve_text, plot_curves):
-        with pytest.raises(ValueError, match=rf"'points\.1\.{field}"): f(record)
+    for f in (curve_table, curve_summary, curve_text, plot_curves): f(made_up([GOOD, GOOD]))
+    with pytest.raises(ValueError, match=rf"'points\.1\.{field}"): made_up([GOOD, GOOD | change])
 
 
-@pytest.mark.parametrize("record, field", [
-    ({}, "settings"), (dict(settings={}), "points"), (dict(settings={}, points=[]), "points"),
-])
-def test_a_record_without_its_parts_is_named(record, field):
-    with pytest.raises(ValueError, match=f"'{field}'"): curve_table(record)
+@pytest.mark.parametrize("change, field", [(dict(settings={}), "settings.name"), (dict(points=[]), "points")])
+def test_a_record_without_its_parts_is_named(change, field):
+    with pytest.raises(ValueError, match=f"'{field}'"):
+        CurveRecord.from_dict(base_record() | dict(points=[GOOD]) | change)
 
 
 def test_names_reach_the_text_escaped():
-    text = curve_text(dict(settings=dict(name="<img src=x>\x1b[2J"), points=[GOOD, GOOD | dict(x=3)]))
+    text = curve_text(made_up([GOOD, GOOD | dict(x=3)], name="<img src=x>\x1b[2J"))
     assert "<img" not in text and "\x1b" not in text and "&lt;img" in text

@@ -1,16 +1,18 @@
 """Evaluation: fits side by side give the tables of fits one by one, read-outs, putting branches together, finding a
 result again"""
-import json
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
-from lps.study.evaluate import READ_OUTS, classification_splits, classify, rank_k, summary, table1, table2, top_k
+from lps.study.splits import classification_splits
+from lps.study.stats import rank_k
+from lps.study.table1 import CLASSIFIERS, classify, table1, top_k
+from lps.study.table2 import table2
 from lps.methods.combine import FUSIONS, fuse, learn_alpha
-from lps.study.records import find_record, result_record
-from lps.core.files import save_tensors, write_json
+from lps.study.records import RunsRecord, find_record, runs_fields, summary
+from lps.core.files import save_tensors
 from lps.models.modelset import load_modelset
 from lps.methods.registry import score_models
 from lps.methods.registry import fit_method
@@ -52,19 +54,19 @@ def test_settings_may_differ_in_anything(models):
     assert runs.loc["stem"].equals(classify(models, splits, **FEW)) and len(runs) == 4
 
 
-def test_every_read_out_names_every_task(models):
+def test_every_classifier_ranks_every_task(models):
     splits = classification_splits(models.labels, 3, 1)
-    for read_out in READ_OUTS: assert classify(models, splits, read_out=read_out, **FEW).iloc[0, -1] == 1
-    with pytest.raises(ValueError, match="'vote' is unknown.*logits, nearest, centroid"):
-        classify(models, splits, read_out="vote", **FEW)
+    for name in CLASSIFIERS: assert classify(models, splits, name, **FEW).iloc[0, -1] == 1
+    with pytest.raises(ValueError, match="'vote' is unknown.*scores, nearest, centroid"):
+        classify(models, splits, "vote", **FEW)
 
 
-def test_a_triplet_network_is_read_by_its_neighbours(models):
+def test_a_triplet_network_classifies_by_its_neighbours(models):
     splits = classification_splits(models.labels, 3, 2)
     runs = classify(
         models,
         splits,
-        read_out="centroid",
+        classifier="centroid",
         loss="triplet",
         bs=6,
         per_task=3,
@@ -107,11 +109,9 @@ def test_top_k_of_scores(models):
 
 def test_a_result_is_found_by_models_and_settings(models, tmp_path):
     path, t = tmp_path/"r.json", table1(models, 2, 3, methods=("lps",), **FEW)
-    assert find_record(path, models) is None
-    write_json(path, record := result_record(models, t, **FEW))
-    assert find_record(path, models, **FEW) == json.loads(json.dumps(record))
-    assert (
-        find_record(path, models, **FEW | dict(epochs=3)) is None
-        and find_record(path, models[:-1], **FEW) is None
-        and find_record(path, models, lr=1) is None
-    )
+    assert find_record(RunsRecord, path, models, FEW) is None
+    record = RunsRecord.make(models, FEW | dict(name="r"), **runs_fields(t))
+    record.write(path)
+    assert find_record(RunsRecord, path, models, FEW) == record
+    for other in (FEW | dict(epochs=3), dict(lr=1)): assert find_record(RunsRecord, path, models, other) is None
+    assert find_record(RunsRecord, path, models[:-1], FEW) is None

@@ -13,14 +13,15 @@ import yaml
 from conftest import ROOT
 from nbformat.v4 import new_code_cell, new_notebook
 
-from lps import experiments
-from lps.study.evaluate import table1
-from lps.study.registry import (EXPERIMENTS, claims_table, kind_of, open_models, overview, register_experiment,
-                             result_files, result_path, show_overview, show_results)
-from lps.core.files import save_tensors, write_json
+import IPython.display
+import matplotlib.pyplot
+from lps.study.table1 import table1
+from lps.study.page import claims_table, overview, show_overview, show_results
+from lps.study.registry import EXPERIMENTS, kind_of, open_models, register_experiment, result_files, result_path
+from lps.core.files import save_tensors
 from lps.methods.registry import METHODS, Method
 from lps.models.modelset import load_modelset
-from lps.study.records import result_record
+from lps.study.records import RunsRecord, runs_fields
 from lps.methods.fitted import Fitted, FittedConfig
 
 SCRIPT = runpy.run_path(str(ROOT/"scripts/experiments.py"))
@@ -31,23 +32,23 @@ FEW = dict(epochs=2, milestones=(1,), n_filters=6)
 OUTSIDE = """
 from pathlib import Path
 
-from lps.study.claims import Claim, mean_sd, verdict
-from lps.study.registry import Experiment, plot_table, register_experiment, runs_table
-from lps.study.plots import chance_percent, percent
-from lps.study.records import runs_of
+from lps.study.records import RunsRecord
+from lps.study.registry import Claim, Experiment, register_experiment
+from lps.study.stats import mean_sd, verdict
+from lps.study.table1 import plot_table, runs_table
 
-def claims(record, paper):
-    top1 = percent(runs_of(record), 'lps')
-    above = verdict(top1 - chance_percent(record))
-    return [Claim('two epochs are enough', paper['said'], mean_sd(top1), above, f'{top1.mean():.0f} %', 'top-1')]
+def claims(record):
+    top1 = record.percent('lps')
+    above = verdict(top1 - record.chance)
+    return [Claim('two epochs are enough', 'no number', mean_sd(top1), above, f'{top1.mean():.0f} %', 'top-1')]
 
 hurried = register_experiment(Experiment(
     kind='hurried',
     title='Two epochs',
     where='elsewhere',
+    record=RunsRecord,
     plot=plot_table,
     table=runs_table,
-    paper=dict(said='no number'),
     claims=claims,
     words=lambda record: 'It was quick.',
     small=dict(n_splits=2),
@@ -57,16 +58,15 @@ hurried = register_experiment(Experiment(
 PARAMETERS = "model_set = 'bundled'\nn_splits = 3\nresults = 'results'"
 RUN = """
 import outside_of_lps
-from lps.study.evaluate import table1
+from lps.study.table1 import table1
 from lps.study.registry import open_models, result_path
-from lps.core.files import write_json
-from lps.study.records import result_record
+from lps.study.records import RunsRecord, runs_fields
 
 models = open_models(model_set)[:40]
 how = dict(n_splits=n_splits, seed=0, epochs=2, n_filters=6, momentum=.9, folded=False)
 table = table1(models, n_splits, methods=('lps',), milestones=(1,), epochs=2, n_filters=6)
-record = result_record(models, table, name=model_set, layers=['conv1'], **how)
-write_json(result_path(results, 'hurried', model_set), record)
+settings = dict(name=model_set, layers=['conv1'], **how)
+RunsRecord.make(models, settings, **runs_fields(table)).write(result_path(results, 'hurried', model_set))
 """
 
 
@@ -83,6 +83,11 @@ def toys(tmp_path_factory):
     return load_modelset(folder)
 
 
+def measured(models, runs) -> RunsRecord:
+    "A record of runs with few epochs"
+    return RunsRecord.make(models, HOW | FEW, **runs_fields(runs))
+
+
 @pytest.fixture
 def registries():
     "What a test registers is forgotten after it"
@@ -97,8 +102,8 @@ def registries():
 def shown(monkeypatch):
     "What is displayed, instead of displaying it"
     things = []
-    monkeypatch.setattr(experiments, "display", lambda *objects: things.extend(objects))
-    monkeypatch.setattr(experiments.plt, "show", lambda: things.append("figure"))
+    monkeypatch.setattr(IPython.display, "display", lambda *objects: things.extend(objects))
+    monkeypatch.setattr(matplotlib.pyplot, "show", lambda: things.append("figure"))
     return things
 
 
@@ -123,8 +128,8 @@ def text_of(things) -> str:
 
 def test_an_experiment_from_outside_arrives_on_the_page(toys, registries, shown, outside):
     runpy.run_path(str(outside/"outside_of_lps.py"))
-    record = result_record(toys, table1(toys, n_splits=2, n_train=4, methods=("lps",), **FEW), **HOW, **FEW)
-    write_json(result_path(outside/"results", "hurried", "toys"), record)
+    record = measured(toys, table1(toys, n_splits=2, n_train=4, methods=("lps",), **FEW))
+    record.write(result_path(outside/"results", "hurried", "toys"))
     grid = overview(outside/"results")
     assert grid.index.tolist() == [("elsewhere", "two epochs are enough", "top-1")]
     assert grid["toys"].iloc[0][0] in "✓?✗" and grid["toys"].iloc[0][2:].endswith("%")
@@ -172,21 +177,21 @@ def test_a_method_from_outside_arrives_in_records_and_verdicts(toys, registries)
         fitted=Middle,
     )
     runs = table1(toys, n_splits=2, n_train=4, **FEW)
-    record = result_record(toys, runs, **HOW, **FEW)
-    assert list(record["runs"]) == ["fc", "frobenius", "lps", "middle"] and "Middles of filters" in record["summary"]
+    record = measured(toys, runs)
+    assert list(record.runs) == ["fc", "frobenius", "lps", "middle"] and "Middles of filters" in record.summary
     found = claims_table("table1-toys.json", record)["found here"]
     assert "Middles of filters" not in found[0] and "Middles of filters" in found[1]
 
 
 def test_a_baseline_from_outside_is_one_to_beat(toys, registries):
     METHODS["oracle"] = replace(METHODS["lps"], name="oracle", title="LPS again", baseline=True)
-    record = result_record(toys, table1(toys, n_splits=2, n_train=4, **FEW), **HOW, **FEW)
+    record = measured(toys, table1(toys, n_splits=2, n_train=4, **FEW))
     assert "LPS again" in claims_table("table1-toys.json", record)["found here"][0]
 
 
 def test_a_kind_can_be_registered_once(registries):
     taken = "'table1' is taken by Task classification"
-    with pytest.raises(ValueError, match=taken): register_experiment(EXPERIMENTS["table1"])
+    with pytest.raises(ValueError, match=taken): register_experiment(replace(EXPERIMENTS["table1"], title="Another"))
 
 
 def test_digits_are_built_small(tmp_path):
@@ -207,7 +212,7 @@ def test_every_experiment_starts_with_claim_and_figure():
         cells = nbformat.read(ROOT/f"nbs/experiments/{kind}.ipynb", as_version=4).cells
         sources = [cell.source for cell in cells]
         assert sources[1].startswith("**Claim**"), kind
-        figure = sources.index(f"#| code-fold: true\nshow_results('{kind}')")
+        figure = sources.index(f'#| code-fold: true\nshow_results("{kind}")')
         assert figure < next(i for i, c in enumerate(cells) if "parameters" in c.metadata.get("tags", [])), kind
         for cell in cells:
             if cell.cell_type == "code": assert cell.source.startswith("#| code-fold: true\n"), kind
@@ -218,14 +223,14 @@ def test_what_would_fail_in_the_end_is_said_at_the_start(tmp_path):
     (results/"table1-bundled.json").mkdir(parents=True)
     file.write_text("")
     with pytest.raises(ValueError, match="table1-bundled.json is a folder"): result_path(results, "table1", "bundled")
-    with pytest.raises(ValueError, match="is a file: give a folder"): result_path(file, "table1", "bundled")
+    with pytest.raises(ValueError, match="is a file: pass a folder"): result_path(file, "table1", "bundled")
     with pytest.raises(SystemExit, match="is a file"): SCRIPT["main"](["--results", file, "--uncommitted"])
     with pytest.raises(SystemExit, match="is a folder"): SCRIPT["main"](["--times", tmp_path, "--uncommitted"])
 
 
 def test_an_uncommitted_tree_is_refused(monkeypatch):
     monkeypatch.setitem(SCRIPT["check"].__globals__, "provenance", lambda: dict(commit="0123456789ab+changes"))
-    with pytest.raises(SystemExit, match="commit first, then measure, or say --uncommitted"): SCRIPT["main"]([])
+    with pytest.raises(SystemExit, match="commit before you measure, or pass --uncommitted"): SCRIPT["main"]([])
 
 
 def test_a_setting_of_one_experiment_wins():

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lps.study.evaluate import table1
+from lps.study.table1 import table1
 from lps.models.modelset import bundled, load_modelset
 
 RECORD = Path(__file__).resolve().parent.parent/"results/table1-bundled.json"

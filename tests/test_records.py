@@ -3,19 +3,20 @@ import copy
 import importlib
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lps.study.evaluate import table1
-from lps.study.registry import claims_of, result_files
+from lps.study.table1 import table1
+from lps.study.page import claims_of
+from lps.study.registry import result_files
 from lps.core.files import write_json
 from lps.models.modelset import load_modelset
 from lps.study.records import (
-    MEASURED_BY, computed_by, find_record, from_uncommitted, is_current, plain_source, read_record,
-    record_marks, result_record, source_hash,
+    MEASURED_BY, Record, RunsRecord, Sources, find_record, plain_source, record_marks, runs_fields, source_hash,
 )
 
 RECORD = json.loads((ROOT/"results/table1-bundled.json").read_text(encoding="utf-8"))
@@ -45,21 +46,29 @@ def test_a_function_of_nothing_but_a_docstring_stays_one():
 
 def test_which_module_changed_matters_not_their_names(module):
     assert source_hash("half_of_it", "lps.align") != source_hash("lps.align", "half_of_it")
-    with pytest.raises(ValueError, match="no_such_module is no module"): source_hash("no_such_module")
+    with pytest.raises(ValueError, match="no_such_module is not a module"): source_hash("no_such_module")
 
 
 def test_a_result_is_not_taken_after_its_sources_changed(module, tmp_path):
     models = load_modelset("bundled")[:40]
     few = dict(epochs=1, milestones=[1], n_filters=4)
-    sources = (*MEASURED_BY, "half_of_it")
-    record = result_record(models, table1(models, 2, 3, methods=("fc",), **few), sources=sources, **few)
+
+    class Halved(RunsRecord): measured_by = (*MEASURED_BY, "half_of_it")
+
+    runs = table1(models, 2, 3, methods=("fc",), **few)
+    record = Halved.make(models, few | dict(name="some"), **runs_fields(runs))
     path = tmp_path/"table1-some.json"
-    write_json(path, record)
-    assert find_record(path, models, sources, **few) == json.loads(json.dumps(record))
-    assert find_record(path, models, **few) is None  # other sources
+    record.write(path)
+    assert find_record(Halved, path, models, few) == record
+    assert find_record(RunsRecord, path, models, few) is None  # other sources
     module.write_text("def half(x): return x/3\n")
-    assert find_record(path, models, sources, **few) is None
-    assert not is_current(record) and record_marks(record | dict(commit="abc")) == ["older than its sources"]
+    assert find_record(Halved, path, models, few) is None
+    assert not record.sources.are_current
+    assert record_marks(replace(record, commit="abc")) == ["older than its sources"]
+
+
+def test_a_module_that_is_gone_makes_a_result_stale():
+    assert not Sources(["lps.no_such_module"], "0"*16).are_current
 
 
 def test_a_result_without_a_hash_is_not_taken_but_shown(tmp_path):
@@ -67,23 +76,25 @@ def test_a_result_without_a_hash_is_not_taken_but_shown(tmp_path):
     path = tmp_path/"table1-bundled.json"
     old = {key: value for key, value in RECORD.items() if key != "sources"}
     write_json(path, old)
-    assert read_record(path)["model_set"]["sha256"] == RECORD["model_set"]["sha256"]
-    assert find_record(path, models) is None
-    write_json(path, old | computed_by(*MEASURED_BY))
-    assert find_record(path, models) is not None
-    assert record_marks(old | dict(commit="abc")) == ["older than the hash of sources"]
+    record = Record.read(path)
+    assert record.model_set.sha256 == RECORD["model_set"]["sha256"]
+    assert find_record(Record, path, models, {}) is None
+    replace(record, sources=Sources.of(MEASURED_BY)).write(path)
+    assert find_record(Record, path, models, {}) is not None
+    assert record_marks(replace(record, commit="abc")) == ["older than the hash of sources"]
+    write_json(path, old)
     assert list(result_files(tmp_path)) == [path]
 
 
 def test_a_result_from_an_uncommitted_tree_is_marked():
-    dirty = RECORD | dict(commit="abc+changes") | computed_by("lps.align")
-    assert from_uncommitted(dirty) and record_marks(dirty) == ["measured from an uncommitted tree"]
-    for commit in ("abc", None): assert not from_uncommitted(dirty | dict(commit=commit))
+    dirty = replace(Record.from_dict(RECORD), commit="abc+changes", sources=Sources.of(["lps.align"]))
+    assert record_marks(dirty) == ["measured from an uncommitted tree"]
+    for commit in ("abc", None): assert record_marks(replace(dirty, commit=commit)) == []
 
 
 def test_a_folder_in_place_of_a_result_is_said(tmp_path):
-    with pytest.raises(ValueError, match="is a folder: a result file is needed"):
-        find_record(tmp_path, load_modelset("bundled"))
+    with pytest.raises(ValueError, match="is a folder: pass the path of a result file"):
+        find_record(Record, tmp_path, load_modelset("bundled"), {})
 
 
 def changed(record, field, value):
@@ -101,7 +112,7 @@ def changed(record, field, value):
     ("settings.layers", "conv1"), ("settings.name", 3), ("settings.n_splits", "many"), ("machine", None),
     ("machine.cores", True), ("time", 3), ("commit", 3), ("runs", []), ("runs.lps", []), ("runs.lps.top-1", ["0.5"]),
     ("runs.lps.top-1", []), ("runs.lps.top-1", [.1]), ("runs.lps.top-1", [math.nan]*20), ("versions", 1),
-    ("n_right", "1"), ("sources", {"modules": 3, "sha256": ""}), ("rho", 3), ("points", {}),
+    ("n_right", "1"), ("sources", {"modules": 3, "sha256": ""}),
 ])
 def test_a_broken_field_is_named(tmp_path, field, value):
     path = tmp_path/"table1-x.json"
@@ -117,7 +128,7 @@ def test_a_broken_field_is_named(tmp_path, field, value):
 def test_a_file_that_is_no_record_is_one_message(tmp_path, text):
     path = tmp_path/"table1-x.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"^table1-x\.json"): read_record(path)
+    with pytest.raises(ValueError, match=r"^table1-x\.json"): Record.read(path)
 
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
@@ -137,5 +148,5 @@ def test_any_value_in_any_field_is_read_or_refused(tmp_path_factory, field, valu
 
 def test_claims_of_a_record_without_the_methods_are_refused(tmp_path):
     path = tmp_path/"table1-x.json"
-    record = RECORD | dict(runs={"fc": RECORD["runs"]["fc"]})
-    with pytest.raises(ValueError, match="table1-x.json: .*'lps'"): claims_of(path, record)
+    record = RunsRecord.from_dict(RECORD | dict(runs={"fc": RECORD["runs"]["fc"]}))
+    with pytest.raises(ValueError, match="table1-x.json: .*'runs.lps.top-1' is missing"): claims_of(path, record)

@@ -1,4 +1,4 @@
-"""A method and a data set defined from outside arrive everywhere; architectures and experiments: see their own tests"""
+"""A method and a data set that are defined elsewhere appear everywhere"""
 import re
 from dataclasses import replace
 
@@ -10,11 +10,11 @@ from lps.methods import registry as methods
 from lps.zoo import tasks
 from lps.cli import main
 from lps.zoo.datasheet import datasheet, datasheet_text
-from lps.study.evaluate import summary, table1
+from lps.study.table1 import table1
 from lps.methods.fitted import Fitted, FittedConfig
 from lps.methods.registry import Method, fit_method, load_fitted, register_method, save_fitted
 from lps.models.modelset import load_modelset
-from lps.study.records import result_record
+from lps.study.records import runs_fields, summary
 from lps.index.index import ModelIndex
 from lps.zoo.tasks import DataSet, ImageSet, register_dataset
 from lps.zoo.recipe import recipes
@@ -22,7 +22,7 @@ from lps.zoo.build import build
 
 
 class Strength(Fitted):
-    "How strong each filter is, strongest first: what a network computes does not depend on their order"
+    "Compare the sorted norms of the filters, which do not depend on their order"
     def embed(self, weights):
         norms = [weights[layer].flatten(2).norm(dim=2).sort(descending=True).values for layer in self.layers]
         return normalize(torch.cat(norms, 1), dim=1)
@@ -59,12 +59,12 @@ def test_a_method_from_outside_arrives_everywhere(strength, tmp_path, capsys):
     assert main(["fit", "bundled", "--method", "strength", "--out", str(out)]) == 0
     assert load_fitted(out).layers == ["conv1"]
     few = models[models.manifest.task < 4]
-    runs = table1(few, 2, 8, methods=("strength",), read_out="nearest")
-    assert "Norms of filters" in summary(runs).index and "Norms of filters" in result_record(few, runs)["summary"]
+    runs = table1(few, 2, 8, methods=("strength",), classifier="nearest")
+    assert "Norms of filters" in summary(runs).index and "Norms of filters" in runs_fields(runs)["summary"]
 
 
 def light_or_dark(split, **kwargs):
-    "Images of two classes that a small network tells apart at once"
+    "Return images of two classes that are easy to classify"
     labels = torch.arange(40) % 2
     noise = torch.randint(100, (40, 3, 8, 8), generator=torch.Generator().manual_seed(len(split)))
     return ImageSet((noise + 150*labels[:, None, None, None]).to(torch.uint8), labels, ["dark", "light"], "lights")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lps.study.plots import map_2d, plot_embedding, plot_rank_k, plot_similarity
+from lps.study.figures import map_2d, plot_embedding, plot_rank_k, plot_similarity
 from lps.study.report import html_report
 
 EVIL = [

@@ -9,12 +9,13 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
-from lps.study.claims import at_chance, reaches, stays_below, verdict
-from lps.study.registry import (
-    EXPERIMENTS, caption, claims_of, claims_table, in_words, kind_of, outcomes_text, overview,
-    result_files, same_networks,
-)
-from lps.study.plots import ALIGNMENTS
+from lps.study.stats import at_chance, reaches, stays_below, verdict
+from lps.study.records import Record
+from lps.study.page import caption, claims_of, claims_table, outcomes_text, overview, same_networks
+from lps.study.registry import EXPERIMENTS, kind_of, result_files
+from made_up import base_record
+
+from lps.study.alignment import ALIGNMENTS
 
 PAGE = json.loads((ROOT/"nbs/results.ipynb").read_text(encoding="utf-8"))
 FILES = result_files(ROOT/"results")
@@ -58,9 +59,15 @@ def test_every_figure_follows_the_file_behind_it():
 def test_what_is_said_of_a_file_is_what_is_in_it(path):
     text, record = "\n".join(text for _, text in outputs(PAGE)), FILES[path]
     claims = claims_table(path, record)
-    said = [in_words(path, record), caption(record).split(" *Marked")[0], *claims["found here"], *claims.verdict]
+    said = [text_of(path, record), caption(record).split(" *Marked")[0], *claims["found here"], *claims.verdict]
     stale = [t for t in said if t not in text]
     assert not stale, "the page is older than the file: run nbs/results.ipynb from top to bottom"
+
+
+def text_of(path, record) -> str:
+    "What a page says of a result beside the claims"
+    words = EXPERIMENTS[kind_of(path)].words
+    return words(record) if words else ""
 
 
 def test_page_opens_with_the_grid_of_all_claims():
@@ -93,9 +100,10 @@ def test_code_on_the_page_is_folded():
 
 
 def test_every_record_is_whole():
-    for path, record in FILES.items():
-        assert {"model_set", "settings", "versions", "machine", "commit", "time"} <= set(record), path.name
-        assert not re.search(r'"/(root|home|tmp|Users|var)/', json.dumps(record)), path.name
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert {"model_set", "settings", "versions", "machine", "commit", "time"} <= set(json.loads(text)), path.name
+        assert not re.search(r'"/(root|home|tmp|Users|var)/', text), path.name
 
 
 def test_without_a_file_there_is_no_section(workdir, tmp_path, monkeypatch):
@@ -125,23 +133,16 @@ def made_up(kind, layers=19, tasks=10, splits=3):
         methods = []
         for variant in ALIGNMENTS: methods += [f"{variant}/{l}" for l in names[1:]]
     top = {f"top-{k}": np.minimum(1, rng.uniform(.1, .2, splits)*k).tolist() for k in range(1, tasks + 1)}
-    how = dict(name="made up", n_splits=splits, seed=0, epochs=1, n_filters=1, momentum=.9, folded=False)
-    record = dict(
-        model_set=dict(models=100, tasks=tasks, data=[], recipe=[], val_accuracy=None),
-        settings=how | dict(layers=names[1:] if kind == "alignment" else names),
-        n_right=1,
-        runs={m: top for m in methods},
-        time="2026-01-01T",
-        commit="abc",
-        machine=dict(cores=2, cpu="x"),
-    )
+    how = dict(n_splits=splits, seed=0, epochs=1, n_filters=1, momentum=.9, folded=False)
+    record = base_record(tasks, **how, layers=names[1:] if kind == "alignment" else names)
+    record |= dict(n_right=1, runs={m: top for m in methods})
     if kind == "fusion":
         record |= dict(fusions=["learned"], best_branch="best branch, held-out", alpha=[[1/layers]*layers]*splits)
         record |= dict(chosen=names[:splits], oracle=names[:splits])
     if kind == "triplet":
         rank = {f"rank-{k}": v for k, v in enumerate(top.values(), 1)}
         record |= dict(n_right=4, runs={m: rank for m in methods}, classification=dict(runs={"a: logits": top}))
-    return record
+    return EXPERIMENTS[kind].record.from_dict(record)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -150,23 +151,23 @@ def test_every_kind_has_claims_words_and_a_figure(kind, n, splits):
     record = made_up(kind, splits=splits)
     rows = claims_table(f"{kind}-made-up.json", record)
     assert len(rows) == n and (splits > 1 or set(rows.verdict) <= {"not decided"})
-    assert "nan" not in rows.to_string() + in_words(f"{kind}-x.json", record)
+    assert "nan" not in rows.to_string() + text_of(f"{kind}-x.json", record)
     assert EXPERIMENTS[kind].plot(record) is not None and "layer3" not in caption(record)
 
 
 def test_a_branch_that_stands_out_is_found():
     record = made_up("branches")
-    first = record["runs"]["layer0"]
-    record["runs"]["layer0"] = {k: np.minimum(1, np.add(values, .5)).tolist() for k, values in first.items()}
+    first = record.runs["layer0"]
+    record.runs["layer0"] = {k: np.minimum(1, np.add(values, .5)).tolist() for k, values in first.items()}
     assert claims_table("branches-x.json", record).verdict.tolist()[0] == "reproduces"
 
 
-def test_what_branches_know_of_the_models_they_learned_from_is_said():
+def test_top1_of_the_training_models_is_shown():
     record = made_up("branches")
-    record["learned"] = {l: [.25]*3 for l in record["runs"]}
-    assert "of the models learned from 25.0" in claims_table("branches-x.json", record)["found here"].tolist()[-1]
+    record.learned = {l: [.25]*3 for l in record.runs}
+    assert "of the training models 25.0" in claims_table("branches-x.json", record)["found here"].tolist()[-1]
     lines = EXPERIMENTS["branches"].plot(record).get_lines()
-    assert any("learned from" in line.get_label() for line in lines)
+    assert any("training models" in line.get_label() for line in lines)
 
 
 def test_alignment_of_no_worth_is_not_found():
@@ -208,7 +209,9 @@ def test_a_file_of_nothing_known_is_named():
 
 
 def test_the_same_networks_under_two_names_are_told_by_their_fingerprint():
-    def record(name, **about): return dict(model_set=about, settings=dict(name=name))
-    records = [record("build", sha256="a"), record("other", sha256="b"), record("packed", sha256="a")]
-    records += [record("build", sha256="a"), record("old"), record("older")]
+    def record(name, sha256=None):
+        fields = base_record(name=name)
+        return Record.from_dict(fields | dict(model_set=fields["model_set"] | dict(sha256=sha256)))
+    records = [record("build", "a"), record("other", "b"), record("packed", "a")]
+    records += [record("build", "a"), record("old"), record("older")]
     assert same_networks(records) == [("build", "packed")]

@@ -27,7 +27,7 @@ from ..core.files import pluralise, printable, write_atomic
 from .index import ModelIndex, bundled_unseen
 from ..methods.registry import embed_models, fit_method, method_title
 from ..models.modelset import bundled, load_modelset
-from ..study.plots import COLOURS, map_2d
+from ..study.figures import COLOURS, map_2d
 
 # %% ../../nbs/index/05_map.ipynb #6ffdc2b1
 LONGEST = 120 # characters of a fact that are shown

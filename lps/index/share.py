@@ -18,7 +18,7 @@ from ..core.optional import optional
 from .index import ModelIndex
 from ..methods.registry import load_fitted, method_title, save_fitted
 from ..models.modelset import ModelSet, load_modelset, pack
-from ..study.records import read_record, record_marks
+from ..study.records import RunsRecord, record_marks
 from ..zoo.datasheet import datasheet, datasheet_text, markdown_table
 from ..zoo.tasks import source_of
 
@@ -47,12 +47,12 @@ def kind_of(
 # %% ../../nbs/index/04_share.ipynb #3332ece4
 def _results(record):
     "Format the table of a result file, with the models it was measured on and its caveats"
-    table = pd.DataFrame(record["summary"]).T.fillna("")
+    table = pd.DataFrame(record.summary).T.fillna("")
     rows = [[name, *row] for name, row in zip(table.index, table.to_numpy().tolist())]
-    about = record["model_set"]
-    size = f"{pluralise(about['models'], 'model')} of {pluralise(about['tasks'], 'task')}"
+    about = record.model_set
+    size = f"{pluralise(about.models, 'model')} of {pluralise(about.tasks, 'task')}"
     marks = "".join(f", {mark}" for mark in record_marks(record))
-    source = printable(f"{size}, commit {record['commit']}")
+    source = printable(f"{size}, commit {record.commit}")
     return f"{markdown_table(['method', *table.columns], rows)}\n\n{source}{marks}."
 
 USE = """```python
@@ -74,13 +74,13 @@ def card(
 ) -> str:                     # Markdown, in the format of the Hub
     "Write a model card: data and their terms, figures, licence, use"
     kind = kind_of(thing)
-    read = [read_record(path) for path in records]
+    read = [RunsRecord.read(path) for path in records]
     head = dict(license=licence, library_name="lps", tags=["lps", "model-search", kind])
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
     title = f"{thing!r}."
     if kind == "method": title = f"The method *{method_title(thing.method)}*, fitted on {len(thing.tasks)} tasks."
     named = [] if kind == "method" or "data" not in thing.manifest else list(thing.manifest.data.dropna().unique())
-    for record in read: named += record["model_set"]["data"]
+    for record in read: named += record.model_set.data
     sources = [f"- {printable(source_of(name))}" for name in dict.fromkeys(map(str, named))]
     parts = [
         f"---\n{front}\n---",
