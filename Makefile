@@ -1,4 +1,4 @@
-# `make demo` and `make test` work from a fresh clone: each makes .venv on its first run and is quick after that.
+# `make demo` and `make test` work from a fresh clone: each creates .venv on its first run.
 PYTHON      ?= python3
 VENV        ?= .venv
 CONSTRAINTS ?= constraints.txt
@@ -16,10 +16,10 @@ DEV_STAMP := $(VENV)/.installed-dev
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-demo: $(RUN_STAMP) ## Tables 1 and 2 on the bundled networks and on a small zoo trained here, with a report
+demo: $(RUN_STAMP) ## run Tables 1 and 2 on bundled networks and on networks trained here, and write a report
 	@$(BIN)/lps demo $(ARGS)
 
-test: $(DEV_STAMP) ## read the code with ruff; run every notebook, the experiments, the command line and the site, in two processes (ARGS goes to pytest)
+test: $(DEV_STAMP) ## run ruff and all tests, notebooks included, in two processes (ARGS goes to pytest)
 	@$(BIN)/ruff check --quiet
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
@@ -32,16 +32,16 @@ docs: $(DEV_STAMP) ## build the documentation site into _docs/
 lab: $(DEV_STAMP) ## open JupyterLab on nbs/
 	@$(BIN)/jupyter lab --notebook-dir=nbs $(ARGS)
 
-sync: $(DEV_STAMP) ## write lps/ from the notebooks, clean them, and write the sidebar's lists and README.md
+sync: $(DEV_STAMP) ## write lps/, the sidebar and README.md from the notebooks, and clean the notebooks
 	@$(BIN)/nbdev-export && $(BIN)/nbdev-clean && $(BIN)/python scripts/docs.py sidebar && $(BIN)/python scripts/docs.py readme
 
 readme: $(DEV_STAMP) ## write README.md from nbs/index.ipynb
 	@$(BIN)/python scripts/docs.py readme
 
-constraints: $(DEV_STAMP) ## write the versions installed now into constraints.txt
+constraints: $(DEV_STAMP) ## write the installed versions to constraints.txt
 	@$(BIN)/python scripts/constraints.py > constraints.tmp && mv constraints.tmp constraints.txt
 
-clean: ## delete what the other targets made, but .venv
+clean: ## delete the products of all targets but .venv
 	@rm -rf _docs _proc build dist *.egg-info .pytest_cache .ruff_cache .hypothesis && find lps nbs tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## delete .venv too
@@ -53,7 +53,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(RUN_STAMP): $(REQUIRES) | $(BIN)/python
-	@echo "Installing lps and its requirements into $(VENV): some minutes the first time"
+	@echo "Installing lps and its requirements into $(VENV), which takes some minutes"
 	@$(PIP) --editable .
 	@touch $@
 

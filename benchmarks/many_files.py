@@ -3,9 +3,9 @@
     python benchmarks/many_files.py [FILES] [BROKEN]
 
 Half of the files are written by torch.save, half by safetensors; the broken ones are truncated, full of NaN, pickled
-code, empty, or of another format than their ending says. `lps index build` is killed when half of the models are in
-the index, and started again. Says what each start cost in CPU seconds, and checks that every whole file has one row,
-that every broken one is listed with a reason, and that nothing that a file holds was run. Writes
+code, empty, or of another format than their ending. `lps index build` is killed when half of the models are in
+the index, and started again. Reports the CPU seconds of each start, and checks that every whole file has one row, that
+every broken one is listed with a reason, and that no code from a file was run. Writes
 benchmarks/results/many_files.json.
 """
 import functools
@@ -35,14 +35,14 @@ TASKS, METHOD = 50, "stem-signature"
 
 
 class Code:
-    "Pickled, it asks for a file to be written"
+    "Write a file when unpickled"
     def __init__(self, path): self.path = path
     def __reduce__(self): return open, (str(self.path), "w")
 
 
 @functools.cache
 def weights_of(task):
-    "What the networks of a task have in common"
+    "Return weights that the networks of a task have in common"
     torch.manual_seed(task)
     return ResNet(depth=8, width=4).state_dict()
 
@@ -56,7 +56,7 @@ def network(task, run):
 
 
 def write(path, state):
-    "A file as its ending says"
+    "Write a file in the format of its ending"
     if path.suffix == ".safetensors": safetensors.torch.save_file(state, path)
     else: torch.save(state, path)
 

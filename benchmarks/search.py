@@ -57,7 +57,7 @@ def read(path):
 
 
 def peers(rows):
-    "What searches the same rows, by name: those that are installed"
+    "Return the installed libraries that search the same rows, by name"
     brute = NearestNeighbors(algorithm="brute", metric="cosine").fit(rows)
     found = {"scikit-learn brute force": lambda queries: brute.kneighbors(queries, K, return_distance=False)}
     try:

@@ -18,10 +18,9 @@ Two comparisons, the sides in turn, ratios within each turn:
                loading workers;
                left out (null) when other work has the machine, a load above 1 at the start: it slows a loop of
                several threads out of proportion
-`core` says how much of a core the zoo uses: its arithmetic, counted as 3 x 2 x 40.8 million operations an image (the
-backward pass as
-twice the forward pass, convolutions only), over that of a matrix product of 2048 x 2048 in the same precision; and
-where a step's time goes.
+`core` is the share of a core that the zoo uses: its arithmetic, counted as 3 x 2 x 40.8 million operations an image
+(the backward pass as twice the forward pass, convolutions only), over that of a matrix product of 2048 x 2048 in
+the same precision; and where a step's time goes.
 Writes benchmarks/results/zoo_cpu.json.
 """
 import argparse, contextlib, multiprocessing, os, statistics, tempfile, time

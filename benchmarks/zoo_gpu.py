@@ -30,7 +30,7 @@ chosen and captured.
 step of each candidate is from
 the step of the networks one by one in float32, relative to its length, for the worst of four models (one pixel that
 rounding takes over the edge of
-a ReLU can make that a percent); `isolated` says whether NaN in one model left the other three alone. Writes
+a ReLU can make that a percent); `isolated` records whether NaN in one model left the other three unchanged. Writes
 benchmarks/results/zoo_gpu.json. With --device cpu it only shows that it works: no graphs, no file.
 """
 import argparse, copy, gc, tempfile, time
@@ -63,7 +63,7 @@ MODELSET500 = 500*160*1000
 
 @dataclass
 class Setup:
-    "What all sides train, and where"
+    "Training data and device of all sides"
     device: torch.device
     recipe: Recipe = recipes["paper"]
     images: int = 1000
@@ -282,7 +282,7 @@ def first_steps(setup, M=4):
 
 
 def check(fit, batch, before, alone, setup):
-    "How far the first step is from that of the networks alone, and whether NaN in one model stays there"
+    "Compare the first step with separate steps, and check whether NaN stays in one model"
     after = fit(copy.deepcopy(before), batch, setup)
     difference = max(
         ((weights(a) - weights(b)).norm() / (weights(b) - weights(c)).norm()).item()
@@ -295,7 +295,7 @@ def check(fit, batch, before, alone, setup):
 
 
 def tried(f, *args):
-    "What a function gives, or why it fails: one candidate must not cost the numbers of the others"
+    "Return the result of a function or the reason of its failure, so that the other candidates still run"
     try: return f(*args)
     except RuntimeError as e: return dict(failed=(str(e).splitlines() or [type(e).__name__])[0][:200])
 

@@ -5,6 +5,7 @@ from .index.map import model_map as model_map
 from .index.share import from_pretrained as from_pretrained
 from .index.share import push_to_hub as push_to_hub
 from .index.share import save_pretrained as save_pretrained
+from .lineage.compare import compare as compare
 from .methods.registry import METHODS as METHODS
 from .methods.registry import Method as Method
 from .methods.registry import embed_models as embed_models
@@ -18,7 +19,10 @@ from .models.modelset import ModelSet as ModelSet
 from .models.modelset import join_sets as join_sets
 from .models.modelset import load_modelset as load_modelset
 from .models.modelset import pack as pack
+from .models.read import Reading as Reading
+from .models.read import inspect_model as inspect_model
 from .models.read import read_model as read_model
+from .nets.architectures import register_architecture as register_architecture
 from .second_order import SecondOrderNet as SecondOrderNet
 from .zoo.build import build as build
 from .zoo.tasks import DataSet as DataSet

@@ -155,6 +155,7 @@ READING, METHOD, OUTPUT = "Reading", "Method", "Output"
 NAME_MAP = r'Rename tensors: JSON file with a list of \["pattern", "replacement"], or an object {"old": "new"}'
 Names = Annotated[str | None, Option(help=NAME_MAP, rich_help_panel=READING)]
 ARCH = "Architecture, if it cannot be recognised: timm/NAME, torchvision/NAME, package.module:function"
+WHICH = "Network to read from a file that holds several, as lps inspect lists them"
 STATS = "Mean and standard deviation used to normalise its images, if no file records them: .5,.5,.5 .25,.25,.25"
 
 @dataclasses.dataclass
@@ -168,12 +169,13 @@ class ReadingOptions:
     stats: Annotated[
         tuple[str, str] | None, Option(metavar="MEAN SD", help=STATS, rich_help_panel=READING)
     ] = None
+    which: Annotated[str | None, Option(help=WHICH, rich_help_panel=READING)] = None
 
     def settings(self):
         "Return the same as a `Reading`"
         from lps.models.read import Reading
         if self.arch and ":" in self.arch and "" not in sys.path: sys.path.insert(0, "")  # modules of this folder
-        return Reading(read_name_map(self.names), self.arch, self.size, parse_stats(self.stats))
+        return Reading(read_name_map(self.names), self.arch, self.size, parse_stats(self.stats), self.which)
 
 # %% ../nbs/04_cli.ipynb #3598d8b4
 def parse_stats(stats) -> tuple | None:

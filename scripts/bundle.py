@@ -51,7 +51,7 @@ def add_index(folder: Path):
 
 
 def unfit(folder: Path) -> str | None:
-    "Why these files must not be bundled, or None"
+    "Return the reason not to bundle these files, or None"
     sizes = {n: (folder/n).stat().st_size for n in FILES}
     if sum(sizes.values()) > LIMIT: return f"{sum(sizes.values())} bytes, {LIMIT} are allowed: {sizes}"
     for n in FILES[:2]:
@@ -100,7 +100,7 @@ def bundle_kept(
 
 
 def network_facts(file: str, model, names: dict) -> dict:
-    "What an index says of a network"
+    "Return the facts of a network for an index"
     first, second = (names.get(c, c) for c in model.meta["classes"])
     return dict(
         file=file,
@@ -153,7 +153,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--name", default="modelset500-tinyimagenet32", help="what the set is called")
     parser.add_argument("--out", type=Path, default=DATA, help="folder to write to")
-    parser.add_argument("--kept", type=int, metavar="EPOCH", help="add the networks kept after so many epochs instead")
+    parser.add_argument("--kept", type=int, metavar="EPOCH", help="add networks kept after this many epochs instead")
     parser.add_argument("--add", type=Path, nargs="+", default=[], help="packed sets of networks kept at that epoch")
     parser.add_argument("--file", default="modelset500", help="with --kept: the file is FILE-epochEPOCH.safetensors")
     parser.add_argument("--answers", action="store_true", help="add what the whole networks of a folder say instead")

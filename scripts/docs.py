@@ -1,8 +1,8 @@
 """Build the documentation without Quarto: `docs.py site` writes _docs/, `docs.py readme` writes README.md,
 `docs.py sidebar` writes the lists of notebooks and modules in _quarto.yml
 
-nbdev prepares the notebooks in _proc/ (it runs imports and exported cells only, and adds the signatures);
-smalldocs renders _proc/ as _quarto.yml says; formulas become MathML, so that a page loads nothing from elsewhere.
+nbdev prepares the notebooks in _proc/: it runs imports and exported cells and adds signatures. smalldocs renders
+_proc/ by _quarto.yml. Formulas become MathML, so that a page loads nothing from elsewhere.
 """
 import html
 import json
@@ -13,19 +13,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LONG = 30  # lines of source that are folded away even where no signature stands above them
+LONG = 30  # lines of source that are folded even without a signature above them
 
 
 def plain_names(signature: str) -> str:
-    "A signature without the notebook's own module, under a heading whose underscores are no emphasis"
+    "Return a signature without the notebook's own module, with escaped underscores in its heading"
     return re.sub(
         r"^#+ .*$", lambda m: m[0].replace("_", r"\_"), signature.replace("__main__.", ""), count=1, flags=re.M
     )
 
 
 def with_source():
-    """nbdev's processors, keeping the source of what is exported: in a fold under its signature, open where it has
-    none and is short
+    """Return nbdev's processors, which keep the source of exported cells in a fold under the signature
+
+    The fold is open for short cells without a signature.
     """
     import ast
     from nbdev.process import Processor
@@ -44,7 +45,7 @@ def with_source():
             cell.directives_["exports"] = ""
 
     def finish(cell):
-        "Close the folds that stand under a signature or are long, and write the signature's names plainly"
+        "Close folds that are long or have a signature, and simplify the signature's names"
         closed = cell.cell_type == "code" and (_def_names(cell, ()) or cell.source.count("\n") > LONG)
         cell.source = re.sub(
             r"^#\| code-fold: show\n#\| code-summary: .*",
@@ -62,7 +63,7 @@ def with_source():
 
 
 def prepare() -> Path:
-    "Run nbdev's preparation of the notebooks, in this process; returns the folder it wrote"
+    "Prepare the notebooks with nbdev in this process; return the folder"
     os.chdir(ROOT)
     import nbdev.serve
     nbdev.serve.FilterDefaults = with_source()
@@ -70,18 +71,18 @@ def prepare() -> Path:
 
 
 def render(staged: Path):
-    "Render the prepared folder with smalldocs; returns the site's folder and what smalldocs warned of"
+    "Render the prepared folder with smalldocs; return the site's folder and its warnings"
     from smalldocs.config import load
     from smalldocs.site import Site
     project = load(staged)
-    project.project.pop("pre-render", None)  # smalldocs makes the API pages itself; the line is for Quarto
+    project.project.pop("pre-render", None)  # for Quarto; smalldocs makes the API pages itself
     site = Site(project, quiet=True)
     site.build()
     return site.out, [w for w in site.warnings if "output-file is not read" not in w]
 
 
 def mathml(page: str) -> str:
-    "Replace the formulas of an HTML page by MathML and drop the script that would have set them"
+    "Replace the formulas of an HTML page by MathML, and drop the script that would typeset them"
     from latex2mathml.converter import convert
     def formula(m):
         return convert(html.unescape(m[2]), display="block" if m[1] == "display" else "inline")
@@ -90,13 +91,13 @@ def mathml(page: str) -> str:
 
 
 def draw_map(staged: Path):
-    "Put the map of the bundled models among the pictures of the prepared folder, where pages link to it"
+    "Draw the map of the bundled models into the prepared folder, where pages link to it"
     from lps.index.map import bundled_map
     bundled_map(staged/"images/market-map.html", inline=False)
 
 
 def site():
-    "Write the site into _docs/; anything that smalldocs warns of is an error"
+    "Write the site into _docs/; a warning of smalldocs is an error"
     staged = prepare()
     draw_map(staged)
     built, warnings = render(staged)
@@ -114,7 +115,7 @@ TITLES = dict(
 
 
 def library_sections() -> str:
-    "The sidebar's sections of library notebooks: those beside the folders first, then one section a folder"
+    "Return the sidebar's sections of library notebooks: top level first, then one section a folder"
     lines = ["      - section: Method and commands", "        contents:"]
     lines += [f"          - {path.name}" for path in sorted(ROOT.glob("nbs/[0-9]*.ipynb"))]
     for folder, title in TITLES.items():
@@ -124,7 +125,7 @@ def library_sections() -> str:
 
 
 def api_names() -> list[str]:
-    "The API page of every module: its last name, as smalldocs has it, or all of it where two modules share that"
+    "Return the API page of every module: its last name, or its full name if two modules share that"
     paths = [path.relative_to(ROOT/"lps").with_suffix("") for path in sorted(ROOT.glob("lps/**/*.py"))]
     modules = [path for path in paths if not path.name.startswith("_")]
     lasts = [path.name for path in modules]
@@ -134,7 +135,7 @@ def api_names() -> list[str]:
 
 
 def api_pages() -> str:
-    "The sidebar's list of modules"
+    "Return the sidebar's list of modules"
     return "".join(f"          - api/{name}.qmd\n" for name in api_names())
 
 
@@ -155,7 +156,7 @@ def as_text(source) -> str: return source if isinstance(source, str) else "".joi
 
 
 def outputs_md(cell: dict) -> list[str]:
-    "The outputs of a code cell that a README can show: Markdown as it is, text in a fence, no pictures"
+    "Return the outputs of a code cell for a README: Markdown as it is, text in a fence, no pictures"
     parts = []
     for out in cell.get("outputs", []):
         data = out.get("data", {"text/plain": out.get("text", "")})
@@ -167,7 +168,7 @@ def outputs_md(cell: dict) -> list[str]:
 
 
 def cell_md(cell: dict) -> list[str]:
-    "One notebook cell as the README's Markdown"
+    "Return a notebook cell as Markdown for the README"
     source = as_text(cell["source"])
     if cell["cell_type"] == "markdown": return [source.strip()]
     if cell["cell_type"] != "code" or re.search(r"^#\|\s*hide\b", source, flags=re.M): return []
@@ -177,7 +178,7 @@ def cell_md(cell: dict) -> list[str]:
 
 
 def readme_text(notebook: Path = ROOT/"nbs/index.ipynb") -> str:
-    "The README that the front page's notebook makes; its links are those of the notebook, seen from the top folder"
+    "Return the README: the front page's notebook, with links relative to the top folder"
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     text = "\n\n".join(part for cell in cells for part in cell_md(cell) if part)
     text = re.sub(

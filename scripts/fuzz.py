@@ -1,8 +1,8 @@
-"""Feed every reader of files with hostile ones, many times: python scripts/fuzz.py [--examples 200000] [--seed 1]
+"""Test every reader of files with hostile inputs: python scripts/fuzz.py [--examples 200000] [--seed 1]
 
-Runs the property tests of the suite with as many inputs in all, and prints how many were tried, test by test. A reader
-may take a file or refuse it with `ValueError` or `OSError`; anything else, a process, a socket or code that is started,
-counts as outside."""
+Runs the property tests of the suite with this many inputs in all, and prints the number of inputs of each test. A
+reader may read a file, or refuse it with `ValueError` or `OSError`. Anything else counts as outside, as does a process,
+a socket or code that is started."""
 import argparse
 import os
 import random
@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = [f"test_{name}.py" for name in ("hostile", "files", "foreign", "methods", "records", "search")]
+FILES = [f"test_{name}.py" for name in ("hostile", "files", "foreign", "methods", "records", "search", "store")]
 TRIED = re.compile(r"- (\d+) passing(?: examples?)?, (\d+) failing")
 TEST = re.compile(r"^tests/(test_\w+\.py::\S.*):$", flags=re.M)
 
 
 def pytest(*args: str, **env) -> str:
-    "What pytest prints for the property tests"
+    "Run the property tests and return their output"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "hypothesis", *args]
     files = [f"tests/{name}" for name in FILES if (ROOT/"tests"/name).exists()]
     done = subprocess.run([*command, *files], cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
@@ -26,7 +26,7 @@ def pytest(*args: str, **env) -> str:
 
 
 def tried(output: str) -> dict[str, tuple[int, int]]:
-    "Inputs within and outside what is allowed, by property"
+    "Count inputs with allowed and other outcomes, by property"
     parts, found = TEST.split(output)[1:], {}
     for name, statistics in zip(parts[::2], parts[1::2]):
         counts = [tuple(map(int, pair)) for pair in TRIED.findall(statistics)]
@@ -36,9 +36,9 @@ def tried(output: str) -> dict[str, tuple[int, int]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=200_000, help="inputs in all")
-    parser.add_argument("--seed", type=int, help="of all of them; a new one if not given")
-    parser.add_argument("--processes", type=int, default=1, help="that share the properties among them")
+    parser.add_argument("--examples", type=int, default=200_000, help="number of inputs in all")
+    parser.add_argument("--seed", type=int, help="seed of all inputs; random by default")
+    parser.add_argument("--processes", type=int, default=1, help="number of processes")
     args = parser.parse_args(argv)
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(2**32)
     show = "--hypothesis-show-statistics", f"--hypothesis-seed={seed}"

@@ -1,4 +1,4 @@
-"""Draw the front page's picture of the market map, in Chromium: python scripts/map_picture.py [path of the browser]"""
+"""Draw the picture of the map of models, in Chromium: python scripts/map_picture.py [path of the browser]"""
 import shutil
 import sys
 import tempfile
@@ -12,11 +12,11 @@ from lps.core.files import write_atomic
 from lps.index.map import bundled_map
 
 PICTURE = Path(__file__).resolve().parent.parent/"nbs/images/market-map.png"
-MODEL = "task07_run5"  # part of the name of the model that is chosen
+MODEL = "task07_run5"  # part of the name of the chosen model
 
 
 def photograph(page: Path, browser: str) -> Image.Image:
-    "The page with one model chosen"
+    "Return a screenshot of the page with one model chosen"
     with sync_playwright() as p:
         chromium = p.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
         tab = chromium.new_page(viewport=dict(width=1200, height=960), color_scheme="light")

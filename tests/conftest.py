@@ -1,4 +1,4 @@
-"""What the tests share: a copy of the repository to write in, options for what is slow, and how much is fuzzed"""
+"""Shared by the tests: a copy of the repository to write in, options for slow tests, and settings of the fuzzing"""
 import json
 import os
 import shutil
@@ -23,11 +23,11 @@ settings.load_profile("lps")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run what is flagged slow, cells of notebooks too")
+    parser.addoption("--slow", action="store_true", help="also run slow tests and slow cells of notebooks")
 
 
 def pytest_configure(config):
-    "One seed for every property and process of a run: LPS_SEED or --hypothesis-seed; the header shows it"
+    "Use one seed for every property and process of a run: LPS_SEED or --hypothesis-seed; the header shows it"
     config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
     os.environ.setdefault("LPS_SEED", "0")
     if config.option.hypothesis_seed is None: config.option.hypothesis_seed = os.environ["LPS_SEED"]
@@ -37,8 +37,8 @@ def pytest_report_header(config):
     return f"fuzzing: {EXAMPLES} examples a property, --hypothesis-seed={config.option.hypothesis_seed}"
 
 
-# The tests of a file share what is slow to make, so they stay in one process; so do experiments, which share a model
-# set. What is long is a unit of its own or comes early, and notebooks come last, so that processes end together
+# The tests of a file share slow fixtures, so one process runs them; experiments share a model set. Long tests are
+# units of their own or come early, and notebooks come last, so that both processes end at the same time
 TOGETHER = "test_experiment_runs_small"
 ALONE = [
     "test_library_notebook[tutorials/", "test_demo_from_start_to_end", "test_one_command_runs", "test_fifty_kills",
@@ -52,7 +52,7 @@ LATE = "test_notebooks.py"
 
 
 def unit_of(nodeid: str) -> str:
-    "The name of what a process of a run takes at once: a test, or those of a file"
+    "Return the name of the unit that one process runs: a test, or all tests of a file"
     if TOGETHER in nodeid: return TOGETHER
     alone = any(name in nodeid for name in [*ALONE, LATE])
     return nodeid if alone else nodeid.partition("::")[0]
@@ -60,7 +60,7 @@ def unit_of(nodeid: str) -> str:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    "Groups by name and in order: those of `xdist_group` get lost between xdist 3.8 and pytest 9.2"
+    "Group tests by name and in order; `xdist_group` is lost between xdist 3.8 and pytest 9.2"
     if config.option.dist != "loadgroup": return None
     from xdist.scheduler import LoadScopeScheduling
     class InOrder(LoadScopeScheduling):
@@ -70,7 +70,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def place(item) -> int:
-    "The place of a test: early, in between, or late"
+    "Return the position of a test: early, in between, or late"
     others = len(EARLY) + (LATE in item.nodeid)
     return next((i for i, name in enumerate(EARLY) if name in item.nodeid), others)
 
@@ -84,7 +84,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def heed_ctrl_c():
-    "For a process that is to be interrupted: a shell's background jobs ignore Ctrl-C, and so would their children"
+    "Let a process be interrupted: the background jobs of a shell ignore Ctrl-C, and so would their children"
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -106,20 +106,21 @@ def browser():
 
 
 def copy_of_repo(dest: Path) -> Path:
-    "The repository as it is on disk, without what git ignores"
+    "Copy the repository as it is on disk, without the files that git ignores"
     return Path(shutil.copytree(ROOT, dest, ignore=LEFT_OUT, symlinks=True))
 
 
 @pytest.fixture(scope="session")
 def workdir(tmp_path_factory) -> Path:
-    "A copy of the repository that notebooks run in, so that nothing they write lands in the tree"
+    "Return a copy of the repository in which notebooks run, so that they write nothing into the tree"
     return copy_of_repo(tmp_path_factory.mktemp("notebooks")/"lps")
 
 
 @pytest.fixture(scope="session")
 def warm_kernels(tmp_path_factory):
-    """The kernels that notebooks ask for, here and in processes started from here, are forks of one server that has
-    imported everything. Where there is no fork, they are started as ever
+    """Fork the kernels of notebooks from one server that has imported everything
+
+    This also holds in processes that are started from here. Without `os.fork`, kernels start as usual.
     """
     if not hasattr(os, "fork"): return (yield)
     script, spec = str(Path(__file__).with_name("warm.py")), tmp_path_factory.mktemp("jupyter")/"kernels/python3"
@@ -137,14 +138,14 @@ def warm_kernels(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def processes():
-    "A pool of two processes, started once for all tests that only need one"
+    "Return a pool of two processes, started once for all tests"
     from lps.core.jobs import worker_pool
     with worker_pool(2) as executor: yield executor
 
 
 @pytest.fixture(scope="session", autouse=True)
 def clean_env(tmp_path_factory):
-    "Downloads and caches stay out of the user's own folders"
+    "Keep downloads and caches out of the user's folders"
     with pytest.MonkeyPatch.context() as mp:
         mp.setenv("LPS_HOME", str(tmp_path_factory.mktemp("lps_home")))
         mp.setenv("PYDEVD_DISABLE_FILE_VALIDATION", "1")

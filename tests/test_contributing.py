@@ -1,4 +1,4 @@
-"""The four worked examples of CONTRIBUTING.md, run as they stand there, arrive where the page says they do"""
+"""The four examples of CONTRIBUTING.md run as printed, and their entries appear everywhere"""
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +31,7 @@ REGISTRIES = METHODS, ARCHITECTURES, DATASETS, EXPERIMENTS
 
 @pytest.fixture(autouse=True)
 def registries():
-    "What an example registers is forgotten after the test"
+    "Forget the entries of an example after the test"
     before = [dict(registry) for registry in REGISTRIES]
     yield
     for registry, kept in zip(REGISTRIES, before):
@@ -40,7 +40,7 @@ def registries():
 
 
 def run_example(heading) -> dict:
-    "Run the example under a heading; gives what it defined"
+    "Run the example under a heading; return its definitions"
     sections = re.split("^### ", PAGE, flags=re.M)
     section, = [section for section in sections if section.split("\n")[0].split(":")[0] == heading]
     code = re.search(CODE, section, flags=re.M | re.S)[1]

@@ -115,7 +115,8 @@ def test_a_missing_package_is_named(kept, monkeypatch):
 
 
 def test_rows_in_memory_have_no_graph():
-    assert not hasattr(Rows(WIDTH), "build_graph")
+    for call in (Rows(WIDTH).build_graph, lambda: Rows(WIDTH).search(unit(1), 3, approximate=True)):
+        with pytest.raises(ValueError, match="is searched exactly: save it to a folder"): call()
 
 
 @pytest.fixture

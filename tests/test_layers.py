@@ -1,4 +1,4 @@
-"""The layers: folders of lps/ stand in one order, and a module imports only what stands below it"""
+"""The layers: folders of lps/ have one order, and a module imports only from its own layer and those below"""
 import ast
 
 import pytest
@@ -20,7 +20,7 @@ MODULES = {
 
 
 def imports(path, package: str) -> list[tuple[str, str]]:
-    "Every (module of lps, name) that a module imports, at its top or inside a function"
+    "Return every (module of lps, name) that a module imports, at its top or inside a function"
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -36,7 +36,7 @@ def imports(path, package: str) -> list[tuple[str, str]]:
 
 
 def imports_of(module: str) -> list[tuple[str, str]]:
-    "What a module of the library imports from the library"
+    "Return the imports of a module of the library from the library"
     return imports(MODULES[module], f"lps.{module}".rpartition(".")[0])
 
 
@@ -45,7 +45,7 @@ def layer_of(module: str) -> str:
 
 
 def level(module: str, levels: dict) -> int:
-    "The longest chain of imports below a module; raises for a cycle"
+    "Return the length of the longest chain of imports below a module; raise for a cycle"
     if module not in levels:
         levels[module] = None
         below = {other for other, _ in imports_of(module)} & set(MODULES)

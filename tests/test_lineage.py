@@ -76,3 +76,12 @@ def test_evidence_cannot_exceed_the_number_of_maps():
     "A layer of n rows has n! maps, so one layer of two rows is never significant"
     state = {"fc.weight": torch.randn(2, 64, generator=torch.Generator().manual_seed(0))}
     assert Aligner(state, state).run().log_p >= -math.log(2)
+
+
+def test_counters_of_batch_normalisation_give_a_direction_only_if_both_models_have_them():
+    a = network(0)
+    b = Model(DERIVATIONS["noise-10"].make(a, None, 0))
+    counts = [model.state["bn1.num_batches_tracked"] for model in (a, b)]
+    for n_a, n_b, direction in ((5, 9, "a → b"), (9, 5, "b → a"), (0, 9, ""), (5, 5, "")):
+        for count, n in zip(counts, (n_a, n_b)): count.fill_(n)
+        assert compare(a, b).direction == direction

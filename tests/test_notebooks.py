@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("warm_kernels")
 
 
 def skipped_flags(config) -> list[str]:
-    "The cell flags that are left out here: every one of them is a choice of the caller or the lack of a device"
+    "Return the cell flags that are skipped, by choice of the caller or for lack of a device"
     flags = ["notest"]
     if not config.getoption("--slow"): flags.append("slow")
     if not torch.cuda.is_available(): flags.append("cuda")
@@ -70,8 +70,8 @@ SCRIPT = runpy.run_path(str(ROOT/"scripts/experiments.py"))
 
 
 def test_one_command_runs_the_experiments(workdir, tmp_path, monkeypatch):
-    "A parameter reaches the notebooks that have it; one with the name of an experiment, that one alone"
-    monkeypatch.delenv("JUPYTER_PATH", raising=False)  # its times count processes of its own, no forks of a server
+    "A parameter is passed to all notebooks that declare it, or to the one experiment that it names"
+    monkeypatch.delenv("JUPYTER_PATH", raising=False)  # it measures its own processes, not forks of a server
     small = [f"{k}={v}" for k, v in EXPERIMENTS["branches"].small.items()]
     command = [sys.executable, workdir/"scripts/experiments.py", "--uncommitted", "--results", tmp_path/"results"]
     command += ["--times", tmp_path/"times.json", "--only", "branches", "table1"]
@@ -87,13 +87,13 @@ def test_one_command_runs_the_experiments(workdir, tmp_path, monkeypatch):
     for took in times["times"].values(): assert took["minutes"] > 0 and took["core_minutes"] > 0
 
 
-@pytest.mark.parametrize("args, says", [
+@pytest.mark.parametrize("args, message", [
     (["--set", "n_splitz=3"], "n_splitz"),
     (["--set", "branches.n_boot=3"], "branches.n_boot"),
     (["--set", "n_splits"], "n_splits"),
     (["--model-set", "no/such/folder"], "no/such/folder"),
     (["--only", "table3"], "table3"),
 ])
-def test_one_command_refuses_what_it_does_not_know(args, says, capsys):
+def test_one_command_refuses_unknown_arguments(args, message, capsys):
     with pytest.raises(SystemExit) as stopped: SCRIPT["main"](args)
-    assert says in str(stopped.value) + capsys.readouterr().err
+    assert message in str(stopped.value) + capsys.readouterr().err

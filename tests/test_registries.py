@@ -1,4 +1,4 @@
-"""A method and a data set defined from outside arrive everywhere; architectures and experiments: see their own tests"""
+"""A method and a data set that are defined elsewhere appear everywhere"""
 import re
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ from lps.zoo.build import build
 
 
 class Strength(Fitted):
-    "How strong each filter is, strongest first: what a network computes does not depend on their order"
+    "Compare the sorted norms of the filters, which do not depend on their order"
     def embed(self, weights):
         norms = [weights[layer].flatten(2).norm(dim=2).sort(descending=True).values for layer in self.layers]
         return normalize(torch.cat(norms, 1), dim=1)
@@ -64,7 +64,7 @@ def test_a_method_from_outside_arrives_everywhere(strength, tmp_path, capsys):
 
 
 def light_or_dark(split, **kwargs):
-    "Images of two classes that a small network tells apart at once"
+    "Return images of two classes that are easy to classify"
     labels = torch.arange(40) % 2
     noise = torch.randint(100, (40, 3, 8, 8), generator=torch.Generator().manual_seed(len(split)))
     return ImageSet((noise + 150*labels[:, None, None, None]).to(torch.uint8), labels, ["dark", "light"], "lights")

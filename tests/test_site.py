@@ -1,4 +1,4 @@
-"""The built site, as files and in a browser: no dead link, no console error, pictures there, search that finds"""
+"""The built site, as files and in a browser: no dead link, no console error, all pictures, a working search"""
 import functools
 import http.server
 import json
@@ -23,7 +23,7 @@ NOTEBOOKS = [p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoin
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory) -> Path:
-    "The site that `make docs` builds, made from a copy of the repository"
+    "Build the site as `make docs` does, from a copy of the repository"
     copy = copy_of_repo(tmp_path_factory.mktemp("site")/"lps")
     run = subprocess.run([sys.executable, "scripts/docs.py", "site"], cwd=copy, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -31,7 +31,7 @@ def site(tmp_path_factory) -> Path:
 
 
 class Reader(HTMLParser):
-    "Collects what a page links to, what can be linked to in it, and its pictures"
+    "Collect the links, anchors and pictures of a page"
 
     def __init__(self):
         super().__init__()
@@ -90,7 +90,7 @@ def test_api_page_shows_shapes(site):
 
 @pytest.fixture(scope="session")
 def served(site) -> str:
-    "The site's address on this machine"
+    "Serve the site; return its address"
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
@@ -105,7 +105,7 @@ Visits = namedtuple("Visits", "errors blank wide")
 
 @pytest.fixture(scope="session")
 def visits(browser, served, pages) -> Visits:
-    "What a browser reports on its way through all pages, each of them on a wide screen and on a narrow one"
+    "Visit all pages in a browser, on a wide and on a narrow screen; return its complaints"
     found, tab = Visits([], [], []), browser.new_page()
     def note_message(message):
         if message.type == "error": found.errors.append(f"{tab.url}: {message.text}")
@@ -149,7 +149,7 @@ def test_search_finds_align_layer(browser, served):
     tab.goto(served)
     tab.keyboard.press("/")
     tab.keyboard.type("align_layer")
-    hit = tab.locator(".search-result").first.filter(has_text="align_layer")  # those before are for fewer letters
+    hit = tab.locator(".search-result").first.filter(has_text="align_layer")  # earlier results are for fewer letters
     hit.wait_for(timeout=10_000)
     hit.click()
     tab.wait_for_load_state()

@@ -145,6 +145,7 @@ for line in sys.stdin:
         kept = store.Store(folder)
         store.os = files.os = DyingOs(int(n))
         if what == 'append': kept.append(*batch(7, 3))
+        elif what == 'replace': kept.append(*batch(7, 3), replacing=[2, 5])
         else: kept.remove([2, 5])
         os._exit(0)
     print(os.waitpid(pid, 0)[1], flush=True)
@@ -165,10 +166,11 @@ def dying():
     process.wait()
 
 
-@pytest.mark.parametrize("what", ["append", "remove"])
+@pytest.mark.parametrize("what", ["append", "remove", "replace"])
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new(kept, dying, what):
     old, seen = state(kept.path), []
-    new = [*old, *((f"{i}é", f"{i:032x}") for i in (7, 8, 9))] if what == "append" else [old[0], *old[2:4], old[5]]
+    added = [(f"{i}é", f"{i:032x}") for i in (7, 8, 9)] if what != "remove" else []
+    new = [*(old if what == "append" else [old[0], *old[2:4], old[5]]), *added]
     for n in range(1, 100):
         status = dying(kept.path, what, n)
         seen.append(state(kept.path))

@@ -1,4 +1,4 @@
-"""What is generated agrees with its source: lps/, README, and the constraints that meet their requirements"""
+"""Generated files agree with their sources: lps/, README, the sidebar, and the constraints"""
 import configparser
 import json
 import re
@@ -25,7 +25,7 @@ REQUIREMENTS = [Requirement(r) for r in NEEDED.split()]
 
 
 def files(root: Path) -> dict[str, bytes]:
-    "Notebooks and modules with their bytes"
+    "Return the bytes of all notebooks and modules"
     found = [*root.glob("nbs/**/*.ipynb"), *root.glob("lps/**/*.py")]
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in found}
 
@@ -43,7 +43,7 @@ def test_command_changes_nothing(command, tmp_path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_stored_outputs_are_presentable(path):
-    "No warning, no error, no rows of a training log and no path of the machine that ran it"
+    "Outputs hold no warning, no error, no training log and no path of a machine"
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     outputs = list(chain.from_iterable(c.get("outputs", []) for c in cells))
     assert not [out for out in outputs if out["output_type"] == "error" or out.get("name") == "stderr"]
@@ -58,7 +58,7 @@ MODULES = [p for p in sorted(ROOT.glob("lps/**/*.py")) if not p.name.startswith(
 
 
 def dotted(path: Path) -> str:
-    "The name of a module of the library, such as zoo.train"
+    "Return the name of a module of the library, such as zoo.train"
     return path.relative_to(ROOT/"lps").with_suffix("").as_posix().replace("/", ".")
 
 
@@ -100,7 +100,7 @@ def test_metadata_comes_from_settings():
 
 
 def sidebar(items) -> list[str]:
-    "Every page that the sidebar names"
+    "Return every page of the sidebar"
     pages = []
     for item in items:
         if isinstance(item, str): pages.append(item)

@@ -1,21 +1,28 @@
-"""Jupyter kernels that need not import torch: a server that has imported everything forks one for each request
+"""Jupyter kernels that do not import torch: a server that has imported everything forks one for each request
 
-python warm.py serve SOCKET           answer requests, until standard input ends
+python warm.py serve SOCKET           serve requests until standard input ends
 python warm.py kernel SOCKET ...      be a kernel with the arguments of ipykernel_launcher, in a fork of the server
 """
 import json
 import os
+import pkgutil
 import select
 import socket
 import sys
 import threading
 
-MODULES = ["lps.demo", "lps.study.report", "lps.index.index", "lps.cli",
-           "ipykernel.kernelapp", "matplotlib_inline.backend_inline"]
+KERNEL = ["ipykernel.kernelapp", "matplotlib_inline.backend_inline"]
+HEAVY = ["fastai.learner", "numba", "plotly.graph_objects", "sklearn.linear_model", "torchvision"]  # imported late
+
+
+def modules() -> list[str]:
+    "Return every module that a notebook may need"
+    import lps
+    return [*KERNEL, *HEAVY, *(found.name for found in pkgutil.walk_packages(lps.__path__, "lps."))]
 
 
 def kernel(path: str, *argv: str):
-    "Ask the server for a kernel, and last as long as it does"
+    "Request a kernel from the server, and end when it ends"
     request = dict(argv=argv, cwd=os.getcwd(), env=dict(os.environ))
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(path)
@@ -27,7 +34,7 @@ def serve(path: str):
     "Import everything, then fork a kernel for each request"
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # as a kernel sets it before its imports
     del sys.path[0]  # the tests' own folder
-    for name in MODULES: __import__(name)
+    for name in modules(): __import__(name)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
@@ -36,13 +43,13 @@ def serve(path: str):
 
 
 def wait_for(listener) -> list[int]:
-    "The files that have something to read, of a socket and of standard input"
+    "Return which of a socket and standard input have something to read"
     readable, _, _ = select.select([listener, sys.stdin], [], [])
     return [file.fileno() for file in readable]
 
 
 def fork_kernel(listener):
-    "Answer one request; the fork never returns"
+    "Serve one request; the fork never returns"
     connection, _ = listener.accept()
     while reap(): pass
     if os.fork():
@@ -54,13 +61,13 @@ def fork_kernel(listener):
 
 
 def reap() -> bool:
-    "Was there a kernel that had ended?"
+    "Collect one ended kernel; return whether there was one"
     try: return os.waitpid(-1, os.WNOHANG)[0] > 0
     except ChildProcessError: return False
 
 
 def be_kernel(connection):
-    "A kernel as `python -m ipykernel_launcher` makes it, in the caller's folder and with its environment"
+    "Run a kernel as `python -m ipykernel_launcher` does, in the caller's folder and with its environment"
     from ipykernel.kernelapp import launch_new_instance
     request = json.loads(connection.makefile().readline())
     threading.Thread(target=end_with, args=[connection], daemon=True).start()
@@ -76,7 +83,7 @@ def be_kernel(connection):
 
 
 def end_with(connection):
-    "End this kernel when the process that asked for it has ended, as a kernel that is killed would"
+    "End this kernel when the process that requested it has ended"
     connection.recv(1)
     os._exit(1)
 

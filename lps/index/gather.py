@@ -20,7 +20,7 @@ import torch
 from ..core.files import checked, printable, read_header
 from ..core.jobs import each_done
 from .answer import weight_sketch
-from .store import HEADER_FILE, fact_line
+from .store import HEADER_FILE, digest_numbers, fact_line
 from ..methods.registry import embed_models
 from ..models.checkpoint import SUFFIXES
 from ..models.imports import NOT_READ
@@ -272,6 +272,7 @@ def embed_items(
             model = read_item(item, reading, fitted)
             row = embed_models(fitted, model, [item.file])[0].numpy()
             facts = model_facts(item, model, table)
+            digest_numbers([model.digest])  # raises `ValueError` for what is none
         except Exception as e:
             done.bad[printable(item.file)] = _reason(item, e)
             continue

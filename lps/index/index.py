@@ -148,23 +148,11 @@ def _embed(self: ModelIndex, query, reading):
 
 # %% ../../nbs/index/03_index.ipynb #b05de13a
 @patch
-def _search(self: ModelIndex, queries, k, approximate):
-    "Find the rows nearest to each query"
-    if not approximate: return self.rows.search(queries, k)
-    return self._in_folder().search_graph(queries, k)
-
-@patch
-def _in_folder(self: ModelIndex):
-    "Return the store of the index; raises `ValueError` if it is not in a folder"
-    if isinstance(self.rows, Store): return self.rows
-    raise ValueError("an index in memory or in one file is searched exactly: save it to a folder, and load that")
-
-@patch
 def _nearest(self: ModelIndex, queries, k, with_self, approximate=False):
     "Yield similarities and row numbers for each query, without rows of its own digest unless `with_self`"
     if k < 1: raise ValueError(f"k is {k}: give 1 or more")
     own = [[] if with_self else self.rows.with_digest(digest) for digest in queries.digests]
-    found = self._search(queries.embedding.numpy(), k + max(map(len, own)), approximate)
+    found = self.rows.search(queries.embedding.numpy(), k + max(map(len, own)), approximate)
     for scores, places, left_out in zip(*found, own):
         keep = np.flatnonzero(~np.isin(places, left_out))[:k]
         yield scores[keep], places[keep]
@@ -225,7 +213,7 @@ def kneighbors(self: ModelIndex,
 ):                                # cosine distances and numbers of rows of `manifest`, `(Q, n_neighbors)` each
     "Find neighbours as scikit-learn's `NearestNeighbors` does; a model finds itself"
     if not isinstance(X, (np.ndarray, Tensor)): X = self._embed(X, None).embedding
-    similarity, places = self._search(np.asarray(X), n_neighbors, approximate)
+    similarity, places = self.rows.search(np.asarray(X), n_neighbors, approximate)
     numbers = np.searchsorted(self.rows.places, places)
     return (1 - similarity, numbers) if return_distance else numbers
 
@@ -540,7 +528,7 @@ def build_graph(self: ModelIndex,
     threads: int = 1,  # with one thread, the graph is the same in every run
 ) -> Path:             # its file, outside of the index
     "Build a graph for approximate search; raises `ImportError` without usearch"
-    return self._in_folder().build_graph(threads)
+    return self.rows.build_graph(threads)
 
 # %% ../../nbs/index/03_index.ipynb #614bacc8
 MOST_CALIBRATED = 2000  # models
@@ -618,7 +606,7 @@ def _transfer_scores(self: ModelIndex, places, model, reading):
         try: items[i] = _stored_item(fact)
         except ValueError as e: reasons[str(fact.get("file"))] = str(e)
     if not items: return scores, reasons
-    from lps.advice.advisers import explained_by
+    from lps.advice.score import explained_by
     from lps.methods.probes import probe_images
     images = probe_images(N_PROBE_IMAGES, channels=model.channels)
     try: outputs = _run(model, images)[1]
@@ -640,7 +628,7 @@ def _with_expected(self: ModelIndex, table, places, model, source, relation, rea
     first = printable("; ".join(f"{file}: {why}" for file, why in list(reasons.items())[:1]))
     if np.isnan(scores).all(): return table, f"Accuracy after fine-tuning cannot be estimated ({first})."
     if relation is True:
-        from lps.advice.advisers import expected_accuracy
+        from lps.advice.expected import expected_accuracy
         relation = expected_accuracy()
     table = table.copy()
     names = "expected_accuracy", "expected_low", "expected_high"

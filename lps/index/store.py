@@ -53,7 +53,7 @@ def nearest(
 RECORD = np.dtype([("digest", "<u8", 2), ("label", "<i8"), ("end", "<u8")])
 MAX_FACTS = 1_000_000  # bytes of one row
 
-def _digest_numbers(digests):
+def digest_numbers(digests):
     "Convert digests of 32 hexadecimal digits to two integers each, `(M, 2)`"
     try: data = bytes.fromhex("".join(digests))
     except (ValueError, TypeError): data = b""
@@ -78,7 +78,7 @@ def encode_rows(rows, digests, labels, facts, width, start=0):
     if not np.isfinite(rows).all(): raise ValueError("rows contain NaN or inf: exclude these models")
     lines = [fact_line(fact) for fact in facts]
     records = np.empty(len(rows), RECORD)
-    records["digest"] = _digest_numbers(digests)
+    records["digest"] = digest_numbers(digests)
     records["label"] = labels
     records["end"] = start + np.cumsum([len(line) for line in lines], dtype=np.uint64)
     return rows, records, b"".join(lines)
@@ -145,9 +145,19 @@ def places(self: Rows): # ascending
 def search(self: Rows,
     queries,  # float32 `(Q, width)`, rows of length 1
     k: int,   # number of rows to find
+    approximate: bool = False, # compare only candidates from a graph, which only rows in a folder have
 ) -> tuple:   # similarities, best first, and row numbers, `(Q, k)` each
-    "Return the rows nearest to each query, exactly"
+    "Return the rows nearest to each query"
+    if approximate: return self.search_graph(queries, k)
     return nearest(self.rows, queries, k, self.removed)
+
+@patch
+def search_graph(self: Rows, queries, k):
+    "Raise `ValueError`: only rows in a folder have a graph"
+    raise ValueError("an index in memory or in one file is searched exactly: save it to a folder, and load that")
+
+@patch
+def build_graph(self: Rows, threads=1): return self.search_graph(None, 0)
 
 @patch
 def facts(self: Rows,
@@ -184,7 +194,7 @@ def with_digest(self: Rows,
     digest: str,  # 32 hexadecimal digits
 ):                # ascending numbers of rows
     "Return the rows with this digest that have not been removed"
-    wanted = _digest_numbers([digest])[0]
+    wanted = digest_numbers([digest])[0]
     known = self.records["digest"]
     found = np.flatnonzero((known[:, 0] == wanted[0]) & (known[:, 1] == wanted[1]))
     return np.setdiff1d(found, self.removed)
@@ -466,17 +476,15 @@ def read_packed(path) -> dict: # file name → bytes
         raise ValueError(f"{where} is not a packed index, or it is damaged: build the index again")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            for member in archive.infolist(): _check_member(member)
+            for member in archive.infolist():
+                name = member.filename
+                if not re.fullmatch(r"[a-z0-9-]+\.[a-z0-9]+", name):
+                    raise ValueError(f"{name!r} is not the name of a file of it")
+                if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+                    raise ValueError(f"{name} is compressed, expected stored")
             return {member.filename: archive.read(member) for member in archive.infolist()}
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, ValueError) as e:
         raise ValueError(f"{where} is not a packed index: {printable(e)}") from None
-
-def _check_member(member):
-    "Raise `ValueError` for a member that no packed store has"
-    name = member.filename
-    if not re.fullmatch(r"[a-z0-9-]+\.[a-z0-9]+", name): raise ValueError(f"{name!r} is not the name of a file of it")
-    if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
-        raise ValueError(f"{name} is compressed, expected stored")
 
 # %% ../../nbs/index/00_store.ipynb #02470849
 def unpack_rows(

@@ -381,6 +381,10 @@ def _size(model):
     "Count the weights of a model"
     return sum(math.prod(shape) for shape in model.shapes.values())
 
+def _n_batches(model):
+    "Return how many batches the batch normalisation of a model was trained on; 0 if that is not recorded"
+    return int(sum(v.sum() for name, v in model.state.items() if name.endswith("num_batches_tracked")))
+
 def _swapped(result):
     "Return the comparison of b with a"
     result.direction = {"a → b": "b → a", "b → a": "a → b"}.get(result.direction, "")
@@ -409,6 +413,9 @@ def compare(
     layers = pd.DataFrame(rows, columns=["a", "b", "z", "cosine"])
     if log10_p >= math.log10(RELATED): return Comparison("independent", log10_p=log10_p, layers=layers)
     how, direction = describe_changes(aligner)
+    n_a = _n_batches(a)
+    n_b = _n_batches(b)
+    if not direction and n_a and n_b: direction = _sign(n_b - n_a, 0)
     arrow = {1: "a → b", -1: "b → a", 0: ""}[direction]
     if how: return Comparison("derived", how, arrow, log10_p, layers)
     return Comparison("same network, reordered or rescaled", log10_p=log10_p, layers=layers)
