@@ -7,10 +7,10 @@ from test_probes import CHANGES, model, some_state
 
 from lps.core.files import save_tensors
 from lps.models.modelset import load_modelset
-from lps.methods.probes import probe_images
+from lps.methods.synthetic import noise_images
 from lps.advice.score import photograph_crops, read_out, read_out_table
 
-BANK = probe_images(60)
+BANK = noise_images(60)
 
 
 @pytest.mark.parametrize("shortcut", ["conv", "pad_end"])

@@ -12,7 +12,8 @@ from lps.study.registry import result_files
 from lps.core.files import write_json
 from lps.models.model import Model
 from lps.study.others import plot_sources
-from lps.methods.probes import centred_outputs, probe_images
+from lps.methods.probes import centred_outputs
+from lps.methods.synthetic import noise_images
 from lps.advice.score import read_out
 from lps.nets.resnet import ResNet
 from lps.advice.advisers import (
@@ -70,7 +71,7 @@ def test_agreement_of_outputs_is_linear_cka_for_any_number_of_classes():
 
 
 def test_score_is_the_mean_of_read_out_and_agreement(pair):
-    bank = probe_images(96)
+    bank = noise_images(96)
     source, target = (model.features_and_outputs(bank) for model in pair)
     wanted = (read_out(source[0], target[1][None])[0] + output_agreement(source[1][None], target[1][None]).item())/2
     assert transfer_score(*pair, bank) == pytest.approx(wanted)
@@ -79,7 +80,7 @@ def test_score_is_the_mean_of_read_out_and_agreement(pair):
 
 def test_score_knows_no_order_of_classes_and_has_a_direction(pair):
     source, target = pair
-    bank, turned = probe_images(96), dict(target.state)
+    bank, turned = noise_images(96), dict(target.state)
     for name in ("fc.weight", "fc.bias"): turned[name] = 3*target.state[name].flip(0)
     score = transfer_score(source, target, bank)
     assert transfer_score(source, Model(turned, target.meta), bank) == pytest.approx(score, abs=1e-4)

@@ -33,7 +33,8 @@ from ..core.files import checked, printable, provenance, read_json
 from ..core.jobs import each_done, one_thread, seeded
 from ..models.model import Model
 from ..models.modelset import ModelSet, bundled
-from ..methods.probes import centred_outputs, probe_images
+from ..methods.probes import centred_outputs
+from ..methods.synthetic import noise_images
 from .score import photograph_crops, read_out
 from ..study.records import about_models
 from ..zoo.tasks import ImageSet
@@ -110,7 +111,7 @@ def transfer_score(
     seed: int = 0,               # of the noise and of the regression
 ) -> float:                    # at most 1; 0: the source says nothing of the target
     "How much of what the target says the source knows; raises `ValueError` for networks that cannot be run"
-    if bank is None: bank = probe_images(512, seed, channels=_channels(source))
+    if bank is None: bank = noise_images(512, seed, channels=_channels(source))
     seen = source.features_and_outputs(bank, stats)
     outputs = target.outputs(bank, stats)
     return float(explained_by(seen, outputs[None], seed).score[0])
@@ -235,7 +236,7 @@ def source_banks(
     channels = _channels(model)
     crops = photograph_crops(n, protocol.seed, size)
     if channels == 1: crops = crops.float().mean(1, keepdim=True).round().to(torch.uint8)
-    banks = dict(noise=probe_images(n, protocol.seed, size, channels), crops=crops)
+    banks = dict(noise=noise_images(n, protocol.seed, size, channels), crops=crops)
     if photographs is None: return banks
     some = np.random.default_rng(protocol.seed).permutation(len(photographs))[:2*n]
     return banks | dict(photographs=photographs[some])
