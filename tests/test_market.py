@@ -24,7 +24,8 @@ from lps.order_chain import permute, random_perms
 from lps.nets.resnet import resnet_spec
 from lps.nets.resnet import ResNet
 from lps.index.index import BuildSettings, ModelIndex
-from lps.advice.advisers import ExpectedAccuracy, transfer_score
+from lps.advice.expected import ExpectedAccuracy
+from lps.advice.score import transfer_score
 
 SPEC, STEM = resnet_spec(depth=8, width=4), "stem-signature"
 STEM_TENSORS = "conv1.weight", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var"

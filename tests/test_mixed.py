@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from lps.study.across import (KindSets, OverlapPairs, across_kinds, across_summary, embed_sets, fit_sets, is_reversed,
-                        load_kinds, overlap_pairs, readable_kinds)
 from lps.nets.architectures import net_from_state, norms_of, recognise, shapes_of, stem_of
 from lps.lineage.benchmark import CHANGED, TRAINED, noisy, pruned, quantised, train_copy, write_copies
 from lps.core.files import save_tensors
@@ -19,6 +17,17 @@ from lps.order_chain import permute, random_perms
 from lps.nets.plain import PlainNet
 from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex
+from lps.study.architectures import (
+    ModelSets,
+    embed_sets,
+    fit_sets,
+    is_reversed,
+    load_sets,
+    query_across,
+    readable_sets,
+    summarise_queries,
+)
+from lps.study.overlap import OverlapPairs, overlap_pairs
 from lps.zoo.tasks import load_images, task_images
 from lps.zoo.recipe import Recipe, init_model, recipe_fields, recipes
 from lps.zoo.train import train_model
@@ -51,7 +60,7 @@ def kinds(tmp_path_factory):
                 meta = dict(task=task, run=run, classes=["a", "bc"[task]], shortcut="conv")
                 state = lively(make(), run).state_dict()
                 save_tensors(root/kind/f"task{task}_run{run}_{kind}.safetensors", state, meta)
-    return load_kinds(root, tuple(nets))
+    return load_sets(root, tuple(nets))
 
 
 @pytest.mark.parametrize("norm, name", [(True, "plain"), (False, "plain-without-norm")])
@@ -124,9 +133,9 @@ def test_a_gallery_of_one_depth_answers_queries_of_others(kinds, method, tmp_pat
 
 
 def test_kinds_stand_in_one_embedding_and_the_others_are_left_out(kinds):
-    assert list(readable_kinds(kinds, "probes").sets) == list(kinds.sets)
-    assert list(readable_kinds(kinds, "chain").sets) == ["resnet8", "resnet14", "wide", "plain"]
-    assert list(readable_kinds(kinds, "lps").sets) == ["resnet8", "resnet14", "plain", "without_norm"]
+    assert list(readable_sets(kinds, "probes").sets) == list(kinds.sets)
+    assert list(readable_sets(kinds, "chain").sets) == ["resnet8", "resnet14", "wide", "plain"]
+    assert list(readable_sets(kinds, "lps").sets) == ["resnet8", "resnet14", "plain", "without_norm"]
     some = [kinds.sets["wide"], kinds.sets["plain"]]
     fitted = fit_sets(some, "all-layer-signature")
     assert torch.equal(embed_sets(fitted, some), torch.cat([embed_models(fitted, models) for models in some]))
@@ -134,9 +143,9 @@ def test_kinds_stand_in_one_embedding_and_the_others_are_left_out(kinds):
 
 
 def test_each_kind_asks_once_and_chance_is_chance(kinds):
-    asked = across_kinds(readable_kinds(kinds, "all-layer-signature"), "all-layer-signature")
+    asked = query_across(readable_sets(kinds, "all-layer-signature"), "all-layer-signature")
     assert asked.groupby("kind").size().to_dict() == dict(resnet8=6, resnet14=6, wide=6, plain=6)
-    summary = across_summary(asked, 50)
+    summary = summarise_queries(asked, 50)
     assert summary["rank-1"][1] <= summary["rank-1"][0] <= summary["rank-1"][2]
 
 
@@ -167,7 +176,7 @@ def test_copies_move_step_by_step(tmp_path):
     assert len(quantised(state, 2)["fc.weight"].unique()) <= 3
     assert torch.equal(noisy(state, .1, 3)["fc.weight"], noisy(state, .1, 3)["fc.weight"])
     write_copies(tmp_path/"copies", models)
-    copies = load_kinds(tmp_path/"copies")
+    copies = load_sets(tmp_path/"copies")
     assert set(copies.sets) == {"original", *CHANGED}
     fitted = fit_sets([models], "probes")
     z = embed_sets(fitted, [copies.sets["original"]])
@@ -189,7 +198,7 @@ def test_every_trained_copy_is_a_network_of_its_task():
 
 
 def test_several_sets_count_as_one(kinds, tmp_path):
-    with pytest.raises(ValueError, match="no folder of models"): load_kinds(tmp_path)
+    with pytest.raises(ValueError, match="contains no folder of models"): load_sets(tmp_path)
     assert len(kinds) == 30 and kinds.tasks == [0, 1] and len(kinds.hashes) == 30
-    assert isinstance(kinds, KindSets) and "resnet14" in repr(kinds)
+    assert isinstance(kinds, ModelSets) and "resnet14" in repr(kinds)
     assert load_modelset(kinds.sets["wide"].path).hashes == kinds.hashes[12:18]

@@ -8,7 +8,8 @@ from lps.models.model import Model
 from lps.models.modelset import load_modelset
 from lps.nets.architectures import ARCHITECTURES, Architecture, register_architecture
 from lps.nets.resnet import ResNet
-from lps.study.transfer import log_me, task_targets, transfer
+from lps.advice.score import log_me
+from lps.study.transfer import task_targets, transfer
 from lps.zoo.tasks import ImageSet
 
 STATS = dict(mean=[.5]*3, std=[.25]*3)

@@ -10,26 +10,23 @@ from scipy.optimize import minimize
 from scipy.stats import multivariate_normal, spearmanr
 
 import lps.study.transfer
-from lps.study.records import fingerprint
+from lps.advice.score import cluster_ari, linear_cka, log_me
 from lps.models.model import Model
 from lps.nets.resnet import ResNet
-from lps.zoo.tasks import CIFAR100_SUPERCLASSES, ImageSet, channel_stats, load_images
-from lps.zoo.recipe import recipes
-from lps.study.others import plot_transfer
-from lps.study.records import about_models
+from lps.study.records import fingerprint
 from lps.study.transfer import (
+    OTHER_HALF,
+    TransferRecord,
     by_task,
-    cluster_ari,
     finding,
     halves_agreement,
-    linear_cka,
-    log_me,
+    plot_transfer,
     rank_agreement,
     shared_superclass,
     task_similarity,
     task_targets,
     transfer,
-    transfer_record,
+    transfer_fields,
     transfer_table,
     transfer_text,
     unseen_folds,
@@ -37,6 +34,8 @@ from lps.study.transfer import (
     weight_similarity,
 )
 from lps.zoo.build import build
+from lps.zoo.tasks import CIFAR100_SUPERCLASSES, ImageSet, channel_stats, load_images
+from lps.zoo.recipe import recipes
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +144,7 @@ def test_every_pair_of_tasks_is_held_out_together(n, groups):
 
 @pytest.mark.parametrize("n, groups", [(3, 10), (10, 2), (10, 1)])
 def test_too_few_tasks_left_to_learn_from(n, groups):
-    with pytest.raises(ValueError, match="left to learn from"): unseen_folds(range(n), groups)
+    with pytest.raises(ValueError, match="remain for the fit"): unseen_folds(range(n), groups)
 
 
 def test_no_network_compares_what_it_has_seen(zoo, monkeypatch):
@@ -206,7 +205,7 @@ def test_easy_targets_alone_are_no_agreement_within_targets():
     easy = rng.normal(size=20)
     ari, p = frame(easy + .3*rng.normal(size=(20, 20))), frame(easy + .3*rng.normal(size=(20, 20)))
     r = rank_agreement(ari, {"p": p}, n_boot=100).loc["p"].to_dict()
-    assert finding(r) == "above chance" and finding(r, within=True) == "not told from chance"
+    assert finding(r) == "above chance" and finding(r, "_within") == "not distinguishable from chance"
 
 
 def test_a_bootstrap_over_tasks_is_wider_than_one_over_pairs():
@@ -240,43 +239,59 @@ def test_superclasses():
         shared_superclass(Set, {k: v for k, v in CIFAR100_SUPERCLASSES.items() if k != "bee"})
 
 
+def record_of(zoo, ari, predictors):
+    "A record of a toy"
+    return TransferRecord.make(zoo, dict(name="toy"), **transfer_fields(zoo, ari, predictors, n_boot=50))
+
+
 def test_record_table_figure_and_words_agree(zoo, tmp_path):
     rng = np.random.default_rng(0)
     ari = pd.DataFrame(rng.random((10, 5)), pd.Index(zoo.labels.tolist(), name="source"), zoo.tasks)
     predictors = dict(lps=by_task(ari) + .01, stem=-by_task(ari), convs=frame(rng.random((5, 5))))
-    record = transfer_record(zoo, ari, predictors, n_boot=50, name="toy")
-    assert str(tmp_path.parent) not in str(record) and about_models(zoo)["sha256"] == fingerprint(zoo)
-    assert record["rho"]["lps"]["rho"] == 1 and record["rho"]["stem"]["rho"] == -1
+    record = record_of(zoo, ari, predictors)
+    assert str(tmp_path.parent) not in str(record) and record.model_set.sha256 == fingerprint(zoo)
+    assert record.rho["lps"]["rho"] == 1 and record.rho["stem"]["rho"] == -1
     text = transfer_text(record)
-    assert "**predict** transfer" in text and "above chance: LPS" in text and "below chance: raw stem" in text
+    assert "**predicts** transfer" in text and "above chance: LPS" in text and "below chance: raw stem" in text
     assert transfer_table(record).iloc[0, 0] == "1.00 [1.00, 1.00]"
     assert len([ax for ax in plot_transfer(record).axes if ax.collections]) == 3
-    assert "do **not** predict" in transfer_text(
-        transfer_record(zoo, ari, dict(lps=-by_task(ari)), n_boot=50, name="toy")
-    )
+    assert "does **not** predict" in transfer_text(record_of(zoo, ari, dict(lps=-by_task(ari))))
     assert halves_agreement(ari, n_boot=10).shape == (1, 8)
 
 
-TRANSFERRED = dict(settings=dict(name="toy"), ari=[[.1, .2], [.3, .4]], predictors=dict(lps=[[1., 2.], [3., None]]),
-                   rho={k: dict(rho=.5, low=.1, high=.9, p=.01) for k in ("lps", "other half of the source models")})
+TRANSFERRED = dict(
+    model_set=dict(models=2, tasks=2, data=[], recipe=[]),
+    settings=dict(name="toy"),
+    versions={},
+    machine=dict(cores=1, cpu="any"),
+    time="2026-01-01",
+    tasks=[0, 1],
+    classes=[["a", "b"], ["c", "d"]],
+    ari=[[.1, .2], [.3, .4]],
+    predictors=dict(lps=[[1., 2.], [3., None]]),
+    rho={k: dict(rho=.5, low=.1, high=.9, p=.01) for k in ("lps", OTHER_HALF)},
+)
 
 
 @pytest.mark.parametrize("change, field", [
-    (dict(settings={}), "settings.name"), (dict(ari=None), "ari"), (dict(ari=[[1.]]*2), "ari"), (dict(ari=[]), "ari"),
+    (dict(settings={}), "name"), (dict(ari=None), "ari"), (dict(ari=[[1.]]*2), "ari"), (dict(ari=[]), "ari"),
     (dict(rho={}), "rho.lps.rho"),
     (dict(rho=dict(lps=dict(rho="high"))), "rho.lps.rho"), (dict(predictors=[1]), "predictors"),
     (dict(predictors=dict(lps=[[1.]])), "predictors.lps"),
 ])
 def test_a_broken_record_names_its_field(change, field):
-    transfer_text(TRANSFERRED), transfer_table(TRANSFERRED), plot_transfer(TRANSFERRED)
-    for f in (transfer_text, transfer_table, plot_transfer):
-        with pytest.raises(ValueError, match=f"'{field}"): f(TRANSFERRED | change)
+    record = TransferRecord.from_dict(TRANSFERRED)
+    transfer_text(record), transfer_table(record), plot_transfer(record)
+    with pytest.raises(ValueError, match=f"'{field}"): TransferRecord.from_dict(TRANSFERRED | change)
 
 
 def test_names_are_shown_escaped():
     evil = "<b>\x1b[2J$x$"
-    record = TRANSFERRED | dict(settings=dict(name=evil), predictors={evil: [[1., 2.], [3., 4.]]},
-                                rho=TRANSFERRED["rho"] | {evil: dict(rho=.5, low=.1, high=.9)})
+    record = TransferRecord.from_dict(TRANSFERRED | dict(
+        settings=dict(name=evil),
+        predictors={evil: [[1., 2.], [3., 4.]]},
+        rho=TRANSFERRED["rho"] | {evil: dict(rho=.5, low=.1, high=.9)},
+    ))
     text = transfer_text(record)
     assert "<b>" not in text and "\x1b" not in text and "\x1b" not in transfer_table(record).to_string()
     fig = plot_transfer(record)

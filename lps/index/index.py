@@ -606,7 +606,7 @@ def _transfer_scores(self: ModelIndex, places, model, reading):
         try: items[i] = _stored_item(fact)
         except ValueError as e: reasons[str(fact.get("file"))] = str(e)
     if not items: return scores, reasons
-    from lps.advice.advisers import explained_by
+    from lps.advice.score import explained_by
     from lps.methods.synthetic import noise_images
     images = noise_images(N_PROBE_IMAGES, channels=model.channels)
     try: outputs = _run(model, images)[1]
@@ -628,7 +628,7 @@ def _with_expected(self: ModelIndex, table, places, model, source, relation, rea
     first = printable("; ".join(f"{file}: {why}" for file, why in list(reasons.items())[:1]))
     if np.isnan(scores).all(): return table, f"Accuracy after fine-tuning cannot be estimated ({first})."
     if relation is True:
-        from lps.advice.advisers import expected_accuracy
+        from lps.advice.expected import expected_accuracy
         relation = expected_accuracy()
     table = table.copy()
     names = "expected_accuracy", "expected_low", "expected_high"

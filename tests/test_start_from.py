@@ -8,36 +8,28 @@ import torch
 from conftest import ROOT
 from sklearn.isotonic import IsotonicRegression
 
-from lps.study.registry import result_files
+from lps.advice.advisers import ADVISERS, companions, popularity
+from lps.advice.expected import expected_accuracy, fit_expected_accuracy
+from lps.advice.score import explained_by, linear_cka, read_out, transfer_score
 from lps.core.files import write_json
-from lps.models.model import Model
-from lps.study.others import plot_sources
 from lps.methods.probes import centred_outputs
 from lps.methods.synthetic import noise_images
-from lps.advice.score import read_out
+from lps.models.model import Model
 from lps.nets.resnet import ResNet
-from lps.advice.advisers import (
-    ADVISERS,
+from lps.study.registry import result_files
+from lps.study.start_from import (
     Protocol,
     Target,
-    advice,
-    check_sources,
-    expected_accuracy,
-    explained_by,
     fine_tuned_accuracy,
-    fit_expected_accuracy,
     labelled_draws,
-    other_networks,
-    other_targets,
-    output_agreement,
+    plot_start_from,
     relation_of,
-    sources_table,
-    sources_words,
-    transfer_score,
+    start_from_table,
+    start_from_text,
+    trial_of,
     worth,
     worth_by_target,
 )
-from lps.study.transfer import linear_cka
 
 FILES = result_files(ROOT/"results", "start_from")
 
@@ -62,18 +54,19 @@ def pairs():
     return np.where(own, .95, rng.uniform(.5, .9, own.shape)), own, tasks
 
 
-def test_agreement_of_outputs_is_linear_cka_for_any_number_of_classes():
+def test_agreement_of_outputs_is_the_squared_correlation_of_margins():
     g = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 30, 5, generator=g), torch.randn(3, 30, 4, generator=g)
-    wanted = linear_cka(centred_outputs(a.double()), centred_outputs(b.double()))
-    torch.testing.assert_close(output_agreement(a, b), wanted)
-    torch.testing.assert_close(output_agreement(a, a).diagonal(), torch.ones(2).double())
+    a, b = torch.randn(2, 30, 2, generator=g), torch.randn(3, 30, 2, generator=g)
+    margins = [(z[..., 1] - z[..., 0]).numpy() for z in (a, b)]
+    shares = explained_by((torch.randn(30, 4, generator=g), a[0]), b)
+    np.testing.assert_allclose(shares.outputs, np.corrcoef(*margins)[0, 2:]**2, atol=1e-5)
 
 
 def test_score_is_the_mean_of_read_out_and_agreement(pair):
     bank = noise_images(96)
     source, target = (model.features_and_outputs(bank) for model in pair)
-    wanted = (read_out(source[0], target[1][None])[0] + output_agreement(source[1][None], target[1][None]).item())/2
+    agreement = linear_cka(centred_outputs(source[1][None]), centred_outputs(target[1][None])).item()
+    wanted = (read_out(source[0], target[1][None])[0] + agreement)/2
     assert transfer_score(*pair, bank) == pytest.approx(wanted)
     assert explained_by(source, target[1][None]).score[0] == pytest.approx(wanted)
 
@@ -102,10 +95,10 @@ def test_nothing_is_measured_on_a_labelled_image_or_on_one_the_network_has_seen(
 
 def test_the_popular_source_knows_nothing_of_the_target(pairs):
     accuracy, own, _ = pairs
-    before = other_targets(accuracy, own)
+    before = popularity(accuracy, own)
     changed = accuracy.copy()
     changed[:, 2] = 0
-    after = other_targets(changed, own)
+    after = popularity(changed, own)
     np.testing.assert_allclose(after[:, 2], before[:, 2])
     assert not np.allclose(after[:, 3], before[:, 3])
 
@@ -114,12 +107,12 @@ def test_the_ceiling_leaves_a_source_out(pairs):
     accuracy, _, tasks = pairs
     changed = accuracy.copy()
     changed[4] = 0
-    np.testing.assert_allclose(other_networks(changed, tasks)[4], accuracy[5])
+    np.testing.assert_allclose(companions(changed, tasks)[4], accuracy[5])
 
 
 def test_who_knows_it_all_gains_and_who_knows_nothing_is_drawn_fairly(pairs):
     accuracy, own, _ = pairs
-    scores = dict(random=0*accuracy, popular=other_targets(accuracy, own), right=accuracy)
+    scores = dict(random=0*accuracy, popular=popularity(accuracy, own), right=accuracy)
     found = worth(scores, accuracy, own, n_boot=200)
     assert found["right"]["regret"] == [0, 0, 0] and found["right"]["first_gain"][1] > 0
     assert found["right"]["rho"][0] == pytest.approx(1) and found["right"]["pairs"][0] == pytest.approx(1)
@@ -137,24 +130,24 @@ def test_own_pairs_never_count(pairs):
 
 
 def seen_by_hand(tasks, targets, rng):
-    "What sources might have shown: outputs of one task are alike"
-    bank = {t: torch.tensor(rng.normal(size=(40, 2)), dtype=torch.float32) for t in targets}
+    "Observations by hand, where outputs of one task are alike"
+    probes = {t: torch.tensor(rng.normal(size=(40, 2)), dtype=torch.float32) for t in targets}
     seen = []
     for task in tasks:
         shown = dict(accuracy=.7, ari=.1, logme=0., neighbours=.6)
-        on = {t: shown | dict(labelled=torch.tensor(rng.normal(size=(10, 4)))) for t in targets}
-        outputs = bank[task] + .1*torch.tensor(rng.normal(size=(40, 2)), dtype=torch.float32)
-        seen.append(dict(targets=on, answers=dict(noise=(outputs, outputs)), seconds=dict(noise=1.)))
+        measured = [shown | dict(labelled=torch.tensor(rng.normal(size=(10, 4)))) for _ in targets]
+        outputs = probes[task] + .1*torch.tensor(rng.normal(size=(40, 2)), dtype=torch.float32)
+        seen.append(dict(measured=measured, runs=dict(noise=(outputs, outputs)), seconds=dict(noise=1.)))
     return seen
 
 
 def test_advice_has_a_table_for_each_adviser_that_has_what_it_needs(pairs):
     tasks = pairs[2]
-    said = advice(seen_by_hand(tasks, range(6), np.random.default_rng(0)), tasks)
-    assert list(said["scores"]) == [name for name in ADVISERS if name not in ("crops", "photographs", "fitted")]
-    score = said["scores"]["score"]
-    assert score[said["own"]].min() > score[~said["own"]].max()
-    assert said["scores"]["cka"][[0, 2], [0, 1]] == pytest.approx(1)
+    trial = trial_of(seen_by_hand(tasks, range(6), np.random.default_rng(0)), tasks, list(range(6)))
+    assert list(trial.scores) == [name for name in ADVISERS if name not in ("crops", "photographs", "fitted")]
+    score = trial.scores["score"]
+    assert score[trial.own].min() > score[~trial.own].max()
+    assert trial.scores["cka"][[0, 2], [0, 1]] == pytest.approx(1)
 
 
 def test_training_every_layer_leaves_the_source_as_it_was(pair):
@@ -190,22 +183,21 @@ def test_a_relation_of_another_kind_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
-def test_a_result_file_says_what_its_pairs_say(path):
+def test_a_result_file_agrees_with_its_pairs(path):
     record = FILES[path]
-    known = check_sources(record)
-    accuracy, score = np.array(known.accuracy), np.array(known.score)
-    own = np.array(known.tasks["sources"])[:, None] == known.tasks["targets"]
+    accuracy, score = np.array(record.accuracy), np.array(record.score)
+    own = np.array(record.tasks["sources"])[:, None] == record.tasks["targets"]
     again = worth_by_target(score, accuracy, own).mean()
     for measure in ("rho", "tau", "regret", "rel"):
-        assert again[measure] == pytest.approx(known.worth["score"][measure][0], abs=.02)
-    np.testing.assert_allclose(np.where(own, -1, accuracy).max(0), known.first["best"], atol=1e-3)
-    assert f"{100*np.mean(known.first['score']):.1f} %" in sources_words(record)
-    assert len(sources_table(record)) == len(known.worth) and len(plot_sources(record).axes) == 2
+        assert again[measure] == pytest.approx(record.worth["score"][measure][0], abs=.02)
+    np.testing.assert_allclose(np.where(own, -1, accuracy).max(0), record.first["best"], atol=1e-3)
+    assert f"{100*np.mean(record.first['score']):.1f} %" in start_from_text(record)
+    assert len(start_from_table(record)) == len(record.worth) and len(plot_start_from(record).axes) == 2
 
 
 def test_the_relation_in_the_package_is_that_of_its_result_file():
     relation = expected_accuracy()
-    record = next(r for r in FILES.values() if relation.measured.startswith(f"{r['settings']['name']}: "))
+    record = next(r for r in FILES.values() if relation.measured.startswith(f"{r.name}: "))
     assert relation == relation_of(record)
     curve = relation.predict([0, .5])
     assert (curve.low < curve.expected).all() and (curve.expected < curve.high).all()
