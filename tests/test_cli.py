@@ -223,7 +223,7 @@ MISTAKES = {
     "query zoo half.safetensors --method zoo-net.safetensors": "half.safetensors: truncated",
     "query zoo hello.json --method zoo-net.safetensors": "hello.json: not a PyTorch file",
     "query zoo foreign/evil.pt --method zoo-net.safetensors": "refused and not executed",
-    "query zoo nan.pt --method zoo-net.safetensors": "nan.pt is broken: conv1.weight holds NaN",
+    "query zoo nan.pt --method zoo-net.safetensors": "nan.pt: conv1.weight holds NaN",
     "query zoo zoo-net.safetensors --method zoo-net.safetensors": "no layer 'conv1' in these models",
     "query zoo wide/task00_run0.safetensors --method zoo-net.safetensors": "compare models of one architecture",
     f"query zoo {MODEL} --method wide-net.safetensors": "compare models of one architecture",

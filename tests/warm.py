@@ -5,13 +5,20 @@ python warm.py kernel SOCKET ...      be a kernel with the arguments of ipykerne
 """
 import json
 import os
+import pkgutil
 import select
 import socket
 import sys
 import threading
 
-MODULES = ["lps.demo", "lps.study.report", "lps.index.index", "lps.cli",
-           "ipykernel.kernelapp", "matplotlib_inline.backend_inline"]
+KERNEL = ["ipykernel.kernelapp", "matplotlib_inline.backend_inline"]
+HEAVY = ["fastai.learner", "numba", "plotly.graph_objects", "sklearn.linear_model", "torchvision"]  # imported late
+
+
+def modules() -> list[str]:
+    "Return every module that a notebook may need"
+    import lps
+    return [*KERNEL, *HEAVY, *(found.name for found in pkgutil.walk_packages(lps.__path__, "lps."))]
 
 
 def kernel(path: str, *argv: str):
@@ -27,7 +34,7 @@ def serve(path: str):
     "Import everything, then fork a kernel for each request"
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # as a kernel sets it before its imports
     del sys.path[0]  # the tests' own folder
-    for name in MODULES: __import__(name)
+    for name in modules(): __import__(name)
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()

@@ -372,16 +372,17 @@ class Checkpoint:
     kind: str     # of file, in words
     networks: dict = None  # networks in the file that were not read: key → count of tensors
 
-def _request(obj):
-    "Name the first class or function that a file without weights calls"
+def _no_weights(obj):
+    "Make the error for a file without weights; it names the first class or function that the file calls"
     items = obj if isinstance(obj, (list, tuple)) else [obj, *_fields(obj).values()]
     first = next((item.name for item in items if isinstance(item, _Stub)), None)
-    return f"; refused and not executed: it calls {first}" if first else ""
+    if first: return ValueError(f"refused and not executed: it calls {first}, and holds no state dict")
+    return ValueError(f"holds no state dict (tensors by name), but {describe(obj)}")
 
 def _unpack(obj, which):
     "Return the tensors of one network, what is beside them, and the other networks"
     networks = _networks(obj, _Budget())
-    if not networks: raise ValueError(f"holds no state dict (tensors by name), but {describe(obj)}{_request(obj)}")
+    if not networks: raise _no_weights(obj)
     path = _selected(networks, which)
     inner = obj
     for key in path: inner = _fields(inner)[key]
