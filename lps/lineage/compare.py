@@ -135,7 +135,7 @@ def layers_of(
     return found
 
 # %% ../../nbs/lineage/01_compare.ipynb #1da3daf0
-MATCHED = 8    # z score of a match; the largest among independent models is 6
+MATCHED = 8    # z score of a match; the largest among independent models was 6.3
 MAX_ROWS = 64  # rows of a layer that are compared while searching
 
 class Aligner:
