@@ -167,7 +167,7 @@ BROKEN = {
     "NaN": (spoil("bn1.bias", float("nan")), "bn1.bias holds NaN"),
     "inf": (spoil("conv1.weight", float("inf")), "conv1.weight holds inf"),
     "models and rows": (dict(tensors=lambda t: t | {"bn1.bias": t["bn1.bias"][1:]}), r"shape \(14, 4\) for 15 models"),
-    "no models": (dict(meta=lambda m: m | {"packed": dict(common={}, models=[])}), "does not say which models"),
+    "no models": (dict(meta=lambda m: m | {"packed": dict(common={}, models=[])}), "does not name the models"),
     "nonsense": (dict(meta=lambda m: m | {"packed": "yes"}), "packed holds 'yes', expected fields by name"),
     "no common": (dict(meta=lambda m: m | {"packed": dict(models=[{}])}), "field 'common' is missing"),
     "no task": (with_models(without_task), "field 'task' is missing"),

@@ -15,7 +15,8 @@ from lps.core.files import save_tensors
 from lps.models.read import Reading, inspect_model, read_model
 from lps.nets.named import network_builder
 from lps.models.model import Model
-from lps.methods.probes import centred_outputs, probe_images, probe_outputs
+from lps.methods.probes import centred_outputs, probe_outputs
+from lps.methods.synthetic import noise_images
 from lps.methods.registry import why_not
 from lps.nets.resnet import ResNet
 from lps.index.index import BuildSettings, ModelIndex
@@ -334,7 +335,7 @@ def test_names_are_mapped_for_a_named_network(small, tmp_path):
 def test_probes_of_a_named_network_are_those_of_the_method(small):
     model = read_model(small)
     found = probe_outputs({name: v[None] for name, v in model.state.items()}, model.architectures, n_images=16)
-    expected = centred_outputs(small(probe_images(16)).detach()[None])
+    expected = centred_outputs(small(noise_images(16)).detach()[None])
     torch.testing.assert_close(found["outputs"], expected)
     why = why_not(model)
     assert {"chain", "read-out"} <= set(why) and not {"probes", "stem-signature", "lps"} & set(why)
@@ -413,7 +414,7 @@ def test_a_network_for_larger_images_is_asked_in_its_size():
     model = report.model
     assert model.meta["size"] == [3, 48, 48] and "probes" not in why_not(model)
     found = probe_outputs({name: v[None] for name, v in model.state.items()}, model.architectures, n_images=40)
-    enlarged = F.interpolate(probe_images(40), (48, 48), mode="bicubic")
+    enlarged = F.interpolate(noise_images(40), (48, 48), mode="bicubic")
     torch.testing.assert_close(found["outputs"], centred_outputs(fixed(enlarged).detach()[None]))
     with pytest.raises(RuntimeError): fixed(torch.zeros(1, 3, 32, 32))
 

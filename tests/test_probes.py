@@ -8,7 +8,8 @@ from lps.methods.registry import embed_models, fit_method, load_fitted, observat
 from lps.models.model import Model
 from lps.models.modelset import load_modelset
 from lps.order_chain import permute, random_perms
-from lps.methods.probes import Probes, probe_images
+from lps.methods.probes import Probes
+from lps.methods.synthetic import noise_images
 from lps.nets.architectures import net_from_state
 from lps.nets.resnet import SHORTCUTS, ResNet, bn_of, resnet_spec
 from lps.index.index import ModelIndex
@@ -89,7 +90,7 @@ def probes(models): return fit_method(models, "probes", n_images=48)
 @torch.no_grad()
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_leaves_the_outputs_leaves_the_embedding(probes, shortcut, change):
-    state, x = some_state(7, shortcut), probe_images(8, seed=3)
+    state, x = some_state(7, shortcut), noise_images(8, seed=3)
     new = change(state, shortcut)
     assert not torch.allclose(new["layer1.0.conv2.weight"], state["layer1.0.conv2.weight"], rtol=.1)
     logits = net_from_state(state, shortcut=shortcut)(x)

@@ -20,7 +20,8 @@ from lps.study.alignment import ALIGNMENTS
 PAGE = json.loads((ROOT/"nbs/results.ipynb").read_text(encoding="utf-8"))
 FILES = result_files(ROOT/"results")
 KINDS = ("image/png", "text/markdown", "text/html", "text/plain")
-NAMES = r"§[\d.]+|Table \d|Fig\. \(\w\)|eq\. \(\d+\)|ResNet\d+|CIFAR-\d+|ModelSet\d+|100 %|\(\w+\.html\)"  # no results
+LINK = r"\([\w/]+\.html[#\w-]*\)"
+NAMES = rf"§[\d.]+|Table \d|Fig\. \(\w\)|eq\. \(\d+\)|ResNet\d+|CIFAR-\d+|ModelSet\d+|100 %|{LINK}"  # no results
 
 
 def outputs(page) -> list[tuple[str, str]]:

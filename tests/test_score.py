@@ -5,11 +5,11 @@ import torch
 from fastcore.test import expect_fail
 from test_probes import CHANGES, model, some_state
 
-from lps.methods.probes import probe_images
+from lps.methods.synthetic import noise_images
 from lps.advice.advisers import photograph_crops
 from lps.advice.score import read_out, transfer_score
 
-BANK = probe_images(60)
+BANK = noise_images(60)
 
 
 @pytest.mark.parametrize("shortcut", ["conv", "pad_end"])

@@ -12,7 +12,8 @@ from lps.advice.advisers import ADVISERS, companions, popularity
 from lps.advice.expected import expected_accuracy, fit_expected_accuracy
 from lps.advice.score import explained_by, linear_cka, read_out, transfer_score
 from lps.core.files import write_json
-from lps.methods.probes import centred_outputs, probe_images
+from lps.methods.probes import centred_outputs
+from lps.methods.synthetic import noise_images
 from lps.models.model import Model
 from lps.nets.resnet import ResNet
 from lps.study.registry import result_files
@@ -62,7 +63,7 @@ def test_agreement_of_outputs_is_the_squared_correlation_of_margins():
 
 
 def test_score_is_the_mean_of_read_out_and_agreement(pair):
-    bank = probe_images(96)
+    bank = noise_images(96)
     source, target = (model.features_and_outputs(bank) for model in pair)
     agreement = linear_cka(centred_outputs(source[1][None]), centred_outputs(target[1][None])).item()
     wanted = (read_out(source[0], target[1][None])[0] + agreement)/2
@@ -72,7 +73,7 @@ def test_score_is_the_mean_of_read_out_and_agreement(pair):
 
 def test_score_knows_no_order_of_classes_and_has_a_direction(pair):
     source, target = pair
-    bank, turned = probe_images(96), dict(target.state)
+    bank, turned = noise_images(96), dict(target.state)
     for name in ("fc.weight", "fc.bias"): turned[name] = 3*target.state[name].flip(0)
     score = transfer_score(source, target, bank)
     assert transfer_score(source, Model(turned, target.meta), bank) == pytest.approx(score, abs=1e-4)

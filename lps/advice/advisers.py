@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from .score import explained_by, linear_cka
-from ..methods.probes import gallery_bank, probe_images
+from ..methods.probes import gallery_bank
+from ..methods.synthetic import noise_images
 from ..models.model import Model
 from ..models.modelset import ModelSet
 
@@ -80,7 +81,7 @@ def advice_images(
     "Generate probe images of each kind, with as many channels as a network reads"
     crops = photograph_crops(n, seed, size)
     if model.channels == 1: crops = crops.float().mean(1, keepdim=True).round().to(torch.uint8)
-    images = dict(noise=probe_images(n, seed, size, model.channels), crops=crops)
+    images = dict(noise=noise_images(n, seed, size, model.channels), crops=crops)
     if photographs is not None:
         order = np.random.default_rng(seed).permutation(len(photographs))
         images["photographs"] = photographs[order[:2*n]]

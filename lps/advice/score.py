@@ -18,7 +18,8 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from ..methods.probes import centred_outputs, probe_images
+from ..methods.probes import centred_outputs
+from ..methods.synthetic import noise_images
 from ..models.model import Model
 
 # %% ../../nbs/advice/00_score.ipynb #ed23565c
@@ -89,7 +90,7 @@ def transfer_score(
     seed: int = 0,  # of the noise and of the regression
 ) -> float:         # at most 1; 0 if the source explains nothing
     "Score a source for a target task; raises `ValueError` for networks that cannot be run"
-    if images is None: images = probe_images(512, seed, channels=source.channels)
+    if images is None: images = noise_images(512, seed, channels=source.channels)
     outputs = target.outputs(images, stats)
     shares = explained_by(source.features_and_outputs(images, stats), outputs[None], seed)
     return float(shares.score[0])

@@ -607,8 +607,8 @@ def _transfer_scores(self: ModelIndex, places, model, reading):
         except ValueError as e: reasons[str(fact.get("file"))] = str(e)
     if not items: return scores, reasons
     from lps.advice.score import explained_by
-    from lps.methods.probes import probe_images
-    images = probe_images(N_PROBE_IMAGES, channels=model.channels)
+    from lps.methods.synthetic import noise_images
+    images = noise_images(N_PROBE_IMAGES, channels=model.channels)
     try: outputs = _run(model, images)[1]
     except ValueError as e: return scores, {"the query": str(e)}
     for i, item in items.items():
