@@ -90,7 +90,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                          'lps.cli.is_index': ('cli.html#is_index', 'lps/cli.py'),
                          'lps.cli.is_report': ('cli.html#is_report', 'lps/cli.py'),
                          'lps.cli.is_tables': ('cli.html#is_tables', 'lps/cli.py'),
-                         'lps.cli.load_methods': ('cli.html#load_methods', 'lps/cli.py'),
                          'lps.cli.log_index': ('cli.html#log_index', 'lps/cli.py'),
                          'lps.cli.log_modelset': ('cli.html#log_modelset', 'lps/cli.py'),
                          'lps.cli.main': ('cli.html#main', 'lps/cli.py'),
