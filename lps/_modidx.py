@@ -285,6 +285,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lps.index.index._matches': ('index/index.html#_matches', 'lps/index/index.py'),
                                  'lps.index.index._method_bytes': ('index/index.html#_method_bytes', 'lps/index/index.py'),
                                  'lps.index.index._no_model': ('index/index.html#_no_model', 'lps/index/index.py'),
+                                 'lps.index.index._number_or_nan': ('index/index.html#_number_or_nan', 'lps/index/index.py'),
                                  'lps.index.index._open_method': ('index/index.html#_open_method', 'lps/index/index.py'),
                                  'lps.index.index._own_calibration': ('index/index.html#_own_calibration', 'lps/index/index.py'),
                                  'lps.index.index._parse_method': ('index/index.html#_parse_method', 'lps/index/index.py'),
