@@ -104,12 +104,6 @@ def print_json(value):
     if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     print(json.dumps(for_json(value), indent=2, ensure_ascii=False, allow_nan=False))
 
-# %% ../nbs/04_cli.ipynb #6ce4c78b
-def load_methods() -> dict:
-    "Return the registry of methods"
-    from lps.methods.registry import METHODS
-    return METHODS
-
 # %% ../nbs/04_cli.ipynb #41af4d95
 class RegistryHelp(TyperCommand):
     "A command whose help lists what is registered in place of METHODS, DATASETS and RECIPES"
@@ -122,9 +116,8 @@ def registered_names() -> dict[str, str]:
     "Return what is registered, by the word that stands for it in help texts"
     from lps.zoo.tasks import DATASETS
     from lps.zoo.recipe import recipes
-    methods = load_methods()
-    baselines = [name for name, method in methods.items() if method.baseline]
-    others = [name for name in methods if name not in baselines]
+    baselines = [name for name, method in lps.METHODS.items() if method.baseline]
+    others = [name for name in lps.METHODS if name not in baselines]
     return dict(
         METHODS=f"{', '.join(others)}; baselines: {', '.join(baselines)}",
         DATASETS=", ".join(DATASETS),
@@ -173,9 +166,14 @@ class ReadingOptions:
 
     def settings(self):
         "Return the same as a `Reading`"
-        from lps.models.read import Reading
         if self.arch and ":" in self.arch and "" not in sys.path: sys.path.insert(0, "")  # modules of this folder
-        return Reading(read_name_map(self.names), self.arch, self.size, parse_stats(self.stats), self.which)
+        return lps.Reading(
+            names=read_name_map(self.names),
+            arch=self.arch,
+            size=self.size,
+            stats=parse_stats(self.stats),
+            which=self.which,
+        )
 
 # %% ../nbs/04_cli.ipynb #3598d8b4
 def parse_stats(stats) -> tuple | None:
@@ -264,8 +262,7 @@ Models = Annotated[str, Argument(metavar="MODELSET", help=MODELS)]
 
 def open_modelset(place: str):
     "Load a model set"
-    from lps.models.modelset import load_modelset
-    return load_modelset(place if place == "bundled" else path_of(place))
+    return lps.load_modelset(place if place == "bundled" else path_of(place))
 
 def log_modelset(models):
     "Log where a model set is and what it holds"
@@ -294,11 +291,10 @@ def zoo_build(
     packed: Annotated[str | None, Option(help="Packed models of this build, or their folder: not trained")] = None,
 ):
     "Train a model set, several networks for each pair of classes, or resume an interrupted build."
-    from lps.zoo.build import build
     from lps.zoo.tasks import load_splits
     if not re.fullmatch(r"(\d+(,\d+)*)?", keep):
         raise ValueError(f"--keep is '{keep}': give epochs separated by commas, such as 10,40,80")
-    models = build(
+    models = lps.build(
         path,
         images=load_splits(images, size=size),
         recipe=recipe,
@@ -347,17 +343,15 @@ def zoo_import(
     names: Names = None,
 ):
     "Make a model set of checkpoints that were trained elsewhere."
-    from lps.models.imports import import_models
     if shortcut not in ("pad_end", "pad_both"):
         raise ValueError(f"unknown shortcut '{shortcut}': known are pad_end, pad_both")
     known = {key: value for key, value in dict(data=data, recipe=recipe).items() if value}
-    log_modelset(import_models(src, dst, read_name_map(names), table, shortcut, known))
+    log_modelset(lps.import_models(src, dst, read_name_map(names), table, shortcut, known))
 
 # %% ../nbs/04_cli.ipynb #7ca7326f
 def is_fitted(file: Path) -> bool:
     "Return whether `lps fit` wrote a file"
-    from lps.methods.registry import load_fitted
-    return bool(load_fitted(file))
+    return bool(lps.load_fitted(file))
 
 @app.command(cls=RegistryHelp, epilog="Example: lps fit runs/digits --out runs/digits-net.safetensors")
 @with_groups
@@ -369,14 +363,13 @@ def fit(
     out: OutFile = Path("lps-net.safetensors"),
 ):
     "Fit a method on a model set."
-    from lps.methods.registry import fit_method, get_method, own_settings, save_fitted
-    load_methods()
+    from lps.methods.registry import get_method, own_settings
     get_method(method)
     check_out(out, is_fitted, "a method that lps fit wrote")
     models = open_modelset(modelset)
     with busy(f"fitting {method} on {len(models)} models"):
-        fitted = fit_method(models, method, seed, **own_settings(method, options.settings()))
-    save_fitted(out, fitted)
+        fitted = lps.fit_method(models, method, seed, **own_settings(method, options.settings()))
+    lps.save_fitted(out, fitted)
     layers = ", ".join(fitted.layers) or "all layers"
     log.info("%s: %s on %s of %d models, %d tasks", out, method, layers, len(models), len(fitted.tasks))
 
@@ -421,7 +414,6 @@ def evaluate(
     from lps.study.table1 import table1
     from lps.study.table2 import table2
     check_out(out, is_tables, "a file of results that lps evaluate wrote")
-    load_methods()
     for name in method or (): get_method(name)
     models = open_modelset(modelset)
     check_splits(models, train, test_tasks)
@@ -453,8 +445,7 @@ def calibrated(index):
 
 def open_index(place):
     "Load an index and calibrate it if it can be"
-    from lps.index.index import ModelIndex
-    return calibrated(ModelIndex.load(place if place == "bundled" else path_of(place)))
+    return calibrated(lps.ModelIndex.load(place if place == "bundled" else path_of(place)))
 
 def save_packed(index, path: Path):
     "Write an index that was changed in memory back to its packed file"
@@ -465,7 +456,7 @@ def save_packed(index, path: Path):
 INDEX_PLACE = "An index: a folder or a packed .zip file; bundled: the one that comes with lps"
 IndexFolder = Annotated[Path, Argument(parser=path_of, metavar="INDEX", help=INDEX_PLACE)]
 SOURCES = "Folders, model files, packed sets, timm/NAME, org/name on the Hub; bundled: the set that comes with lps"
-Sources = Annotated[list[str], Argument(metavar="SOURCES", help=SOURCES)]
+Sources = Annotated[list[str], Argument(parser=source_of, metavar="SOURCES", help=SOURCES)]
 Workers = Annotated[int, Option(min=1, help="Processes that read models")]
 NOT_CALIBRATED = (
     "Not calibrated, so no probabilities are given: at least two tasks with two models each are needed, named in the"
@@ -499,10 +490,10 @@ def index_build(
     seed: Seed = 0,
 ):
     "Read models into an index, and fit the method on those whose tasks are known."
-    from lps.index.index import BuildSettings, ModelIndex
+    from lps.index.index import BuildSettings
     settings = BuildSettings(workers=workers, seed=seed, fit=options.settings())
     with busy(f"reading models into {path}"):
-        index = ModelIndex.build(list(map(source_of, sources)), path, method, table, reading.settings(), settings)
+        index = lps.ModelIndex.build(sources, path, method, table, reading.settings(), settings)
     log_index(index, path)
     log.info(calibration_text(index))
 
@@ -521,7 +512,7 @@ def index_add(
     index = open_index(str(path))
     settings = BuildSettings(workers=workers)
     with busy(f"reading models into {path}"):
-        n = index.add(list(map(source_of, sources)), table, reading.settings(), settings)
+        n = index.add(sources, table, reading.settings(), settings)
     save_packed(index, path)
     log.info("%d added", n)
     log_index(index, path)
@@ -529,11 +520,11 @@ def index_add(
 @index_app.command("remove", epilog="Example: lps index remove market downloads/old-model.pth")
 def index_remove(
     path: IndexFolder,
-    models: Annotated[list[str], Argument(metavar="MODELS", help="Names in the index, files, or folders")],
+    models: Annotated[list[str], Argument(parser=source_of, metavar="MODELS", help="Names, files, or folders")],
 ):
     "Remove models from the index; their files are kept."
     index = open_index(str(path))
-    n = index.remove(list(map(source_of, models)))
+    n = index.remove(models)
     save_packed(index, path)
     log.info("%d removed", n)
     log_index(index, path)
@@ -579,7 +570,7 @@ def index_info(
 
 # %% ../nbs/04_cli.ipynb #8d1dfaba
 MODEL = "A model file, a Hugging Face folder, timm/NAME, or org/name on the Hub"
-Model = Annotated[str, Argument(metavar="MODEL", help=MODEL)]
+Model = Annotated[str, Argument(parser=source_of, metavar="MODEL", help=MODEL)]
 
 @app.command("inspect", epilog="Example: lps inspect my-model.pth --arch timm/resnet18")
 @with_groups
@@ -593,8 +584,7 @@ def inspect_command(
 ):
     "Show what is read from a model: layers, input, normalisation, head, and what is ignored."
     from lps.methods.registry import why_not
-    from lps.models.read import inspect_model
-    inspection = inspect_model(source_of(model), dataclasses.replace(reading.settings(), whole=whole))
+    inspection = lps.inspect_model(model, dataclasses.replace(reading.settings(), whole=whole))
     found = dict(inspection.table().found)
     for method, why in why_not(inspection.model).items(): found[f"cannot be compared by {method}"] = why
     if as_json: return print_json(found)
@@ -608,16 +598,15 @@ def index_report():
 # %% ../nbs/04_cli.ipynb #91c8aebf
 def index_by(place: str, method: str):
     "Return an index that compares by a method: one that was built with it, or one of a model set"
-    from lps.index.index import ModelIndex
-    from lps.methods.registry import get_method, load_fitted
+    from lps.methods.registry import get_method
     from lps.models.modelset import bundled
-    load_methods()
     fitted = None
-    if method == "bundled": fitted = load_fitted(bundled("net.safetensors"))
-    elif method.endswith(".safetensors"): fitted = load_fitted(path_of(method))
+    if method == "bundled": fitted = lps.load_fitted(bundled("net.safetensors"))
+    elif method.endswith(".safetensors"): fitted = lps.load_fitted(path_of(method))
     else: get_method(method)
-    if place == "bundled" and fitted is None: return calibrated(ModelIndex.bundled(method))
-    if place == "bundled" or not is_index(path_of(place)): return ModelIndex(fitted or method, open_modelset(place))
+    if place == "bundled" and fitted is None: return calibrated(lps.ModelIndex.bundled(method))
+    if place == "bundled" or not is_index(path_of(place)):
+        return lps.ModelIndex(fitted or method, open_modelset(place))
     index = open_index(place)
     if fitted is None and index.fitted.method == method: return index
     cure = f"build another one with lps index build FOLDER SOURCES --method {method}"
@@ -626,7 +615,7 @@ def index_by(place: str, method: str):
 def check_one_model(text: str):
     "Raise `ValueError` for a folder of several models"
     from lps.models.read import is_model_folder
-    folder = Path(source_of(text))
+    folder = Path(text)
     if not folder.is_dir() or is_model_folder([file.name for file in folder.iterdir()]): return
     raise ValueError(f"{folder} is a folder of models: give one model file in it")
 

@@ -27,7 +27,7 @@ def observe(models: ModelSet) -> dict[str, torch.Tensor]:
     "Compute outputs on probe images `(M, n, K - 1)` and signatures of all layers `(M, E)`, in float16"
     names = [name for name in models.shapes if not name.endswith("num_batches_tracked")]
     weights = models.weights(names)
-    outputs = probe_outputs(weights, models.shortcuts, parts=2)["outputs"][..., :-1]
+    outputs = probe_outputs(weights, models.architectures, parts=2)["outputs"][..., :-1]
     layers = all_layer_signature(weights, "conv")["layers"]
     return dict(outputs=outputs.half().contiguous(), layers=layers.half().contiguous())
 

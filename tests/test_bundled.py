@@ -22,7 +22,7 @@ from lps.methods.registry import embed_models, fit_method, load_fitted, observat
 from lps.zoo.tasks import source_of
 
 QUICK = dict(n_filters=8, epochs=2, milestones=(1,))
-FILES = ["DATASHEET.md", "datasheet.json", "modelset.safetensors", "net.safetensors"]
+FILES = ["DATASHEET.md", "datasheet.json", "index.zip", "modelset.safetensors", "net.safetensors"]
 KEPT = {epoch: f"modelset500-epoch{epoch}" for epoch in (10, 20, 40, 60, 80)}  # networks of the paper's recipe
 KEPT |= {epoch: f"modelset500-late-epoch{epoch}" for epoch in (100, 120, 140, 160)}  # a few of them, trained on
 
@@ -167,7 +167,7 @@ BROKEN = {
     "NaN": (spoil("bn1.bias", float("nan")), "bn1.bias holds NaN"),
     "inf": (spoil("conv1.weight", float("inf")), "conv1.weight holds inf"),
     "models and rows": (dict(tensors=lambda t: t | {"bn1.bias": t["bn1.bias"][1:]}), r"shape \(14, 4\) for 15 models"),
-    "no models": (dict(meta=lambda m: m | {"packed": dict(common={}, models=[])}), "does not say which models"),
+    "no models": (dict(meta=lambda m: m | {"packed": dict(common={}, models=[])}), "does not name the models"),
     "nonsense": (dict(meta=lambda m: m | {"packed": "yes"}), "packed holds 'yes', expected fields by name"),
     "no common": (dict(meta=lambda m: m | {"packed": dict(models=[{}])}), "field 'common' is missing"),
     "no task": (with_models(without_task), "field 'task' is missing"),

@@ -166,18 +166,18 @@ MISTAKES = {
     "query zoo-net.safetensors zoo": "zoo is a folder of models: give one model file in it",
     "query zoo-net.safetensors zoo " + MODEL: f"run lps query zoo {MODEL} --method zoo-net.safetensors",
     "query nowhere " + MODEL: "no index at nowhere: build one with lps index build nowhere FOLDER",
-    "query zoo " + MODEL: "no index at zoo: no header.json",
-    "query zoo-net.safetensors " + MODEL: "zoo-net.safetensors holds no index",
+    "query zoo " + MODEL: "no index at zoo: it has no header.json",
+    "query zoo-net.safetensors " + MODEL: "zoo-net.safetensors is not a packed index",
     "index build market nowhere": "no models at nowhere: no such folder or file",
     "index build market empty": "no model can be read: there are no model files",
     "index build zoo foreign": "zoo holds .build.lock: choose an empty folder",
     "index build hello.json zoo": "hello.json is a file: choose another folder for the index",
-    "index build market zoo --method magic": "'magic' is unknown: take one of fc, frobenius, lps",
+    "index build market zoo --method magic": "'magic' is unknown: choose from fc, frobenius, lps",
     "index build market foreign --method chain": "name the tasks in a table, or take probes",
     "index build market foreign --method nowhere.safetensors": "no model file nowhere.safetensors",
     "index build market zoo --workers 0": "Invalid value for '--workers'",
     "index build market foreign --table nowhere.tsv": "nowhere.tsv: No such file",
-    "index info zoo": "no index at zoo: no header.json",
+    "index info zoo": "no index at zoo: it has no header.json",
     "index add nowhere zoo": "no index at nowhere: build one with lps index build nowhere FOLDER",
     "index remove nowhere zoo": "no index at nowhere: build one with lps index build nowhere FOLDER",
     "fit zoo --epoch 5": "Possible options: --epochs",
@@ -192,7 +192,7 @@ MISTAKES = {
     f"fit zoo --out {MODEL}": "exists and is not a method that lps fit wrote",
     "fit zoo --out hello.json": "exists and is not a method that lps fit wrote",
     "evaluate zoo --train 4 --out five.json": "exists and is not a file of results",
-    "fit zoo --method magic": "'magic' is unknown: take one of fc, frobenius, lps",
+    "fit zoo --method magic": "'magic' is unknown: choose from fc, frobenius, lps",
     "fit zoo --layers conv9": "no layer 'conv9' in these models: known are conv1, layer1.0.conv1",
     "fit nowhere": "no model set at nowhere",
     "fit empty": "no *.safetensors file in it",
@@ -211,7 +211,7 @@ MISTAKES = {
     "evaluate wide --train 1": "a task has 1 models",
     f"query nowhere {MODEL} --method bundled": "no model set at nowhere",
     f"query bundled {MODEL} --method bundled": "compare models of one architecture",
-    f"query zoo {MODEL} --method nowhere": "'nowhere' is unknown: take one of fc, frobenius, lps",
+    f"query zoo {MODEL} --method nowhere": "'nowhere' is unknown: choose from fc, frobenius, lps",
     f"query zoo {MODEL} --method nowhere.safetensors": "no model file nowhere.safetensors",
     f"query zoo {MODEL} --method hello.json": "'hello.json' is unknown",
     f"query zoo {MODEL} --method half.safetensors": "half.safetensors is truncated",
@@ -249,7 +249,7 @@ MISTAKES = {
     "zoo build new --images hollow": "no images under hollow/train",
     "zoo build new --keep 1,x": "--keep is '1,x': give epochs separated by commas",
     "zoo build new --device gpu0": "unknown device 'gpu0': give 'cpu' or 'cuda'",
-    "zoo build new --tasks 6": "10 classes of 'digits' make 5 pairs",
+    "zoo build new --tasks 6": "6 tasks, but the 10 classes of 'digits' make 5",
     "zoo build new --models 0": "Invalid value for '--models'",
     "zoo build new --models 1.5": "Invalid value for '--models'",
     "zoo build new --workers 0": "Invalid value for '--workers'",
@@ -344,7 +344,7 @@ def test_a_warning_is_one_line(world, monkeypatch, capsys):
     def load(place):
         warnings.warn("first\nsecond", stacklevel=1)
         raise ValueError("stopped")
-    monkeypatch.setattr("lps.models.modelset.load_modelset", load)
+    monkeypatch.setattr("lps.load_modelset", load)
     assert main(["fit", "bundled", "--out", "nowhere.safetensors"]) == 2
     assert capsys.readouterr().err == "lps: warning: first second\nlps: stopped\n"
 
@@ -495,7 +495,7 @@ def test_escape_sequences_do_not_reach_the_terminal(world, tmp_path, monkeypatch
 
 def test_a_bug_shows_where_it_is(monkeypatch):
     def broken(*args, **kwargs): raise KeyError("a bug")
-    monkeypatch.setattr("lps.models.modelset.load_modelset", broken)
+    monkeypatch.setattr("lps.load_modelset", broken)
     with pytest.raises(KeyError): main(["fit", "bundled"])
 
 
@@ -504,7 +504,7 @@ def test_a_bug_shows_where_it_is(monkeypatch):
 )
 def test_what_a_bad_machine_does_is_one_line(error, monkeypatch, capsys):
     def fails(*args, **kwargs): raise error
-    monkeypatch.setattr("lps.models.modelset.load_modelset", fails)
+    monkeypatch.setattr("lps.load_modelset", fails)
     assert main(["fit", "bundled", "--out", "nowhere.safetensors"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -17,7 +17,8 @@ import IPython.display
 import matplotlib.pyplot
 from lps.study.table1 import table1
 from lps.study.page import claims_table, overview, show_overview, show_results
-from lps.study.registry import EXPERIMENTS, kind_of, open_models, register_experiment, result_files, result_path
+from lps.study.registry import EXPERIMENTS, kind_of, register_experiment, result_files, result_path
+from lps.study.sets import open_models
 from lps.core.files import save_tensors
 from lps.methods.registry import METHODS, Method
 from lps.models.modelset import load_modelset
@@ -59,7 +60,8 @@ PARAMETERS = "model_set = 'bundled'\nn_splits = 3\nresults = 'results'"
 RUN = """
 import outside_of_lps
 from lps.study.table1 import table1
-from lps.study.registry import open_models, result_path
+from lps.study.registry import result_path
+from lps.study.sets import open_models
 from lps.study.records import RunsRecord, runs_fields
 
 models = open_models(model_set)[:40]

@@ -274,7 +274,7 @@ TRANSFERRED = dict(
 
 
 @pytest.mark.parametrize("change, field", [
-    (dict(settings={}), "name"), (dict(ari=None), "ari"), (dict(ari=[[1.]]*2), "ari"), (dict(ari=[]), "ari"),
+    (dict(settings={}), "settings.name"), (dict(ari=None), "ari"), (dict(ari=[[1.]]*2), "ari"), (dict(ari=[]), "ari"),
     (dict(rho={}), "rho.lps.rho"),
     (dict(rho=dict(lps=dict(rho="high"))), "rho.lps.rho"), (dict(predictors=[1]), "predictors"),
     (dict(predictors=dict(lps=[[1.]])), "predictors.lps"),

@@ -138,15 +138,13 @@ def read_json(
     return value if schema is None else checked(value, schema, path.name)
 
 # %% ../../nbs/core/00_files.ipynb #dab68186
-def _version(package):
-    "Return the version of an installed package, or None"
-    try: return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError: return None
-
 def versions() -> dict: # name of a package (and 'python') to its version
-    "Return the versions of the packages that weights depend on"
-    packages = {package: _version(package) for package in ("torch", "fastai", "numpy", "safetensors")}
-    return dict(lps=lps.__version__, python=platform.python_version(), **packages)
+    "Return the versions of the packages that weights depend on; None for a package that is missing"
+    found = dict(lps=lps.__version__, python=platform.python_version())
+    for package in ("torch", "fastai", "numpy", "safetensors"):
+        try: found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError: found[package] = None
+    return found
 
 def _cpu():
     "Return the name of the processor"
@@ -242,11 +240,6 @@ def header_end(
     if 8 + n > size: raise ValueError(f"truncated: {size} bytes, the header alone has {8 + n}")
     return 8 + n
 
-def _check_many(tensors):
-    "Raise `ValueError` for a header that names no tensors, or too many"
-    if not isinstance(tensors, dict): raise ValueError("not a safetensors file (its header names no tensors)")
-    if len(tensors) > MAX_TENSORS: raise ValueError(f"too large: {len(tensors)} tensors, {MAX_TENSORS} are allowed")
-
 def parse_header(
     text: bytes, # from the ninth byte to `header_end`
     size: int,   # bytes of the file
@@ -254,10 +247,11 @@ def parse_header(
     "Parse and check a header. Raises `ValueError` with the reason for an invalid one"
     try: tensors = json.loads(text)
     except (ValueError, RecursionError): raise ValueError("not a safetensors file (its header is no JSON)") from None
-    _check_many(tensors)
+    if not isinstance(tensors, dict): raise ValueError("not a safetensors file (its header names no tensors)")
+    if len(tensors) > MAX_TENSORS: raise ValueError(f"too large: {len(tensors)} tensors, {MAX_TENSORS} are allowed")
     meta = tensors.pop("__metadata__", None) or {}
-    said = dict(tensors=tensors, meta=meta, size=8 + len(text))
-    header = checked(said, Header, "not a safetensors file, its header")
+    fields = dict(tensors=tensors, meta=meta, size=8 + len(text))
+    header = checked(fields, Header, "not a safetensors file, its header")
     _check_sizes(header, size)
     return header
 
@@ -305,20 +299,16 @@ def read_header(
     with open_file(path) as file: return _read_header(file)[0]
 
 # %% ../../nbs/core/00_files.ipynb #747ef74d
-def _check_seal(header, start, data):
-    "Raise `ValueError` if a file does not match its seal; older files have none"
-    seal = header.meta.pop("seal", None)
-    sealed = header.meta.pop("sealed", None)
-    if seal is None and sealed is None: return
-    if seal != _seal(json.loads(start[8:]), memoryview(data)[header.size:]):
-        raise ValueError("damaged: it does not hold what was written to it")
-
 def _read_all(path):
     "Read tensors, metadata and bytes of a safetensors file"
     with open_file(path) as file:
         header, start = _read_header(file)
         data = start + file.read()
-    _check_seal(header, start, data)
+    seal = header.meta.pop("seal", None)
+    sealed = header.meta.pop("sealed", None)
+    older = seal is None and sealed is None  # written before there were seals
+    if not older and seal != _seal(json.loads(start[8:]), memoryview(data)[header.size:]):
+        raise ValueError("damaged: it does not hold what was written to it")
     try: return safetensors.torch.load(data), header.meta, data
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as e:
         raise ValueError(printable(f"not a safetensors file: {e}")) from None
@@ -360,18 +350,14 @@ def read_tensor_file(
     try: tensors, texts, data = _read_all(path)
     except ValueError as e: raise ValueError(f"{name} is {e}") from None
     meta = {key: json_value(text) for key, text in sorted(texts.items())}
-    state = _in_order(tensors, meta, name)
-    return TensorFile(state, meta, hashlib.sha256(data).hexdigest(), len(data))
-
-def _in_order(tensors, meta, name):
-    "Sort tensors in the order that the metadata record"
     if "layers" not in meta:
         cure = "it was not written by save_tensors, import it with import_models"
         raise ValueError(f"{name} has no metadata (layers): {cure}")
     layers = checked(meta, _Layers, name).layers
     if sorted(layers) != sorted(tensors):
         raise ValueError(f"{name} lists {len(layers)} layers, but holds {len(tensors)}")
-    return {layer: tensors[layer] for layer in layers}
+    state = {layer: tensors[layer] for layer in layers}
+    return TensorFile(state, meta, hashlib.sha256(data).hexdigest(), len(data))
 
 # %% ../../nbs/core/00_files.ipynb #5a6db2cd
 def load_tensors(

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ..nets.architectures import recognise, shapes_of
 from lps.core.files import (
-    TensorFile, check_weights, checked, digest, load_tensors, marker_file, not_as_marked, pluralise, printable,
+    check_weights, checked, digest, load_tensors, marker_file, not_as_marked, pluralise, printable,
     read_tensor_file, save_tensors,
 )
+from .checkpoint import SUFFIXES
 from .model import HasLayers, Model, layer_weight
 
 # %% ../../nbs/models/05_modelset.ipynb #64b8ea17
@@ -264,62 +265,53 @@ def about(self: ModelSet) -> dict: # empty for a folder
     return self.source.about
 
 # %% ../../nbs/models/05_modelset.ipynb #639b8703
-def _fit_models(path):
-    "Read the models of a folder that fit together; also return reasons for the others, and the common shapes"
-    found, bad = _read_folder(path)
-    usual = _usual_shapes(found.values())
-    odd = {name: _shape_mismatch(model.shapes, usual) for name, model in found.items()}
-    bad |= {name: why for name, why in odd.items() if why}
-    return {name: model for name, model in found.items() if name not in bad}, bad, usual
-
-def load_modelset(
-    path: str | Path, # folder with `*.safetensors` files, file written by `pack`, or name of a set in `bundled_sets`
-) -> ModelSet:        # the fit models, in the order task, run, file; the others stand in `.rejected`
-    """Open a model set. Unfit files of a folder are left out, with one warning that gives the reasons; in the folder of
-    a build, files without a marker are unfit too
-    """
-    path = (bundled_sets() | repository_sets()).get(str(path), Path(path))
-    if path.is_file(): return _load_packed(path)
-    if not path.is_dir(): raise FileNotFoundError(f"no model set at {printable(path)}: no such folder or file")
-    fit, bad, usual = _fit_models(path)
-    if not fit:
-        why = rejection_summary(bad) or "no *.safetensors file in it"
-        raise ValueError(f"no model in {printable(path)}: {why}")
-    if bad: warnings.warn(f"left out {rejection_summary(bad)}", stacklevel=2)
-    return _folder_set(path, fit, bad, usual)
-
-# %% ../../nbs/models/05_modelset.ipynb #dbb9acb2
-def _folder_set(path, fit, bad, shapes):
-    "Make the model set of a folder"
-    manifest = pd.DataFrame([model.row for model in fit.values()]).sort_values(["task", "run", "file"])
-    hashes = {name: model.sha256 for name, model in fit.items()}
-    digests = {name: model.digest for name, model in fit.items()}
-    return ModelSet(path, manifest, rejected_table(bad), shapes, FolderSource(path, hashes, digests))
-
-# %% ../../nbs/models/05_modelset.ipynb #9ccec78d
-def _read_folder(path):
-    "Read the models of a folder; also return reasons for those that cannot be read"
-    found = {}
-    built = (path/"build.json").exists()
-    bad = {file.name: _why_not_read(file) for file in path.iterdir() if _why_not_read(file)}
-    for file in sorted(path.glob("[!.]*.safetensors")):
-        try: found[file.name] = _read_checked(file, built)
-        except (ValueError, OSError) as e: bad[file.name] = _rejection_reason(e, file)
-    return found, bad
-
-def _why_not_read(file):
-    "Return why a file with the suffix of a model is not read, or None"
-    kind = file.suffix.lower()
-    if kind in (".pt", ".pth", ".ckpt", ".bin"): return f"{kind} files are not read here: take it in with import_models"
-    if kind != ".safetensors": return None
-    if file.name.startswith("."): return "a hidden file"
-    return None if file.suffix == kind else "its name does not end in .safetensors, in small letters"
-
 def _usual_shapes(models):
     "Return the shapes that most models have; among equals, the first"
     counts = collections.Counter(tuple(sorted(model.shapes.items())) for model in models)
     most = counts.most_common(1)
     return next((model.shapes for model in models if tuple(sorted(model.shapes.items())) == most[0][0]), None)
+
+def _why_not_read(file):
+    "Return why a file with the suffix of a model is not read, or None"
+    kind = file.suffix.lower()
+    if kind != ".safetensors": return f"{kind} files are not read here: import it with import_models"
+    if file.name.startswith("."): return "a hidden file"
+    return None if file.suffix == kind else "its name does not end in .safetensors, in small letters"
+
+def _load_folder(path):
+    "Read the models of a folder that fit together"
+    found = {}
+    bad = {}
+    built = (path/"build.json").exists()
+    for file in sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES):
+        bad[file.name] = _why_not_read(file)
+        if bad[file.name]: continue
+        try: found[file.name] = _read_checked(file, built)
+        except (ValueError, OSError) as e: bad[file.name] = _rejection_reason(e, file)
+    shapes = _usual_shapes(found.values())
+    for name, model in found.items(): bad[name] = _shape_mismatch(model.shapes, shapes)
+    bad = {name: why for name, why in bad.items() if why}
+    fit = {name: model for name, model in found.items() if name not in bad}
+    if not fit:
+        why = rejection_summary(bad) or "no *.safetensors file in it"
+        raise ValueError(f"no model in {printable(path)}: {why}")
+    manifest = pd.DataFrame([model.row for model in fit.values()]).sort_values(["task", "run", "file"])
+    hashes = {name: model.sha256 for name, model in fit.items()}
+    digests = {name: model.digest for name, model in fit.items()}
+    return ModelSet(path, manifest, rejected_table(bad), shapes, FolderSource(path, hashes, digests))
+
+# %% ../../nbs/models/05_modelset.ipynb #dbb9acb2
+def load_modelset(
+    path: str | Path, # folder with `*.safetensors` files, file written by `pack`, or name of a set in `bundled_sets`
+) -> ModelSet:        # the fit models, in the order task, run, file; `.rejected` lists the others
+    "Open a model set. Unfit files of a folder are left out, with one warning that gives the reasons"
+    path = (bundled_sets() | repository_sets()).get(str(path), Path(path))
+    if path.is_file(): return _load_packed(path)
+    if not path.is_dir(): raise FileNotFoundError(f"no model set at {printable(path)}: no such folder or file")
+    models = _load_folder(path)
+    bad = dict(zip(models.rejected.file, models.rejected.reason))
+    if bad: warnings.warn(f"left out {rejection_summary(bad)}", stacklevel=2)
+    return models
 
 # %% ../../nbs/models/05_modelset.ipynb #c2f48314
 @patch
@@ -327,26 +319,16 @@ def __getitem__(self: ModelSet,
     i, # a number; or a slice, a list of numbers, a mask of length M
 ):
     "Return a model for a number, a smaller set for anything else"
-    if isinstance(i, (int, np.integer)): return self._model(self.manifest.file.iloc[int(i)])
-    places = self._places(i)
-    manifest = self.manifest.iloc[places]
-    sub = ModelSet(self.path, manifest, self.rejected, self.shapes, self.source, self.given)
+    if isinstance(i, (int, np.integer)):
+        return Model(*self.source.read(self.manifest.file.iloc[int(i)]), self.given)
+    if not isinstance(i, slice):
+        i = np.asarray(i)
+        if i.dtype == bool and len(i) != len(self): raise IndexError(f"a mask of {len(i)} for {len(self)} models")
+        if not i.size: i = i.astype(int)
+    places = np.arange(len(self))[i]
+    sub = ModelSet(self.path, self.manifest.iloc[places], self.rejected, self.shapes, self.source, self.given)
     sub._cache = {key: weights[torch.from_numpy(places)] for key, weights in self._cache.items()}
     return sub
-
-@patch
-def _model(self: ModelSet, file):
-    "Read one model"
-    return Model(*self.source.read(file), self.given)
-
-@patch
-def _places(self: ModelSet, i):
-    "Return the numbers of the models that a slice, a list or a mask selects"
-    everything = np.arange(len(self))
-    if isinstance(i, slice): return everything[i]
-    i = np.asarray(i)
-    if i.dtype == bool and len(i) != len(self): raise IndexError(f"a mask of {len(i)} for {len(self)} models")
-    return everything[i] if i.size else np.array([], dtype=int)
 
 # %% ../../nbs/models/05_modelset.ipynb #7930e15f
 @patch
@@ -354,22 +336,15 @@ def weights(self: ModelSet,
     layers: list,         # names of layers such as 'conv1', or full names of tensors such as 'bn1.bias'
     folded: bool = False, # scale filters as the batch normalisation after them does
 ) -> dict:                # name → float32 `(M, N, C, k, k)`; for the full name of a tensor its own shape after M
-    """Layers of all models by name, kept in memory after the first time
-
-    Raises `ValueError` for a layer that they do not have
-    """
-    return {layer: self._cached(layer, folded) for layer in layers}
-
-@patch
-def _cached(self: ModelSet, layer, folded):
-    "Return one layer of all models, from memory if it has been read"
-    self.check_layer(layer)
-    if (layer, folded) not in self._cache:
+    "Return layers of all models, kept in memory after the first time. Raises `ValueError` for an unknown layer"
+    for layer in layers:
+        self.check_layer(layer)
+        if (layer, folded) in self._cache: continue
         if len(self) == 0: raise ValueError(f"a model set of 0 models has no layer {layer}: give at least one model")
         names = self.tensor_names(layer, folded)
         read = [self.source.tensors(file, names) for file in self.manifest.file]
         self._cache[layer, folded] = torch.stack([layer_weight(tensors, layer) for tensors in read])
-    return self._cache[layer, folded]
+    return {layer: self._cache[layer, folded] for layer in layers}
 
 # %% ../../nbs/models/05_modelset.ipynb #623f4541
 @patch
@@ -423,13 +398,26 @@ def task_names(
     return names
 
 # %% ../../nbs/models/05_modelset.ipynb #6d2e7e8c
-def _check_packable(models, layers, path):
-    "Raise `ValueError` for a set, layers or a path that cannot be packed"
-    if len(models) == 0: raise ValueError("a model set of 0 models cannot be packed: give at least one model")
-    if not layers: raise ValueError(f"no layer to pack: give at least one of {', '.join(models.layers)}")
-    for layer in layers: models.check_layer(layer)
-    if path.resolve() in {(models.path/file).resolve() for file in models.manifest.file}:
-        raise ValueError(f"{printable(path)} is a model of this set: choose another file")
+def _packed_meta(model, sha256, classes):
+    "Return a model's metadata for a packed set"
+    meta = {key: value for key, value in model.meta.items() if key != "layers"}
+    names = meta.get("classes") or []
+    ids = meta.get("class_ids") or names
+    if classes and ids: meta |= dict(class_ids=ids, classes=[classes.get(c, old) for c, old in zip(ids, names)])
+    return meta | dict(sha256=sha256, digest=model.digest)
+
+def _packed_models(models, kept, classes):
+    "Gather the metadata of the models: common entries once, then those of each"
+    lacks = [layer for layer in models.layers if layer not in kept]
+    metas = []
+    for model, file, sha256 in zip(models, models.manifest.file, models.hashes):
+        missing = [*lacks, *(model.meta.get("lacks") or [])]
+        metas.append(_packed_meta(model, sha256, classes) | dict(lacks=missing, file=file))
+    common = dict(metas[0])
+    for meta in metas: common = {key: value for key, value in common.items() if key in meta and meta[key] == value}
+    own = []
+    for meta in metas: own.append({key: value for key, value in meta.items() if key not in common})
+    return dict(common=common, models=own, stem=models.stem)
 
 # %% ../../nbs/models/05_modelset.ipynb #2d277e16
 def pack(
@@ -439,47 +427,19 @@ def pack(
     classes: dict | None = None, # other names for classes, such as readable ones; the old ones are kept as `class_ids`
     **about,                  # what else to note about the set, fit for JSON
 ) -> ModelSet:                # the packed set
-    """Write some layers of all models into one file, in float32
-
-    Raises `ValueError` for an empty set or a layer that it does not have
-    """
+    "Write some layers of all models into one file, in float32. Raises `ValueError` for an empty set or unknown layer"
     path = Path(path)
-    _check_packable(models, layers, path)
+    if len(models) == 0: raise ValueError("a model set of 0 models cannot be packed: give at least one model")
+    if not layers: raise ValueError(f"no layer to pack: give at least one of {', '.join(models.layers)}")
+    for layer in layers: models.check_layer(layer)
+    if path.resolve() in {(models.path/file).resolve() for file in models.manifest.file}:
+        raise ValueError(f"{printable(path)} is a model of this set: choose another file")
     norms = models.norms
     kept = {*layers, *(norms[layer] for layer in layers if layer in norms)}
     packed = _packed_models(models, kept, classes or {})
     tensors = models.weights([name for name in models.shapes if name.rpartition(".")[0] in kept])
     save_tensors(path, tensors, dict(packed=packed, about=about))
     return load_modelset(path)
-
-# %% ../../nbs/models/05_modelset.ipynb #6f43c74c
-def _packed_meta(model, sha256, lacks, classes):
-    "Return a model's metadata for a packed set"
-    meta = {key: value for key, value in model.meta.items() if key != "layers"}
-    names = meta.get("classes") or []
-    ids = meta.get("class_ids") or names
-    if classes and ids: meta |= dict(class_ids=ids, classes=[classes.get(c, old) for c, old in zip(ids, names)])
-    return meta | dict(sha256=sha256, digest=model.digest, lacks=[*lacks, *(meta.get("lacks") or [])])
-
-def _in_common(metas):
-    "Return the entries that all dicts share"
-    common = dict(metas[0])
-    for meta in metas: common = {key: value for key, value in common.items() if key in meta and meta[key] == value}
-    return common
-
-# %% ../../nbs/models/05_modelset.ipynb #308ba3df
-def _without(meta, common):
-    "Leave out the entries that all models share"
-    return {key: value for key, value in meta.items() if key not in common}
-
-def _packed_models(models, kept, classes):
-    "Gather the metadata of the models: common entries once, then those of each"
-    lacks = [layer for layer in models.layers if layer not in kept]
-    metas = []
-    for model, file, sha256 in zip(models, models.manifest.file, models.hashes):
-        metas.append(_packed_meta(model, sha256, lacks, classes) | dict(file=file))
-    common = _in_common(metas)
-    return dict(common=common, models=[_without(meta, common) for meta in metas], stem=models.stem)
 
 # %% ../../nbs/models/05_modelset.ipynb #8ef45634
 class PackedSource:
@@ -537,47 +497,34 @@ class _PackedModel:
     digest: str
 
 # %% ../../nbs/models/05_modelset.ipynb #eaf56468
+def _packed_metas(file, header):
+    "Check and return the metadata of each model in a packed file. Raises `ValueError` with the reason"
+    metas = [header.common | own for own in header.models]
+    if not metas: raise ValueError("it does not name the models that it holds")
+    for meta in metas: checked(meta, _PackedModel, "model")
+    if len({meta["file"] for meta in metas}) < len(metas): raise ValueError("two of its models have one name")
+    for name, v in file.state.items():
+        if v.ndim < 2 or len(v) != len(metas):
+            raise ValueError(f"{printable(name)} has shape {tuple(v.shape)} for {pluralise(len(metas), 'model')}")
+    check_weights(file.state)
+    return metas
+
 def _load_packed(path):
     "Open a packed file. Raises `ValueError` with the reason for any other file"
     file = read_tensor_file(path)
     if "packed" not in file.meta:
-        raise ValueError(f"{printable(path.name)} is no packed model set: {_kind_of_file(file)}")
+        found = f"its metadata has {', '.join(file.meta)}"
+        if "task" in file.meta: found = "it is one model, give the folder that it is in"
+        raise ValueError(printable(f"{path.name} is no packed model set: {found}"))
     try:
-        header, metas = _pack_header(file)
+        header = checked(file.meta["packed"], _PackHeader, "packed")
+        metas = _packed_metas(file, header)
         rows = [_manifest_row(meta["file"], meta) for meta in metas]
-        _check_packed(file.state, metas)
     except ValueError as e: raise ValueError(f"{printable(path.name)} is a broken packed model set: {e}") from None
-    return _packed_set(path, file, header, metas, pd.DataFrame(rows))
-
-def _packed_set(path, file, header, metas, manifest):
-    "Make the model set of a packed file"
     shapes = {name: tuple(v.shape[1:]) for name, v in file.state.items()}
     about = file.meta.get("about")
     source = PackedSource(file.state, metas, about if isinstance(about, dict) else {}, header.stem)
-    return ModelSet(path, manifest, rejected_table({}), shapes, source)
-
-def _kind_of_file(file: TensorFile):
-    "Describe a file that is no packed set"
-    if "task" in file.meta: return "it is one model, give the folder that it is in"
-    return printable(f"its metadata has {', '.join(file.meta)}")
-
-# %% ../../nbs/models/05_modelset.ipynb #ce5b29a1
-def _pack_header(file):
-    "Check the header of a packed set and the metadata of each model. Raises `ValueError` with the reason"
-    header = checked(file.meta["packed"], _PackHeader, "packed")
-    metas = [header.common | own for own in header.models]
-    if not metas: raise ValueError("it does not say which models it holds")
-    for meta in metas: checked(meta, _PackedModel, "model")
-    names = {meta["file"] for meta in metas}
-    if len(names) < len(metas): raise ValueError("two of its models have one name")
-    return header, metas
-
-def _check_packed(state, metas):
-    "Raise `ValueError` unless stacked tensors are finite, one for each model"
-    for name, v in state.items():
-        if v.ndim < 2 or len(v) != len(metas):
-            raise ValueError(f"{printable(name)} has shape {tuple(v.shape)} for {pluralise(len(metas), 'model')}")
-    check_weights(state)
+    return ModelSet(path, pd.DataFrame(rows), rejected_table({}), shapes, source)
 
 # %% ../../nbs/models/05_modelset.ipynb #27e3d26b
 class _JoinedSource:

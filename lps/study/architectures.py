@@ -21,7 +21,8 @@ from ..models.modelset import ModelSet, load_modelset
 from ..second_order import similarity
 from .figures import new_axes, plain_text
 from .records import MEASURED_BY, Record
-from .registry import Experiment, digits_recipe, register_experiment
+from .registry import Experiment, register_experiment
+from .sets import digits_recipe
 from .stats import bootstrap, interval, interval_text
 
 # %% ../../nbs/study/15_architectures.ipynb #40d5652f

@@ -22,7 +22,8 @@ from ..models.modelset import ModelSet
 from ..second_order import similarity
 from .architectures import SMALL_ACROSS, draw_intervals, methods_axes
 from .records import MEASURED_BY, Record
-from .registry import ALL_LAYERS, Experiment, digits_recipe, open_models, register_experiment
+from .registry import ALL_LAYERS, Experiment, register_experiment
+from .sets import digits_recipe, open_models
 from .stats import bootstrap, interval, interval_text
 
 # %% ../../nbs/study/16_overlap.ipynb #be925d1a

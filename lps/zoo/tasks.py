@@ -408,7 +408,7 @@ register_dataset(DataSet(
     load=load_cifar100,
     source="CIFAR-100 (A. Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009), a labelled part"
     " of the 80 Million Tiny Images, which their authors withdrew in 2020. Its authors' page,"
-    " https://www.cs.toronto.edu/~kriz/cifar.html, asks that the report is cited; for all other terms ask them",
+    " https://www.cs.toronto.edu/~kriz/cifar.html, requests a citation of the report; contact them for all other terms",
     superclasses=CIFAR100_SUPERCLASSES,
 ))
 
