@@ -1325,6 +1325,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'lps.study.branches.BranchRecord.scores': ( 'study/branches.html#branchrecord.scores',
                                                                                 'lps/study/branches.py'),
                                     'lps.study.branches.as_text': ('study/branches.html#as_text', 'lps/study/branches.py'),
+                                    'lps.study.branches.beside_chance': ('study/branches.html#beside_chance', 'lps/study/branches.py'),
                                     'lps.study.branches.branch_claims': ('study/branches.html#branch_claims', 'lps/study/branches.py'),
                                     'lps.study.branches.branch_fields': ('study/branches.html#branch_fields', 'lps/study/branches.py'),
                                     'lps.study.branches.branch_scores': ('study/branches.html#branch_scores', 'lps/study/branches.py'),
