@@ -22,7 +22,7 @@ from lps.methods.registry import embed_models, fit_method, load_fitted, observat
 from lps.zoo.tasks import source_of
 
 QUICK = dict(n_filters=8, epochs=2, milestones=(1,))
-FILES = ["DATASHEET.md", "datasheet.json", "modelset.safetensors", "net.safetensors"]
+FILES = ["DATASHEET.md", "datasheet.json", "index.zip", "modelset.safetensors", "net.safetensors"]
 KEPT = {epoch: f"modelset500-epoch{epoch}" for epoch in (10, 20, 40, 60, 80)}  # networks of the paper's recipe
 KEPT |= {epoch: f"modelset500-late-epoch{epoch}" for epoch in (100, 120, 140, 160)}  # a few of them, trained on
 

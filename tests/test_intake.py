@@ -17,6 +17,7 @@ from lps.nets.named import network_builder
 from lps.models.model import Model
 from lps.methods.probes import centred_outputs, probe_outputs
 from lps.methods.synthetic import noise_images
+from lps.methods.fitted import Fitted, FittedConfig
 from lps.methods.registry import why_not
 from lps.nets.resnet import ResNet
 from lps.index.index import BuildSettings, ModelIndex
@@ -420,10 +421,10 @@ def test_a_network_for_larger_images_is_asked_in_its_size():
 
 
 def test_a_model_can_say_why_a_fitted_method_cannot_compare_it(net):
-    class Fitted:
-        method, layers, folded = "lps", ["conv1"], False
-        def embed(self, weights): raise ValueError("stem has 16 filters")
-    assert why_not(Model(net.state_dict(), {}), [Fitted()]) == {"lps": "stem has 16 filters"}
+    class Stubborn(Fitted):
+        def embed(self, observed): raise ValueError("stem has 16 filters")
+    fitted = Stubborn(FittedConfig(tasks=[0, 1], layers=["conv1"]), method="lps")
+    assert why_not(Model(net.state_dict(), {}), [fitted]) == {"lps": "stem has 16 filters"}
 
 
 # Into an index

@@ -93,11 +93,15 @@ def _once(self: ModelIndex, name, compute):
     if name not in self._kept: self._kept[name] = compute()
     return self._kept[name]
 
+def _number_or_nan(value):
+    "Return a number of a fact; NaN for a fact of an unexpected type"
+    return float(value) if isinstance(value, (int, float)) else np.nan
+
 def _manifest(facts):
     "Make a table of facts, without those that only the index uses"
     manifest = pd.DataFrame(facts).drop(columns=["sketch", "key"], errors="ignore")
-    accuracies = [column for column in ("val_accuracy", "train_accuracy") if column in manifest]
-    manifest[accuracies] = manifest[accuracies].astype(float)
+    for column in ("val_accuracy", "train_accuracy"):
+        if column in manifest: manifest[column] = manifest[column].map(_number_or_nan)
     return manifest
 
 @patch(as_prop=True)
@@ -162,11 +166,10 @@ def _found_table(facts, similarity):
     columns = dict(similarity=np.asarray(similarity, float), task=[], classes=[], val_accuracy=[], file=[])
     for fact in facts:
         task = fact.get("task")
-        accuracy = fact.get("val_accuracy")
         classes = fact.get("class_0"), fact.get("class_1")
         columns["task"].append(task if isinstance(task, int) else -1)
         columns["classes"].append("" if None in classes else printable(" / ".join(map(str, classes))))
-        columns["val_accuracy"].append(float(accuracy) if isinstance(accuracy, (int, float)) else np.nan)
+        columns["val_accuracy"].append(_number_or_nan(fact.get("val_accuracy")))
         columns["file"].append(str(fact.get("file", "")))
     return pd.DataFrame(columns, index=pd.RangeIndex(1, len(facts) + 1, name="rank"))
 

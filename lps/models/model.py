@@ -36,7 +36,7 @@ class HasLayers:
     @property
     def branches(self) -> list: # names of convolutions, in forward order
         "The convolutions that get a branch; in an unknown architecture, all with maps larger than 1×1"
-        return self.architecture.branches if self.architecture else spatial_convolutions(self.shapes)
+        return list(self.architecture.branches) if self.architecture else spatial_convolutions(self.shapes)
 
     @property
     def norms(self) -> dict: # convolution → norm

@@ -8,7 +8,7 @@ __all__ = ['Architecture', 'shapes_of', 'recognise', 'net_from_state']
 # %% ../../nbs/nets/02_architectures.ipynb #0c6bd42b
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -120,6 +120,7 @@ def register_architecture(
     ARCHITECTURES[name] = ArchitectureEntry(recognise, describe)
 
 # %% ../../nbs/nets/02_architectures.ipynb #1a2b16bb
+@lru_cache(64)
 def resnet_architecture(
     **config,  # arguments of `ResNet`
 ) -> Architecture:
@@ -147,6 +148,7 @@ def _recognise_resnet(shapes, shortcut="pad_end", **hints):
 register_architecture("resnet", _recognise_resnet, resnet_architecture)
 
 # %% ../../nbs/nets/02_architectures.ipynb #c5eb68ed
+@lru_cache(64)
 def plain_architecture(
     **config,  # arguments of `PlainNet`
 ) -> Architecture:
@@ -231,7 +233,7 @@ def branch_layers(
 ) -> list:         # names of convolutions; of an unregistered network, all with maps larger than 1×1
     "List the convolutions that get a branch"
     known = recognise(shapes)
-    return known.branches if known else spatial_convolutions(shapes)
+    return list(known.branches) if known else spatial_convolutions(shapes)
 
 def norms_of(
     shapes: dict,                             # shape of each tensor by name

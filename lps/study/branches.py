@@ -119,6 +119,20 @@ PAPER_CHANCE = 2.0
 PAPER_WEAK = 2, 13    # first and last branch above chance
 PAPER_NONE = 14, 19   # first and last branch at chance
 
+def beside_chance(
+    values: np.ndarray, # percentages, one a split
+    chance: float,      # percentage
+    note: str = "",     # what to add to the numbers
+    **fields,           # other fields of the claim
+) -> Claim:
+    "Make a claim about a mean and its distance from chance"
+    return Claim(
+        found=f"mean {mean_sd(values)}{note}; chance {chance:.1f}",
+        number=signed(values - chance),
+        of="mean − chance, points",
+        **fields,
+    )
+
 def branch_claims(
     record: BranchRecord, # a result of single branches
 ) -> list:                # `Claim`s; one if there are fewer branches than in the paper
@@ -143,21 +157,20 @@ def branch_claims(
     weak = v[PAPER_WEAK[0] - 1:PAPER_WEAK[1]].mean(0)
     none = v[PAPER_NONE[0] - 1:PAPER_NONE[1]].mean(0)
     return claims + [
-        Claim(
+        beside_chance(
+            values=weak,
+            chance=chance,
             statement=f"branches {PAPER_WEAK[0]}–{PAPER_WEAK[1]} are weak, but above chance",
             paper=f"above {PAPER_CHANCE}",
-            found=f"mean {mean_sd(weak)}; chance {chance:.1f}",
             verdict=verdict(weak - chance),
-            number=signed(weak - chance),
-            of="mean − chance, points",
         ),
-        Claim(
+        beside_chance(
+            values=none,
+            chance=chance,
+            note=known,
             statement=f"branches {PAPER_NONE[0]}–{PAPER_NONE[1]} are at chance",
             paper=f"near {PAPER_CHANCE}",
-            found=f"mean {mean_sd(none)}{known}; chance {chance:.1f}",
             verdict=at_chance(none, chance),
-            number=signed(none - chance),
-            of="mean − chance, points",
         ),
     ]
 

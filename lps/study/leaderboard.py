@@ -14,7 +14,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
-from ..methods.registry import METHODS, NEEDS, embed_models, fit_method, method_title
+from ..methods.registry import METHODS, NEEDS, embed_models, fit_method, method_title, own_settings
 from ..models.modelset import ModelSet
 from .records import MEASURED_BY, RunsRecord
 from .registry import EXPERIMENTS, SMALL_FIT, Experiment, kind_of, register_experiment, result_files
@@ -26,10 +26,10 @@ def method_seconds(
     models: ModelSet,   # training models and queries
     method: str,        # name of a method
     n_queries: int = 5, # models to embed one by one
-    **settings,         # of the fit
+    **settings,         # of the fit; those of other methods are ignored
 ) -> float:             # CPU seconds a model
     "Measure the time to read and embed a model"
-    fitted = fit_method(models, method, **settings)
+    fitted = fit_method(models, method, **own_settings(method, settings))
     n = min(n_queries, len(models))
     start = time.process_time()
     for i in range(n): embed_models(fitted, models[i])

@@ -192,7 +192,8 @@ def html_report(
         items = list(items)
         blocks.append((printable(heading), [block_of(item, dpi) for item in items]))
         things += [item[0] if isinstance(item, tuple) else item for item in items]
-    widest = max([block.get("columns", 0) for _, parts in blocks for block in parts], default=0)
+    all_blocks = sum([parts for _, parts in blocks], [])
+    widest = max([block.get("columns", 0) for block in all_blocks], default=0)
     aligned = [f".n{i} :is(th, td):nth-child({i}) {{ text-align: right; }}" for i in range(1, widest + 1)]
     template = jinja2.Environment(autoescape=True).from_string(TEMPLATE)
     css = CSS + "\n".join(aligned)
