@@ -1528,6 +1528,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'lps/study/start_from.py'),
                                       'lps.study.start_from.measure_features': ( 'study/start_from.html#measure_features',
                                                                                  'lps/study/start_from.py'),
+                                      'lps.study.start_from.measured_table': ( 'study/start_from.html#measured_table',
+                                                                               'lps/study/start_from.py'),
                                       'lps.study.start_from.observe_source': ( 'study/start_from.html#observe_source',
                                                                                'lps/study/start_from.py'),
                                       'lps.study.start_from.observe_sources': ( 'study/start_from.html#observe_sources',

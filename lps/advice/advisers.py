@@ -118,7 +118,8 @@ class Observations:
         if kind not in self._explained:
             outputs = torch.stack([self.runs[kind][i][1] for i in self.first])
             tables = [explained_by(run, outputs, self.seed) for run in self.runs[kind]]
-            self._explained[kind] = {name: np.stack([table[name] for table in tables]) for name in tables[0]}
+            stacked = np.stack([table.to_numpy() for table in tables])
+            self._explained[kind] = {name: stacked[..., i] for i, name in enumerate(tables[0])}
         return self._explained[kind]
 
 # %% ../../nbs/advice/01_advisers.ipynb #d6e18732

@@ -98,7 +98,8 @@ def fit_sets(
             found = tuple(other[name].shape[1:]) if name in other else "missing"
             why = f"{printable(name)} is {tuple(v.shape[1:])} in set 0 and {found} in set {i}"
             raise ValueError(f"{why}: use a method that observes the same shapes of both, such as probes")
-    joined = {name: torch.cat([of_set[name] for of_set in observed]) for name in observed[0]}
+    joined = {}
+    for name in observed[0]: joined[name] = torch.cat([of_set[name] for of_set in observed])
     method = get_method(method)
     own = {name: value for name, value in settings.items() if name in method.settings}
     if "stem" in method.fit_facts: own["stem"] = sets[0].stem

@@ -181,6 +181,15 @@ def observe_sources(
     found = dict(track(done, "sources", total=len(models), disable=not progress, transient=True))
     return [found[i] for i in range(len(models))]
 
+def measured_table(
+    seen: list,  # from `observe_sources`
+    name: str,   # of a measurement: accuracy, ari, logme or neighbours
+) -> np.ndarray: # `(S, T)`
+    "Arrange a measurement of all sources on all targets"
+    rows = []
+    for row in seen: rows.append([on[name] for on in row["measured"]])
+    return np.array(rows)
+
 # %% ../../nbs/study/20_start_from.ipynb #ec6d0424
 @dataclass
 class Trial:
@@ -202,16 +211,19 @@ def trial_of(
     is_source: np.ndarray | None = None,  # bool `(S,)`; others only represent targets. None: all
 ) -> Trial:
     "Score every source for every target by every adviser"
-    def table(name): return np.array([[on[name] for on in row["measured"]] for row in seen])
-    by_target = zip(*[row["measured"] for row in seen])
+    labelled = []
+    for column in zip(*[row["measured"] for row in seen]):
+        labelled.append(torch.stack([on["labelled"] for on in column]))
+    runs = {}
+    for kind in seen[0]["runs"]: runs[kind] = [row["runs"][kind] for row in seen]
     observed = Observations(
         tasks=tasks,
         targets=targets,
-        accuracy=table("accuracy"),
-        neighbours=table("neighbours"),
-        logme=table("logme"),
-        labelled=[torch.stack([on["labelled"] for on in column]) for column in by_target],
-        runs={kind: [row["runs"][kind] for row in seen] for kind in seen[0]["runs"]},
+        accuracy=measured_table(seen, "accuracy"),
+        neighbours=measured_table(seen, "neighbours"),
+        logme=measured_table(seen, "logme"),
+        labelled=labelled,
+        runs=runs,
         seed=seed,
     )
     seconds = pd.DataFrame([row["seconds"] for row in seen]).mean().to_dict()
@@ -224,7 +236,7 @@ def trial_of(
     return Trial(
         scores={name: scores[:, only] for name, scores in advise(observed).items()},
         accuracy=observed.accuracy[:, only],
-        ari=table("ari")[:, only],
+        ari=measured_table(seen, "ari")[:, only],
         own=own,
         out=own | ~is_source[:, None],
         is_source=is_source,
