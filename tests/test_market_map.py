@@ -101,7 +101,7 @@ def test_a_click_shows_the_nearest_models_and_a_leaf_its_task(show, market, widt
     tab.get_by_label("<i>second").check()
     assert listed(tab) == [names[j] for j in nearest(embeddings["<i>second"], wanted[2])]
     tab.wait_for_function("document.getElementById('map').data[0].x[7] === null")
-    assert "1 model that it cannot compare left out" in tab.inner_text("#how")
+    assert "1 model that it cannot embed left out" in tab.inner_text("#how")
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     leaf = tab.locator("#tree .scatterlayer .trace").nth(1).locator(".point").nth(2)
     leaf.click(force=True)
