@@ -74,7 +74,7 @@ def held_out_score(
     b: Tensor,               # rows of the other, `(M, C, taps)`
     unsigned: bool = False,  # ignore the sign of rows
 ) -> float:                  # -inf for fewer than 8 columns
-    "Choose the map of rows on half of the columns and return its z score on the other half; the two z scores are summed and divided by √2"
+    "Score the map of rows chosen on half of the columns by the other half: the sum of both z scores over √2"
     if a.shape[1] < 8: return -math.inf
     even = torch.arange(a.shape[1]) % 2 == 0
     one, two = [cosines(a[:, half], b[:, half], unsigned) for half in (even, ~even)]
