@@ -57,7 +57,8 @@ def test_order_of_labels_and_samples_does_not_matter(few: lps.ModelSet):
 def test_grid_search_and_pipeline(few: lps.ModelSet):
     samples = [few[i] for i in range(len(few))]
     names = few.manifest.class_0.tolist()
-    grid = GridSearchCV(TaskClassifier(), dict(method=["stem-signature", "image-statistics"]), cv=2, error_score="raise")
+    methods = dict(method=["stem-signature", "image-statistics"])
+    grid = GridSearchCV(TaskClassifier(), methods, cv=2, error_score="raise")
     assert grid.fit(samples, names).best_score_ > .5
     pipeline = make_pipeline(TaskClassifier("stem-signature"), KNeighborsClassifier(1))
     assert pipeline.fit(samples, names).score(samples, names) == 1
