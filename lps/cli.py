@@ -408,9 +408,9 @@ def evaluate(
 ):
     "Measure methods on a model set as in Tables 1 and 2 of the paper, with chance beside them."
     from lps.core.files import write_json
-    from lps.demo import n_right_answers
     from lps.methods.registry import get_method
     from lps.study.records import RunsRecord, runs_fields, summary
+    from lps.study.splits import count_right
     from lps.study.table1 import table1
     from lps.study.table2 import table2
     check_out(out, is_tables, "a file of results that lps evaluate wrote")
@@ -421,7 +421,7 @@ def evaluate(
     settings = dict(seed=seed, **options.settings())
     if method: settings["methods"] = tuple(method)
     progress = console.is_terminal and not as_json
-    n_right = n_right_answers(models)
+    n_right = count_right(models)
     classified = table1(models, splits, train, progress=progress, **settings)
     retrieved = table2(models, splits, test_tasks, progress=progress, **settings)
     settings |= dict(name=models.path.name, n_splits=splits)
