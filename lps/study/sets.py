@@ -27,10 +27,11 @@ def open_models(
     model_set: str,                # folder, name of a set that comes with lps, or 'digits', which are trained
     runs: str|Path = "../../runs", # folder for trained models
     zoo_epochs: int = 0,           # epochs for each model of digits; 0: those of the recipe
-    keep: tuple = (),              # epochs after which models of digits are kept too
-    **kwargs,                      # of `build`, for digits: n_models, seed, workers
+    folder: str = "digits",        # name of the folder for models of digits
+    changes: dict|None = None,     # fields of the recipe for digits
+    **kwargs,                      # of `build`, for digits: n_models, n_tasks, tasks, keep, seed, workers
 ) -> ModelSet:
     "Open the models of an experiment"
     if model_set != "digits": return load_modelset(model_set)
-    folder = f"{runs}/{'digits-epochs' if keep else 'digits'}"
-    return build(folder, images="digits", recipe=digits_recipe(zoo_epochs), keep=keep, progress=False, **kwargs)
+    recipe = digits_recipe(zoo_epochs, **changes or {})
+    return build(f"{runs}/{folder}", images="digits", recipe=recipe, progress=False, **kwargs)
