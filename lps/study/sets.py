@@ -15,12 +15,12 @@ from ..zoo.recipe import Recipe, recipes
 
 # %% ../../nbs/study/21_sets.ipynb #98c44439
 def digits_recipe(
-    epochs: int = 0, # 0: those of the recipe for digits
+    epochs: int = 0, # 0: those of the recipe for digits; another number is for trials, with networks of 8 layers
     **changes,       # other fields
 ) -> Recipe:
     "Return the recipe for digits, changed"
-    recipe = replace(recipes["digits"], **changes)
-    return replace(recipe, name=f"digits, {epochs} epochs", epochs=epochs, milestones=()) if epochs else recipe
+    trial = dict(name=f"digits, {epochs} epochs", epochs=epochs, milestones=(), depth=8) if epochs else {}
+    return replace(recipes["digits"], **trial | changes)
 
 # %% ../../nbs/study/21_sets.ipynb #fcc1a3ec
 def open_models(
