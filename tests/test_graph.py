@@ -109,7 +109,8 @@ def test_a_build_that_fails_leaves_the_old_graph(kept, monkeypatch):
 
 def test_a_missing_package_is_named(kept, monkeypatch):
     monkeypatch.setitem(sys.modules, "usearch.index", None)
-    with pytest.raises(ImportError, match=r"usearch is not installed: pip install 'learnable-parameter-similarity\[approximate\]'"):
+    missing = r"usearch is not installed: pip install 'learnable-parameter-similarity\[approximate\]'"
+    with pytest.raises(ImportError, match=missing):
         kept.build_graph()
     assert len(kept.search(unit(1), 3)[1][0]) == 3
 
