@@ -193,7 +193,7 @@ class Aligner:
         if self.matches: return likely
         return list(dict.fromkeys([*likely[:N_NEAREST], *near[:N_NEAREST]]))
 
-# %% ../../nbs/lineage/01_compare.ipynb #4deb9a79
+# %% ../../nbs/lineage/01_compare.ipynb #962374a6
 def first_stage(
     layers: list,  # of `Layer`
 ) -> list:         # the stem, then an even number of layers; empty for another kind of network
@@ -207,6 +207,12 @@ def first_stage(
         found.append(layer)
     n_blocks = (len(found) - 1)//2
     return found[:1 + 2*n_blocks] if n_blocks and n <= MAX_ROWS else []
+
+def unit_variance(
+    layers: list,  # of `Layer`
+) -> list:         # tensors
+    "Scale balanced weights to a mean square of 1"
+    return [layer.balanced*layer.balanced[0].numel()**.5 for layer in layers]
 
 def align_stage(
     a: list,             # layers from `first_stage`, with numbers of variance 1
@@ -259,9 +265,9 @@ def add_blocks(self: Aligner):
     two = first_stage(self.b)
     if not one or [layer.shape for layer in one] != [layer.shape for layer in two]: return
     names = tuple(layer.name for layer in two)
-    scaled = [[layer.balanced*layer.balanced[0].numel()**.5 for layer in stage] for stage in (one, two)]
     n = len(one[0].weight)
-    for rows in {tuple(found.tolist()) for found in align_stage(*scaled)}: self.add(n, n, torch.tensor(rows), names)
+    maps = {tuple(found.tolist()) for found in align_stage(unit_variance(one), unit_variance(two))}
+    for rows in sorted(maps): self.add(n, n, torch.tensor(rows), names)
 
 @patch
 def tests(self: Aligner, a, b):
@@ -475,7 +481,7 @@ def describe_changes(
         else: how.append(changed_how([match.cosine for match in inner]))
     return how, directions.pop() if len(directions) == 1 else 0
 
-# %% ../../nbs/lineage/01_compare.ipynb #d80c1074
+# %% ../../nbs/lineage/01_compare.ipynb #bf5ca632
 ARROWS = {1: "a → b", -1: "b → a", 0: ""}
 
 def n_batches(
