@@ -6,7 +6,7 @@
 __all__ = ['Calibration', 'Answer']
 
 # %% ../../nbs/index/01_answer.ipynb #f5e810ca
-import base64, hashlib, html
+import html
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 
@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import pluralise, printable
+from ..lineage.sketch import DERIVED
 from ..methods.registry import embed_models, fit_many
 from ..models.modelset import ModelSet
-from ..nets.architectures import convolutions, shapes_of
 
 # %% ../../nbs/index/01_answer.ipynb #402cf0a7
 N_NEIGHBOURS = 20  # neighbours of each query that count
@@ -215,46 +215,16 @@ def calibrate(
         held_out=trials.held_out,
     )
 
-# %% ../../nbs/index/01_answer.ipynb #c0b85cc5
-N_SKETCH = 128  # weights
-DERIVED = .5    # correlation of sketches; for independent models it has mean 0 and standard deviation 0.09
-
-def weight_sketch(
-    state: dict,  # tensors by name
-) -> dict:        # `shapes`: digest of the layers; `values`: float16, as text
-    "Sample weights of a model, to recognise models derived from it"
-    names = [f"{layer}.weight" for layer in convolutions(shapes_of(state))]
-    matrices = [name for name, tensor in state.items() if tensor.ndim > 1]
-    names = sorted(names or matrices[:-1] or matrices)
-    if not names: return {}
-    shapes = hashlib.blake2b(str([(name, tuple(state[name].shape)) for name in names]).encode(), digest_size=4)
-    layers = [state[name].detach().float().flatten().numpy() for name in names]
-    weights = np.concatenate([(layer - layer.mean())/(layer.std() + 1e-12) for layer in layers])
-    places = np.linspace(0, len(weights) - 1, min(N_SKETCH, len(weights))).astype(int)
-    values = weights[places].clip(-100, 100).astype("<f2").tobytes()
-    return dict(shapes=shapes.hexdigest(), values=base64.b64encode(values).decode())
-
-def sketch_correlation(
-    a: dict,   # from `weight_sketch`
-    b: dict,   # of another model
-) -> float:    # -1 to 1; NaN if the layers differ or a sketch is damaged
-    "Compute the correlation of two sketches"
-    if not isinstance(a, dict) or not isinstance(b, dict) or not a or a.get("shapes") != b.get("shapes"): return np.nan
-    try: x, y = [np.frombuffer(base64.b64decode(s["values"]), "<f2").astype(float) for s in (a, b)]
-    except (KeyError, TypeError, ValueError): return np.nan
-    if len(x) != len(y) or len(x) < 8 or not min(x.std(), y.std()) > 0: return np.nan
-    return float(np.corrcoef(x, y)[0, 1])
-
 # %% ../../nbs/index/01_answer.ipynb #aa2b588b
 def lineage_note(
     similarity: float,   # of query and model
     same_digest: bool,   # True if their weights are equal
-    correlation: float,  # of their sketches; NaN: unknown
+    similar: float,      # similarity of their sketches; NaN: unknown
     calibration: Calibration|None = None, # of the index
 ) -> str:                # 'copy', 'derived', 'same embedding', or '' for models that seem independent
     "Classify the lineage of a model and a query"
     if same_digest: return "copy"
-    if correlation >= DERIVED: return "derived"
+    if similar >= DERIVED: return "derived"
     equal = 1 - 1e-5 if calibration is None else max(1 - 1e-5, min(calibration.distinct, 1))
     return "same embedding" if similarity > equal else ""
 

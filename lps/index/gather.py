@@ -19,7 +19,7 @@ import torch
 
 from ..core.files import checked, printable, read_header
 from ..core.jobs import each_done
-from .answer import weight_sketch
+from ..lineage.sketch import weight_sketch
 from .store import HEADER_FILE, digest_numbers, fact_line
 from ..methods.registry import embed_models
 from ..models.checkpoint import SUFFIXES

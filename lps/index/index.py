@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ..core.files import checked, header_end, load_tensors, parse_header, printable, write_json
 from lps.index.answer import (
     Answer, Calibration, calibrate, can_hold_out, held_out_trials, lineage_note, own_trials,
-    sketch_correlation, weight_sketch,
 )
 from lps.index.gather import (
     EVERYTHING, Embedded, Item, embed_all, find_models, labelled_models, name_it, one_model, read_item,
@@ -30,6 +29,7 @@ from lps.index.store import (
     HEADER_FILE, PACKED_SUFFIX, SEALED_NAME, Rows, Store, check_new_folder, read_packed, sealed_name, unpack_rows,
     write_folder, write_packed,
 )
+from ..lineage.sketch import sketch_similarity, weight_sketch
 from lps.methods.registry import (
     LEADERS, as_fitted, embed_models, fit_method, fit_observed, get_method, leading_method, load_fitted, method_title,
     own_settings, restore_fitted, save_fitted,
@@ -181,8 +181,8 @@ def _table(self: ModelIndex, similarity, places, digest, sketch, notes=False):
     if self.calibration is None and not notes: return table
     lineage = []
     for score, fact, found in zip(similarity, facts, self.rows.digests(places)):
-        correlation = sketch_correlation(fact.get("sketch"), sketch)
-        lineage.append(lineage_note(score, found == digest, correlation, self.calibration))
+        similar = sketch_similarity(fact.get("sketch"), sketch)
+        lineage.append(lineage_note(score, found == digest, similar, self.calibration))
     table["note"] = lineage
     if self.calibration is None: return table
     table.insert(1, "probability", np.where(table.note == "copy", 1, self.calibration.probability(similarity)))
@@ -584,7 +584,7 @@ def answer(self: ModelIndex,
 # %% ../../nbs/index/03_index.ipynb #77d437d0
 N_PROBE_IMAGES = 512  # as in the measurement of the relation
 
-def _stored_item(fact):
+def stored_item(fact):
     "Return the file of a model in the index; raises `ValueError` if there is none to read"
     key = _key_of(fact)
     if key is None: raise ValueError("the index does not record its file")
@@ -606,7 +606,7 @@ def _transfer_scores(self: ModelIndex, places, model, reading):
     reasons = {}
     items = {}
     for i, fact in enumerate(self.rows.facts(places)):
-        try: items[i] = _stored_item(fact)
+        try: items[i] = stored_item(fact)
         except ValueError as e: reasons[str(fact.get("file"))] = str(e)
     if not items: return scores, reasons
     from lps.advice.score import explained_by

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/lineage/02_sketch.ipynb #b9d4dbea
+# %% ../../nbs/lineage/02_sketch.ipynb #b69cf4f6
 import base64
 
 import numpy as np
@@ -14,9 +14,10 @@ import torch.nn.functional as F
 
 from .compare import MAX_CHANNELS, balanced
 
-# %% ../../nbs/lineage/02_sketch.ipynb #3f78a31a
+# %% ../../nbs/lineage/02_sketch.ipynb #775595b1
 N_FILTERS = 64  # filters of a sketch; of more, those that have the largest products with a fixed vector
 N_TAPS = 3
+DERIVED = .85   # similarity above which two models are derived; the largest of independent models was 0.80
 
 def stem_filters(
     state: dict,  # tensors by name
@@ -31,7 +32,7 @@ def stem_filters(
         if v.shape[1] != 3: weight = weight.mean(1, keepdim=True).expand(-1, 3, -1, -1)
         return F.normalize(weight.flatten(1), dim=1)
 
-# %% ../../nbs/lineage/02_sketch.ipynb #062fa711
+# %% ../../nbs/lineage/02_sketch.ipynb #a60a2473
 def weight_sketch(
     state: dict,  # tensors by name
 ) -> dict:        # `filters`: one byte a number, as text; empty without a layer that reads an image
@@ -55,7 +56,7 @@ def sketch_filters(
     rows = values.reshape(-1, n)
     return rows/np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
-# %% ../../nbs/lineage/02_sketch.ipynb #660789a0
+# %% ../../nbs/lineage/02_sketch.ipynb #d2470433
 BLOCK = 4096  # models compared at a time
 
 def sketch_similarities(
@@ -80,7 +81,7 @@ def sketch_similarity(
     two = sketch_filters(b)
     return np.nan if one is None or two is None else float(sketch_similarities(one, two[None])[0])
 
-# %% ../../nbs/lineage/02_sketch.ipynb #ed1fccf5
+# %% ../../nbs/lineage/02_sketch.ipynb #f9525348
 class Sketches:
     "Sketches of many models"
     def __init__(self,
