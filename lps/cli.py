@@ -92,9 +92,10 @@ def show_table(df, title: str = ""):
 AsJson = Annotated[bool, Option("--json", help="Print JSON instead of a table", rich_help_panel="Output")]
 
 def for_json(value):
-    "Return a value as JSON can hold it: NaN and infinities as None, NumPy scalars as numbers, paths as text"
+    "Return a value as JSON can hold it: NaN as None, NumPy scalars as numbers, paths as text, tables as rows"
     if isinstance(value, dict): return {str(key): for_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)): return [for_json(entry) for entry in value]
+    if hasattr(value, "to_dict"): return for_json(value.to_dict("records"))
     if hasattr(value, "item"): value = value.item()
     if isinstance(value, float) and not math.isfinite(value): return None
     return str(value) if isinstance(value, Path) else value
@@ -630,7 +631,7 @@ def compare_command(
     for source in (a, b):
         check_one_model(source)
         models.append(lps.read_model(source, read))
-    with busy(f"comparing {a} with {b}"): found = lps.compare(*models)
+    found = lps.compare(*models)
     if as_json: print_json(found.to_dict())
     else: show_comparison(found, [one_line(Path(source).name) for source in (a, b)])
 
@@ -667,6 +668,13 @@ def show_answer(answer):
     show_table(table[[column for column in columns if column in table]], "Most similar models")
     for sentence in answer.sentences: console.print(sentence, soft_wrap=True)
 
+def show_relatives(found):
+    "Print the copies and relatives of a query"
+    if found is None or not len(found): return
+    arrows = {"a → b": "it → query", "b → a": "query → it"}
+    table = found.assign(direction=found.direction.replace(arrows)).set_axis(range(1, len(found) + 1))
+    show_table(table[["file", "verdict", "how", "direction"]].rename_axis("#"), "Copies and relatives of the query")
+
 # %% ../nbs/04_cli.ipynb #43fce39d
 INDEX = "An index, or with --method a model set; bundled: the one that comes with lps"
 QUERY_METHOD = "How models are compared, if INDEX is a model set: METHODS; a file from lps fit"
@@ -690,16 +698,24 @@ def query(
     expected: Annotated[bool, Option(help=EXPECTED, rich_help_panel=OUTPUT)] = True,
     as_json: AsJson = False,
 ):
-    "Find the models of an index that are most similar to a model."
+    "Find the models of an index that are most similar to a model, its copies and its relatives."
+    from lps.index.family import relatives
+    from lps.models.read import is_elsewhere
     if context.args:
         cure = f"to compare by a fitted method, run lps query {model} {context.args[0]} --method {index}"
         raise ValueError(f"lps query takes an index and a model: {cure}")
     check_one_model(model)
     read = reading.settings()
     opened = index_by(index, method) if method else open_index(index)
-    answer = opened.answer(model, k, read, expected=expected, approximate=approximate)
-    if as_json: print_json(answer.to_dict())
-    else: show_answer(answer)
+    related = None if is_elsewhere(model) else relatives(opened, lps.read_model(model, read), reading=read)
+    try: answer = opened.answer(model, k, read, expected=expected, approximate=approximate)
+    except ValueError as error:
+        if related is None or not len(related): raise
+        log.warning("compared with copies and relatives only: %s", error)
+        return print_json(dict(relatives=related)) if as_json else show_relatives(related)
+    if as_json: return print_json(answer.to_dict() | dict(relatives=related))
+    show_answer(answer)
+    show_relatives(related)
 
 # %% ../nbs/04_cli.ipynb #4acbec72
 @index_app.command("graph", epilog="Example: lps index graph market")
@@ -712,19 +728,41 @@ def index_graph(
     with busy(f"building a graph of {path}"): file = index.build_graph(threads)
     log.info("%s: a graph of %d models, %.1f MB, in %s", path, len(index), file.stat().st_size/1e6, file.parent)
 
+# %% ../nbs/04_cli.ipynb #a8abfc04
+@index_app.command("dedup", epilog="Example: lps index dedup market")
+@with_groups
+def index_dedup(
+    path: IndexFolder,
+    reading: ReadingOptions = None,
+    as_json: AsJson = False,
+):
+    "List groups of models that are the same network."
+    from lps.core.files import pluralise
+    from lps.index.family import duplicates
+    index = open_index(str(path))
+    with busy(f"comparing the models of {path}"): groups = duplicates(index, reading.settings())
+    if as_json: return print_json(dict(groups=groups))
+    for number, files in enumerate(groups, 1):
+        console.print(f"Group {number}:", *[cell_text(file) for file in files], sep="\n  ", soft_wrap=True)
+    console.print(f"{pluralise(len(groups), 'group')} in {pluralise(len(index), 'model')}.")
+
 # %% ../nbs/04_cli.ipynb #9b228832
 @index_app.command("map", epilog="Example: lps index map market --out market.html")
 def index_map(
     path: IndexFolder,
     out: OutFile = Path("market-map.html"),
 ):
-    "Draw the models of an index as one HTML page that works offline."
+    "Draw the models of an index and their families as one HTML page that works offline."
+    from lps.index.family import add_families, families
     from lps.index.map import index_map as write_map
     from lps.methods.registry import method_title
     if out.exists(): raise ValueError(f"{out} exists: remove it, or choose another --out")
     index = open_index(str(path))
-    with busy(f"drawing {path}"): write_map({method_title(index.fitted.method): index}, out)
-    log.info("%s: the map", out)
+    with busy(f"drawing {path}"):
+        write_map({method_title(index.fitted.method): index}, out)
+        found = families(index)
+        add_families(out, found)
+    log.info("%s: the map; %d of %d models belong to families", out, len(found), len(index))
 
 # %% ../nbs/04_cli.ipynb #113615cf
 REPORT_TITLE = "Learnable Parameter Similarity: demo"

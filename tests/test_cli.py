@@ -33,11 +33,12 @@ from lps.zoo.recipe import recipes
 LPS = Path(sys.executable).parent/"lps"
 TINY = replace(recipes["digits"], name="tiny", epochs=1, milestones=(), depth=8, width=4)
 COMMANDS = ["zoo build", "zoo import", "zoo datasheet", "fit", "evaluate", "query", "inspect", "compare", "demo"]
-COMMANDS += [f"index {name}" for name in ("build", "add", "remove", "info", "graph", "map")]
+COMMANDS += [f"index {name}" for name in ("build", "add", "remove", "info", "graph", "dedup", "map")]
 PANELS = {
-    "Reading": ["query", "inspect", "compare", "index build", "index add", "zoo import"],
+    "Reading": ["query", "inspect", "compare", "index dedup", "index build", "index add", "zoo import"],
     "Method": ["fit", "evaluate", "query", "index build", "demo"],
-    "Output": ["fit", "evaluate", "query", "inspect", "compare", "index info", "index map", "zoo datasheet", "demo"],
+    "Output": ["fit", "evaluate", "query", "inspect", "compare", "index info", "index dedup", "index map", "demo",
+               "zoo datasheet"],
 }
 MODEL = "zoo/task00_run0.safetensors"
 

@@ -1,11 +1,20 @@
 "Lineage from weights alone: every derivation is recognised, in both orders, and independent models are not related"
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lps.lineage.benchmark import DERIVATIONS, pruned, renamed, reordered, rescaled
+from lps.cli import main
+from lps.core.files import save_tensors
+from lps.index.family import duplicates, families, relatives
+from lps.index.index import ModelIndex
+from lps.lineage.benchmark import DERIVATIONS, half, merged, noisy, pruned, renamed, reordered, rescaled
 from lps.lineage.compare import Aligner, balanced, compare, layers_of
+from lps.lineage.sketch import DERIVED, sketch_similarity, weight_sketch
 from lps.models.model import Model
 from lps.nets.plain import PlainNet
 from lps.nets.resnet import ResNet
@@ -85,3 +94,114 @@ def test_counters_of_batch_normalisation_give_a_direction_only_if_both_models_ha
     for n_a, n_b, direction in ((5, 9, "a → b"), (9, 5, "b → a"), (0, 9, ""), (5, 5, "")):
         for count, n in zip(counts, (n_a, n_b)): count.fill_(n)
         assert compare(a, b).direction == direction
+
+
+def moved(model, seed):
+    "The same function in another order, with other scales and in float16"
+    return half(rescaled(reordered(model.state, model.architecture.spec, seed), model.architecture, seed))
+
+
+def disguised(model, seed):
+    "The same under other names"
+    return renamed(moved(model, seed))
+
+
+@settings(max_examples=8, deadline=None, database=None)
+@given(st.integers(0, 2**31 - 1))
+def test_a_disguise_changes_neither_verdict_nor_sketch(seed):
+    a = network(0)
+    b = Model(disguised(a, seed))
+    assert compare(a, b).verdict == "same network, reordered or rescaled"
+    assert sketch_similarity(weight_sketch(a.state), weight_sketch(b.state)) > .99
+
+
+def test_a_quarter_of_a_parent_is_found_in_another_order():
+    models = [network(seed, lambda: ResNet(20)) for seed in range(2)]
+    b = reordered(merged(models[0].state, models[1].state, .25), models[0].architecture.spec, 3)
+    found = compare(models[0], Model(b))
+    assert found.verdict == "derived" and found.how == ["merged"]
+    other = reordered(models[1].state, models[1].architecture.spec, 3)
+    assert compare(models[0], Model(other)).verdict == "independent"
+
+
+def test_networks_of_one_task_and_one_data_set_are_independent(trained_twice):
+    a, b, tuned = trained_twice
+    assert compare(a, b).verdict == "independent"
+    found = compare(a, tuned)
+    assert (found.verdict, found.how, found.direction) == ("derived", ["fine-tuned"], "a → b")
+    assert found.because.startswith("batches: ")
+    for model in (a, tuned):
+        for name in [name for name in model.state if name.endswith("num_batches_tracked")]: del model.state[name]
+    found = compare(tuned, a)
+    assert found.direction == "b → a" and found.because.startswith("distance from initial values")
+
+
+@pytest.fixture
+def trained_twice():
+    "Two networks of one task from two seeds, and the first trained further"
+    from dataclasses import replace
+
+    from lps.zoo.recipe import recipes
+    from lps.zoo.tasks import load_images, task_images
+    from lps.zoo.train import train_model
+    recipe = replace(recipes["digits"], name="two", epochs=2, milestones=(), depth=8, width=16)
+    tasks = [task_images(load_images("digits", split), (3, 8)) for split in ("train", "test")]
+    nets = [train_model(*tasks, recipe, seed)[0] for seed in (0, 1)]
+    further = train_model(*tasks, recipe, 2, start_from=nets[0].state_dict())[0]
+    return [Model({name: v.clone() for name, v in net.state_dict().items()}) for net in (*nets, further)]
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    "A folder with three networks, a copy of the first in another order, and a pruned one"
+    a = network(0)
+    states = {f"net{seed}": network(seed).state for seed in range(3)}
+    states |= dict(copy=moved(a, 5), pruned=pruned(a.state, .8))
+    for i, (name, state) in enumerate(states.items()):
+        save_tensors(tmp_path/"models"/f"{name}.safetensors", state, dict(task=i % 2, classes=[f"{i % 2}a", f"{i % 2}b"]))
+    return tmp_path
+
+
+def test_an_index_finds_copies_and_families(shelf):
+    index = ModelIndex.build(shelf/"models", None, "probes")
+    found = relatives(index, Model(disguised(network(0), 7)))
+    verdicts = {Path(file).stem: verdict for file, verdict in zip(found.file, found.verdict)}
+    same = "same network, reordered or rescaled"
+    assert verdicts == dict(net0=same, copy=same, pruned="derived")
+    assert [[Path(file).stem for file in group] for group in duplicates(index)] == [["copy", "net0"]]
+    family = families(index)
+    assert sorted(Path(file).stem for file in family.file) == ["copy", "net0", "pruned"]
+    assert sum(parent == "" for parent in family.parent) == 1
+    (shelf/"models"/"net0.safetensors").unlink()
+    found = relatives(index, network(0))
+    assert found.verdict.tolist()[0] == "same weights" and set(found.verdict) == {"same weights", same, "derived"}
+    assert "gone" not in str(duplicates(index)) and duplicates(index) == []
+
+
+def test_lineage_on_the_command_line(shelf, monkeypatch, capsys):
+    monkeypatch.chdir(shelf)
+    def says(*words):
+        assert main([*map(str, words)]) == 0
+        return capsys.readouterr().out
+    said = says("compare", "models/net0.safetensors", "models/pruned.safetensors")
+    assert "Verdict: derived (pruned)" in said and "Direction: net0.safetensors → pruned.safetensors" in said
+    assert "layer3.0.conv2.weight" in said and "p = 1e-" in said
+    found = json.loads(says("compare", "models/net0.safetensors", "models/net1.safetensors", "--json"))
+    assert found["verdict"] == "independent" and found["layers"] == []
+    says("index", "build", "market", "models", "--method", "probes", "--workers", 1)
+    groups = json.loads(says("index", "dedup", "market", "--json"))["groups"]
+    assert [[Path(file).stem for file in group] for group in groups] == [["copy", "net0"]]
+    assert "1 group in 5 models" in says("index", "dedup", "market")
+    save_tensors(shelf/"renamed.safetensors", disguised(network(0), 8), {})
+    for query in ("models/copy.safetensors", "renamed.safetensors"):
+        said = says("query", "market", query, "--no-expected")
+        assert "Copies and relatives of the query" in said and "same network" in said
+    says("index", "map", "market", "--out", "map.html")
+    page = Path("map.html").read_text(encoding="utf-8")
+    assert "<section id='families'>" in page and page.count("<li>") == 3
+
+
+def test_sketches_of_independent_networks_are_not_similar():
+    sketches = [weight_sketch(network(seed).state) for seed in range(6)]
+    assert max(sketch_similarity(a, b) for i, a in enumerate(sketches) for b in sketches[:i]) < DERIVED
+    assert sketch_similarity(sketches[0], weight_sketch(noisy(network(0).state, .3))) > DERIVED

@@ -7,11 +7,12 @@ __all__ = ['COLUMNS', 'SAME_NETWORK', 'relatives', 'duplicates', 'families']
 
 # %% ../../nbs/index/06_family.ipynb #78a6b51f
 import html
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core.files import printable
+from ..core.files import printable, write_atomic
 from .gather import EVERYTHING, read_item
 from .index import ModelIndex, stored_item
 from ..lineage.compare import compare
@@ -158,3 +159,13 @@ def family_trees(
             items.append(f"<li>{html.escape(printable(row.file))}{note}{branch(row.file)}</li>")
         return f"<ul>{''.join(items)}</ul>" if items else ""
     return f"<section id='families'><h2>Families</h2>{branch('')}</section>" if len(found) else ""
+
+# %% ../../nbs/index/06_family.ipynb #c1399f52
+def add_families(
+    path,                 # HTML page, such as `index_map` writes
+    found: pd.DataFrame,  # from `families`
+):
+    "Add families to the end of a page"
+    page = Path(path).read_text(encoding="utf-8")
+    body, end, rest = page.rpartition("</body>")
+    write_atomic(Path(path), (body + family_trees(found) + end + rest).encode())
