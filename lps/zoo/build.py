@@ -6,7 +6,7 @@
 __all__ = ['build']
 
 # %% ../../nbs/zoo/05_build.ipynb #6d5b0c10
-import contextlib, functools, itertools, json, math, shutil, time, zlib
+import contextlib, functools, itertools, json, math, re, shutil, time, warnings, zlib
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -277,14 +277,19 @@ def settle_plan(
         raise ValueError(f"{path} was built with {'; '.join(differ[:4])}: {cure}")
 
 # %% ../../nbs/zoo/05_build.ipynb #75a76da4
+OWN_NAMES = "complete", "checkpoints", "epochs", "set_aside", "DATASHEET.md", "datasheet.json"
+
 def write_first_plan(
     file: Path,      # `build.json`
     plan: BuildPlan, # its content
 ):
     "Write the plan of a new folder, unless another build has just written one"
     if file.exists(): return
-    if any(file.parent.glob("*.safetensors")):
-        raise ValueError(f"{file.parent} holds models, but no build.json, so no build made it: choose another folder")
+    held = "models" if any(file.parent.glob("*.safetensors")) else ""
+    for name in OWN_NAMES:
+        if (file.parent/name).exists(): held = held or name
+    if held:
+        raise ValueError(f"{file.parent} holds {held}, but no build.json, so no build made it: choose another folder")
     write_json(file, asdict(plan))
 
 # %% ../../nbs/zoo/05_build.ipynb #ee7e543a
@@ -442,12 +447,19 @@ def check_space(self: Build,
     raise OSError(f"{sizes}: make {math.ceil((need - free)/1e6)} MB more room, or choose another folder")
 
 # %% ../../nbs/zoo/05_build.ipynb #c0ddac1c
+TEMPORARY = re.compile(
+    r"\.(task\d+_run\d+|unit_[0-9a-f]{8}|build|datasheet|DATASHEET)\.(safetensors|json|md)\.[0-9a-f]{8}\.tmp"
+)
+
 def remove_temporary(
     path: Path,         # folder of the build
     seconds: int = 600, # age from which a file is removed
 ):
-    "Remove temporary files of a killed build"
-    for file in path.rglob(".*.tmp"):
+    "Remove temporary files of a killed build, in the folders that a build makes"
+    stages = [path, *path.glob("epochs/[0-9][0-9][0-9]")]
+    folders = [*stages, *(stage/"complete" for stage in stages), path/"checkpoints", path/"set_aside"]
+    for file in itertools.chain(*(folder.glob(".*.tmp") for folder in folders)):
+        if not TEMPORARY.fullmatch(file.name): continue
         with contextlib.suppress(OSError):
             if time.time() - file.stat().st_mtime > seconds: file.unlink()
 
@@ -575,5 +587,7 @@ def build(
     remove_temporary(job.path)
     trained = job.run(train, test)
     described = (job.folder/"DATASHEET.md").exists()
-    if trained or any(job.folder.glob("*.safetensors")) and not described: write_datasheet(job.folder)
+    if trained or any(job.folder.glob("*.safetensors")) and not described:
+        try: write_datasheet(job.folder)
+        except FileExistsError as e: warnings.warn(f"no new datasheet: {e}", stacklevel=2)
     return job.models
