@@ -1711,6 +1711,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lps.zoo.build.Unit.write_kept': ('zoo/build.html#unit.write_kept', 'lps/zoo/build.py'),
                                'lps.zoo.build._is_held': ('zoo/build.html#_is_held', 'lps/zoo/build.py'),
                                'lps.zoo.build.build': ('zoo/build.html#build', 'lps/zoo/build.py'),
+                               'lps.zoo.build.check_new_build': ('zoo/build.html#check_new_build', 'lps/zoo/build.py'),
                                'lps.zoo.build.held_models': ('zoo/build.html#held_models', 'lps/zoo/build.py'),
                                'lps.zoo.build.model_file': ('zoo/build.html#model_file', 'lps/zoo/build.py'),
                                'lps.zoo.build.plan_build': ('zoo/build.html#plan_build', 'lps/zoo/build.py'),

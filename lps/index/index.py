@@ -79,6 +79,7 @@ class ModelIndex:
         self.fit = fit           # seed and settings of the fit; None: it was fitted elsewhere
         self._kept = {}          # values derived from all rows
         self._files = {}, 0, 0   # see `_known_files`
+        self._method_file = None if rows is None else rows.about.get("method_file")
 
     def __len__(self): return len(self.rows)
 
@@ -430,9 +431,8 @@ def _known_files(self: ModelIndex):
 @contextlib.contextmanager
 def _changing(self: ModelIndex):
     "Hold the lock of the rows. Raises `ValueError` if another index was built in their place"
-    before = self.rows.about.get("method_file")
     with self.rows.locked():
-        if self.rows.about.get("method_file") == before: yield
+        if self.rows.about.get("method_file") == self._method_file: yield
         else: raise ValueError(f"{printable(self.rows.path)} was replaced by another index: open it again")
 
 @patch
@@ -486,8 +486,9 @@ def _start(self: ModelIndex, width, path):
     if path is None: return
     write_folder(path, self._contents())
     self.rows = Store(path)
+    self._method_file = self.rows.about["method_file"]
 
-# %% ../../nbs/index/03_index.ipynb #16cc6b4a
+# %% ../../nbs/index/03_index.ipynb #821a7331
 def _same_fitted(a, b):
     "Test whether two fitted methods are equal"
     parts = [json.loads(json.dumps(fitted.parts)) for fitted in (a, b)]

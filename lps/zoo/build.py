@@ -269,6 +269,7 @@ def settle_plan(
     "Write the plan, or compare it with the one in the folder; raises `ValueError` if they differ"
     file = path/"build.json"
     if not file.exists():
+        check_new_build(path)
         with FileLock(path/".build.lock"): write_first_plan(file, plan)
     try: differ = plan_differences(read_json(file, BuildPlan), plan)
     except (TypeError, ValueError) as e: raise ValueError(f"{path} has no plan that can be read: {e}") from None
@@ -279,17 +280,22 @@ def settle_plan(
 # %% ../../nbs/zoo/05_build.ipynb #75a76da4
 OWN_NAMES = "complete", "checkpoints", "epochs", "set_aside", "DATASHEET.md", "datasheet.json"
 
+def check_new_build(
+    path: Path, # folder without `build.json`
+):
+    "Raise `ValueError` for a folder with files that a build would write"
+    names = ["models"] if any(path.glob("*.safetensors")) else []
+    names += [name for name in OWN_NAMES if (path/name).exists()]
+    if not names or (path/"build.json").exists(): return
+    raise ValueError(f"{path} holds {names[0]}, but no build.json, so no build made it: choose another folder")
+
 def write_first_plan(
     file: Path,      # `build.json`
     plan: BuildPlan, # its content
 ):
     "Write the plan of a new folder, unless another build has just written one"
     if file.exists(): return
-    held = "models" if any(file.parent.glob("*.safetensors")) else ""
-    for name in OWN_NAMES:
-        if (file.parent/name).exists(): held = held or name
-    if held:
-        raise ValueError(f"{file.parent} holds {held}, but no build.json, so no build made it: choose another folder")
+    check_new_build(file.parent)
     write_json(file, asdict(plan))
 
 # %% ../../nbs/zoo/05_build.ipynb #ee7e543a
