@@ -488,7 +488,7 @@ def _start(self: ModelIndex, width, path):
     self.rows = Store(path)
     self._method_file = self.rows.about["method_file"]
 
-# %% ../../nbs/index/03_index.ipynb #821a7331
+# %% ../../nbs/index/03_index.ipynb #ad1b28b7
 def _same_fitted(a, b):
     "Test whether two fitted methods are equal"
     parts = [json.loads(json.dumps(fitted.parts)) for fitted in (a, b)]
@@ -655,7 +655,7 @@ N_PROBE_IMAGES = 512  # as in the measurement of the relation
 
 @dataclass
 class _Sources:
-    "How the files of models in an index are read"
+    "Settings for reading the files of models in an index"
     reading: Reading|None
     hub: bool  # whether models on the Hub are downloaded
 

@@ -79,8 +79,8 @@ def _shards(folder, index):
     if not isinstance(found, dict) or not found: raise ValueError(f"{index} names no tensors")
     if len(found) > MAX_TENSORS: raise ValueError(f"{index} names {len(found)} tensors, {MAX_TENSORS} are allowed")
     state = {}
-    for file in dict.fromkeys(found.values()):
-        if not isinstance(file, str) or Path(file).name != file:
+    for file in dict.fromkeys(map(str, found.values())):
+        if Path(file).name != file:
             raise ValueError(f"{index} names {printable(file)}, which is no file beside it")
         state |= read_checkpoint(folder/file).state
     lacking = [name for name in found if name not in state]
