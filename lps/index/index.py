@@ -488,7 +488,7 @@ def _start(self: ModelIndex, width, path):
     self.rows = Store(path)
     self._method_file = self.rows.about["method_file"]
 
-# %% ../../nbs/index/03_index.ipynb #ad1b28b7
+# %% ../../nbs/index/03_index.ipynb #a84a22cd
 def _same_fitted(a, b):
     "Test whether two fitted methods are equal"
     parts = [json.loads(json.dumps(fitted.parts)) for fitted in (a, b)]
