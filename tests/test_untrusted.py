@@ -1,4 +1,4 @@
-"""What a stranger's file names, claims or asks for: names that lead elsewhere, slow keys, claims, bombs, broken servers"""
+"""Files of strangers: names that lead elsewhere, keys that are slow to hash, claims, bombs, broken servers"""
 import pickle
 import zipfile
 
@@ -9,7 +9,6 @@ from lps.core.files import digest, read_header, read_json, save_tensors, write_j
 from lps.index.share import from_pretrained, save_pretrained
 from lps.models.checkpoint import read_checkpoint
 from lps.models.modelset import load_modelset, pack
-from lps.models.pickles import SECONDS
 from lps.models.read import read_model
 from lps.models.web import open_model
 
@@ -28,7 +27,7 @@ def zoo(folder, n=2):
 
 # Names from a file are single parts of a path
 
-NAMES = "../escaped.safetensors", "/tmp/lps-escaped.safetensors", "a/b.safetensors", "..", r"..\x", "C:x.safetensors", "\0"
+NAMES = "../out.safetensors", "/tmp/lps-out.safetensors", "a/b.safetensors", "..", r"..\x", "C:x.safetensors", "\0"
 
 
 def packed_with(folder, name):
@@ -36,7 +35,8 @@ def packed_with(folder, name):
     models = zoo(folder/"zoo")
     path = pack(models, folder/"packed.safetensors").path
     state, meta = {"conv1.weight": models.stack("conv1")}, {}
-    metas = [dict(file=name, task=0, sha256="0"*64, digest="0"*32), dict(file="b", task=1, sha256="0"*64, digest="0"*32)]
+    claims = dict(sha256="0"*64, digest="0"*32)
+    metas = [dict(file=file, task=i) | claims for i, file in enumerate([name, "b"])]
     save_tensors(path, state, meta | dict(packed=dict(common={}, models=metas, stem="conv1")))
     return path
 
@@ -84,7 +84,8 @@ def test_a_shared_set_is_written_below_its_folder(tmp_path):
 def test_names_of_shards_on_the_web_are_single(monkeypatch, name):
     listed = dict(weight_map={"conv1.weight": name})
     monkeypatch.setattr("lps.models.web.remote_json", lambda url: listed if url.endswith("index.json") else None)
-    monkeypatch.setattr("lps.models.web.open_remote", lambda url, download: (_ for _ in ()).throw(FileNotFoundError(url)))
+    def missing(url, download): raise FileNotFoundError(url)
+    monkeypatch.setattr("lps.models.web.open_remote", missing)
     with pytest.raises(ValueError, match="no file beside it"): open_model("org/name")
 
 
@@ -117,17 +118,16 @@ MAPPINGS = {
 def write_pickle(path, operations, is_zip):
     "A file of PyTorch with a pickle in it"
     pickled = b"\x80\x02" + operations
-    if not is_zip: return path.write_bytes(b"".join(pickle.dumps(o, 2) for o in (0x1950a86a20f9469cfc6c, 1001, {})) + pickled)
+    start = b"".join(pickle.dumps(value, 2) for value in (0x1950a86a20f9469cfc6c, 1001, {}))
+    if not is_zip: return path.write_bytes(start + pickled)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x/version", "3")
         archive.writestr("x/data.pkl", pickled)
 
 
-@pytest.mark.parametrize("is_zip", [True, False])
-@pytest.mark.parametrize("kind", MAPPINGS)
+@pytest.mark.parametrize("kind, is_zip", [*((kind, True) for kind in MAPPINGS), ("DICT", False), ("SETITEMS", False)])
 def test_a_pickle_that_takes_too_much_is_refused(tmp_path, kind, is_zip):
     write_pickle(tmp_path/"x.pt", MAPPINGS[kind], is_zip)
-    assert SECONDS < 5
     with pytest.raises(ValueError, match="x.pt: "): read_model(tmp_path/"x.pt")
     torch.save(tiny(), tmp_path/"good.pt")
     assert read_model(tmp_path/"good.pt").digest == digest(tiny())  # the next file is read
