@@ -158,7 +158,8 @@ def shelf(tmp_path):
     states = {f"net{seed}": network(seed).state for seed in range(3)}
     states |= dict(copy=moved(a, 5), pruned=pruned(a.state, .8))
     for i, (name, state) in enumerate(states.items()):
-        save_tensors(tmp_path/"models"/f"{name}.safetensors", state, dict(task=i % 2, classes=[f"{i % 2}a", f"{i % 2}b"]))
+        meta = dict(task=i % 2, classes=[f"{i % 2}a", f"{i % 2}b"])
+        save_tensors(tmp_path/"models"/f"{name}.safetensors", state, meta)
     return tmp_path
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import pluralise, printable
-from ..lineage.sketch import DERIVED
+from ..lineage.sketch import DERIVED, sketch_filters, sketch_similarity
 from ..methods.registry import embed_models, fit_many
 from ..models.modelset import ModelSet
 
@@ -216,6 +216,19 @@ def calibrate(
     )
 
 # %% ../../nbs/index/01_answer.ipynb #aa2b588b
+GREY = .985  # as `DERIVED`, for filters of one channel, which are more alike
+
+def telling_similarity(
+    a,         # sketch of a model
+    b,         # sketch of another
+) -> float:    # NaN if it does not tell related from independent models
+    "Compare two sketches"
+    filters = sketch_filters(a)
+    if filters is None: return np.nan
+    similar = sketch_similarity(a, b)
+    grey = np.allclose(filters[:, :9], filters[:, 9:18], atol=.02)
+    return np.nan if grey and similar < GREY else similar
+
 def lineage_note(
     similarity: float,   # of query and model
     same_digest: bool,   # True if their weights are equal
@@ -245,9 +258,9 @@ class Answer:
     def sentences(self) -> list: # of str
         "Describe the answer"
         first = "All of these are copies of the query or derived from it: a larger k may find an independent model."
-        if self.related is False: first = "No related model was found."
+        if not len(self.table): first = "The index has no models."
+        elif self.related is False: first = "No related model was found."
         elif self.recommended: first = f"Recommended source: {self.recommended}."
-        elif not len(self.table): first = "The index has no models."
         calibrated = "Not calibrated: too few models have known tasks, so no probabilities are given."
         if self.calibration: calibrated = str(self.calibration)
         method = f"Method: {self.method}, from {self.reads}; no images of yours were needed."

@@ -35,7 +35,7 @@ def read_row(
 ) -> Model:
     "Read a model of an index from its file; raises `ValueError` if it has changed, `OSError` if it is gone"
     fact = index.rows.facts([place])[0]
-    model = read_item(stored_item(fact), reading, EVERYTHING)
+    model = read_item(stored_item(fact, hub=False), reading, EVERYTHING)
     if model.digest != index.rows.digests([place])[0]: raise ValueError("its file has changed")
     return model
 
@@ -160,7 +160,7 @@ def family_trees(
         return f"<ul>{''.join(items)}</ul>" if items else ""
     return f"<section id='families'><h2>Families</h2>{branch('')}</section>" if len(found) else ""
 
-# %% ../../nbs/index/06_family.ipynb #c1399f52
+# %% ../../nbs/index/06_family.ipynb #cf72d8c3
 def add_families(
     path,                 # HTML page, such as `index_map` writes
     found: pd.DataFrame,  # from `families`
