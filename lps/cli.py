@@ -623,6 +623,45 @@ def inspect_command(
 def index_report():
     raise ValueError("lps index report is now called lps inspect: run lps inspect MODEL")
 
+# %% ../nbs/04_cli.ipynb #2686bc07
+def show_comparison(found, names: list[str]):
+    "Print a verdict with its direction and p-value, and the layers that match"
+    arrow = {"a → b": "{0} → {1}", "b → a": "{1} → {0}"}.get(found.direction, "")
+    lines = [f"Verdict: {found.verdict}" + (f" ({', '.join(found.how)})" if found.how else "")]
+    if arrow: lines.append(f"Direction: {arrow.format(*names)} ({found.because})")
+    if found.layers is not None:
+        lines.append(f"p = 1e{found.log10_p:.0f}: probability that the layers of independent models match as well")
+    for line in lines: console.print(one_line(line), soft_wrap=True)
+    if found.layers is None or not len(found.layers): return
+    layers = found.layers.set_axis(range(1, len(found.layers) + 1)).rename_axis("#")
+    show_table(layers, "Matched layers")
+
+# %% ../nbs/04_cli.ipynb #2abd1429
+def check_one_model(text: str):
+    "Raise `ValueError` for a folder of several models"
+    from lps.models.read import is_model_folder
+    folder = Path(text)
+    if not folder.is_dir() or is_model_folder([file.name for file in folder.iterdir()]): return
+    raise ValueError(f"{folder} is a folder of models: give one model file in it")
+
+@app.command("compare", epilog="Example: lps compare base-model.pth my-model.pth")
+@with_groups
+def compare_command(
+    a: Annotated[str, Argument(parser=source_of, metavar="A", help=MODEL)],
+    b: Annotated[str, Argument(parser=source_of, metavar="B", help="The other model")],
+    reading: ReadingOptions = None,
+    as_json: AsJson = False,
+):
+    "Tell whether two models are copies, derived from each other, or independent."
+    read = dataclasses.replace(reading.settings(), whole=True)
+    models = []
+    for source in (a, b):
+        check_one_model(source)
+        models.append(lps.read_model(source, read))
+    found = lps.compare(*models)
+    if as_json: print_json(found.to_dict())
+    else: show_comparison(found, [one_line(Path(source).name) for source in (a, b)])
+
 # %% ../nbs/04_cli.ipynb #91c8aebf
 def index_by(place: str, method: str):
     "Return an index that compares by a method: one that was built with it, or one of a model set"
@@ -639,13 +678,6 @@ def index_by(place: str, method: str):
     if fitted is None and index.fitted.method == method: return index
     cure = f"build another one with lps index build FOLDER SOURCES --method {method}"
     raise ValueError(f"{place} compares by {index.fitted.method}, not by {method}: {cure}")
-
-def check_one_model(text: str):
-    "Raise `ValueError` for a folder of several models"
-    from lps.models.read import is_model_folder
-    folder = Path(text)
-    if not folder.is_dir() or is_model_folder([file.name for file in folder.iterdir()]): return
-    raise ValueError(f"{folder} is a folder of models: give one model file in it")
 
 # %% ../nbs/04_cli.ipynb #8e42edfe
 def interval_texts(table) -> list[str]:
@@ -725,7 +757,7 @@ def index_graph(
     with busy(f"building a graph of {path}"): file = index.build_graph(threads)
     log.info("%s: a graph of %d models, %.1f MB, in %s", path, len(index), file.stat().st_size/1e6, file.parent)
 
-# %% ../nbs/04_cli.ipynb #8ce71684
+# %% ../nbs/04_cli.ipynb #6a0b305a
 @index_app.command("dedup", epilog="Example: lps index dedup market")
 @with_groups
 def index_dedup(
