@@ -739,7 +739,7 @@ def query(
     related = None if is_elsewhere(model) else relatives(opened, lps.read_model(model, read), reading=read)
     try: answer = opened.answer(model, k, read, expected=expected, approximate=approximate, hub=hub)
     except ValueError as error:
-        if related is None or not len(related): raise
+        if approximate or related is None or not len(related): raise
         log.warning("compared with copies and relatives only: %s", error)
         return print_json(dict(relatives=related)) if as_json else show_relatives(related)
     if as_json: return print_json(answer.to_dict() | dict(relatives=related))
