@@ -111,9 +111,9 @@ def duplicates(
     reading: Reading | None = None, # what files do not record
 ) -> list:                          # of lists of files
     "List groups of models that are the same network"
-    files = index.manifest.file.tolist()
+    files = index.manifest.file
     pairs = [(i, j) for i, j, found in _compared(index, SAME_NETWORK, reading) if found.verdict.startswith("same")]
-    return [[files[i] for i in members] for members in _joined(len(files), pairs)]
+    return [files.iloc[members].tolist() for members in _joined(len(files), pairs)]
 
 # %% ../../nbs/index/06_family.ipynb #1b7db07a
 def families(

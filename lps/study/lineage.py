@@ -60,8 +60,8 @@ def equal_tensors(a, b):
 def flat_cosine(a, b):
     "Return the cosine of all weights in their order; 0 for other shapes"
     if [v.shape for v in a.matrices] != [v.shape for v in b.matrices]: return 0.
-    one, two = [torch.cat([v.flatten() for v in subject.matrices[:-1]]) for subject in (a, b)]
-    return float(torch.cosine_similarity(one, two, dim=0))
+    def flat(subject): return torch.cat([v.flatten() for v in subject.matrices[:-1]])
+    return float(torch.cosine_similarity(flat(a), flat(b), dim=0))
 
 def sampled_correlation(a, b, n=128):
     "Return the correlation of 128 weights, evenly spaced, each layer standardised; 0 for other shapes"
