@@ -426,7 +426,7 @@ FEW = BuildSettings(fit=dict(n_images=8))
 def test_one_model_on_which_nothing_can_be_fitted_does_not_stop_a_build(tmp_path, kind, method):
     fill(tmp_path/"models", tasks=4, runs=3)
     save_tensors(tmp_path/"models/aaa.safetensors", unfit(kind), dict(task=0, run=9, classes=["0a", "0b"]))
-    settings = FEW if method == "auto" else BuildSettings()
+    settings = FEW if method == "auto" else BuildSettings(fit=dict(epochs=2, milestones=()))
     index = ModelIndex.build(tmp_path/"models", None, method, settings=settings)
     assert len(index) >= 12 and len(index) + len(index.rejected) == 13
     for file in tmp_path.glob("models/t*"): assert file.name in {Path(name).name for name in index.manifest.file}
