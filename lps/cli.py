@@ -824,6 +824,7 @@ def error_text(error: Exception) -> str:
     "Return an error as one line; empty if the usage was already printed"
     if hasattr(error, "format_message"): why = error.format_message()
     elif isinstance(error, OSError) and error.filename and error.strerror: why = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror: why = error.strerror
     elif isinstance(error, MemoryError): why = f"not enough memory: {error}".removesuffix(": ")
     else: why = str(error)
     return "" if why.lstrip().startswith("Usage") else one_line(why)
