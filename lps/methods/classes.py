@@ -13,6 +13,16 @@ from torch import Tensor
 
 from ..core.files import printable
 from .synthetic import synthetic_images
+from ..zoo.recipe import best_precision
+
+# %% ../../nbs/methods/11_classes.ipynb #be43b7d0
+def class_logits(
+    model,           # a `Model`
+    images: Tensor,  # normalised, `(n, C, H, W)`; see `Model.outputs`
+) -> Tensor:         # float32 `(n, K)`
+    "Compute the logits of images, in bfloat16 if the processor has it. Raises `ValueError` as `Model.outputs` does"
+    with torch.autocast("cpu", torch.bfloat16, enabled=best_precision() == "bfloat16"):
+        return model.outputs(images).float()
 
 # %% ../../nbs/methods/11_classes.ipynb #6f50521a
 def class_descriptors(
@@ -51,7 +61,7 @@ def describe(
 ) -> Tensor:              # `(K, n_images)`
     "Compute the class descriptors of a model; descriptors are returned as they are"
     if isinstance(model, Tensor): return model
-    return class_descriptors(model.outputs(synthetic_images(n_images, seed, size, model.channels)))
+    return class_descriptors(class_logits(model, synthetic_images(n_images, seed, size, model.channels)))
 
 def class_names(
     model,    # a `Model`; or class descriptors, `(K, n)`

@@ -53,8 +53,11 @@ class Architecture:
     ) -> Tensor:         # logits, `(B, K)`
         "Run a network on images"
         if self.size is None or tuple(images.shape[2:]) == tuple(self.size[1:]): return logits_of(net(images))
-        sized = (F.interpolate(xb, tuple(self.size[1:]), mode="bicubic") for xb in images.split(32))
-        return torch.cat([logits_of(net(xb)) for xb in sized])
+        outputs = []
+        for xb in images.split(8):  # fits into the cache of a core
+            xb = F.interpolate(xb, tuple(self.size[1:]), mode="bicubic")
+            outputs.append(logits_of(net(xb.contiguous(memory_format=torch.channels_last))))
+        return torch.cat(outputs)
 
 # %% ../../nbs/nets/02_architectures.ipynb #2f1c7aa0
 def _not_weights(name, tensor):
@@ -245,7 +248,7 @@ def norms_of(
     norms = known.norms if known else {layer: bn_of(layer) for layer in convolutions(shapes)}
     return {layer: norm for layer, norm in norms.items() if f"{norm}.running_var" in shapes and norm != layer}
 
-# %% ../../nbs/nets/02_architectures.ipynb #76d5a3ec
+# %% ../../nbs/nets/02_architectures.ipynb #9bb096e6
 def vit_config(
     depth: int = 14,       # layers, `6n + 2`; 2n blocks
     width: int = 64,       # of a token; each head has 32
@@ -267,7 +270,7 @@ def convnext_config(
     return dict(model_name="convnext_atto", num_classes=n_classes, in_chans=in_channels, patch_size=2,
                 ls_init_value=None, **stages)
 
-# %% ../../nbs/nets/02_architectures.ipynb #e893d16d
+# %% ../../nbs/nets/02_architectures.ipynb #0cbd0248
 def _timm_network(arguments, **config):
     "Build a network of timm"
     return optional("timm").create_model(**arguments(**config))
@@ -285,7 +288,7 @@ def timm_architecture(
     network = partial(_timm_network, arguments)
     return Architecture(name, config, network, stem, head, branches=[], norms={}, size=size)
 
-# %% ../../nbs/nets/02_architectures.ipynb #307b53de
+# %% ../../nbs/nets/02_architectures.ipynb #22db8baf
 @lru_cache(64)
 def _timm_shapes(name, **config):
     "Return the shape of each tensor"
