@@ -83,13 +83,13 @@ def dead_leaves(
             image[:, inside] = colour[:, None] + np.roll(grain, rng.integers(size, size=2), (1, 2))[:, inside]
     return as_input(images, channels)
 
-# %% ../../nbs/methods/09_synthetic.ipynb #8fa18f64
+# %% ../../nbs/methods/09_synthetic.ipynb #79794596
 def coordinates(size):
     "Return rows and columns of the pixels, from -1 to 1"
     axis = np.linspace(-1, 1, size)
     return np.meshgrid(axis, axis, indexing="ij")
 
-# %% ../../nbs/methods/09_synthetic.ipynb #01631bb9
+# %% ../../nbs/methods/09_synthetic.ipynb #6771e96b
 def patterns(
     n: int = 256,      # number of images
     seed: int = 0,
@@ -114,7 +114,7 @@ def patterns(
         image[:] = (rng.standard_normal((3, width)) @ units).reshape(image.shape)
     return as_input(images, channels)
 
-# %% ../../nbs/methods/09_synthetic.ipynb #f71b7f51
+# %% ../../nbs/methods/09_synthetic.ipynb #2c9b928a
 def random_texture(rng, rows, columns):
     "Generate noise with a random spectrum, or wavy stripes, `(H, H)`"
     size = len(rows)
@@ -139,7 +139,7 @@ def random_shape(rng, rows, columns):
         edge += .35/k*rng.standard_normal()*np.cos(k*direction + rng.uniform(0, 2*np.pi))
     return np.hypot(x, y)/np.maximum(edge*rng.uniform(.25, .8), 1e-3)
 
-# %% ../../nbs/methods/09_synthetic.ipynb #e899a6b9
+# %% ../../nbs/methods/09_synthetic.ipynb #5ecb0f7f
 def objects(
     n: int = 256,         # number of images
     seed: int = 0,
@@ -189,3 +189,12 @@ def synthetic_images(
     for i, kind in enumerate(kinds):
         parts.append(KINDS[kind](n//len(kinds), seed*len(kinds) + i, size, channels))
     return torch.cat(parts)
+
+# %% ../../nbs/methods/09_synthetic.ipynb #62b7e14b
+def kinds_of(
+    n: int,                # number of images
+    kinds: tuple = MIXED,  # as for `synthetic_images`
+) -> Tensor:               # long `(n,)`: place of each image's kind among the different kinds
+    "Return the kind of each of the images that `synthetic_images` generates"
+    numbers = torch.tensor([list(dict.fromkeys(kinds)).index(kind) for kind in kinds])
+    return numbers.repeat_interleave(n//len(kinds))
