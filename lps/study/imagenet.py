@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/study/22_imagenet.ipynb #0bd3506e
+# %% ../../nbs/study/22_imagenet.ipynb #f3a96676
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -28,7 +28,7 @@ from .registry import Experiment, register_experiment
 from .sets import digits_recipe
 from .stats import bootstrap, interval, interval_text
 
-# %% ../../nbs/study/22_imagenet.ipynb #e83cd999
+# %% ../../nbs/study/22_imagenet.ipynb #8974fbe9
 SIZES = {"efficientnet-lite0": 224, "efficientnet-lite1": 240, "efficientnet-lite2": 260}  # side of the images
 
 def imagenet_model(
@@ -74,7 +74,7 @@ def open_networks(
     found = build(f"{runs}/digits-classes", "digits", recipe, tasks=[list(range(10))], progress=False, **kwargs)
     return Networks({f"network {i}": found[i] for i in range(len(found))})
 
-# %% ../../nbs/study/22_imagenet.ipynb #e0102fae
+# %% ../../nbs/study/22_imagenet.ipynb #18c751fc
 def shuffled_bank(
     n_images: int,      # a multiple of 16
     seed: int = 0,      # of images and order
@@ -104,7 +104,7 @@ def cached_logits(
         save_tensors(Path(file), dict(logits=done[0]), key)
     return done[0]
 
-# %% ../../nbs/study/22_imagenet.ipynb #e00396a5
+# %% ../../nbs/study/22_imagenet.ipynb #bb031ffe
 def wordnet_paths() -> list:  # of 1,000 classes: names of synsets, from the class to the root
     "Read the hypernyms of the classes of ImageNet-1k"
     table = pd.read_csv(bundled("imagenet_classes.tsv"), sep="\t", comment="#", keep_default_na=False)
@@ -129,7 +129,7 @@ def wordnet_distance(
     common = set(a) & set(b)
     return sum(synset not in common for synset in a) + sum(synset not in common for synset in b)
 
-# %% ../../nbs/study/22_imagenet.ipynb #83a3b95f
+# %% ../../nbs/study/22_imagenet.ipynb #f3386456
 def agreement(
     scores: Tensor,      # of all pairs of classes, `(K, K)`
     n_boot: int = 1000,  # bootstrap samples of the classes
@@ -178,13 +178,13 @@ def confusions(scores, paths):
     )
     return {name: value if value is None else round(value, 2) for name, value in found.items()}
 
-# %% ../../nbs/study/22_imagenet.ipynb #bce3d86c
+# %% ../../nbs/study/22_imagenet.ipynb #3873a639
 @dataclass(kw_only=True)
 class ImagenetRecord(Record):
     "Result of matching the classes of networks that have the same"
     pairs: dict[str, dict]    # two names → result of `agreement` on all images
     curve: dict[str, dict]    # number of images → pair → the same
-    kinds: dict[str, dict]    # kind of image → the same for the first pair, on equally many images
+    kinds: dict               # n_images; found: kind of image → the same for the first pair, on so many images
     control: dict[str, dict]  # pair → the same with the images of one network shuffled
     confused: dict[str, dict] # pair → result of `confusions`
     chance: float             # nearest by chance, in percent
@@ -230,7 +230,7 @@ def imagenet_fields(
     first = list(logits.values())[:2]
     return fields | dict(kinds=kind_figures(first, kinds, n_boot, seed), chance=100/first[0].shape[1])
 
-# %% ../../nbs/study/22_imagenet.ipynb #70a7a1ca
+# %% ../../nbs/study/22_imagenet.ipynb #8290b7d0
 def plot_imagenet(
     record: ImagenetRecord,
 ):  # figure
