@@ -23,7 +23,7 @@ from .synthetic import kinds_of, standardise, synthetic_images
 from ..models.modelset import bundled
 from ..zoo.recipe import best_precision
 
-# %% ../../nbs/methods/11_classes.ipynb #e46125a7
+# %% ../../nbs/methods/11_classes.ipynb #f0703704
 def class_logits(
     model,           # a `Model`
     images: Tensor,  # normalised, `(n, C, H, W)`; see `Model.outputs`
@@ -32,7 +32,7 @@ def class_logits(
     with torch.autocast("cpu", torch.bfloat16, enabled=best_precision() == "bfloat16"):
         return model.outputs(images).float()
 
-# %% ../../nbs/methods/11_classes.ipynb #9c26cd50
+# %% ../../nbs/methods/11_classes.ipynb #1df988b1
 def centred_logits(
     logits: Tensor,            # of one network on n images, `(n, K)`
     multilabel: bool = False,  # independent logits: do not centre them over classes?
@@ -73,7 +73,7 @@ def class_descriptors(
         if part.abs().max() > 0: rows[:, kinds == kind] = whiten(part, ridge)
     return F.normalize(rows, dim=1).float()
 
-# %% ../../nbs/methods/11_classes.ipynb #e714816b
+# %% ../../nbs/methods/11_classes.ipynb #ebca1494
 @dataclass
 class ClassDescriptors:
     "What is kept of the classes of one network"
@@ -99,7 +99,7 @@ class ClassDescriptors:
         meta = dict(names=list(map(str, self.names)), images=self.images, multilabel=self.multilabel)
         save_tensors(path, dict(logits=self.logits.half()), meta | about)
 
-# %% ../../nbs/methods/11_classes.ipynb #774ca079
+# %% ../../nbs/methods/11_classes.ipynb #08e89600
 def describe_classes(
     model,                     # a `Model`
     n_images: int = 768,       # synthetic images, a multiple of 16
@@ -131,7 +131,7 @@ def load_class_descriptors(
 
 BUNDLED = "imagenet-1k", "cifar100"
 
-# %% ../../nbs/methods/11_classes.ipynb #a47a15c7
+# %% ../../nbs/methods/11_classes.ipynb #0717c5cb
 def class_names(
     model,    # a `Model`
     n: int,   # number of classes
@@ -176,19 +176,21 @@ def class_scores(
     of_b = nearest_mean(b, a if cohort is None else cohort, k)
     return 2*a @ b.T - of_a[:, None] - of_b
 
-@lru_cache(4)
-def _bundled_rows(name):
-    "Return the rows of bundled descriptors, and the images they were computed from"
-    known = load_class_descriptors(name)
-    return known.rows, known.images
+@lru_cache(1)
+def bundled_cohort():
+    "Return the descriptors of the networks of the class-subset set, `(C, n)`, and the images they were computed from"
+    state, meta = load_tensors(bundled("classes-cifar100.safetensors"))
+    parts = state["members"].split([len(names) for names in meta["members"]], 1)
+    rows = [ClassDescriptors(z, names, meta["images"]).rows for z, names in zip(parts, meta["members"])]
+    return torch.cat(rows), meta["images"]
 
 def cohort_for(a, b):
     "Return the bundled cohort for two sets of descriptors; None for many classes or other images"
     if min(len(a), len(b)) >= MANY: return None
-    rows, images = _bundled_rows("cifar100")
+    rows, images = bundled_cohort()
     return rows if images == a.images == b.images else None
 
-# %% ../../nbs/methods/11_classes.ipynb #b6a77dfa
+# %% ../../nbs/methods/11_classes.ipynb #389b4128
 @dataclass
 class Calibration:
     "How scores become probabilities"
@@ -249,7 +251,7 @@ def match_classes(
     })
     return table.sort_values("score", ascending=False, ignore_index=True)
 
-# %% ../../nbs/methods/11_classes.ipynb #3aff263d
+# %% ../../nbs/methods/11_classes.ipynb #b26e8661
 def number_interval(
     p: np.ndarray,  # probabilities of independent events, `(K,)`
 ) -> tuple:         # both ends of the central 95 % of their number
@@ -259,7 +261,7 @@ def number_interval(
     cumulative = spread.cumsum()
     return int(np.searchsorted(cumulative, .025)), int(np.searchsorted(cumulative, .975))
 
-# %% ../../nbs/methods/11_classes.ipynb #6598fed6
+# %% ../../nbs/methods/11_classes.ipynb #6d03b594
 def relate_classes(
     a,         # as for `match_classes`
     b,         # the other
@@ -284,7 +286,7 @@ def relate_classes(
         classes=(len(of_a), len(of_b)),
     )
 
-# %% ../../nbs/methods/11_classes.ipynb #d5b36078
+# %% ../../nbs/methods/11_classes.ipynb #2b3930fd
 def contrast_design(names, classes):
     "Return which classes each row of a network is made of: itself minus the mean of its task, `(K, C)`"
     places = [classes.index(name) for name in names]
@@ -300,7 +302,7 @@ def solve_vectors(networks, classes, ridge):
     seen = torch.cat([network.logits.double().T for network in networks])
     return torch.linalg.solve(design.T @ design + ridge*torch.eye(len(classes), dtype=torch.double), design.T @ seen)
 
-# %% ../../nbs/methods/11_classes.ipynb #09714508
+# %% ../../nbs/methods/11_classes.ipynb #caacfa14
 def fit_class_vectors(
     networks: list,      # `ClassDescriptors` with names, of the same images
     ridge: float = 0.1,  # relative to one network that shows a class
@@ -348,7 +350,7 @@ def name_classes(
             found.append((name, others.names[j], *map(float, values)))
     return pd.DataFrame(found, columns=["class", "name", "cosine", "score", "probability", "none"])
 
-# %% ../../nbs/methods/11_classes.ipynb #bff6565a
+# %% ../../nbs/methods/11_classes.ipynb #d004e1f7
 def name_pair(
     model,                # as for `match_classes`, with two classes or one logit
     known="imagenet-1k",  # as for `name_classes`
@@ -366,7 +368,7 @@ def name_pair(
     rows = [(others.names[i//n], others.names[i % n], cosines.flatten()[i].item()) for i in best.tolist()]
     return pd.DataFrame(rows, columns=["first", "second", "cosine"])
 
-# %% ../../nbs/methods/11_classes.ipynb #ac0e95cf
+# %% ../../nbs/methods/11_classes.ipynb #f8b4dafb
 def pair_cosines(
     z: Tensor,            # centred logits of two classes, `(n, 2)`
     known: Tensor,        # of C classes, `(n, C)`
