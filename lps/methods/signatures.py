@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.files import printable
 from .fitted import Fitted, FittedConfig, Size
 from .registry import INVARIANCES, Method, register_method
-from ..nets.architectures import branch_layers, norms_of, recognise
+from ..nets.architectures import branch_layers, norms_of, recognise, shapes_of
 from ..nets.resnet import SHORTCUTS
 
 # %% ../../nbs/methods/03_signatures.ipynb #88f04b17
@@ -323,29 +323,31 @@ def canonical(
     "Remove free scales; networks without BN or of an unknown architecture are returned as they are"
     if shortcut not in SHORTCUTS:
         raise ValueError(f"shortcut {printable(shortcut)} is unknown: choose from {', '.join(SHORTCUTS)}")
-    shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
+    shapes = shapes_of(tensors, 1)
     known = recognise(shapes, shortcut=shortcut)
     norms = list(norms_of(shapes).values())
     if known is None or known.spec is None or not norms: return tensors
     return fix_scales(tensors, known.spec, norms)
 
 # %% ../../nbs/methods/03_signatures.ipynb #378bb4d9
-def _at_depths(parts, n_quantiles=9, n_depths=19):
-    "Interpolate the quantiles of all layers to evenly spaced depths, `(M, E)`"
+N_DEPTHS = 19  # as many as a ResNet20 has branches
+
+def _at_depths(parts):
+    "Interpolate nine quantiles of all layers to evenly spaced depths, `(M, E)`"
     if not all("sd" in part for part in parts): parts = [dict(gamma=p["gamma"], beta=p["beta"]) for p in parts]
     lists = []
     for part in parts:
         used, others = _responses(part)
-        lists.append(torch.cat([quantiles(v, n_quantiles) for v in used + others], 1))
+        lists.append(torch.cat([quantiles(v, 9) for v in used + others], 1))
     by_depth = torch.stack(lists, 2)
-    return F.interpolate(by_depth, size=n_depths, mode="linear", align_corners=True).flatten(1)
+    return F.interpolate(by_depth, size=N_DEPTHS, mode="linear", align_corners=True).flatten(1)
 
 def all_layer_signature(
     tensors: dict,              # of M whole networks, by name, `(M, …)` each
     shortcut: str = "pad_end",  # kind of shortcut, if it has no weights
 ) -> dict:                      # `layers`, float64 `(M, E)`
     "Compute quantiles over filters at nineteen depths, which do not depend on order and free scales of channels"
-    shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
+    shapes = shapes_of(tensors, 1)
     norms = norms_of(shapes)
     chunks = []
     for start in range(0, len(next(iter(tensors.values()))), 32):

@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.files import MAX_TENSORS, check_weights, pluralise, printable, read_json
+from ..core.files import MAX_TENSORS, check_name, check_weights, pluralise, printable, read_json
 from ..core.jobs import one_thread
 from ..core.optional import optional
 from .checkpoint import SUFFIXES, Checkpoint, own_names, read_checkpoint, rename
@@ -80,9 +80,7 @@ def _shards(folder, index):
     if len(found) > MAX_TENSORS: raise ValueError(f"{index} names {len(found)} tensors, {MAX_TENSORS} are allowed")
     state = {}
     for file in dict.fromkeys(found.values()):
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{index} names {printable(file)}, which is no file beside it")
-        state |= read_checkpoint(folder/file).state
+        state |= read_checkpoint(folder/check_name(file, index)).state
     lacking = [name for name in found if name not in state]
     if lacking: raise ValueError(f"{index} names {printable(lacking[0])}, which is in none of its files")
     kind = pluralise(len(set(found.values())), "shard")

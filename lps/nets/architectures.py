@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from ..core.jobs import seeded
 from ..core.optional import optional
 from ..order_chain import PermutationSpec
-from .resnet import resnet_spec
 from .plain import PlainNet, plain_config, plain_convs, plain_norm, plain_spec
-from .resnet import ResNet, bn_of, branch_layers as resnet_branches, resnet_config
+from .resnet import ResNet, bn_of, branch_layers as resnet_branches, resnet_config, resnet_spec
 
 # %% ../../nbs/nets/02_architectures.ipynb #6ee48bc6
 @dataclass(frozen=True)
@@ -191,10 +190,11 @@ def get_architecture(
 
 # %% ../../nbs/nets/02_architectures.ipynb #dc3f6bc9
 def shapes_of(
-    state: dict,  # tensors by name
-) -> dict:        # shapes by name
+    state: dict,    # tensors by name
+    lead: int = 0,  # leading axes to leave out: 1 for tensors of several models, `(M, …)`
+) -> dict:          # shapes by name
     "Return names and shapes of the weights; counts of batches are left out"
-    return {name: tuple(v.shape) for name, v in state.items() if not name.endswith("num_batches_tracked")}
+    return {name: tuple(v.shape[lead:]) for name, v in state.items() if not name.endswith("num_batches_tracked")}
 
 def recognise(
     shapes: dict,          # shape of each tensor by name

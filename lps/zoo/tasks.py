@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..core.files import printable
@@ -97,19 +97,6 @@ def to_rgb(
     return image.convert("RGB"), ", ".join(done)
 
 # %% ../../nbs/zoo/00_tasks.ipynb #3eb590b9
-def central_square(
-    image: Image.Image,  # an image
-    size: int,           # side of the result in pixels
-) -> Image.Image:
-    "Crop the central square and resize it"
-    if image.size == (size, size): return image
-    width, height = image.size
-    side = min(width, height)
-    left = (width - side)//2
-    top = (height - side)//2
-    square = left, top, left + side, top + side
-    return image.resize((size, size), Image.Resampling.BOX, box=square)
-
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 
 def read_image(
@@ -121,7 +108,8 @@ def read_image(
     if file.suffix.lower() not in SUFFIXES: return None, f"suffix '{file.suffix}' is not that of an image"
     try:
         with Image.open(file) as image: image, done = to_rgb(image)
-        return np.array(central_square(image, size) if size else image), done
+        if size: image = ImageOps.fit(image, (size, size), Image.Resampling.BOX)  # the central square
+        return np.array(image), done
     except Exception as e:  # PIL's readers raise anything
         first = (str(e).splitlines() or ["no message"])[0]
         return None, f"{type(e).__name__}: {first}"
@@ -530,15 +518,6 @@ def channel_stats(
     values = torch.arange(256, dtype=torch.float64)/255
     mean = shares @ values
     return mean.float(), ((shares @ values**2) - mean**2).clamp_min(0).sqrt().float()
-
-# %% ../../nbs/zoo/00_tasks.ipynb #b226ff11
-def normalise(
-    xb: Tensor,   # images, uint8 `(n, C, H, W)`
-    stats: tuple, # mean and standard deviation of each channel, on the scale 0 to 1
-) -> Tensor:      # float32, same shape, in channels-last memory order
-    "Normalise images to `(x/255 − mean)/std`"
-    mean, std = (torch.as_tensor(s, dtype=torch.float32)[:, None, None] for s in stats)
-    return torch.addcmul(-mean/std, xb.to(torch.float32, memory_format=torch.channels_last), 1/(255*std))
 
 # %% ../../nbs/zoo/00_tasks.ipynb #7757ed52
 def draw_augment(
