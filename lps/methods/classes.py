@@ -23,7 +23,7 @@ from .synthetic import kinds_of, standardise, synthetic_images
 from ..models.modelset import bundled
 from ..zoo.recipe import best_precision
 
-# %% ../../nbs/methods/11_classes.ipynb #f0703704
+# %% ../../nbs/methods/11_classes.ipynb #385d8371
 def class_logits(
     model,           # a `Model`
     images: Tensor,  # normalised, `(n, C, H, W)`; see `Model.outputs`
@@ -32,7 +32,7 @@ def class_logits(
     with torch.autocast("cpu", torch.bfloat16, enabled=best_precision() == "bfloat16"):
         return model.outputs(images).float()
 
-# %% ../../nbs/methods/11_classes.ipynb #1df988b1
+# %% ../../nbs/methods/11_classes.ipynb #a038d61b
 def centred_logits(
     logits: Tensor,            # of one network on n images, `(n, K)`
     multilabel: bool = False,  # independent logits: do not centre them over classes?
@@ -73,10 +73,10 @@ def class_descriptors(
         if part.abs().max() > 0: rows[:, kinds == kind] = whiten(part, ridge)
     return F.normalize(rows, dim=1).float()
 
-# %% ../../nbs/methods/11_classes.ipynb #ebca1494
+# %% ../../nbs/methods/11_classes.ipynb #19b48c89
 @dataclass
 class ClassDescriptors:
-    "What is kept of the classes of one network"
+    "The classes of one network: their logits on synthetic images, and their names"
     logits: Tensor           # centred, float16 `(n, K)`
     names: list              # of the classes
     images: dict             # n_images, seed and size of the synthetic images; or folder
@@ -99,7 +99,7 @@ class ClassDescriptors:
         meta = dict(names=list(map(str, self.names)), images=self.images, multilabel=self.multilabel)
         save_tensors(path, dict(logits=self.logits.half()), meta | about)
 
-# %% ../../nbs/methods/11_classes.ipynb #08e89600
+# %% ../../nbs/methods/11_classes.ipynb #642a2db5
 def describe_classes(
     model,                     # a `Model`
     n_images: int = 768,       # synthetic images, a multiple of 16
@@ -131,7 +131,7 @@ def load_class_descriptors(
 
 BUNDLED = "imagenet-1k", "cifar100"
 
-# %% ../../nbs/methods/11_classes.ipynb #0717c5cb
+# %% ../../nbs/methods/11_classes.ipynb #f76b826c
 def class_names(
     model,    # a `Model`
     n: int,   # number of classes
@@ -190,10 +190,10 @@ def cohort_for(a, b):
     rows, images = bundled_cohort()
     return rows if images == a.images == b.images else None
 
-# %% ../../nbs/methods/11_classes.ipynb #389b4128
+# %% ../../nbs/methods/11_classes.ipynb #ec5645bc
 @dataclass
 class Calibration:
-    "How scores become probabilities"
+    "Scale and offset that convert scores to probabilities"
     scale: float
     offset: float
 
@@ -251,7 +251,7 @@ def match_classes(
     })
     return table.sort_values("score", ascending=False, ignore_index=True)
 
-# %% ../../nbs/methods/11_classes.ipynb #b26e8661
+# %% ../../nbs/methods/11_classes.ipynb #612fa425
 def number_interval(
     p: np.ndarray,  # probabilities of independent events, `(K,)`
 ) -> tuple:         # both ends of the central 95 % of their number
@@ -261,7 +261,7 @@ def number_interval(
     cumulative = spread.cumsum()
     return int(np.searchsorted(cumulative, .025)), int(np.searchsorted(cumulative, .975))
 
-# %% ../../nbs/methods/11_classes.ipynb #6d03b594
+# %% ../../nbs/methods/11_classes.ipynb #9adce715
 def relate_classes(
     a,         # as for `match_classes`
     b,         # the other
@@ -286,7 +286,7 @@ def relate_classes(
         classes=(len(of_a), len(of_b)),
     )
 
-# %% ../../nbs/methods/11_classes.ipynb #2b3930fd
+# %% ../../nbs/methods/11_classes.ipynb #6434bb7c
 def contrast_design(names, classes):
     "Return which classes each row of a network is made of: itself minus the mean of its task, `(K, C)`"
     places = [classes.index(name) for name in names]
@@ -302,7 +302,7 @@ def solve_vectors(networks, classes, ridge):
     seen = torch.cat([network.logits.double().T for network in networks])
     return torch.linalg.solve(design.T @ design + ridge*torch.eye(len(classes), dtype=torch.double), design.T @ seen)
 
-# %% ../../nbs/methods/11_classes.ipynb #caacfa14
+# %% ../../nbs/methods/11_classes.ipynb #abb14751
 def fit_class_vectors(
     networks: list,      # `ClassDescriptors` with names, of the same images
     ridge: float = 0.1,  # relative to one network that shows a class
@@ -350,7 +350,7 @@ def name_classes(
             found.append((name, others.names[j], *map(float, values)))
     return pd.DataFrame(found, columns=["class", "name", "cosine", "score", "probability", "none"])
 
-# %% ../../nbs/methods/11_classes.ipynb #d004e1f7
+# %% ../../nbs/methods/11_classes.ipynb #b92ccdfa
 def name_pair(
     model,                # as for `match_classes`, with two classes or one logit
     known="imagenet-1k",  # as for `name_classes`
@@ -368,7 +368,7 @@ def name_pair(
     rows = [(others.names[i//n], others.names[i % n], cosines.flatten()[i].item()) for i in best.tolist()]
     return pd.DataFrame(rows, columns=["first", "second", "cosine"])
 
-# %% ../../nbs/methods/11_classes.ipynb #f8b4dafb
+# %% ../../nbs/methods/11_classes.ipynb #1827a761
 def pair_cosines(
     z: Tensor,            # centred logits of two classes, `(n, 2)`
     known: Tensor,        # of C classes, `(n, C)`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/study/23_classes.ipynb #89089e82
+# %% ../../nbs/study/23_classes.ipynb #4977f2a2
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -15,25 +15,30 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
+from ..advice.score import linear_cka, log_me
 from ..core.files import load_tensors
 from lps.methods.classes import (
     ClassDescriptors, centred_logits, class_descriptors, class_logits, class_scores, fit_calibration,
-    describe_classes, fit_class_vectors, number_interval, pair_cosines,
+    describe_classes, fit_class_vectors, load_class_descriptors, number_interval, pair_cosines,
 )
 from ..methods.probes import probe_bank
 from ..methods.synthetic import MIXED
 from ..models.modelset import load_modelset
 from .architectures import ModelSets, load_sets
+from .imagenet import hypernym_names
 from .records import MEASURED_BY, Record
 from .registry import Experiment, register_experiment
 from .sets import digits_recipe
 from .stats import bootstrap, interval, interval_text
 from ..zoo.tasks import CIFAR100_SUPERCLASSES
 
-# %% ../../nbs/study/23_classes.ipynb #aa51db74
+# %% ../../nbs/study/23_classes.ipynb #79556d8f
 @dataclass
 class Described:
     "A network with its class descriptors"
@@ -83,7 +88,7 @@ def open_class_sets(
     names = sorted(several.sets, key=lambda name: name != first)
     return ModelSets({name: several.sets[name] for name in names})
 
-# %% ../../nbs/study/23_classes.ipynb #5c8ed3d5
+# %% ../../nbs/study/23_classes.ipynb #80bd249c
 @dataclass
 class Pair:
     "Two networks, with the scores of their classes"
@@ -128,7 +133,7 @@ def all_pairs(
         pairs.append(Pair(i, j, a.kind == b.kind, scores, *related(a.names, b.names)))
     return pairs
 
-# %% ../../nbs/study/23_classes.ipynb #efc37faf
+# %% ../../nbs/study/23_classes.ipynb #8f33258d
 def weights_of(pairs, drawn, n):
     "Return how often each pair occurs if networks are drawn with replacement"
     count = np.bincount(drawn, minlength=n)
@@ -176,7 +181,7 @@ def pair_figures(pairs, n_boot, seed):
     near = auc_measure(pairs, lambda pair: pair.near, lambda pair: ~pair.same)
     return found | dict(superclass=with_interval(near, pairs, n_boot, seed))
 
-# %% ../../nbs/study/23_classes.ipynb #bc6eb404
+# %% ../../nbs/study/23_classes.ipynb #bab7a67b
 def expected_number(calibration, scores):
     "Return the expected number of shared classes, and its interval"
     both = [1 - calibration(s)[:, -1].numpy() for s in (scores, scores.T)]
@@ -239,7 +244,7 @@ def reliability(p, right):
             found.append([int(chosen.sum()), round(float(p[chosen].mean()), 3), round(float(right[chosen].mean()), 3)])
     return found
 
-# %% ../../nbs/study/23_classes.ipynb #3d6ef18f
+# %% ../../nbs/study/23_classes.ipynb #593f34c0
 def naming_ranks(
     networks: list,  # of `Described`
 ) -> pd.DataFrame:   # one row a class: network, rank (NaN if no other network shows it), among; scores in `attrs`
@@ -282,7 +287,7 @@ def naming_figures(networks, n_boot, seed):
     found["none"] = reliability(none, ~known)
     return found
 
-# %% ../../nbs/study/23_classes.ipynb #648e367b
+# %% ../../nbs/study/23_classes.ipynb #c653d467
 def probe_descriptors(
     several: ModelSets,
 ) -> list:  # of `ClassDescriptors`
@@ -327,7 +332,121 @@ def decode_pairs(
         classes_right=round(float(np.mean(best))/2, 4),
     )
 
-# %% ../../nbs/study/23_classes.ipynb #9f9be32d
+# %% ../../nbs/study/23_classes.ipynb #6a0c1344
+def domain_figures(
+    networks: list,  # of `Described`, for the images of the bundled descriptors
+) -> dict:           # classes, area, and for classes with one right class the median rank; empty for other images
+    "Look up class vectors among the classes of ImageNet-1k"
+    known = load_class_descriptors("imagenet-1k")
+    vectors, _ = fit_class_vectors([network.about for network in networks])
+    if vectors.images != known.images: return {}
+    above = hypernym_names()
+    scores = class_scores(vectors.rows, known.rows).numpy()
+    areas, ranks = {}, {}
+    for name, row in zip(vectors.names, scores):
+        right = np.array([name.replace("_", " ") in names for names in above])
+        if not right.any(): continue
+        areas[name] = round(float(roc_auc_score(right, row)), 3)
+        if right.sum() == 1: ranks[name] = int((row > row[right]).sum()) + 1
+    drawn = bootstrap(len(areas), 1000)
+    values = np.array(list(areas.values()))
+    found = [values.mean(), *interval(values[drawn].mean(1))]
+    return dict(
+        classes=len(areas),
+        area=[round(float(v), 3) for v in found],
+        median_rank=float(np.median(list(ranks.values()))),
+        ranks=ranks,
+        areas=areas,
+    )
+
+# %% ../../nbs/study/23_classes.ipynb #ea2bd766
+def target_features(model, images, n_images):
+    "Compute features of the first images of each class, `(classes, n_images, F)`"
+    chosen = [(images.labels == c).nonzero()[:n_images, 0] for c in range(len(images.classes))]
+    z = model.features(images.images[torch.cat(chosen)])
+    return z.unflatten(0, (len(images.classes), n_images))
+
+def linear_probe(z, n_labelled):
+    "Compute the accuracy of logistic regression on features `(classes, images, F)`, with some images labelled"
+    y = torch.arange(len(z))[:, None].expand(z.shape[:2])
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=.1, max_iter=300))
+    classifier.fit(z[:, :n_labelled].flatten(0, 1).numpy(), y[:, :n_labelled].flatten().numpy())
+    return classifier.score(z[:, n_labelled:].flatten(0, 1).numpy(), y[:, n_labelled:].flatten().numpy())
+
+def evidence(z):
+    "Compute the mean LogME of the classes, one against the others"
+    y = torch.arange(len(z))[:, None].expand(z.shape[:2]).flatten()
+    return np.mean([log_me(z.flatten(0, 1), (y == c).long()) for c in range(len(z))])
+
+def measure_sources(models, images, expected, n_labelled, n_images):
+    "Measure each source on each target: a row for each pair of different tasks"
+    names = [models[i].meta["classes"] for i in range(len(models))]
+    features = [target_features(models[i], images, n_images) for i in range(len(models))]
+    places = [[images.classes.index(name) for name in task] for task in names]
+    rows = []
+    for target in range(len(models)):
+        own = features[target][places[target]][:, :n_labelled].flatten(0, 1)
+        for source in range(len(models)):
+            if set(names[source]) == set(names[target]): continue
+            z = features[source][places[target]]
+            labelled = z[:, :n_labelled]
+            rows.append(dict(
+                target=target,
+                source=source,
+                accuracy=linear_probe(z, n_labelled),
+                shared=len(set(names[source]) & set(names[target])),
+                expected=expected.get((min(source, target), max(source, target)), np.nan),
+                own=models[source].meta["val_accuracy"],
+                logme=evidence(labelled),
+                cka=linear_cka(own[None], labelled.flatten(0, 1)[None]).item(),
+            ))
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/study/23_classes.ipynb #bcb3c06f
+def standard_scores(table, column):
+    "Scale a column to mean 0 and standard deviation 1 within each target"
+    grouped = table.groupby("target")[column]
+    return ((table[column] - grouped.transform("mean"))/grouped.transform("std").replace(0, 1)).fillna(0)
+
+def rank_sources(table, n_boot, seed):
+    "Compare ways to rank sources: ρ and regret within a target, each with its interval over targets"
+    total = table.groupby("source").accuracy.transform("sum")
+    count = table.groupby("source").accuracy.transform("size")
+    table["popular"] = (total - table.accuracy)/(count - 1).clip(lower=1)
+    table["expected and popular"] = standard_scores(table, "expected") + standard_scores(table, "popular")
+    table["random"] = np.random.default_rng(seed).random(len(table))
+    found = {}
+    for name in ("shared", "expected", "popular", "expected and popular", "own", "logme", "cka", "random"):
+        rho, regret = [], []
+        for _, part in table.groupby("target"):
+            agreement = spearmanr(part[name], part.accuracy).statistic if part[name].nunique() > 1 else 0.
+            rho.append(agreement)
+            best = part[part[name] == part[name].max()]
+            regret.append(100*(part.accuracy.max() - best.accuracy.mean()))
+        drawn = bootstrap(len(rho), n_boot, seed)
+        found[name] = {}
+        for measure, values in (("rho", np.array(rho)), ("regret", np.array(regret))):
+            ends = interval(values[drawn].mean(1))
+            found[name][measure] = [round(float(v), 3) for v in (values.mean(), *ends)]
+    return found
+
+def source_figures(several, pairs, images, n_boot, seed, n_labelled=20, n_images=50):
+    "Measure which source to take for a linear probe"
+    kind, models = next(iter(several.sets.items()))
+    within = [pair for pair in pairs if pair.within]
+    table, _ = leave_out(within, len(models))
+    expected = {(within[k].i, within[k].j): table.expected[k] for k in table.index}
+    n_images = min(n_images, int(images.labels.bincount().min()))
+    measured = measure_sources(models, images, expected, n_labelled, n_images)
+    measured["expected"] = measured.expected.fillna(measured.expected.mean())
+    return dict(
+        sources=len(models),
+        pairs=len(measured),
+        accuracy=round(float(measured.accuracy.mean()), 4),
+        ways=rank_sources(measured, n_boot, seed),
+    )
+
+# %% ../../nbs/study/23_classes.ipynb #ce5c2e27
 @dataclass(kw_only=True)
 class ClassesRecord(Record):
     "Result of networks that share classes"
@@ -341,6 +460,8 @@ class ClassesRecord(Record):
     number: dict[str, dict]     # within, across → result of `number_figures`
     names: dict                 # result of `naming_figures`
     two_class: dict[str, dict]  # packed set → result of `decode_pairs`
+    domains: dict               # result of `domain_figures`
+    sources: dict               # result of `source_figures`; empty without images
     measured_by: ClassVar = (*MEASURED_BY, "lps.methods.classes", "lps.methods.synthetic", "lps.study.classes")
 
 def both_figures(pairs, n_boot, seed):
@@ -390,6 +511,7 @@ def classes_fields(
     seed: int = 0,         # of images and bootstrap
     size: int = 32,        # side of the images
     two_class: dict | None = None,  # packed set → file of its outputs
+    images=None,           # `ImageSet` that the networks were not trained on, to rank sources
 ) -> dict:                 # fields of `ClassesRecord`
     "Match the classes of all pairs of networks"
     networks = describe_networks(several, n_images, seed, size)
@@ -408,10 +530,12 @@ def classes_fields(
         number=number,
         names=naming_figures(networks, n_boot, seed),
         two_class=decoded,
+        domains=domain_figures(networks),
+        sources=source_figures(several, pairs, images, n_boot, seed) if images is not None else {},
         **image_figures(networks, seed),
     )
 
-# %% ../../nbs/study/23_classes.ipynb #a183233a
+# %% ../../nbs/study/23_classes.ipynb #8d6fb918
 def plot_classes(
     record: ClassesRecord,
 ):  # figure
@@ -474,7 +598,22 @@ def classes_text(
             f"Two-class networks ({name}, {found['tasks']} tasks): the right ordered pair is first among "
             f"{found['pairs']} for {100*found['first']:.0f} %, median rank {found['median_rank']:.0f}."
         )
-    return " ".join(parts)
+    if record.domains:
+        found = record.domains
+        parts.append(
+            f"Among the classes of ImageNet-1k, right ones have an area of {interval_text(*found['area'])} "
+            f"({found['classes']} classes); the median rank of a single right class is {found['median_rank']:.0f} of 1,000."
+        )
+    return " ".join(parts) + sources_text(record.sources)
+
+def sources_text(found):
+    "Describe which source to take"
+    if not found: return ""
+    rows = [f"{name} {interval_text(*way['rho'])} / {way['regret'][0]:.1f}" for name, way in found["ways"].items()]
+    return (
+        f"\n\nWhich network to take for a linear probe on 20 images a class ({found['sources']} sources and targets): "
+        f"ρ within a target / regret in points: {'; '.join(rows)}."
+    )
 
 def has_class_sets(model_set, images):
     "Check for folders of networks whose tasks have more than two classes"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/study/22_imagenet.ipynb #f3a96676
+# %% ../../nbs/study/22_imagenet.ipynb #54e2cd34
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -28,7 +28,7 @@ from .registry import Experiment, register_experiment
 from .sets import digits_recipe
 from .stats import bootstrap, interval, interval_text
 
-# %% ../../nbs/study/22_imagenet.ipynb #8974fbe9
+# %% ../../nbs/study/22_imagenet.ipynb #45799c47
 SIZES = {"efficientnet-lite0": 224, "efficientnet-lite1": 240, "efficientnet-lite2": 260}  # side of the images
 
 def imagenet_model(
@@ -74,7 +74,7 @@ def open_networks(
     found = build(f"{runs}/digits-classes", "digits", recipe, tasks=[list(range(10))], progress=False, **kwargs)
     return Networks({f"network {i}": found[i] for i in range(len(found))})
 
-# %% ../../nbs/study/22_imagenet.ipynb #18c751fc
+# %% ../../nbs/study/22_imagenet.ipynb #a01a8131
 def shuffled_bank(
     n_images: int,      # a multiple of 16
     seed: int = 0,      # of images and order
@@ -104,7 +104,7 @@ def cached_logits(
         save_tensors(Path(file), dict(logits=done[0]), key)
     return done[0]
 
-# %% ../../nbs/study/22_imagenet.ipynb #bb031ffe
+# %% ../../nbs/study/22_imagenet.ipynb #e7e4c430
 def wordnet_paths() -> list:  # of 1,000 classes: names of synsets, from the class to the root
     "Read the hypernyms of the classes of ImageNet-1k"
     table = pd.read_csv(bundled("imagenet_classes.tsv"), sep="\t", comment="#", keep_default_na=False)
@@ -121,6 +121,12 @@ def wordnet_names() -> list:  # 1,000
     table = pd.read_csv(bundled("imagenet_classes.tsv"), sep="\t", comment="#", keep_default_na=False)
     return table.name[:1000].tolist()
 
+def hypernym_names() -> list:  # of 1,000 classes: names of the class and of its hypernyms
+    "Read the names of the classes of ImageNet-1k with those of their hypernyms"
+    table = pd.read_csv(bundled("imagenet_classes.tsv"), sep="\t", comment="#", keep_default_na=False)
+    names = dict(zip(table.wnid, table.name))
+    return [{names[wnid] for wnid in path} for path in wordnet_paths()]
+
 def wordnet_distance(
     a: list,  # path from a class to the root
     b: list,  # the other
@@ -129,7 +135,7 @@ def wordnet_distance(
     common = set(a) & set(b)
     return sum(synset not in common for synset in a) + sum(synset not in common for synset in b)
 
-# %% ../../nbs/study/22_imagenet.ipynb #f3386456
+# %% ../../nbs/study/22_imagenet.ipynb #56f118e2
 def agreement(
     scores: Tensor,      # of all pairs of classes, `(K, K)`
     n_boot: int = 1000,  # bootstrap samples of the classes
@@ -178,7 +184,7 @@ def confusions(scores, paths):
     )
     return {name: value if value is None else round(value, 2) for name, value in found.items()}
 
-# %% ../../nbs/study/22_imagenet.ipynb #3873a639
+# %% ../../nbs/study/22_imagenet.ipynb #d18b49f5
 @dataclass(kw_only=True)
 class ImagenetRecord(Record):
     "Result of matching the classes of networks that have the same"
@@ -230,7 +236,7 @@ def imagenet_fields(
     first = list(logits.values())[:2]
     return fields | dict(kinds=kind_figures(first, kinds, n_boot, seed), chance=100/first[0].shape[1])
 
-# %% ../../nbs/study/22_imagenet.ipynb #8290b7d0
+# %% ../../nbs/study/22_imagenet.ipynb #03e11fce
 def plot_imagenet(
     record: ImagenetRecord,
 ):  # figure
