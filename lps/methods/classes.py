@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.files import load_tensors, printable, save_tensors
-from .probes import own_bank
+from .probes import Probes, every_tensor, fit_probes, own_bank
+from .registry import INVARIANCES, Method, register_method
 from .synthetic import kinds_of, standardise, synthetic_images
+from ..models.model import Model
 from ..models.modelset import bundled
 from ..zoo.recipe import best_precision
 
@@ -385,3 +387,33 @@ def pair_cosines(
     along = rows.T @ seen
     cosines = (along[:, None] - along)/lengths/seen.norm()
     return cosines.fill_diagonal_(-torch.inf)
+
+# %% ../../nbs/methods/11_classes.ipynb #a5ea3d9e
+def whitened_outputs(
+    weights: dict,         # tensors of M whole networks by full name, `(M, …)` each
+    architectures: list,   # `Architecture` of each model
+    n_images: int = 256,   # synthetic images, a multiple of 16
+    probe_seed: int = 0,   # of the images
+) -> dict:                 # `outputs`: class descriptors, `(M, n_images, K)`
+    "Run networks on synthetic images and whiten their logits"
+    outputs = []
+    for i, architecture in enumerate(architectures):
+        model = Model({name: v[i] for name, v in weights.items()}, {}, architecture)
+        images = synthetic_images(n_images, probe_seed, channels=model.channels)
+        outputs.append(class_descriptors(model.outputs(images)).T)  # float32: exact invariances
+    return dict(outputs=torch.stack(outputs))
+
+register_method(Method(
+    name="class-descriptors",
+    title="Class descriptors: whitened outputs on synthetic images",
+    baseline=False,
+    reads=every_tensor,
+    fit=fit_probes,
+    fitted=Probes,
+    observe=whitened_outputs,
+    observing=dict(n_images=256, probe_seed=0),
+    observe_facts=("architectures",),
+    whole=True,
+    needs="running it",
+    invariances=tuple(INVARIANCES),
+))
