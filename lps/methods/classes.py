@@ -330,7 +330,7 @@ def fit_class_vectors(
 # %% ../../nbs/methods/11_classes.ipynb #0d1818dc
 def name_classes(
     model,                   # as for `match_classes`
-    known="imagenet-1k",     # bundled descriptors, a file of them, `ClassDescriptors` or a `Model` that names its classes
+    known="imagenet-1k",     # as for `match_classes`; it must name its classes
     k: int = 1,              # names for each class, best first
     **images,                # of `describe_classes`
 ) -> pd.DataFrame:           # one row a class and name: class, name, cosine, score, probability, none

@@ -602,7 +602,8 @@ def classes_text(
         found = record.domains
         parts.append(
             f"Among the classes of ImageNet-1k, right ones have an area of {interval_text(*found['area'])} "
-            f"({found['classes']} classes); the median rank of a single right class is {found['median_rank']:.0f} of 1,000."
+            f"({found['classes']} classes); the median rank of a single right class is {found['median_rank']:.0f} "
+            "of 1,000."
         )
     return " ".join(parts) + sources_text(record.sources)
 

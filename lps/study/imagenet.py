@@ -296,6 +296,17 @@ def is_imagenet(model_set, images):
     "Check for the networks of the extra `imagenet`"
     return model_set == "imagenet"
 
+SMALL_IMAGENET = dict(
+    model_set="digits",
+    n_models=2,
+    zoo_epochs=1,
+    n_images=256,
+    counts="64,128",
+    n_boot=20,
+    n_splits=1,
+    size=8,
+)  # for tests of notebooks
+
 register_experiment(Experiment(
     kind="imagenet",
     title="Classes of ImageNet networks",
@@ -304,7 +315,7 @@ register_experiment(Experiment(
     plot=plot_imagenet,
     table=imagenet_table,
     words=imagenet_text,
-    small=dict(model_set="digits", n_models=2, zoo_epochs=1, n_images=256, counts="64,128", n_boot=20, n_splits=1, size=8),
+    small=SMALL_IMAGENET,
     needs={"the networks of the extra imagenet": is_imagenet},
     order=20,
 ));
