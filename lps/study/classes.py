@@ -247,7 +247,7 @@ def reliability(p, right):
 # %% ../../nbs/study/23_classes.ipynb #593f34c0
 def naming_ranks(
     networks: list,  # of `Described`
-) -> pd.DataFrame:   # one row a class: network, rank (NaN if no other network shows it), among; scores in `attrs`
+) -> pd.DataFrame:   # one row a class: network, rank (NaN if no other shows it), among; `attrs`: half of the names
     "Look up the classes of each network among class vectors fitted on the others"
     rows, scores, truth = [], [], []
     for i, network in enumerate(networks):
@@ -259,8 +259,12 @@ def naming_ranks(
         for s, place in zip(found, right.tolist()):
             rank = (s > s[place]).sum().item() if place >= 0 else np.nan
             rows.append((i, rank, len(vectors)))
-        scores.append(found)
-        truth.append(right)
+        draw = torch.Generator().manual_seed(i)
+        kept = torch.randperm(len(vectors), generator=draw)[:len(vectors)//2]  # the others have no name here
+        place = torch.full((len(vectors) + 1,), -1)
+        place[kept] = torch.arange(len(kept))
+        scores.append(found[:, kept])
+        truth.append(place[right])
     table = pd.DataFrame(rows, columns=["network", "rank", "among"])
     table.attrs = dict(scores=scores, truth=truth)
     return table
@@ -270,12 +274,12 @@ def naming_figures(networks, n_boot, seed):
     table = naming_ranks(networks)
     scores, truth = table.attrs["scores"], table.attrs["truth"]
     known = table["rank"].notna().to_numpy()
-    none = np.zeros(len(table))
-    start = 0
+    none = []
     for i, s in enumerate(scores):
         rest = fit_calibration(scores[:i] + scores[i + 1:], truth[:i] + truth[i + 1:])
-        none[start:start + len(s)] = rest(s)[:, -1].numpy()
-        start += len(s)
+        none.append(rest(s)[:, -1].numpy())
+    none = np.concatenate(none)
+    unnamed = torch.cat(truth).numpy() < 0
     drawn = bootstrap(len(networks), n_boot, seed)
     found = dict(classes=int(known.sum()), among=int(table.among.median()))
     for name, k in (("first", 1), ("within five", 5)):
@@ -283,8 +287,8 @@ def naming_figures(networks, n_boot, seed):
         hits, sizes = np.array(by_network, dtype=float).T
         low, high = interval(hits[drawn].sum(1)/np.maximum(sizes[drawn].sum(1), 1))
         found[name] = [round(float(v), 4) for v in (hits.sum()/max(sizes.sum(), 1), low, high)]
-    if known.any() and not known.all(): found["none AUC"] = round(float(roc_auc_score(~known, none)), 4)
-    found["none"] = reliability(none, ~known)
+    if 0 < unnamed.sum() < len(unnamed): found["none AUC"] = round(float(roc_auc_score(unnamed, none)), 4)
+    found["none"] = reliability(none, unnamed)
     return found
 
 # %% ../../nbs/study/23_classes.ipynb #c653d467
