@@ -586,6 +586,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'lps.methods.classes.match_classes': ('methods/classes.html#match_classes', 'lps/methods/classes.py'),
                                      'lps.methods.classes.name_classes': ('methods/classes.html#name_classes', 'lps/methods/classes.py'),
                                      'lps.methods.classes.name_pair': ('methods/classes.html#name_pair', 'lps/methods/classes.py'),
+                                     'lps.methods.classes.names_of': ('methods/classes.html#names_of', 'lps/methods/classes.py'),
                                      'lps.methods.classes.nearest_mean': ('methods/classes.html#nearest_mean', 'lps/methods/classes.py'),
                                      'lps.methods.classes.number_interval': ( 'methods/classes.html#number_interval',
                                                                               'lps/methods/classes.py'),

@@ -289,6 +289,10 @@ def relate_classes(
     )
 
 # %% ../../nbs/methods/11_classes.ipynb #6434bb7c
+def names_of(networks):
+    "Return the names of the classes of several networks, sorted"
+    return sorted(set().union(*(network.names for network in networks)))
+
 def contrast_design(names, classes):
     "Return which classes each row of a network is made of: itself minus the mean of its task, `(K, C)`"
     places = [classes.index(name) for name in names]
@@ -311,13 +315,13 @@ def fit_class_vectors(
 ) -> tuple:              # `ClassDescriptors` of all classes, and the reliability of each, `(C,)`
     "Fit a vector for each class from networks that show some of them. Raises `ValueError` for different images"
     for other in networks: check_same_images(networks[0], other)
-    classes = sorted({name for network in networks for name in network.names})
+    classes = names_of(networks)
     vectors = solve_vectors(networks, classes, ridge)
     agreement = {name: [] for name in classes}
     for network in networks:
         rest = [other for other in networks if other is not network]
         if not rest: continue
-        known = sorted({name for other in rest for name in other.names})
+        known = names_of(rest)
         if not set(network.names) <= set(known): continue
         predicted = contrast_design(network.names, known) @ solve_vectors(rest, known, ridge)
         cosines = F.cosine_similarity(predicted, network.logits.double().T)

@@ -108,9 +108,10 @@ class Pair:
 
 def related(a, b):
     "Return which classes are the same, and which others have the same superclass"
-    same = np.array([[x == y for y in b] for x in a])
-    above = CIFAR100_SUPERCLASSES
-    near = np.array([[x != y and x in above and above.get(x) == above.get(y) for y in b] for x in a])
+    same = np.array(a)[:, None] == np.array(b)
+    of_a = np.array([CIFAR100_SUPERCLASSES.get(name, "") for name in a])
+    of_b = np.array([CIFAR100_SUPERCLASSES.get(name, "") for name in b])
+    near = (of_a[:, None] == of_b) & (of_a != "")[:, None] & ~same
     return same, near
 
 def all_pairs(
@@ -121,7 +122,8 @@ def all_pairs(
     "Score the classes of pairs of networks"
     first = networks[0].kind
     stacked = torch.cat([network.rows for network in networks])
-    owner = torch.tensor([i for i, network in enumerate(networks) for _ in network.names])
+    sizes = torch.tensor([len(network.names) for network in networks])
+    owner = torch.arange(len(networks)).repeat_interleave(sizes)
     order = torch.randperm(stacked.shape[1], generator=torch.Generator().manual_seed(0))
     pairs = []
     for i, j in combinations(range(len(networks)), 2):
@@ -386,7 +388,7 @@ def measure_sources(models, images, expected, n_labelled, n_images):
     "Measure each source on each target: a row for each pair of different tasks"
     names = [models[i].meta["classes"] for i in range(len(models))]
     features = [target_features(models[i], images, n_images) for i in range(len(models))]
-    places = [[images.classes.index(name) for name in task] for task in names]
+    places = [list(map(images.classes.index, task)) for task in names]
     rows = []
     for target in range(len(models)):
         own = features[target][places[target]][:, :n_labelled].flatten(0, 1)

@@ -125,7 +125,7 @@ def hypernym_names() -> list:  # of 1,000 classes: names of the class and of its
     "Read the names of the classes of ImageNet-1k with those of their hypernyms"
     table = pd.read_csv(bundled("imagenet_classes.tsv"), sep="\t", comment="#", keep_default_na=False)
     names = dict(zip(table.wnid, table.name))
-    return [{names[wnid] for wnid in path} for path in wordnet_paths()]
+    return [set(map(names.get, path)) for path in wordnet_paths()]
 
 def wordnet_distance(
     a: list,  # path from a class to the root
@@ -172,7 +172,8 @@ def confusions(scores, paths):
     n = len(scores)
     nearest = scores.argmax(1).tolist()
     wrong = [(i, j) for i, j in enumerate(nearest) if i != j]
-    distance = np.array([[wordnet_distance(a, b) for b in paths] for a in paths])
+    distance = np.zeros((n, n))
+    for i, path in enumerate(paths): distance[i] = [wordnet_distance(path, other) for other in paths]
     off = ~np.eye(n, dtype=bool)
     second = scores.masked_fill(torch.eye(n, dtype=bool), -torch.inf).argmax(1).numpy()
     found = dict(
