@@ -429,9 +429,9 @@ def evaluate(
 ):
     "Measure methods on a model set as in Tables 1 and 2 of the paper, with chance beside them."
     from lps.core.files import write_json
-    from lps.demo import n_right_answers
     from lps.methods.registry import get_method
     from lps.study.records import RunsRecord, runs_fields, summary
+    from lps.study.splits import count_right
     from lps.study.table1 import table1
     from lps.study.table2 import table2
     check_out(out, is_tables, "a file of results that lps evaluate wrote")
@@ -442,7 +442,7 @@ def evaluate(
     settings = dict(seed=seed, **options.settings())
     if method: settings["methods"] = tuple(method)
     progress = console.is_terminal and not as_json
-    n_right = n_right_answers(models)
+    n_right = count_right(models)
     classified = table1(models, splits, train, progress=progress, **settings)
     retrieved = table2(models, splits, test_tasks, progress=progress, **settings)
     settings |= dict(name=models.path.name, n_splits=splits)
@@ -623,7 +623,7 @@ def inspect_command(
 def index_report():
     raise ValueError("lps index report is now called lps inspect: run lps inspect MODEL")
 
-# %% ../nbs/04_cli.ipynb #2686bc07
+# %% ../nbs/04_cli.ipynb #80010677
 def show_comparison(found, names: list[str]):
     "Print a verdict with its direction and p-value, and the layers that match"
     arrow = {"a → b": "{0} → {1}", "b → a": "{1} → {0}"}.get(found.direction, "")
@@ -637,7 +637,7 @@ def show_comparison(found, names: list[str]):
     layers = found.layers.set_axis(range(1, len(found.layers) + 1)).rename_axis("#")
     show_table(layers, "Matched layers")
 
-# %% ../nbs/04_cli.ipynb #2abd1429
+# %% ../nbs/04_cli.ipynb #866edb16
 def check_one_model(text: str):
     "Raise `ValueError` for a folder of several models"
     from lps.models.read import is_model_folder
@@ -758,7 +758,7 @@ def index_graph(
     with busy(f"building a graph of {path}"): file = index.build_graph(threads)
     log.info("%s: a graph of %d models, %.1f MB, in %s", path, len(index), file.stat().st_size/1e6, file.parent)
 
-# %% ../nbs/04_cli.ipynb #6a0b305a
+# %% ../nbs/04_cli.ipynb #17144af3
 @index_app.command("dedup", epilog="Example: lps index dedup market")
 @with_groups
 def index_dedup(
@@ -863,6 +863,7 @@ def error_text(error: Exception) -> str:
     "Return an error as one line; empty if the usage was already printed"
     if hasattr(error, "format_message"): why = error.format_message()
     elif isinstance(error, OSError) and error.filename and error.strerror: why = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror: why = error.strerror
     elif isinstance(error, MemoryError): why = f"not enough memory: {error}".removesuffix(": ")
     else: why = str(error)
     return "" if why.lstrip().startswith("Usage") else one_line(why)
