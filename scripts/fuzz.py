@@ -2,7 +2,7 @@
 
 Runs the property tests of the suite with this many inputs in all, and prints the number of inputs of each test. A
 reader may read a file, or refuse it with `ValueError` or `OSError`. Anything else counts as outside, as does a process,
-a socket or code that is started."""
+a socket or code that is started. `scripts/kills.py` tests kills and concurrent commands."""
 import argparse
 import os
 import random
