@@ -175,6 +175,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lps.core.jobs.one_thread': ('core/jobs.html#one_thread', 'lps/core/jobs.py'),
                                'lps.core.jobs.seeded': ('core/jobs.html#seeded', 'lps/core/jobs.py'),
                                'lps.core.jobs.start_worker': ('core/jobs.html#start_worker', 'lps/core/jobs.py'),
+                               'lps.core.jobs.usual_torch': ('core/jobs.html#usual_torch', 'lps/core/jobs.py'),
                                'lps.core.jobs.worker_pool': ('core/jobs.html#worker_pool', 'lps/core/jobs.py')},
             'lps.core.optional': {'lps.core.optional.optional': ('core/optional.html#optional', 'lps/core/optional.py')},
             'lps.demo': { 'lps.demo.DemoPart': ('demo.html#demopart', 'lps/demo.py'),

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .core.files import pluralise
+from .core.jobs import usual_torch
 
 # %% ../nbs/01_align.ipynb #13324a02
 def frobenius_scores(
@@ -185,6 +186,7 @@ def _stem_scores(W, V):
     raise ValueError(f"weight has {pluralise(W.shape[1], 'channel')}, second_order {V.shape[1]}: {cure}")
 
 # %% ../nbs/01_align.ipynb #3933644c
+@usual_torch()
 def align_layer(
     weight: Tensor,               # filters of a layer of any number of models, `(..., N, C, k, k)`; or `(..., N, C)`
     second_order: Tensor,         # second-order filters, `(P, Q, k, k)`; `(P, Q)` for a linear layer

@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.files import MAX_TENSORS, check_name, check_weights, pluralise, printable, read_json
-from ..core.jobs import one_thread
+from ..core.jobs import one_thread, usual_torch
 from ..core.optional import optional
 from .checkpoint import SUFFIXES, Checkpoint, own_names, read_checkpoint, rename
 from .config import class_names, input_size, normalisation, places
@@ -511,6 +511,7 @@ def _input(part, configs, channels):
     return None, f"{pluralise(channels, 'channel')}, of {'any' if known else 'unknown'} size"
 
 # %% ../../nbs/models/04_read.ipynb #f6275753
+@usual_torch()
 def read_model(
     source,                        # file, folder, `'timm/NAME'`, name on the Hub, address, state dict or `nn.Module`
     reading: Reading = Reading(),  # what the source does not say
@@ -520,6 +521,7 @@ def read_model(
     check_weights(source.state)
     return source
 
+@usual_torch()
 def inspect_model(
     source,                        # as in `read_model`
     reading: Reading = Reading(),  # what the source does not say
