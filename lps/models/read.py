@@ -79,7 +79,7 @@ def _shards(folder, index):
     if not isinstance(found, dict) or not found: raise ValueError(f"{index} names no tensors")
     if len(found) > MAX_TENSORS: raise ValueError(f"{index} names {len(found)} tensors, {MAX_TENSORS} are allowed")
     state = {}
-    for file in dict.fromkeys(found.values()):
+    for file in dict.fromkeys(map(str, found.values())):
         state |= read_checkpoint(folder/check_name(file, index)).state
     lacking = [name for name in found if name not in state]
     if lacking: raise ValueError(f"{index} names {printable(lacking[0])}, which is in none of its files")
