@@ -35,6 +35,17 @@ def usual_torch():
             torch.set_default_dtype(torch.float32)
         yield
 
+# %% ../../nbs/core/01_jobs.ipynb #7f2ee51e
+def compiled(
+    **options, # of `numba.njit`
+):             # decorator
+    "Compile a function with numba, without a cache if none can be written"
+    from numba import njit
+    def compile(function):
+        try: return njit(cache=True, **options)(function)
+        except RuntimeError: return njit(**options)(function)  # "cannot cache function"
+    return compile
+
 # %% ../../nbs/core/01_jobs.ipynb #29ba9f65
 LARGEST_TORCH_SEED = 2**63 - 1
 _random_state = threading.Lock()
