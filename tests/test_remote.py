@@ -211,7 +211,7 @@ def test_what_is_not_there_is_named(monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", address)
         with pytest.raises(FileNotFoundError, match="folder org/other, and org/other has no model.safetensors"):
             read_model("org/other")
-        with pytest.raises(ValueError, match="no shard beside it"): open_model("org/net")
+        with pytest.raises(ValueError, match="no file beside it"): open_model("org/net")
         with pytest.raises(ValueError, match="is not JSON"): remote_json(f"{address}/j")
     with pytest.raises(OSError, match="cannot be reached"): open_remote(f"{address}/m.safetensors")
     with pytest.raises(OSError, match="no file or folder org/net, and .* cannot be reached"): read_model("org/net")
