@@ -74,7 +74,10 @@ def given_stats(
     stats, # mean and standard deviation of each channel, as a user gives them
 ) -> tuple: # two lists
     "Check a normalisation. Raises `ValueError` for one that cannot be that of pixels from 0 to 1"
-    try: mean, std = ([float(v) for v in (values if hasattr(values, "__len__") else [values])] for values in stats)
+    found = []
+    try:
+        for values in stats: found.append([float(v) for v in (values if hasattr(values, "__len__") else [values])])
+        mean, std = found
     except (TypeError, ValueError): raise ValueError(f"stats are {str(stats)[:60]}: give (means, deviations)") from None
     words = f"stats are mean {mean[:4]}, standard deviation {std[:4]}"
     if len(mean) != len(std) or not mean: raise ValueError(f"{words}: give as many means as deviations")
