@@ -4,13 +4,16 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from lps.core.files import digest, read_header, read_json, save_tensors, write_json
+from lps.core.files import check_name, digest, read_header, read_json, save_tensors, write_json
 from lps.index.share import from_pretrained, save_pretrained
 from lps.models.checkpoint import read_checkpoint, rename
 from lps.models.config import normalisation
@@ -312,3 +315,24 @@ def test_kernels_are_compiled_where_no_cache_can_be_written(tmp_path):
     env.pop("NUMBA_CACHE_DIR", None)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "torch.Size([2, 2])" in done.stdout, done.stderr
+
+
+# Any of these, at random: run by scripts/fuzz.py
+
+PIECES = [nested(2), nested(20)]
+PIECES += [b"}", b"](", b"(", b"e", b"s", b"u", b"d", b"\x8f", b"\x90", b"\x91", b"K\x01", b"0", b"2", b"."]
+
+
+@given(operations=st.lists(st.sampled_from(PIECES), max_size=12), is_zip=st.booleans())
+def test_any_nested_keys(tmp_path_factory, operations, is_zip):
+    path = tmp_path_factory.getbasetemp()/"nested.pt"
+    write_pickle(path, b"".join(operations) + b".", is_zip)
+    with pytest.raises(ValueError, match="nested.pt: "): read_model(path)
+
+
+@given(name=st.text(max_size=8) | st.sampled_from(NAMES) | st.text(alphabet="./\\:a\0", max_size=6))
+def test_any_name_is_a_single_part_or_refused(name):
+    try: found = check_name(name, "x.json")
+    except ValueError: return
+    root = Path("/root/of/all").resolve()
+    assert found == name and (root/found).parent == root and Path(os.path.normpath(root/found)).parent == root
