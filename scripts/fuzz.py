@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = [f"test_{name}.py" for name in ("hostile", "files", "foreign", "methods", "records", "search", "store")]
+NAMES = "hostile", "files", "foreign", "methods", "records", "search", "store", "untrusted"
+FILES = [f"test_{name}.py" for name in NAMES]
 TRIED = re.compile(r"- (\d+) passing(?: examples?)?, (\d+) failing")
 TEST = re.compile(r"^tests/(test_\w+\.py::\S.*):$", flags=re.M)
 
