@@ -468,8 +468,9 @@ def read_models(folder):
 
 
 def choose_pairs(subjects, n):
-    "Choose pairs of names: all of one architecture, then others at random"
-    pairs = [(a, b) for a in subjects for b in subjects if a < b]
+    "Choose pairs of names: all of one architecture, then others at random; those of one seed share initial weights"
+    def seeds(name): return name.split("-")[-2:]
+    pairs = [(a, b) for a in subjects for b in subjects if a < b and seeds(a) != seeds(b)]
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     order.sort(key=lambda k: subjects[pairs[k][0]].kind != subjects[pairs[k][1]].kind)
     return [pairs[k] for k in order[:n]]
