@@ -18,10 +18,10 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.files import MAX_TENSORS, check_name, check_weights, pluralise, printable, read_json
-from ..core.jobs import one_thread
+from ..core.jobs import one_thread, usual_torch
 from ..core.optional import optional
 from .checkpoint import SUFFIXES, Checkpoint, own_names, read_checkpoint, rename
-from .config import class_names, input_size, normalisation, places
+from .config import class_names, given_size, given_stats, input_size, normalisation, places
 from .model import Model
 from .web import is_hub_name, open_model
 from ..nets.architectures import Architecture, recognise, shapes_of
@@ -39,11 +39,17 @@ class Reading:
     which: str | None = None                    # key of the network to read from a file with several
     whole: bool = False                         # read all weights of a model on the web, not only the first layer
 
+    def __post_init__(self):
+        if self.size is not None: given_size(self.size)
+        if self.stats is not None: given_stats(self.stats)
+
     @property
     def config(self) -> dict:
         "Size and normalisation in the form of a configuration"
         values = {} if self.size is None else dict(input_size=self.size)
-        return values if self.stats is None else values | dict(mean=self.stats[0], std=self.stats[1])
+        if self.stats is None: return values
+        mean, std = given_stats(self.stats)
+        return values | (dict(mean=mean[0], std=std[0]) if len(mean) == 1 else dict(mean=mean, std=std))
 
 # %% ../../nbs/models/04_read.ipynb #d247187f
 @dataclass
@@ -121,8 +127,11 @@ def is_model_folder(
     return sharded or any(name in files for name in WEIGHT_FILES) and any(name in files for name in CONFIGS)
 
 # %% ../../nbs/models/04_read.ipynb #02a12a75
+WRAPPERS = "torch", "deepspeed", "accelerate", "fairscale", "lightning", "lightning_fabric"  # packages
+
 def _bare(module):
     "Remove what parallel or compiled runs wrap around a network"
+    if type(module).__module__.partition(".")[0] not in WRAPPERS: return module  # it may compute something of its own
     for inner in ("module", "_orig_mod"):
         within = getattr(module, inner, None)
         if isinstance(within, nn.Module) and len(list(module.children())) == 1: return _bare(within)
@@ -491,6 +500,9 @@ def _read(source, reading):
         for name in integers: del part.state[name]
         configs = [("the call", reading.config), *found.configs]
         channels = Model(part.state).channels
+        if reading.stats is not None and normalisation(configs[:1], channels) is None:
+            n = len(given_stats(reading.stats)[0])
+            raise ValueError(f"stats are those of {pluralise(n, 'channel')}, the network reads {channels}")
         size, words = _input(part, configs, channels)
     except ValueError as e: raise ValueError(f"{printable(found.name)}: {e}") from None
     named = part.net is not None
@@ -511,6 +523,7 @@ def _input(part, configs, channels):
     return None, f"{pluralise(channels, 'channel')}, of {'any' if known else 'unknown'} size"
 
 # %% ../../nbs/models/04_read.ipynb #f6275753
+@usual_torch()
 def read_model(
     source,                        # file, folder, `'timm/NAME'`, name on the Hub, address, state dict or `nn.Module`
     reading: Reading = Reading(),  # what the source does not say
@@ -520,6 +533,7 @@ def read_model(
     check_weights(source.state)
     return source
 
+@usual_torch()
 def inspect_model(
     source,                        # as in `read_model`
     reading: Reading = Reading(),  # what the source does not say
