@@ -6,7 +6,7 @@
 __all__ = ['FOREIGNZOO_NAMES', 'read_checkpoint']
 
 # %% ../../nbs/models/01_checkpoint.ipynb #b65cf93e
-import errno, functools, math, pickle, re, struct, zipfile
+import errno, functools, math, pickle, re, struct, tarfile, zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,41 @@ class _View:
     offset: int
     size: tuple
     stride: tuple
+
+    @property
+    def parts(self): return [self]
+
+@dataclass
+class _Sparse:
+    "A sparse tensor: its layout, the views of its indices and values, and its dense size"
+    layout: str
+    parts: list
+    size: tuple
+
+@dataclass
+class _Quantised:
+    "A quantised tensor: its whole numbers, and the scale and zero point of all of them or of each channel"
+    view: _View
+    scale: object
+    zero_point: object
+    axis: int | None  # of the channels
+
+    @property
+    def parts(self): return [part for part in (self.view, self.scale, self.zero_point) if isinstance(part, _View)]
+
+    @property
+    def size(self): return self.view.size
+
+@dataclass
+class _Unread:
+    "A tensor whose values are not in the file, or of a kind that is not read"
+    kind: str
+    size: tuple = ()
+
+    @property
+    def parts(self): return []
+
+_Described = _View | _Sparse | _Quantised | _Unread
 
 class _Stub:
     "Record of a class, a function or an object that a pickle names"
@@ -60,6 +95,9 @@ STORAGES = dict(
     CharStorage=torch.int8,
     ByteStorage=torch.uint8,
     BoolStorage=torch.bool,
+    QInt8Storage=torch.int8,
+    QUInt8Storage=torch.uint8,
+    QInt32Storage=torch.int32,
     ComplexFloatStorage=torch.complex64,
     ComplexDoubleStorage=torch.complex128,
     UntypedStorage=torch.uint8,
@@ -94,6 +132,32 @@ def _first(value, *_):
     "Return the data of a parameter"
     return value
 
+# %% ../../nbs/models/01_checkpoint.ipynb #18900896
+def _sparse(layout, data):
+    "Describe a sparse tensor; its indices come first, then its values and its size"
+    count = 2 if layout == "torch.sparse_coo" else 3
+    return _Sparse(layout, list(data[:count]), tuple(data[count]))
+
+def _quantised(storage, offset, size, stride, quantiser, *_):
+    "Describe a quantised tensor"
+    _, scale, zero_point, *axis = quantiser
+    return _Quantised(_view(storage, offset, size, stride), scale, zero_point, axis[0] if axis else None)
+
+def _without_values(dtype, size, *_):
+    "Describe a tensor on the meta device"
+    return _Unread("a tensor on the meta device, which has no values", tuple(size))
+
+def _other_kind(maker):
+    "Return a function that describes a tensor of a kind that is not read"
+    def describe(*args): return _Unread(f"a tensor made by {maker}")
+    return describe
+
+def _of_type(make, kind, args, state):
+    "Describe a tensor of a subclass by the plain tensor that it is made from"
+    tensor = make(*args) if make in _PARTS.values() else _Unread("")
+    if isinstance(tensor, _Unread) and isinstance(kind, _Stub): tensor.kind = f"a {kind.name}"
+    return tensor
+
 _PARTS = {
     "torch.Size": tuple,
     "torch._utils._rebuild_tensor": _view,
@@ -101,6 +165,14 @@ _PARTS = {
     "torch._utils._rebuild_tensor_v3": _typed_view,
     "torch._utils._rebuild_parameter": _first,
     "torch._utils._rebuild_parameter_with_state": _first,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
+    "torch._utils._rebuild_sparse_tensor": _sparse,
+    "torch._utils._rebuild_sparse_csr_tensor": _sparse,
+    "torch._utils._rebuild_qtensor": _quantised,
+    "torch._utils._rebuild_meta_tensor_no_storage": _without_values,
+    "torch._tensor._rebuild_from_type": _of_type,
+    "torch._tensor._rebuild_from_type_v2": _of_type,
+    "torch.serialization._get_layout": _first,
     "collections.OrderedDict": _ordered,
 }
 
@@ -153,6 +225,7 @@ def _find_class(self, module, name):
     full = f"{module}.{name}"
     if full in _PARTS: return _PARTS[full]
     if module in ("torch", "torch.storage") and name in STORAGES: return STORAGES[name]
+    if module.startswith("torch.") and name.startswith("_rebuild"): return _other_kind(full)
     dtype = getattr(torch, name, None) if module == "torch" else None
     return dtype if isinstance(dtype, torch.dtype) else _Stub(full)
 
@@ -183,34 +256,86 @@ def _place(view):
     "Return what identifies a tensor in a file: names that share it have the same place"
     return view.storage.key, view.storage.dtype, view.offset, view.size, view.stride
 
-def _check_room(views, n_bytes):
+def _is_contiguous(view):
+    "Tell whether the values of a tensor lie one after the other in its storage"
+    expected = 1
+    for size, stride in zip(reversed(view.size), reversed(view.stride)):
+        if size != 1 and stride != expected: return False
+        expected *= size
+    return True
+
+def _needs(view):
+    "Return what a view is stored as in memory, and its bytes: all contiguous views of a storage share its memory"
+    width = view.storage.dtype.itemsize
+    if _is_contiguous(view): return view.storage.key, view.storage.n*width
+    return _place(view), math.prod(view.size)*width
+
+# %% ../../nbs/models/01_checkpoint.ipynb #8974178a
+DENSE_ROOM = 200_000_000  # bytes that the sparse and quantised tensors of a file may take beyond its own
+
+def _check_room(tensors, n_bytes):
     "Raise `ValueError` for tensors that leave their storages, or take much more memory than the file has bytes"
-    places = {}
-    for name, view in views.items():
-        if not _fits(view): raise ValueError(f"damaged: tensor {name} extends past the end of its storage")
-        places[_place(view)] = math.prod(view.size)*view.storage.dtype.itemsize
-    total = sum(places.values())
-    if total <= 2*n_bytes + 1_000_000: return
+    needed = {}
+    dense = 0
+    for name, tensor in tensors.items():
+        if not all(isinstance(part, _View) and _fits(part) for part in tensor.parts):
+            raise ValueError(f"damaged: tensor {name} extends past the end of its storage")
+        needed |= dict(_needs(part) for part in tensor.parts)
+        if not isinstance(tensor, _View): dense += 8*math.prod(map(_count, tensor.size))
+    total = sum(needed.values())
+    if total <= 2*n_bytes + 1_000_000 and dense <= 2*n_bytes + DENSE_ROOM: return
     cure = "tensors that repeat their numbers are not read"
-    raise ValueError(f"its tensors would take {total} bytes, the file has {n_bytes}: {cure}")
+    raise ValueError(f"its tensors would take {total + dense} bytes, the file has {n_bytes}: {cure}")
+
+def _count(n):
+    "Return a length in a size. Raises `ValueError` for anything else"
+    if type(n) is int and n >= 0: return n
+    raise ValueError("damaged: a tensor has a size that is no number")
 
 # %% ../../nbs/models/01_checkpoint.ipynb #c2eac40b
 def _tensor(view, numbers):
-    "Make a tensor in memory of its own from the bytes of its storage"
+    "Make a tensor from the bytes of its storage; contiguous views share them"
     dtype = view.storage.dtype
     if 0 in view.size: return torch.empty(view.size, dtype=dtype)
     if len(numbers) != view.storage.n*dtype.itemsize: raise ValueError("truncated or damaged")
     flat = torch.frombuffer(numbers, dtype=dtype)
-    return flat.as_strided(view.size, view.stride, view.offset).clone(memory_format=torch.contiguous_format)
+    return flat.as_strided(view.size, view.stride, view.offset).contiguous()
 
-def _tensors(views, read):
+def _dense(sparse, parts):
+    "Make a dense tensor. Raises `ValueError` for indices that do not fit"
+    try:
+        if sparse.layout == "torch.sparse_coo":
+            return torch.sparse_coo_tensor(*parts, sparse.size, check_invariants=True).to_dense()
+        layout = getattr(torch, sparse.layout.removeprefix("torch."))
+        compressed = torch.sparse_compressed_tensor(*parts, sparse.size, layout=layout, check_invariants=True)
+        return compressed.to_dense()
+    except (RuntimeError, TypeError, AttributeError): raise ValueError("damaged: a sparse tensor does not fit") from None
+
+def _dequantised(quantised, tensor):
+    "Compute `(q − zero point)·scale`, for all values or for each channel"
+    whole = tensor(quantised.view).double()
+    along = [1]*whole.ndim
+    if quantised.axis is not None: along[quantised.axis] = -1
+    def factor(value): return tensor(value).double().reshape(along) if isinstance(value, _View) else float(value)
+    return ((whole - factor(quantised.zero_point))*factor(quantised.scale)).float()
+
+# %% ../../nbs/models/01_checkpoint.ipynb #b5f0d6d6
+def _tensors(described, read):
     "Make tensors by name; names that share a tensor in the file share it in memory"
     read = functools.cache(read)
     made = {}
-    for view in views.values():
+
+    def plain(view):
         place = _place(view)
         if place not in made: made[place] = _tensor(view, read(view.storage.key))
-    return {name: made[_place(view)] for name, view in views.items()}
+        return made[place]
+
+    found = {}
+    for name, tensor in described.items():
+        if isinstance(tensor, _View): found[name] = plain(tensor)
+        elif isinstance(tensor, _Sparse): found[name] = _dense(tensor, [plain(part) for part in tensor.parts])
+        else: found[name] = _dequantised(tensor, plain)
+    return found
 
 # %% ../../nbs/models/01_checkpoint.ipynb #00818084
 def _read_zip(file, n_bytes):
@@ -266,7 +391,7 @@ def _own_tensors(fields):
     left_out = left_out.args[0] if isinstance(left_out, _Stub) and left_out.args else ()
     left_out = {name for name in left_out if isinstance(name, str)}
     own = parameters | {name: value for name, value in buffers.items() if name not in left_out}
-    return {name: value for name, value in own.items() if isinstance(value, _View)}
+    return {name: value for name, value in own.items() if value is not None}
 
 def _short(name):
     "Check the name of a part of a module"
@@ -298,41 +423,121 @@ def _module_tensors(module, budget):
     return tensors
 
 # %% ../../nbs/models/01_checkpoint.ipynb #2a17abb0
-NETWORK_KEYS = (
-    "state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema", "teacher", "state_dict", "model_state_dict",
-    "model", "net", "network", "module", "weights", "student",
-)
-MAX_DEPTH = 4  # dicts in dicts
+AVERAGED = {"ema", "swa", "averaged", "average", "shadow", "polyak"}
+TEACHERS = {"teacher", "target", "momentum", "k"}
+STUDENTS = {"student", "online", "q"}
+NETWORK_KEYS = "state_dict", "model_state_dict", "model", "net", "network", "module", "weights"
 
-def _networks(obj, budget, path=()):
-    "Find the tensors of every network in an object, by the keys that lead to it"
-    if _is_module(obj): return {path: _module_tensors(obj, budget)}
-    fields = _fields(obj)
-    budget.spend(len(fields))
-    tensors = {name: value for name, value in fields.items() if isinstance(value, _View)}
-    found = {path: tensors} if tensors else {}
-    if len(path) == MAX_DEPTH: return found
-    for key, value in fields.items():
-        if isinstance(key, str) and _fields(value): found |= _networks(value, budget, (*path, key))
-    return found
+def _rank(path):
+    "Return the rank of a network by the words in its keys, the preferred one first"
+    words = set(re.findall(r"[a-z]+", " ".join(path).lower().replace("_", " ")))
+    if words & AVERAGED: return 0
+    if words & TEACHERS: return 1
+    if words & STUDENTS: return 30
+    return min([2 + NETWORK_KEYS.index(key) for key in path if key in NETWORK_KEYS], default=20)
+
+def is_weight(
+    name,     # of a tensor
+) -> bool:
+    "Tell whether a name is that of a weight, in any form in which weights are stored"
+    return isinstance(name, str) and re.search(r"(weight|bias|kernel)(_\w+)?$|\.original\d*$", name) is not None
 
 def _has_weights(tensors):
     "Tell whether any tensor is named as a weight"
-    return any(isinstance(name, str) and name.endswith("weight") for name in tensors)
+    return any(map(is_weight, tensors))
 
-def _size(tensors):
-    "Count the numbers of some tensors"
-    total = 0
-    for view in tensors.values():
-        if all(isinstance(n, int) for n in view.size): total += math.prod(view.size)
-    return total
+# %% ../../nbs/models/01_checkpoint.ipynb #3124cf68
+MAX_DEPTH = 5  # dicts in dicts
 
-def _preference(path, tensors):
+@dataclass
+class _Network:
+    "A network in a file"
+    tensors: dict  # descriptions by name
+    beside: dict   # other entries of the same dict
+
+    @property
+    def size(self):
+        "Count of numbers"
+        shapes = [tensor.size for tensor in self.tensors.values() if isinstance(tensor, _Described)]
+        return sum(math.prod(shape) for shape in shapes if all(type(n) is int for n in shape))
+
+def _entries(obj):
+    "Return what a dict, an object, a list or a tuple holds, by key"
+    if isinstance(obj, (list, tuple)): return {str(i): value for i, value in enumerate(obj)}
+    return _fields(obj)
+
+def _is_optimizer(obj):
+    "Tell whether an object is the state of an optimiser"
+    return isinstance(obj, dict) and {"state", "param_groups"} <= obj.keys()
+
+# %% ../../nbs/models/01_checkpoint.ipynb #5655e8eb
+def _networks(obj, budget, path=()):
+    "Find every network in an object, by the keys that lead to it"
+    if _is_module(obj): return {path: _Network(_module_tensors(obj, budget), {})}
+    entries = _entries(obj)
+    budget.spend(len(entries))
+    if _is_optimizer(obj): return {}
+    tensors = {name: value for name, value in _fields(obj).items() if isinstance(value, _Described)}
+    others = {name: value for name, value in entries.items() if name not in tensors}
+    found = {path: _Network(tensors, others)} if tensors else {}
+    if len(path) == MAX_DEPTH: return found
+    for key, value in others.items():
+        if isinstance(key, (str, int)) and _entries(value): found |= _networks(value, budget, (*path, str(key)))
+    return found
+
+def _preference(path, network):
     "Return the key by which networks are sorted, the preferred one first"
-    ranks = [NETWORK_KEYS.index(key) for key in path if key in NETWORK_KEYS]
-    return not _has_weights(tensors), min(ranks, default=len(NETWORK_KEYS)), -_size(tensors), len(path)
+    return not _has_weights(network.tensors), _rank(path), -network.size, len(path)
+
+# %% ../../nbs/models/01_checkpoint.ipynb #a7a3810d
+def _below(names):
+    "Group names by their first part, below what all of them share"
+    prefix = ""
+    while True:
+        rest = [name[len(prefix):] for name in names]
+        firsts = {name.partition(".")[0] for name in rest}
+        if len(firsts) != 1 or not all("." in name for name in rest): break
+        prefix += f"{firsts.pop()}."
+    groups = {}
+    for name in names: groups.setdefault(name[len(prefix):].partition(".")[0], []).append(name)
+    return {f"{prefix}{first}.": group for first, group in groups.items()}
+
+def split_networks(
+    tensors: dict,  # of a state dict, or anything else by their names
+) -> dict:          # prefix → names of its tensors; nothing for one network
+    "Separate a network from its average, or a student from its teacher, in one state dict"
+    groups = {prefix: group for prefix, group in _below(list(tensors)).items() if any(map(is_weight, group))}
+    averages = [prefix for prefix in groups if _rank([prefix]) < 2]
+    if not 1 <= len(averages) <= 10: return {}
+    inner = {}
+    for prefix, group in groups.items():
+        bare = own_names({name[len(prefix):]: name for name in group})
+        inner[prefix] = {name for name in bare if is_weight(name)}
+    found = {}
+    for average in averages:
+        twins = [other for other in inner if _rank([other]) != _rank([average])
+                 and _are_alike(inner[average], inner[other])]
+        for one in [average, *twins] if twins else []: found[one] = groups[one]
+    return found
+
+def _are_alike(names, others):
+    "Tell whether two groups of names belong to one kind of network"
+    return len(names & others) > .8*max(len(names), len(others))
 
 # %% ../../nbs/models/01_checkpoint.ipynb #ecacdd03
+def _with_parts(networks):
+    "Add the networks below a prefix of a state dict to those under a key; they take the place of the whole"
+    found = {}
+    for path, network in networks.items():
+        parts = split_networks({name: name for name in network.tensors if isinstance(name, str)})
+        if not parts: found[path] = network
+        used = {name for names in parts.values() for name in names}
+        beside = network.beside | {name: v for name, v in network.tensors.items() if name not in used}
+        for prefix, names in parts.items():
+            tensors = {name.removeprefix(prefix): network.tensors[name] for name in names}
+            found[*path, prefix.rstrip(".")] = _Network(tensors, beside)
+    return found
+
 def _selected(networks, which):
     "Return the path of the network to read. Raises `ValueError` for a `which` that fits none"
     if which is None: return min(networks, key=lambda path: _preference(path, networks[path]))
@@ -346,21 +551,28 @@ def _beside(obj, path):
     beside = {}
     prefix = ""
     for key in path:
-        others = {f"{prefix}{name}": value for name, value in _fields(obj).items() if name != key}
-        beside |= others
-        obj = _fields(obj)[key]
+        entries = {str(name): value for name, value in _entries(obj).items()}
+        if key not in entries: break
+        beside |= {f"{prefix}{name}": value for name, value in entries.items() if name != key}
+        obj = entries[key]
         prefix += f"{key}."
-    if _is_module(obj): return beside
-    return beside | {f"{prefix}{name}": value for name, value in _fields(obj).items() if not isinstance(value, _View)}
+    return beside, prefix
 
-def _check_names(obj, tensors):
-    "Raise `ValueError` for names that are no text, and for weights that cannot be read"
-    if not all(isinstance(name, str) for name in tensors): raise ValueError("holds tensors whose names are no text")
-    if _is_module(obj): return
-    for name, value in _fields(obj).items():
-        if isinstance(value, _View) or value is None or not str(name).endswith(("weight", "bias")): continue
-        if not isinstance(value, _Stub): raise ValueError(f"holds {describe(value)} in the place of {name}")
-        raise ValueError(f"refused and not executed: it calls {value.name} in the place of {name}")
+# %% ../../nbs/models/01_checkpoint.ipynb #f9aa894a
+def _check_tensor(name, value):
+    "Raise `ValueError` for a weight that cannot be read: without it, the network would be a smaller one"
+    if not isinstance(name, str): raise ValueError("holds tensors whose names are no text")
+    if not is_weight(name) or value is None or isinstance(value, _View | _Sparse | _Quantised): return
+    if isinstance(value, _Unread): raise ValueError(f"holds {value.kind} in the place of {name}: save plain tensors")
+    if not isinstance(value, _Stub): raise ValueError(f"holds {describe(value)} in the place of {name}")
+    raise ValueError(f"refused and not executed: it calls {value.name} in the place of {name}")
+
+def _readable(network):
+    "Return the tensors of a network that can be read. Raises `ValueError` if a weight is not among them"
+    for name, value in [*network.tensors.items(), *network.beside.items()]:
+        if isinstance(name, str) or isinstance(value, _Described): _check_tensor(name, value)
+    kinds = _View | _Sparse | _Quantised
+    return {name: value for name, value in network.tensors.items() if isinstance(value, kinds)}
 
 # %% ../../nbs/models/01_checkpoint.ipynb #d90f0f42
 @dataclass
@@ -372,8 +584,14 @@ class Checkpoint:
     kind: str     # of file, in words
     networks: dict = None  # networks in the file that were not read: key → count of tensors
 
+class NotAModel(ValueError):
+    "A file that belongs to a model and holds none, such as the state of an optimiser"
+
 def _no_weights(obj):
     "Make the error for a file without weights; it names the first class or function that the file calls"
+    if _is_optimizer(obj): return NotAModel("the state of an optimiser: its network is in another file")
+    if isinstance(obj, dict) and {"last_epoch", "_step_count"} & obj.keys():
+        return NotAModel("the state of a learning rate scheduler: its network is in another file")
     items = obj if isinstance(obj, (list, tuple)) else [obj, *_fields(obj).values()]
     first = next((item.name for item in items if isinstance(item, _Stub)), None)
     if first: return ValueError(f"refused and not executed: it calls {first}, and holds no state dict")
@@ -381,15 +599,16 @@ def _no_weights(obj):
 
 def _unpack(obj, which):
     "Return the tensors of one network, what is beside them, and the other networks"
-    networks = _networks(obj, _Budget())
+    networks = _with_parts(_networks(obj, _Budget()))
     if not networks: raise _no_weights(obj)
     path = _selected(networks, which)
-    inner = obj
-    for key in path: inner = _fields(inner)[key]
-    _check_names(inner, networks[path])
-    others = {".".join(key): len(tensors) for key, tensors in networks.items() if key != path and _has_weights(tensors)}
-    beside = {str(key)[:MAX_NAME]: value for key, value in _beside(obj, path).items()}
-    return networks[path], beside, others
+    tensors = _readable(networks[path])
+    if not tensors: raise _no_weights(obj)
+    beside, prefix = _beside(obj, path)
+    beside |= {f"{prefix}{name}": value for name, value in networks[path].beside.items()}
+    others = {".".join(key): len(network.tensors) for key, network in networks.items()
+              if key != path and _has_weights(network.tensors)}
+    return tensors, {str(key)[:MAX_NAME]: value for key, value in beside.items()}, others
 
 # %% ../../nbs/models/01_checkpoint.ipynb #b2aac407
 def describe(
@@ -397,7 +616,7 @@ def describe(
 ) -> str:
     "Say what a value is"
     if isinstance(value, _Stub): return f"a {value.name}"
-    if isinstance(value, _View): return "a tensor"
+    if isinstance(value, _Described): return "a tensor"
     if isinstance(value, (str, int, float)): return printable(f"{value!r:.60}")
     if not isinstance(value, dict): return f"a {type(value).__name__}"
     if not value: return "an empty dict"
@@ -424,14 +643,37 @@ FORMATS = {  # first bytes → what a file is that cannot be read, and the cure
     b"\x89HDF": "an HDF5 file: save a state dict with torch.save or safetensors",
     b"\x93NUMPY": "a NumPy file: save a state dict with torch.save or safetensors",
     b"GGUF": "a GGUF file of packed weights: use the checkpoint that it was made from",
+    b"\x1f\x8b": "a gzip archive: unpack it first, with gunzip or tar xzf",
+    b"\xfd7zXZ": "an xz archive: unpack it first, with unxz or tar xJf",
+    b"\x28\xb5\x2f\xfd": "a zstd archive: unpack it first, with unzstd",
+    b"BZh": "a bzip2 archive: unpack it first, with bunzip2 or tar xjf",
+    b"7z\xbc\xaf": "a 7z archive: unpack it first",
+    b"<!DOCTYPE": "a web page, not the file that it leads to: download the file itself",
+    b"<html": "a web page, not the file that it leads to: download the file itself",
+    b"MZ": "a Windows program, not a model",
+    b"\x7fELF": "a program, not a model",
 }
+
+def _is_tar(path):
+    "Tell whether a file is a tar archive of any age; those of PyTorch have no magic number"
+    try: return tarfile.is_tarfile(path)
+    except (OSError, ValueError, EOFError): return False
+
+def _tar_kind(path):
+    "Say which tar archive a file is, and the cure"
+    try:
+        with tarfile.open(path, "r:") as archive: first = [entry.name.rpartition("/")[2] for entry in [archive.next()]]
+    except (tarfile.TarError, AttributeError, OSError, ValueError): first = []
+    if not set(first) & {"sys_info", "pickle", "tensors", "storages"}:
+        return "a tar archive: unpack it with tar xf, and give the model file in it"
+    return "written by PyTorch before 0.2: run torch.save(torch.load(FILE), NEW) with PyTorch 1.0 to 2.5"
 
 def _format(path):
     "Return 'zip', 'stream' or 'safetensors'. Raises `ValueError` for a format that is not read"
     with open_file(path) as file: start = file.read(512)
     for magic, what in FORMATS.items():
         if start.startswith(magic): raise ValueError(what)
-    if start[257:262] == b"ustar": raise ValueError("a tar archive: unpack it, or save the model with a newer PyTorch")
+    if start[257:262] == b"ustar" or _is_tar(path): raise ValueError(_tar_kind(path))
     if start[:2] == b"PK": return "zip"
     if start[8:9] == b"{" or path.suffix.lower() == ".safetensors": return "safetensors"
     return "stream"
@@ -440,7 +682,8 @@ def _reason(error, kind):
     "Return why a file cannot be read; errors of the reader itself mean nothing to a user"
     ours = str(error) if type(error) is ValueError else ""
     if kind == "safetensors" and ours: return ours
-    if ours.startswith(("a ", "an ", "damaged", "truncated", "its tensors", "holds", "not a", "refused")): return ours
+    starts = "a ", "an ", "the ", "written", "damaged", "truncated", "its tensors", "holds", "not a", "refused"
+    if ours.startswith(starts): return ours
     return "truncated or damaged" if kind == "zip" else "not a PyTorch file, or a damaged one"
 
 def _read_pickle(path, kind, which):
@@ -454,15 +697,27 @@ def _read_pickle(path, kind, which):
         return _tensors(views, read), beside, others
 
 # %% ../../nbs/models/01_checkpoint.ipynb #fca790a4
-def _from_safetensors(path):
+def _from_safetensors(path, which):
     "Read a safetensors file; a file that this project wrote names the order of its tensors"
     state, texts = read_safetensors(path)
     if not state: raise ValueError("holds no state dict (tensors by name), but an empty dict")
     values = {key: json_value(text) for key, text in texts.items()}
+    beside = {key: describe(value) for key, value in values.items()}
     layers = values.get("layers")
     if isinstance(layers, list) and sorted(map(str, layers)) == sorted(state):
-        state = {name: state[name] for name in layers}
-    return Checkpoint(state, values, {key: describe(value) for key, value in values.items()}, "safetensors", {})
+        return Checkpoint({name: state[name] for name in layers}, values, beside, "safetensors", {})
+    state, others = one_network(state, which)
+    return Checkpoint(state, values, beside, "safetensors", others)
+
+def one_network(
+    state: dict,              # tensors of a state dict by name
+    which: str | None = None, # prefix of the network to read, if there are several
+) -> tuple[dict, dict]:       # its tensors, and the other networks: prefix → count of tensors
+    "Choose a network among those in one state dict. Raises `ValueError` for a `which` that fits none"
+    networks = _with_parts({(): _Network(state, {})})
+    path = _selected(networks, which)
+    others = {".".join(key): len(network.tensors) for key, network in networks.items() if key != path}
+    return networks[path].tensors, others
 
 # %% ../../nbs/models/01_checkpoint.ipynb #3764f602
 def read_checkpoint(
@@ -474,11 +729,12 @@ def read_checkpoint(
     kind = None
     try:
         kind = _format(path)
-        if kind == "safetensors": return _from_safetensors(path)
+        if kind == "safetensors": return _from_safetensors(path, which)
         state, beside, others = _read_pickle(path, kind, which)
     except OSError as e:
         if e.errno != errno.EINVAL or kind is None: raise
         raise ValueError(_reason(None, kind)) from None  # an archive names a place that no file can have
+    except NotAModel: raise
     except Exception as e: raise ValueError(printable(_reason(e, kind))) from None
     values = {key: _plain(value) for key, value in beside.items()}
     return Checkpoint(state, values, {key: describe(value) for key, value in beside.items()}, "PyTorch", others)
