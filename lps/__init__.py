@@ -24,6 +24,7 @@ _MODULES = {  # name → module that defines it; lps/__init__.pyi lists the same
     "Reading": "models.read",
     "Recipe": "zoo.train",
     "SecondOrderNet": "second_order",
+    "TaskClassifier": "methods.estimator",
     "align_layer": "align",
     "build": "zoo.build",
     "compare": "lineage.compare",

@@ -265,7 +265,7 @@ def test_bundled_datasheet_is_complete(ours):
         and len(set(names)) == len(names) == 2 * len(ours.tasks)
     )
     assert set(names) == set(ours.manifest.class_0) | set(ours.manifest.class_1)
-    words = ["CIFAR-100", "ImageNet", "research", "no image", "Reconstructing", "other architectures", "two classes"]
+    words = ["CIFAR-100", "ImageNet", "research", "no image", "Reconstruction", "other architectures", "two classes"]
     assert [w for w in words if w not in bundled("DATASHEET.md").read_text()] == []
 
 

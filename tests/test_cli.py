@@ -32,12 +32,12 @@ from lps.zoo.recipe import recipes
 
 LPS = Path(sys.executable).parent/"lps"
 TINY = replace(recipes["digits"], name="tiny", epochs=1, milestones=(), depth=8, width=4)
-COMMANDS = ["zoo build", "zoo import", "zoo datasheet", "fit", "evaluate", "query", "inspect", "demo"]
+COMMANDS = ["zoo build", "zoo import", "zoo datasheet", "fit", "evaluate", "query", "inspect", "compare", "demo"]
 COMMANDS += [f"index {name}" for name in ("build", "add", "remove", "info", "graph", "map")]
 PANELS = {
-    "Reading": ["query", "inspect", "index build", "index add", "zoo import"],
+    "Reading": ["query", "inspect", "compare", "index build", "index add", "zoo import"],
     "Method": ["fit", "evaluate", "query", "index build", "demo"],
-    "Output": ["fit", "evaluate", "query", "inspect", "index info", "index map", "zoo datasheet", "demo"],
+    "Output": ["fit", "evaluate", "query", "inspect", "compare", "index info", "index map", "zoo datasheet", "demo"],
 }
 MODEL = "zoo/task00_run0.safetensors"
 
@@ -161,6 +161,9 @@ MISTAKES = {
     "index report": "lps index report is now called lps inspect",
     "inspect": "Missing argument 'MODEL'",
     "inspect nowhere.pt": "nowhere.pt",
+    "compare " + MODEL: "Missing argument 'B'",
+    "compare zoo " + MODEL: "zoo is a folder of models: give one model file in it",
+    "compare nowhere.pt " + MODEL: "nowhere.pt",
     "query": "Missing argument 'INDEX'",
     "query zoo": "Missing argument 'MODEL'",
     "query zoo-net.safetensors zoo": "zoo is a folder of models: give one model file in it",
@@ -311,6 +314,7 @@ def test_json_of_every_command_that_prints_a_table(world, tmp_path, monkeypatch,
     answer = json_of(capsys, "query", "market", world/MODEL, "-k", 2, "--no-expected")
     assert [row["rank"] for row in answer["models"]] == [1, 2] and answer["models"][0]["note"] == "copy"
     assert json_of(capsys, "inspect", world/MODEL)["architecture"].startswith("resnet, depth 8")
+    assert json_of(capsys, "compare", world/MODEL, world/MODEL)["verdict"] == "same weights"
     assert json_of(capsys, "zoo", "datasheet", world/"wide", "--out", "sheet")["models"] == 2
     tables = json_of(capsys, "evaluate", world/"zoo", "--splits", 2, "--epochs", 1, "--train", 4, "--method", "fc")
     assert set(tables) == {"table1", "table2"} and "only one FC layer" in tables["table1"]["summary"]

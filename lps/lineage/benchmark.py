@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from ..core.files import save_tensors
 from ..core.jobs import one_thread
-from ..models.model import Model
+from ..models.model import Model, normalise
 from ..models.modelset import ModelSet
 from ..nets.architectures import Architecture
 from ..order_chain import PermutationSpec, permute, random_perms
 from ..zoo.tasks import task_images
 from ..zoo.recipe import Recipe, recipe_fields
-from ..zoo.tasks import normalise
 from ..zoo.train import train_model
 from ..zoo.recipe import model_seed
 
@@ -257,7 +256,7 @@ def _train_copy_of(model, kind, images, recipe, seed):
         tasks.append(tuple(task_images(split, meta["pairs"][number]) for split in images))
     with one_thread():
         net, metrics = train_copy(kind, model, tasks, recipe, seed, (meta["mean"], meta["std"]))
-    about = dict(val_accuracy=metrics["val_accuracy"], seed=seed, recipe=recipe_fields(recipe))
+    about = dict(val_accuracy=metrics["val_accuracy"], seed=seed, recipe=recipe_fields(recipe), epoch=None)
     if kind == "other-task":
         pair = meta["pairs"][other]
         about |= dict(task=other, pair=pair, classes=[images[0].classes[c] for c in pair])

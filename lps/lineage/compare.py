@@ -377,6 +377,11 @@ class Comparison:
         if self.direction: text += f", {self.direction}"
         return f"{text}, p = 1e{self.log10_p:.0f}" if self.layers is not None else text
 
+    def to_dict(self) -> dict:
+        "Return the comparison as a dict that can be written as JSON"
+        layers = [] if self.layers is None else self.layers.to_dict("records")
+        return dict(vars(self), layers=layers)
+
 def _size(model):
     "Count the weights of a model"
     return sum(math.prod(shape) for shape in model.shapes.values())

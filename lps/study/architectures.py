@@ -278,7 +278,7 @@ def architectures_text(
     found = record.across[best]
     return (
         f"{method_title(best)}: the most similar model solves the query's task for {found['rank-1'][0]:.0f} % of the "
-        f"queries (chance {record.chance:.0f} %); {found['reversed'][0]:.0f} % are reversed."
+        f"queries (chance {record.chance:.3g} %); {found['reversed'][0]:.0f} % are reversed."
     )
 
 # %% ../../nbs/study/15_architectures.ipynb #cd0b4d38

@@ -39,7 +39,7 @@ def method_seconds(
 @dataclass(kw_only=True)
 class LeaderboardRecord(RunsRecord):
     "Result of several methods"
-    retrieval: dict[str, dict[str, str]]  # title of each method → rank-k and mAP in percent, as text
+    retrieval: dict[str, dict[str, str]]  # chance, then title of each method → rank-k and mAP in percent, as text
     seconds: dict[str, float]|None = None # method → CPU seconds a model
     measured_by: ClassVar = (
         *MEASURED_BY, "lps.methods.signatures", "lps.methods.chain", "lps.methods.probes", "lps.methods.canonical",
@@ -62,9 +62,11 @@ def measured(
     "List the accuracies of all methods, one row a method and result file"
     rows = []
     for record in result_files(folder, "leaderboard").values():
+        last = list(record.retrieval.values())[-len(record.runs):]
+        retrieved = dict(zip(record.runs, last))  # by place: titles may have changed since
         for method in record.runs:
             top1 = record.percent(method)
-            unseen = record.retrieval.get(method_title(method), {})
+            unseen = retrieved.get(method, {})
             rows.append(dict(
                 method=method,
                 set=record.name,

@@ -531,15 +531,6 @@ def channel_stats(
     mean = shares @ values
     return mean.float(), ((shares @ values**2) - mean**2).clamp_min(0).sqrt().float()
 
-# %% ../../nbs/zoo/00_tasks.ipynb #b226ff11
-def normalise(
-    xb: Tensor,   # images, uint8 `(n, C, H, W)`
-    stats: tuple, # mean and standard deviation of each channel, on the scale 0 to 1
-) -> Tensor:      # float32, same shape, in channels-last memory order
-    "Normalise images to `(x/255 − mean)/std`"
-    mean, std = (torch.as_tensor(s, dtype=torch.float32)[:, None, None] for s in stats)
-    return torch.addcmul(-mean/std, xb.to(torch.float32, memory_format=torch.channels_last), 1/(255*std))
-
 # %% ../../nbs/zoo/00_tasks.ipynb #7757ed52
 def draw_augment(
     n: int,            # images in the batch

@@ -21,10 +21,11 @@ from fastcore.meta import delegates
 from torch import Tensor, nn
 
 from ..core.files import load_tensors, not_finite, save_tensors
+from ..models.model import normalise
 from ..nets.resnet import ResNet
 from .batchnorm import FusedResNet
 from .recipe import Recipe, best_precision, get_recipe, init_model, rate_factor, recipe_fields
-from .tasks import augment, channel_stats, normalise
+from .tasks import augment, channel_stats
 
 # %% ../../nbs/zoo/03_train.ipynb #f7662307
 class StepSchedule(Callback):
