@@ -309,7 +309,8 @@ def _dense(sparse, parts):
         layout = getattr(torch, sparse.layout.removeprefix("torch."))
         compressed = torch.sparse_compressed_tensor(*parts, sparse.size, layout=layout, check_invariants=True)
         return compressed.to_dense()
-    except (RuntimeError, TypeError, AttributeError): raise ValueError("damaged: a sparse tensor does not fit") from None
+    except (RuntimeError, TypeError, AttributeError):
+        raise ValueError("damaged: the indices of a sparse tensor do not fit") from None
 
 def _dequantised(quantised, tensor):
     "Compute `(q − zero point)·scale`, for all values or for each channel"
