@@ -12,7 +12,7 @@ cfg = cfg["DEFAULT"]
 EXTRAS = "cluster", "triplet", "hub", "approximate", "dev"
 
 setup(
-    name=cfg["lib_name"],
+    name=cfg["dist_name"],
     version=re.search(r'__version__ = "(.+?)"', (here / "lps/__init__.py").read_text(encoding="utf-8"))[1],
     description=cfg["description"],
     long_description=(here / "README.md").read_text(encoding="utf-8"),

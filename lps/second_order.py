@@ -65,7 +65,7 @@ def triplet(
     embeddings: Tensor,  # of B models, `(B, E)`
     targets: Tensor,     # place of each model's task, `(B,)`
 ) -> Tensor:             # scalar, mean over the triplets that violate the margin
-    "Compute the triplet loss of a minibatch with a margin of 0.2. Needs the extra `lps[triplet]`"
+    "Compute the triplet loss of a minibatch with a margin of 0.2. Needs the extra `triplet`"
     return _triplet_margin()(embeddings, targets)
 
 LOSSES = {"cross-entropy": F.cross_entropy, "triplet": triplet}

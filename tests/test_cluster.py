@@ -15,7 +15,7 @@ from lps.zoo.tasks import load_images
 from lps.zoo.recipe import recipes
 from lps.zoo.build import build
 
-distributed = pytest.importorskip("distributed", reason="needs the extra lps[cluster]")
+distributed = pytest.importorskip("distributed", reason="needs the extra `cluster`")
 TINY = replace(recipes["digits"], name="tiny", epochs=10, milestones=(6,), depth=8, width=2, batch_size=512)
 IMAGES = tuple(load_images("digits", s) for s in ("train", "test"))
 

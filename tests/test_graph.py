@@ -109,7 +109,8 @@ def test_a_build_that_fails_leaves_the_old_graph(kept, monkeypatch):
 
 def test_a_missing_package_is_named(kept, monkeypatch):
     monkeypatch.setitem(sys.modules, "usearch.index", None)
-    with pytest.raises(ImportError, match=r"usearch is not installed: pip install 'lps\[approximate\]'"):
+    missing = r"usearch is not installed: pip install 'learnable-parameter-similarity\[approximate\]'"
+    with pytest.raises(ImportError, match=missing):
         kept.build_graph()
     assert len(kept.search(unit(1), 3)[1][0]) == 3
 
@@ -137,7 +138,7 @@ def test_commands(market, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "usearch.index", None)
     assert main(["index", "graph", "market"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "pip install 'lps[approximate]'" in error
+    assert error.count("\n") == 1 and "pip install 'learnable-parameter-similarity[approximate]'" in error
 
 
 def test_answers_are_the_same_and_say_how_they_were_found(market, capsys, tmp_path):

@@ -96,7 +96,8 @@ def test_a_folder_that_lies_is_refused(tmp_path, said, words):
 def test_a_missing_package_is_named(things, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for call in (lambda: push_to_hub(things["method"], "org/net"), lambda: from_pretrained("org/net")):
-        with pytest.raises(ImportError, match=r"not installed: pip install 'lps\[hub\]'"): call()
+        missing = r"not installed: pip install 'learnable-parameter-similarity\[hub\]'"
+        with pytest.raises(ImportError, match=missing): call()
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
