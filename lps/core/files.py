@@ -184,10 +184,8 @@ def map_file(
     file,  # open to be read
 ):         # its bytes, as a buffer
     "Map a file into memory, where only what is used of it takes room"
-    if not hasattr(mmap, "MAP_NORESERVE"): return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_NORESERVE
-    mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    _MAPPED.add(mapped)
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    if hasattr(mapped, "madvise"): _MAPPED.add(mapped)
     return mapped
 
 def release_pages():
@@ -301,7 +299,12 @@ def _check_sizes(header, size):
         if not _fills_its_bytes(entry):
             what = f"{entry.dtype} {entry.shape} in bytes {entry.data_offsets}"
             raise ValueError(printable(f"not a safetensors file: {name} is {what[:100]}"))
-    need = header.size + max((entry.data_offsets[1] for entry in header.tensors.values()), default=0)
+    end = 0
+    for name, entry in sorted(header.tensors.items(), key=lambda item: item[1].data_offsets):
+        if entry.data_offsets[0] != end:
+            raise ValueError(printable(f"not a safetensors file: {name[:99]} does not begin where another tensor ends"))
+        end = entry.data_offsets[1]
+    need = header.size + end
     if size < need: raise ValueError(f"truncated: {size} bytes of {need}")
     if size > need: raise ValueError(f"not a safetensors file: {size - need} bytes follow its last tensor")
 
