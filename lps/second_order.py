@@ -15,9 +15,10 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .align import align_layer
-from .core.files import printable
+from .core.files import not_finite, printable
 from .core.jobs import one_thread, seeded
 from .core.optional import optional
+from .zoo.recipe import rate_factor
 
 # %% ../nbs/02_second_order.ipynb #3dc1e4ec
 VARIANTS = {
@@ -215,21 +216,6 @@ def _order(y, per_task, g):
         groups += models[torch.randperm(len(models), generator=g)].split(per_task)
     return torch.cat([groups[i] for i in torch.randperm(len(groups), generator=g)])
 
-class _Batches:
-    "Minibatches of models in a new order each epoch, with the attributes that a `Learner` needs of a data loader"
-    def __init__(self, xs, y, bs, per_task, seed):
-        self.xs = xs
-        self.y = y
-        self.bs = bs
-        self.per_task = per_task
-        self.n_inp = len(xs)
-        self.g = torch.Generator().manual_seed(seed)
-
-    def __len__(self): return -(-len(self.y)//self.bs)
-
-    def __iter__(self):
-        for i in _order(self.y, self.per_task, self.g).split(self.bs):
-            yield *[x[i] for x in self.xs], self.y[i]
 
 # %% ../nbs/02_second_order.ipynb #e3d4f605
 @torch.no_grad()
@@ -240,49 +226,28 @@ def _sgd(params, velocities, lr, momentum):
         p.add_(v, alpha=-lr)
         p.grad = None
 
-def _small_steps(bs):
-    "Return a callback that takes a batch as minibatches of `bs` models, one step of SGD each"
-    from fastai.callback.core import Callback, CancelBatchException
-    from lps.zoo.train import Diverged
-
-    class SmallSteps(Callback):
-        def before_fit(self):
-            self.group, = self.opt.opt.param_groups
-            self.velocities = [torch.zeros_like(p) for p in self.group["params"]]
-
-        def before_batch(self):
-            params = self.group["params"]
-            for *xs, y in zip(*[t.split(bs) for t in (*self.xb, *self.yb)]):
-                loss = self.loss_func(self.model.logits(*xs), y)
-                loss.backward()
-                _sgd(params, self.velocities, self.group["lr"], self.group["momentum"])
-                if not math.isfinite(loss.item()): raise Diverged(f"the loss is {loss.item()} in epoch {self.epoch}")
-            raise CancelBatchException
-    return SmallSteps()
 
 # %% ../nbs/02_second_order.ipynb #53236bd5
-def _fit_loop(net, xs, y, recipe, plain):
-    "Train `net` in place"
-    from fastai.callback.core import TrainEvalCallback
-    from fastai.data.core import DataLoaders
-    from fastai.learner import Learner
-    from fastai.optimizer import OptimWrapper
-    from lps.zoo.train import StepSchedule, StopIfDiverged, fit_silently
+def _diverged(reason):
+    "Make the error for a training run that cannot go on"
+    from lps.zoo.train import Diverged  # imports fastai
+    return Diverged(reason)
 
-    batches = _Batches(xs, y, recipe.bs if plain else len(y), recipe.per_task, recipe.seed)
-    def opt_func(params, lr, **_): return OptimWrapper(params, torch.optim.SGD, lr=lr, momentum=recipe.momentum)
-    cbs = [TrainEvalCallback(), StepSchedule(recipe.lr, recipe.milestones), StopIfDiverged()]
-    if not plain: cbs.append(_small_steps(recipe.bs))
-    learn = Learner(
-        DataLoaders(batches, []),
-        net,
-        loss_func=net.loss,
-        opt_func=opt_func,
-        lr=recipe.lr,
-        default_cbs=False,
-        cbs=cbs,
-    )
-    fit_silently(learn, recipe.epochs)
+def _train(net, xs, y, recipe):
+    "Train `net` in place. Raises `Diverged` at the first loss or weight that is not finite"
+    params = list(net.parameters())
+    velocities = [torch.zeros_like(p) for p in params]
+    g = torch.Generator().manual_seed(recipe.seed)
+    for epoch in range(recipe.epochs):
+        lr = recipe.lr*rate_factor(recipe.milestones, epoch)
+        order = _order(y, recipe.per_task, g)
+        for *weights, targets in zip(*[t[order].split(recipe.bs) for t in (*xs, y)]):
+            loss = net.loss(net.logits(*weights), targets)
+            loss.backward()
+            _sgd(params, velocities, lr, recipe.momentum)
+            if not math.isfinite(loss.item()): raise _diverged(f"the loss is {loss.item()} in epoch {epoch}")
+        reason = not_finite(net.state_dict())
+        if reason: raise _diverged(f"after epoch {epoch} {reason}")
 
 # %% ../nbs/02_second_order.ipynb #f82d92c6
 def _targets(weights, labels):
@@ -305,7 +270,6 @@ def fit(
     labels: Tensor | None = None,   # task of each model, `(M,)`; None: those of the model set
     stem: str | None = None,        # the layer that reads the image; None: the model set's, or `"conv1"`
     folded: bool = False,           # fold batch normalisation into the weights first; the paper does not
-    plain: bool = False,            # run the usual `Learner` loop: same result, slower
     **settings,                     # fields of `FitRecipe` (epochs, lr, seed, …) and `NetConfig` (alpha, n_filters, …)
 ) -> SecondOrderNet:                # in evaluation mode
     """Train a second-order network to tell the models' tasks apart, §4, eq. (2)
@@ -328,6 +292,6 @@ def fit(
     config = NetConfig(shapes=shapes, tasks=tasks, method=method, stem=stem or "conv1", folded=folded, **settings)
     with one_thread():
         with seeded(recipe.seed): net = SecondOrderNet(config)
-        _fit_loop(net, list(weights.values()), targets, recipe, plain)
+        _train(net, list(weights.values()), targets, recipe)
     net.recipe = recipe
     return net.eval()

@@ -41,7 +41,7 @@ def pytest_report_header(config):
 # units of their own or come early, and notebooks come last, so that both processes end at the same time
 TOGETHER = "test_experiment_runs_small"
 ALONE = [
-    "test_library_notebook[tutorials/", "test_demo_from_start_to_end", "test_one_command_runs", "test_fifty_kills",
+    "test_library_notebook[tutorials/", "test_demo_from_start_to_end", "test_one_command_runs", "test_thirty_kills",
     "test_ctrl_c_keeps", "test_kernels_stay",
 ]
 EARLY = [

@@ -26,6 +26,7 @@ from lps.models.imports import import_models, read_table
 from lps.methods.registry import embed_models, fit_method, load_fitted, save_fitted, score_models
 from lps.models.model import Model
 from lps.models.modelset import load_modelset, pack, task_names
+from lps.models.pickles import _Process
 from lps.models.read import read_model
 from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex
@@ -44,14 +45,16 @@ class Watch:
     def hook(cls, event, args):
         if not cls.armed: return
         code = event in ("compile", "exec", "import") and CANARY in repr(args)
-        if code or event.startswith(FORBIDDEN) and not in_numba(): cls.seen.append(event)
+        if code or event.startswith(FORBIDDEN) and not is_ours(): cls.seen.append(event)
 
 
-def in_numba():
-    "Is a kernel of ours compiled, or read from numba's cache? That happens when it is first called"
+def is_ours():
+    "Is a kernel of ours compiled or read from numba's cache, or a process started that reads pickles?"
     frame = sys._getframe()
-    while frame is not None and "/numba/" not in frame.f_code.co_filename: frame = frame.f_back
-    return frame is not None
+    while frame is not None:
+        if "/numba/" in frame.f_code.co_filename or frame.f_code is _Process.__init__.__code__: return True
+        frame = frame.f_back
+    return False
 
 
 sys.addaudithook(Watch.hook)
@@ -385,6 +388,7 @@ def zip_with(pickled):
     "A PyTorch archive with any pickle in it"
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("x/version", "3")
         archive.writestr("x/data.pkl", pickled)
         archive.writestr("x/data/0", bytes(64))
     return file.getvalue()

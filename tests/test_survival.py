@@ -113,7 +113,7 @@ def epochs_begun(log):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_fifty_kills(tmp_path):
+def test_thirty_kills(tmp_path):
     folder, log, rng = tmp_path/"zoo", tmp_path/"log", random.Random(0)
     code = FORKS.format(tests=str(Path(__file__).parent), log=str(log), folder=str(folder))
     p = subprocess.Popen(
@@ -132,7 +132,7 @@ def test_fifty_kills(tmp_path):
     try:
         assert p.stdout.readline() == "ready\n"
         kept, seen = {}, {}
-        for i in range(50):
+        for i in range(30):
             when = dict(seconds=rng.uniform(.02, .6)) if i % 2 else dict(n_ops=rng.randint(1, 60))
             assert run(**when) == 9, "the build ended before it was killed"
             now, seen_now = finished(folder), epochs_begun(log)
@@ -148,7 +148,7 @@ def test_fifty_kills(tmp_path):
         n_models = 1 + max((int(f.split("run")[1].split(".")[0]) for f in [*kept, *seen]), default=0)
         assert run(n_models=n_models) == 0
     finally: p.kill()
-    assert len(kept) >= 10
+    assert len(kept) >= 6
     straight = build(tmp_path/"straight", IMAGES, QUICK, n_models=n_models, **HOW)
     expected = weights(all_files(tmp_path/"straight"))
     assert weights(all_files(folder)) == expected and len(expected) == 2*5*n_models
@@ -196,7 +196,7 @@ def test_a_model_is_written_by_these_operations(grown):
     ), "kept epoch and its marker, checkpoint, model and its marker, the datasheet twice"
 
 
-ANY_OPERATION = itertools.product(range(1, 29), ["ENOSPC", "EIO"])
+ANY_OPERATION = [(n, ("ENOSPC", "EIO")[(n - 1)//4 % 2]) for n in range(1, 29)]  # four operations a file
 WRITES = itertools.product(range(1, 29, 4), ["short", "lost"])
 FAULTS = [*ANY_OPERATION, *WRITES]
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..nets.architectures import norms_of, stem_of
+from ..nets.architectures import norms_of, shapes_of, stem_of
 from ..core.files import printable
-from .fitted import FittedConfig, FittedNet
-from .paper import SETTINGS
+from .fitted import FittedConfig
+from .paper import SETTINGS, FittedPaper
 from .registry import Method, register_method
 from ..second_order import NetConfig, SecondOrderNet, fit as fit_net
 from .signatures import OF_STEM, canonical, layer_tensors, reads_all, reads_stem, stem_filters
@@ -46,7 +46,7 @@ def canonical_layers(
     shortcut: str = "pad_end",    # kind of shortcut, if it has no weights
 ) -> dict:                        # float32 `(M, N, C + 1, k, k)` by layer
     "Return layers in canonical form. Raises `ValueError` for an unknown shortcut"
-    shapes = {name: tuple(v.shape[1:]) for name, v in weights.items()}
+    shapes = shapes_of(weights, 1)
     norms = norms_of(shapes)
     layers = layers or (stem_of(shapes),)
     chunks = {layer: [] for layer in layers}
@@ -75,7 +75,7 @@ class CanonicalConfig(FittedConfig):
     "Configuration of LPS on canonical weights"
     net: NetConfig  # configuration of the second-order network
 
-class CanonicalLPS(FittedNet):
+class CanonicalLPS(FittedPaper):
     "A second-order network on canonical weights"
     Config = CanonicalConfig
 
@@ -90,14 +90,6 @@ class CanonicalLPS(FittedNet):
         layers = self.observing.get("layers")
         if layers is None or list(layers) == list(net.shapes): return
         raise ValueError(f"{self.method}: field 'observing' has other layers than the network: {', '.join(net.shapes)}")
-
-    def embed(self, observed):
-        "Embed models by the second-order network"
-        return self.net.embed(observed)
-
-    def scores(self, observed):
-        "Compute log-probabilities of the tasks, `(M, tasks)`"
-        return self.net.scores(observed)
 
 # %% ../../nbs/methods/05_canonical.ipynb #837950b4
 def fit_canonical(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.special import ndtr
 
-from ..nets.architectures import branch_layers, norms_of, recognise
+from ..nets.architectures import branch_layers, norms_of, recognise, shapes_of
 from ..core.files import printable
 from .registry import INVARIANCES
 from .signatures import canonical, gram, reads_all, register_signature
@@ -95,7 +95,7 @@ def patterns(
 ) -> dict:                      # patterns `(M, N, D)` and γ `(M, N)` by convolution, in the order of the tensors
     "Express the filters of each convolution in image space. Raises `ValueError` for unsupported networks"
     if relu not in RELUS: raise ValueError(f"relu is {printable(repr(relu))}: take one of {', '.join(RELUS)}")
-    shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
+    shapes = shapes_of(tensors, 1)
     known = recognise(shapes, shortcut=shortcut)
     norms = norms_of(shapes)
     _check_followed(shapes, known, norms)
@@ -127,7 +127,7 @@ def chain_signature(
 ) -> dict:                      # `chain`, float64 `(M, E)`
     "Compute Gram matrices of patterns at each depth. Raises `ValueError` for unsupported networks"
     if not -1 <= depth < N_DEPTHS: raise ValueError(f"depth is {depth}: take 0 to {N_DEPTHS - 1}, or -1 for all")
-    branches = branch_layers({name: tuple(v.shape[1:]) for name, v in tensors.items()})
+    branches = branch_layers(shapes_of(tensors, 1))
     chunks = []
     for start in range(0, len(next(iter(tensors.values()))), 32):
         found = patterns({name: v[start:start + 32] for name, v in tensors.items()}, shortcut, relu)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..nets.architectures import branch_layers, norms_of, stem_of
+from ..nets.architectures import branch_layers, norms_of, shapes_of, stem_of
 from ..core.files import checked, printable
 from .fitted import Fitted, FittedConfig
 from .registry import Method, get_method, register_method
@@ -46,7 +46,7 @@ def observe_members(
     members: tuple = tuple(MEMBERS),  # names of methods
 ) -> dict:                      # observations of all available members, by name
     "Compute what each member reads of models"
-    shapes = {name: tuple(v.shape[1:]) for name, v in weights.items()}
+    shapes = shapes_of(weights, 1)
     stem = stem_of(shapes)
     of_stem = layer_tensors(weights, stem, norms_of(shapes).get(stem))
     observed = {}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..nets.architectures import branch_layers, norms_of
+from ..nets.architectures import branch_layers, norms_of, shapes_of
 from ..core.files import printable
 from ..core.jobs import one_thread, seeded
 from .fitted import FittedConfig, FittedNet, Size
@@ -128,7 +128,7 @@ def channel_sets(
     shortcut: str = "pad_end",  # kind of shortcut, if it has no weights
 ) -> dict:                      # float32 `(M, N, 6)` for each layer, by its index as text
     "Describe the channels of each layer by batch normalisation. Raises `ValueError` without running statistics"
-    shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
+    shapes = shapes_of(tensors, 1)
     norms = norms_of(shapes)
     fixed = canonical(tensors, shortcut)
     found = {}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..nets.architectures import norms_of
+from ..nets.architectures import norms_of, shapes_of
 from .canonical import canonical_layer, canonical_layers
 from .fitted import Fitted, FittedConfig, Size
 from .registry import Method, register_method
@@ -41,7 +41,7 @@ def matchable(
     shortcut: str = "pad_end",  # kind of shortcut, if it has no weights
 ) -> dict:                      # float32 weights of convolutions and linear layers, biases of convolutions
     "Return canonical weights of whole networks under the names of a `PermutationSpec`, each layer of length 1"
-    norms = norms_of({name: tuple(v.shape[1:]) for name, v in tensors.items()})
+    norms = norms_of(shapes_of(tensors, 1))
     fixed = canonical(tensors, shortcut)
     found = {}
     for name, v in fixed.items():

@@ -47,7 +47,7 @@ def fit_paper(weights, labels, seed=0, stem="conv1", method="lps", **settings):
     return FittedPaper(PaperConfig(**vars(net.config), recipe=net.recipe), net.state_dict(), method)
 
 SETTINGS = [field.name for field in fields(FitRecipe) if field.name != "seed"]
-SETTINGS += ["alpha", "loss", "n_filters", "n_channels", "align_filters", "align_channels", "plain"]
+SETTINGS += ["alpha", "loss", "n_filters", "n_channels", "align_filters", "align_channels"]
 
 def _register(name, title, baseline, invariances=("scales", "classes")):
     "Register one of the paper's three methods"

@@ -22,7 +22,7 @@ from .fitted import Fitted, FittedConfig
 from .registry import INVARIANCES, Method, register_method
 from .synthetic import noise_images, standardise
 from ..models.model import Model
-from ..nets.architectures import recognise, unknown_architecture
+from ..nets.architectures import recognise, shapes_of, unknown_architecture
 from ..nets.resnet import SHORTCUTS
 
 # %% ../../nbs/methods/10_probes.ipynb #1d621e79
@@ -291,7 +291,7 @@ def fit_gallery_probes(
 ) -> Probes:
     "Fit probes with images that fit the batch normalisation of these models"
     weights = {name: v for name, v in networks.items() if name != "shortcut"}
-    shapes = {name: tuple(v.shape[1:]) for name, v in weights.items()}
+    shapes = shapes_of(weights, 1)
     architectures = []
     for kind in networks["shortcut"].tolist():
         architectures.append(recognise(shapes, **({} if kind < 0 else dict(shortcut=SHORTCUTS[kind]))))

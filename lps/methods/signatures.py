@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.files import printable
 from .fitted import Fitted, FittedConfig, Size
 from .registry import INVARIANCES, Method, register_method
-from ..nets.architectures import branch_layers, norms_of, recognise
+from ..nets.architectures import branch_layers, norms_of, recognise, shapes_of
 from ..nets.resnet import SHORTCUTS
 
 # %% ../../nbs/methods/03_signatures.ipynb #88f04b17
@@ -323,7 +323,7 @@ def canonical(
     "Remove free scales; networks without BN or of an unknown architecture are returned as they are"
     if shortcut not in SHORTCUTS:
         raise ValueError(f"shortcut {printable(shortcut)} is unknown: choose from {', '.join(SHORTCUTS)}")
-    shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
+    shapes = shapes_of(tensors, 1)
     known = recognise(shapes, shortcut=shortcut)
     norms = list(norms_of(shapes).values())
     if known is None or known.spec is None or not norms: return tensors
@@ -345,7 +345,7 @@ def all_layer_signature(
     shortcut: str = "pad_end",  # kind of shortcut, if it has no weights
 ) -> dict:                      # `layers`, float64 `(M, E)`
     "Compute quantiles over filters at nineteen depths, which do not depend on order and free scales of channels"
-    shapes = {name: tuple(v.shape[1:]) for name, v in tensors.items()}
+    shapes = shapes_of(tensors, 1)
     norms = norms_of(shapes)
     chunks = []
     for start in range(0, len(next(iter(tensors.values()))), 32):

@@ -187,10 +187,11 @@ def get_architecture(
 
 # %% ../../nbs/nets/02_architectures.ipynb #dc3f6bc9
 def shapes_of(
-    state: dict,  # tensors by name
-) -> dict:        # shapes by name
+    state: dict,    # tensors by name
+    lead: int = 0,  # leading axes to leave out: 1 for tensors of several models, `(M, …)`
+) -> dict:          # shapes by name
     "Return names and shapes of the weights; counts of batches are left out"
-    return {name: tuple(v.shape) for name, v in state.items() if not name.endswith("num_batches_tracked")}
+    return {name: tuple(v.shape[lead:]) for name, v in state.items() if not name.endswith("num_batches_tracked")}
 
 def recognise(
     shapes: dict,          # shape of each tensor by name

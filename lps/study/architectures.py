@@ -22,7 +22,7 @@ from ..second_order import similarity
 from .figures import new_axes, plain_text
 from .records import MEASURED_BY, Record
 from .registry import Experiment, register_experiment
-from .sets import digits_recipe
+from .sets import open_models
 from .stats import bootstrap, interval, interval_text
 
 # %% ../../nbs/study/15_architectures.ipynb #40d5652f
@@ -175,15 +175,13 @@ def summarise_queries(
 SMALL_SETS = {"resnet8": {}, "half-width": dict(width=4), "plain": dict(architecture="plain")}
 
 def small_set(
-    name: str,                       # a key of `SMALL_SETS`
-    runs: str | Path = "../../runs", # folder for trained models
-    zoo_epochs: int = 0,             # epochs of each model; 0: those of the recipe
-    **kwargs,                        # of `build`: n_models, seed, workers
+    name: str,  # a key of `SMALL_SETS`
+    *args,      # of `open_models`: runs, zoo_epochs
+    **kwargs,   # of `build`: n_models, seed, workers
 ) -> ModelSet:
     "Train small networks of one architecture for three tasks of digits"
-    from lps.zoo.build import build
-    recipe = digits_recipe(zoo_epochs, **dict(depth=8, width=8) | SMALL_SETS[name])
-    return build(f"{runs}/digits-kinds/{name}", "digits", recipe, n_tasks=3, progress=False, **kwargs)
+    changes = dict(depth=8, width=8) | SMALL_SETS[name]
+    return open_models("digits", *args, folder=f"digits-kinds/{name}", changes=changes, n_tasks=3, **kwargs)
 
 def open_sets(
     model_set: str,  # a folder with one folder for each architecture, or 'digits', which are trained

@@ -26,13 +26,12 @@ def branch_scores(
     models: ModelSet, # all models
     splits: list,     # from `classification_splits`
     layers: list,     # one branch each
-    workers: int = 1, # processes
-    **kwargs,         # of the fits
+    **kwargs,         # of `per_split`: workers, settings of the fits
 ) -> dict:            # layer → scores of training and test models, for each split
     "Fit every branch on every split and score its models"
     def scores(net, split): return [score_models(net, observations(models, net, which)) for which in split]
-    settings = {layer: dict(layers=(layer,), **kwargs) for layer in layers}
-    return per_split(models, splits, settings, scores, workers=workers)
+    settings = {layer: dict(layers=(layer,)) for layer in layers}
+    return per_split(models, splits, settings, scores, **kwargs)
 
 # %% ../../nbs/study/09_branches.ipynb #db27fb61
 def as_text(

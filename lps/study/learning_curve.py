@@ -50,14 +50,13 @@ CURVES = {
 def top1(
     models: ModelSet, # all models
     splits: list,     # from `nested_splits`
-    workers: int = 1, # processes
-    **kwargs,         # of the fits
+    **kwargs,         # of `per_split`: workers, settings of the fits
 ) -> list:            # one share a split
     "Classify test models among the tasks of their split"
     def share_right(net, split):
         scores = score_models(net, observations(models, net, split[1]))
         return round(float(rank_k(scores, models.labels[split[1]], torch.tensor(net.tasks))[0]), 4)
-    return per_split(models, splits, {"lps": kwargs}, share_right, workers=workers)["lps"]
+    return per_split(models, splits, None, share_right, **kwargs)[""]
 
 # %% ../../nbs/study/08_learning_curve.ipynb #48f4cbd8
 def learning_curves(
@@ -67,8 +66,7 @@ def learning_curves(
     n_test: int = 2,    # test models of each task
     n_splits: int = 10, # random splits of each point
     seed: int = 0,      # random seed of the splits
-    workers: int = 1,   # processes
-    **kwargs,           # of the fits
+    **kwargs,           # of `top1`
 ) -> list:              # one dict a point, with the fields of `CurvePoint`
     "Compute top-1 over the number of tasks, of training models, and of epochs if networks were kept"
     if not len(n_train): raise ValueError("n_train is empty: pass at least one number of training models")
@@ -82,7 +80,7 @@ def learning_curves(
         key = id(some.source), tuple(some.manifest.file), k, n
         if key not in known:
             splits = nested_splits(some.labels, k, n, n_test, n_splits, seed)
-            known[key] = top1(some, splits, workers, **kwargs)
+            known[key] = top1(some, splits, **kwargs)
         mean = some.manifest.val_accuracy.astype(float).mean()
         accuracy = None if np.isnan(mean) else round(mean, 4)
         point = dict(curve=curve, x=x, n_tasks=k, n_train=n, models=len(some), val_accuracy=accuracy)

@@ -23,7 +23,6 @@ from ..second_order import similarity
 from .architectures import SMALL_ACROSS, draw_intervals, methods_axes
 from .records import MEASURED_BY, Record
 from .registry import ALL_LAYERS, Experiment, register_experiment
-from .sets import digits_recipe, open_models
 from .stats import bootstrap, interval, interval_text
 
 # %% ../../nbs/study/16_overlap.ipynb #be925d1a
@@ -92,18 +91,7 @@ def summarise_pairs(
     return found
 
 # %% ../../nbs/study/16_overlap.ipynb #114e3ca0
-def open_overlap(
-    model_set: str,                  # a folder, or 'digits', which are trained
-    runs: str | Path = "../../runs", # folder for trained models
-    zoo_epochs: int = 0,             # epochs of each model of digits; 0: those of the recipe
-    **kwargs,                        # of `build`, for digits: n_models, seed, workers
-) -> ModelSet:
-    "Open the models of the experiment"
-    if model_set != "digits": return open_models(model_set)
-    from lps.zoo.build import build
-    recipe = digits_recipe(zoo_epochs, depth=8, width=8)
-    tasks = list(combinations(range(4), 2))
-    return build(f"{runs}/digits-overlap", "digits", recipe, tasks=tasks, progress=False, **kwargs)
+ALL_PAIRS = dict(folder="digits-overlap", changes=dict(depth=8, width=8), tasks=list(combinations(range(4), 2)))
 
 @dataclass(kw_only=True)
 class OverlapRecord(Record):

@@ -18,83 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..core.files import printable, provenance, write_atomic
-
-# %% ../../nbs/study/17_report.ipynb #6629311d
-CSS = """
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d8dee4; --page: #fff; --head: #f6f8fa; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto,
-  "Helvetica Neue", sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 3rem; }
-h1 { font-size: 1.75rem; line-height: 1.25; margin: 0 0 1.25rem; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; padding-bottom: .25rem; border-bottom: 1px solid var(--line); }
-h1, h2, p, figcaption, footer { overflow-wrap: anywhere; }
-p { max-width: 44rem; margin: .75rem 0; white-space: pre-line; }
-nav { font-size: .9rem; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; }
-a { color: inherit; text-underline-offset: .2em; }
-figure { margin: 1.25rem 0; }
-figcaption { color: var(--soft); font-size: .9rem; max-width: 44rem; margin-top: .4rem; }
-img { max-width: 100%; height: auto; display: block; background: #fff; }
-.table { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .8rem; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { background: var(--head); font-weight: 600; }
-.n { text-align: right; }
-footer { margin-top: 3rem; padding-top: .75rem; border-top: 1px solid var(--line); color: var(--soft); font-size:
-  .8rem; }
-@media (max-width: 40rem) { main { padding: 1.25rem .9rem 2rem; } h1 { font-size: 1.4rem; } th, td { padding: .25rem
-  .5rem; } }
-@media screen and (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9ba4ae; --line: #30363d; --page:
-  #0d1117; --head: #161b22; }
-  img { padding: .5rem; border-radius: 6px; } }
-@media print { main { max-width: none; padding: 0; } body { font-size: 11pt; } nav { display: none; } figure, tr {
-  break-inside: avoid; } h2 { break-after: avoid; } .table { overflow: visible; } th, td { white-space: normal; } }
-"""
-
-# %% ../../nbs/study/17_report.ipynb #e99f8d00
-TEMPLATE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<link rel="icon" href="data:,">
-<title>{{ title }}</title>
-<style>{{ css|safe }}</style>
-</head>
-<body>
-<main>
-<h1>{{ title }}</h1>
-{%- if sections|length > 3 %}
-<nav>{% for heading, _ in sections %}<a href="#s{{ loop.index }}">{{ heading }}</a> {% endfor %}</nav>
-{%- endif %}
-{%- for heading, blocks in sections %}
-<section id="s{{ loop.index }}">
-<h2>{{ heading }}</h2>
-{%- for b in blocks %}
-{%- if b.text is defined %}
-<p>{{ b.text }}</p>
-{%- else %}
-<figure>
-{%- if b.png is defined %}
-<img src="data:image/png;base64,{{ b.png }}" width="{{ b.width }}" height="{{ b.height }}" alt="{{ b.alt }}">
-{%- else %}
-<div class="table">{{ b.table|safe }}</div>
-{%- endif %}
-{%- if b.caption %}
-<figcaption>{{ b.caption }}</figcaption>
-{%- endif %}
-</figure>
-{%- endif %}
-{%- endfor %}
-</section>
-{%- endfor %}
-<footer>{{ footer }}</footer>
-</main>
-</body>
-</html>
-"""
+from ..models.modelset import bundled
 
 # %% ../../nbs/study/17_report.ipynb #bfa4262d
 def figure_block(fig, caption, dpi):
@@ -195,8 +119,9 @@ def html_report(
     all_blocks = sum([parts for _, parts in blocks], [])
     widest = max([block.get("columns", 0) for block in all_blocks], default=0)
     aligned = [f".n{i} :is(th, td):nth-child({i}) {{ text-align: right; }}" for i in range(1, widest + 1)]
-    template = jinja2.Environment(autoescape=True).from_string(TEMPLATE)
-    css = CSS + "\n".join(aligned)
+    css, template = [bundled(f"report.{suffix}").read_text("utf-8") for suffix in ("css", "html")]
+    css += "\n".join(aligned)
+    template = jinja2.Environment(autoescape=True).from_string(template)
     page = template.render(title=printable(title), sections=blocks, css=css, footer=footer_text())
     write_atomic(path, page.encode())
     for thing in things:

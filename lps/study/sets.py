@@ -15,22 +15,23 @@ from ..zoo.recipe import Recipe, recipes
 
 # %% ../../nbs/study/21_sets.ipynb #98c44439
 def digits_recipe(
-    epochs: int = 0, # 0: those of the recipe for digits
+    epochs: int = 0, # 0: those of the recipe for digits; another number is for trials, with networks of 8 layers
     **changes,       # other fields
 ) -> Recipe:
     "Return the recipe for digits, changed"
-    recipe = replace(recipes["digits"], **changes)
-    return replace(recipe, name=f"digits, {epochs} epochs", epochs=epochs, milestones=()) if epochs else recipe
+    trial = dict(name=f"digits, {epochs} epochs", epochs=epochs, milestones=(), depth=8) if epochs else {}
+    return replace(recipes["digits"], **trial | changes)
 
 # %% ../../nbs/study/21_sets.ipynb #fcc1a3ec
 def open_models(
     model_set: str,                # folder, name of a set that comes with lps, or 'digits', which are trained
     runs: str|Path = "../../runs", # folder for trained models
     zoo_epochs: int = 0,           # epochs for each model of digits; 0: those of the recipe
-    keep: tuple = (),              # epochs after which models of digits are kept too
-    **kwargs,                      # of `build`, for digits: n_models, seed, workers
+    folder: str = "digits",        # name of the folder for models of digits
+    changes: dict|None = None,     # fields of the recipe for digits
+    **kwargs,                      # of `build`, for digits: n_models, n_tasks, tasks, keep, seed, workers
 ) -> ModelSet:
     "Open the models of an experiment"
     if model_set != "digits": return load_modelset(model_set)
-    folder = f"{runs}/{'digits-epochs' if keep else 'digits'}"
-    return build(folder, images="digits", recipe=digits_recipe(zoo_epochs), keep=keep, progress=False, **kwargs)
+    recipe = digits_recipe(zoo_epochs, **changes or {})
+    return build(f"{runs}/{folder}", images="digits", recipe=recipe, progress=False, **kwargs)

@@ -116,19 +116,24 @@ def nested_splits(
 
 # %% ../../nbs/study/01_splits.ipynb #eb3c9ba6
 def per_split(
-    models: ModelSet, # all models
-    splits: list,     # tuples of index arrays; the first of each is for training
-    settings: dict,   # name → `method` and settings of its fit
-    f,                # called with the fitted method and the split
-    **kwargs,         # of `fit_many`: workers, executor, progress
-) -> dict:            # name → results of `f`, one a split
+    models: ModelSet,       # all models
+    splits: list,           # tuples of index arrays; the first of each is for training
+    settings: dict|None,    # name → method and settings of its fits; None: one method, named ""
+    f,                      # called with the fitted method and the split
+    workers: int = 1,       # processes
+    executor=None,          # any `concurrent.futures.Executor` to use instead
+    progress: bool = False, # show a progress bar
+    **kwargs,               # for all fits: method, layers, epochs, n_filters, …
+) -> dict:                  # name → results of `f`, one a split
     "Fit every setting on every split"
+    settings = settings or {"": {}}
     jobs = []
     for how in settings.values():
+        how = kwargs | how
         method = how.get("method", "lps")
         own = own_settings(method, how)
         jobs += [dict(own, method=method, train=split[0], seed=i) for i, split in enumerate(splits)]
-    fitted = iter(fit_many(models, jobs, **kwargs))
+    fitted = iter(fit_many(models, jobs, workers, executor, "fits" if progress else ""))
     results = {}
     for name in settings: results[name] = [f(method, split) for split, method in zip(splits, fitted)]
     return results

@@ -61,19 +61,13 @@ def classify(
     splits: list,               # from `classification_splits`
     classifier: str = "scores", # as in `task_scores`
     settings: dict|None = None, # name → method and settings, to compare several
-    workers: int = 1,           # processes
-    executor=None,              # any `concurrent.futures.Executor` to use instead
-    progress: bool = False,     # show a progress bar
-    **kwargs,                   # for all fits: method, layers, epochs, n_filters, …
+    **kwargs,                   # of `per_split`: workers, executor, progress, settings of all fits
 ) -> pd.DataFrame:              # one row a split, below its name if there are settings; columns top-1 … top-K
     "Fit on the training models of each split and classify its test models, §5.1"
     def scores(fitted, split):
         train, test = [observations(models, fitted, which) for which in split]
         return task_scores(fitted, test, (train, models.labels[split[0]]), classifier)
-    fits = {name: kwargs | how for name, how in (settings or {"": {}}).items()}
-    bar = "classification" if progress else ""
-    found = per_split(models, splits, fits, scores, workers=workers, executor=executor, progress=bar)
-    runs = top_k(found, models, splits)
+    runs = top_k(per_split(models, splits, settings, scores, **kwargs), models, splits)
     return runs if settings else runs.droplevel("method")
 
 # %% ../../nbs/study/06_table1.ipynb #f1ba5e0f

@@ -21,10 +21,7 @@ def retrieve(
     models: ModelSet,           # all models
     splits: list,               # from `retrieval_splits`
     settings: dict|None = None, # name → method and settings, to compare several
-    workers: int = 1,           # processes
-    executor=None,              # any `concurrent.futures.Executor` to use instead
-    progress: bool = False,     # show a progress bar
-    **kwargs,                   # for all fits: method, layers, epochs, n_filters, …
+    **kwargs,                   # of `per_split`: workers, executor, progress, settings of all fits
 ) -> pd.DataFrame:              # one row a split, below its name if there are settings; columns rank-1 …, and mAP
     "Fit on the training tasks of each split and rank its gallery for each query, §5.2"
     def row(fitted, split):
@@ -32,11 +29,8 @@ def retrieve(
         z = [embed_models(fitted, observations(models, fitted, which)) for which in (query, gallery)]
         ranking = similarity(*z), models.labels[query], models.labels[gallery]
         return [*rank_k(*ranking), mean_average_precision(*ranking)]
-    fits = {name: kwargs | how for name, how in (settings or {"": {}}).items()}
-    bar = "retrieval" if progress else ""
-    rows = per_split(models, splits, fits, row, workers=workers, executor=executor, progress=bar)
     columns = [f"rank-{k + 1}" for k in range(len(splits[0][2]))] + ["mAP"]
-    runs = runs_frame(rows, columns)
+    runs = runs_frame(per_split(models, splits, settings, row, **kwargs), columns)
     return runs if settings else runs.droplevel("method")
 
 # %% ../../nbs/study/07_table2.ipynb #8ca7fa5b

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..core.files import printable
@@ -97,19 +97,6 @@ def to_rgb(
     return image.convert("RGB"), ", ".join(done)
 
 # %% ../../nbs/zoo/00_tasks.ipynb #3eb590b9
-def central_square(
-    image: Image.Image,  # an image
-    size: int,           # side of the result in pixels
-) -> Image.Image:
-    "Crop the central square and resize it"
-    if image.size == (size, size): return image
-    width, height = image.size
-    side = min(width, height)
-    left = (width - side)//2
-    top = (height - side)//2
-    square = left, top, left + side, top + side
-    return image.resize((size, size), Image.Resampling.BOX, box=square)
-
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 
 def read_image(
@@ -121,7 +108,8 @@ def read_image(
     if file.suffix.lower() not in SUFFIXES: return None, f"suffix '{file.suffix}' is not that of an image"
     try:
         with Image.open(file) as image: image, done = to_rgb(image)
-        return np.array(central_square(image, size) if size else image), done
+        if size: image = ImageOps.fit(image, (size, size), Image.Resampling.BOX)  # the central square
+        return np.array(image), done
     except Exception as e:  # PIL's readers raise anything
         first = (str(e).splitlines() or ["no message"])[0]
         return None, f"{type(e).__name__}: {first}"
