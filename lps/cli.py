@@ -186,7 +186,7 @@ def parse_stats(stats) -> tuple | None:
 def read_name_map(file: str | None):
     "Read a name map; 'foreignzoo' is the one that comes with lps"
     from lps.core.files import read_json
-    from lps.models.checkpoint import FOREIGNZOO_NAMES
+    from lps.models.names import FOREIGNZOO_NAMES
     from pydantic import TypeAdapter, ValidationError
     if file is None: return ()
     if file == "foreignzoo": return FOREIGNZOO_NAMES

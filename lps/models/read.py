@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..core.files import MAX_TENSORS, check_weights, pluralise, printable, read_json
 from ..core.jobs import one_thread
 from ..core.optional import optional
-from .checkpoint import SUFFIXES, Checkpoint, own_names, read_checkpoint, rename
+from .checkpoint import SUFFIXES, Checkpoint, read_checkpoint
+from .names import own_names, rename
 from .config import class_names, input_size, normalisation, places
 from .model import Model
 from .web import is_hub_name, open_model
