@@ -1,6 +1,6 @@
 """Measure how reliably `lps compare` tells derived models from independent ones:
 
-python scripts/lineage.py train FOLDER    trains the networks on CIFAR-100 (about 35 minutes of one core); resumes
+python scripts/lineage.py train FOLDER    trains the networks on CIFAR-100 (about 8 minutes of one core); resumes
 python scripts/lineage.py measure FOLDER explore|confirm OUT
 
 Thresholds were chosen on the set `explore`; `confirm` has other architectures, classes and seeds.
@@ -24,6 +24,7 @@ from lps.zoo.tasks import augment, load_images, normalise
 
 STATS = (.507, .487, .441), (.267, .256, .276)  # of CIFAR-100
 BATCH = 64
+SIDE = 16  # of the images, which are averaged from 32 pixels
 
 
 def timm_resnet(block, channels, n_classes):
@@ -39,7 +40,7 @@ def timm_model(name, n_classes):
 def vit(dim, depth, heads, n_classes):
     from timm.models.vision_transformer import VisionTransformer
     return VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=dim, depth=depth, num_heads=heads, num_classes=n_classes,
+        img_size=16, patch_size=4, embed_dim=dim, depth=depth, num_heads=heads, num_classes=n_classes,
     )
 
 
@@ -54,18 +55,18 @@ class Kind:
     adam: bool = False      # AdamW instead of SGD
 
 KINDS = {
-    "resnet20": Kind(lambda k: ResNet(20, n_classes=k), 2, 500, 3, .1),
-    "basic": Kind(lambda k: timm_resnet("BasicBlock", (24, 48, 96, 192), k), 10, 200, 4, .05),
-    "bottleneck": Kind(lambda k: timm_resnet("Bottleneck", (12, 24, 48, 96), k), 10, 200, 4, .05),
-    "mobilenetv2": Kind(lambda k: timm_model("mobilenetv2_035", k), 10, 200, 3, .05),
-    "mobilenetv3": Kind(lambda k: timm_model("mobilenetv3_small_050", k), 10, 200, 3, .05),
-    "vit-96": Kind(lambda k: vit(96, 4, 3, k), 10, 100, 4, 1e-3, True),
-    "vit-64": Kind(lambda k: vit(64, 6, 4, k), 10, 100, 4, 1e-3, True),
-    "resnet14": Kind(lambda k: ResNet(14, width=16, n_classes=k), 2, 500, 3, .1),
-    "plain": Kind(lambda k: PlainNet(8, 16, n_classes=k), 2, 500, 3, .05),
-    "basic-16": Kind(lambda k: timm_resnet("BasicBlock", (16, 32, 64, 128), k), 10, 200, 4, .05),
-    "mobilenetv2-050": Kind(lambda k: timm_model("mobilenetv2_050", k), 10, 200, 3, .05),
-    "vit-80": Kind(lambda k: vit(80, 5, 5, k), 10, 100, 4, 1e-3, True),
+    "resnet20": Kind(lambda k: ResNet(20, n_classes=k), 2, 250, 5, .1),
+    "basic": Kind(lambda k: timm_resnet("BasicBlock", (24, 48, 96, 192), k), 10, 50, 6, .05),
+    "bottleneck": Kind(lambda k: timm_resnet("Bottleneck", (12, 24, 48, 96), k), 10, 50, 6, .05),
+    "mobilenetv2": Kind(lambda k: timm_model("mobilenetv2_035", k), 10, 50, 5, .05),
+    "mobilenetv3": Kind(lambda k: timm_model("mobilenetv3_small_050", k), 10, 50, 5, .05),
+    "vit-96": Kind(lambda k: vit(96, 4, 3, k), 10, 50, 5, 1e-3, True),
+    "vit-64": Kind(lambda k: vit(64, 6, 4, k), 10, 50, 5, 1e-3, True),
+    "resnet14": Kind(lambda k: ResNet(14, width=16, n_classes=k), 2, 250, 5, .1),
+    "plain": Kind(lambda k: PlainNet(8, 16, n_classes=k), 2, 250, 5, .05),
+    "basic-16": Kind(lambda k: timm_resnet("BasicBlock", (16, 32, 64, 128), k), 10, 50, 6, .05),
+    "mobilenetv2-050": Kind(lambda k: timm_model("mobilenetv2_050", k), 10, 50, 5, .05),
+    "vit-80": Kind(lambda k: vit(80, 5, 5, k), 10, 50, 5, 1e-3, True),
 }
 SETS = {  # kind → (number of tasks, models of each task, parents of trained derivations)
     "explore": {"resnet14": (1, 5, 2), "plain": (1, 4, 1), "basic-16": (1, 5, 2), "mobilenetv2-050": (1, 4, 1),
@@ -108,7 +109,7 @@ def fit(net, task, kind, seed, epochs, lr, masks=()):
     for _ in range(epochs):
         for rows in torch.randperm(len(x), generator=g).split(BATCH):
             if len(rows) < 2: continue
-            batch = normalise(augment(x[rows], 4, True, g), STATS).contiguous(memory_format=torch.channels_last)
+            batch = normalise(augment(x[rows], 2, True, g), STATS).contiguous(memory_format=torch.channels_last)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=run is not net): out = run(batch)
             loss = F.cross_entropy(out.float(), y[rows])
             opt.zero_grad()
@@ -192,6 +193,7 @@ def jobs(part):
 
 def train(folder):
     images = load_images("cifar100", "train")
+    images.images = F.avg_pool2d(images.images.float(), 32//SIDE).round().byte()
     for part in SETS:
         for path, function, arguments in jobs(part):
             if (folder/path).exists(): continue

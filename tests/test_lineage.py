@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lps.lineage.benchmark import DERIVATIONS, pruned, renamed, reordered, rescaled
-from lps.lineage.compare import Aligner, balanced, compare
+from lps.lineage.compare import Aligner, balanced, compare, layers_of
 from lps.models.model import Model
 from lps.nets.plain import PlainNet
 from lps.nets.resnet import ResNet
@@ -75,7 +75,7 @@ def test_broken_weights_do_not_relate_models():
 def test_evidence_cannot_exceed_the_number_of_maps():
     "A layer of n rows has n! maps, so one layer of two rows is never significant"
     state = {"fc.weight": torch.randn(2, 64, generator=torch.Generator().manual_seed(0))}
-    assert Aligner(state, state).run().log_p >= -math.log(2)
+    assert Aligner(layers_of(state), layers_of(state)).run().log_p >= -math.log(2)
 
 
 def test_counters_of_batch_normalisation_give_a_direction_only_if_both_models_have_them():

@@ -180,7 +180,7 @@ DERIVATIONS = {
     "noise-10": Derivation(lambda a, b, seed: noisy(a.state, .1, seed), "fine-tuned"),
     "pruned-80": Derivation(lambda a, b, seed: pruned(a.state, .8), "pruned"),
     "four-bits": Derivation(lambda a, b, seed: quantised(a.state, 4), "quantised"),
-    "merged-25": Derivation(lambda a, b, seed: merged(a.state, b.state, .25), "fine-tuned or merged"),
+    "merged-25": Derivation(lambda a, b, seed: merged(a.state, b.state, .25), "merged"),
     "half-width": Derivation(lambda a, b, seed: sliced(a.state, a.architecture.spec, .5, seed), "channels removed"),
     "grey": Derivation(lambda a, b, seed: grey(a.state, a.stem), "input channels changed"),
     "new-head": Derivation(lambda a, b, seed: with_new_head(a.state, a.architecture.head, 10, seed), "head replaced"),

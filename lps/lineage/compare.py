@@ -29,7 +29,7 @@ def balanced(
     "Scale rows and columns of a layer to equal norms; rows and columns of zeros stay zero"
     energy = weight.square().sum(2)
     n, c = energy.shape
-    rows = torch.ones(n)
+    rows = torch.ones(n, dtype=weight.dtype)
     for _ in range(n_steps):
         columns = _inverse(energy.T @ rows)*n/c
         rows = _inverse(energy @ columns)
@@ -41,44 +41,59 @@ def _inverse(x):
 
 # %% ../../nbs/lineage/01_compare.ipynb #63aff705
 def cosines(
-    a: Tensor,               # rows of one layer, `(N, C, taps)`
-    b: Tensor,               # rows of the other, `(M, C, taps)`
-    unsigned: bool = False,  # ignore the sign of rows
-) -> Tensor:                 # `(N, M)`
+    a: Tensor,  # rows of one layer, `(N, C, taps)`
+    b: Tensor,  # rows of the other, `(M, C, taps)`
+) -> Tensor:    # `(N, M)`
     "Compute cosines of all pairs of rows"
-    found = F.normalize(a.flatten(1), dim=1) @ F.normalize(b.flatten(1), dim=1).T
-    return found.abs() if unsigned else found
+    return F.normalize(a.flatten(1), dim=1) @ F.normalize(b.flatten(1), dim=1).T
+
+def standardised(
+    cosines,  # of all pairs of rows, arrays `(…, N, M)`
+):            # of the same shape
+    "Subtract the means of rows and columns, and scale so that the sum over a random map has standard deviation 1"
+    means = cosines.mean(-2, keepdims=True) + cosines.mean(-1, keepdims=True)
+    centred = cosines - means + cosines.mean((-2, -1), keepdims=True)
+    variance = np.square(centred).sum((-2, -1), keepdims=True)/(cosines.shape[-2] - 1)
+    return centred/np.sqrt(np.maximum(variance, 1e-24))
 
 def z_score(
-    cosines: Tensor,  # of all pairs of rows, `(N, M)`
-    rows: Tensor,     # for each of the M rows the assigned one of the N, `(M,)`
-) -> float:
+    standardised,  # cosines of all pairs of rows, arrays `(…, N, M)`
+    rows,          # for each of the M rows the assigned one of the N, `(M,)`
+):                 # `(…)`
     "Return how many standard deviations the cosines of assigned rows exceed those of random maps"
-    centred = cosines - cosines.mean(0) - cosines.mean(1, keepdim=True) + cosines.mean()
-    total = centred[rows, torch.arange(len(rows))].sum()
-    variance = centred.square().sum()/(len(cosines) - 1)
-    return float(total/variance.sqrt().clamp_min(1e-12))
+    return standardised[..., rows, np.arange(len(rows))].sum(-1)
+
+def with_and_without_sign(
+    cosines: Tensor,  # `(N, M)`
+):                    # array `(2, N, M)`
+    "Stack cosines and their absolute values"
+    found = cosines.numpy()
+    return np.stack([found, np.abs(found)])
 
 # %% ../../nbs/lineage/01_compare.ipynb #16e5c024
 def best_map(
     cosines: Tensor,  # of all pairs of rows, `(N, M)`, with N at least M
 ) -> Tensor:          # for each of the M rows the assigned one, `(M,)`
     "Return the one-to-one map with the largest sum of cosines"
+    nearest = cosines.argmax(0)
+    if len(nearest.unique()) == len(nearest): return nearest
     i, j = linear_sum_assignment(cosines.numpy(), maximize=True)
     rows = torch.empty(cosines.shape[1], dtype=torch.long)
     rows[torch.from_numpy(j)] = torch.from_numpy(i)
     return rows
 
-def held_out_score(
-    a: Tensor,               # rows of one layer, `(N, C, taps)`
-    b: Tensor,               # rows of the other, `(M, C, taps)`
-    unsigned: bool = False,  # ignore the sign of rows
-) -> float:                  # -inf for fewer than 8 columns
+def held_out_scores(
+    a: Tensor,  # rows of one layer, `(N, C, taps)`
+    b: Tensor,  # rows of the other, `(M, C, taps)`
+):              # with the sign of rows and without it, `(2,)`; -inf for fewer than 8 columns
     "Score the map of rows chosen on half of the columns by the other half: the sum of both z scores over √2"
-    if a.shape[1] < 8: return -math.inf
+    if a.shape[1] < 8: return np.full(2, -math.inf)
     even = torch.arange(a.shape[1]) % 2 == 0
-    one, two = [cosines(a[:, half], b[:, half], unsigned) for half in (even, ~even)]
-    return (z_score(two, one.argmax(0)) + z_score(one, two.argmax(0)))/2**.5
+    one = standardised(with_and_without_sign(cosines(a[:, even], b[:, even])))
+    two = standardised(with_and_without_sign(cosines(a[:, ~even], b[:, ~even])))
+    places = np.arange(2)[:, None], np.arange(b.shape[0])
+    scores = [chosen[places[0], best.argmax(1), places[1]].sum(1) for best, chosen in ((one, two), (two, one))]
+    return sum(scores)/2**.5
 
 # %% ../../nbs/lineage/01_compare.ipynb #630cae58
 MAX_CHANNELS = 4  # of an image
@@ -87,7 +102,7 @@ MAX_CHANNELS = 4  # of an image
 class ChannelMap:
     "A correspondence of channels: for each channel of `b` a channel of `a`"
     rows: Tensor         # `(channels of b,)`
-    source: str = ""     # stem whose weights it was computed from
+    sources: tuple = ()  # names of the layers of `b` that it was computed from before any match
     used: bool = False   # is it part of a match?
 
 @dataclass(eq=False)
@@ -111,7 +126,8 @@ class Match:
     b: Layer
     z: float
     columns: ChannelMap
-    rows: ChannelMap
+    rows: ChannelMap | None  # None: not known yet
+    unsigned: bool = False   # are rows compared without their sign?
     cosine: float = 0.
 
     def aligned(self):
@@ -135,20 +151,20 @@ def layers_of(
     return found
 
 # %% ../../nbs/lineage/01_compare.ipynb #1da3daf0
-MATCHED = 8    # z score of a match; the largest among independent models was 6.3
-MAX_ROWS = 64  # rows of a layer that are compared while searching
+MATCHED = 8         # z score of a match; the largest among independent models was 6.3
+MAX_ROWS = 64       # rows of a layer that are compared while searching
+MAX_NUMBERS = 1152  # numbers of a row that are compared while searching
+N_NEAREST = 3       # layers of `a` that are tried for each of `b` before there is a match
 
 class Aligner:
     "Search for pairs of layers, one of each model, whose channels are aligned"
     def __init__(
         self,
-        a: dict,                 # tensors of one model by name
-        b: dict,                 # tensors of the other
-        unsigned: bool = False,  # ignore the sign of rows
+        a: list,  # layers of one model, from `layers_of`
+        b: list,  # layers of the other
     ):
-        self.a = layers_of(a)
-        self.b = layers_of(b)
-        self.unsigned = unsigned
+        self.a = a
+        self.b = b
         self.maps = {}     # (channels of a, channels of b) → known maps
         self.tried = set()
         self.n_tests = dict.fromkeys((layer.name for layer in self.b), 0)
@@ -159,20 +175,77 @@ class Aligner:
         "Return the known maps between so many channels; the first is the identity"
         return self.maps.setdefault((n_a, n_b), [ChannelMap(torch.arange(n_b))])
 
-    def add(self, n_a, n_b, rows, source=""):
+    def add(self, n_a, n_b, rows, sources=()):
         "Return the known map with these rows, or add it"
         for old in self.known(n_a, n_b):
             if old.rows.equal(rows): return old
-        self.known(n_a, n_b).append(ChannelMap(rows, source))
+        self.known(n_a, n_b).append(ChannelMap(rows, sources))
         return self.known(n_a, n_b)[-1]
 
     def free(self, b):
         "List layers of `a` that may be the counterpart of a layer of `b`, the most likely first"
         taken = {match.a.name for match in self.matches.values()}
+        place = {layer.name: i/len(self.a) for i, layer in enumerate(self.a)}
+        here = self.b.index(b)/len(self.b)
         found = [a for a in self.a if a.name not in taken and a.fits(b)]
-        return sorted(found, key=lambda a: (a.shape != b.shape, a.name != b.name))
+        near = sorted(found, key=lambda a: (abs(place[a.name] - here)))
+        likely = sorted(near, key=lambda a: (a.shape != b.shape, a.name != b.name))
+        if self.matches: return likely
+        return list(dict.fromkeys([*likely[:N_NEAREST], *near[:N_NEAREST]]))
+
+# %% ../../nbs/lineage/01_compare.ipynb #962374a6
+def first_stage(
+    layers: list,  # of `Layer`
+) -> list:         # the stem, then an even number of layers; empty for another kind of network
+    "Return the stem of a network and the layers after it that keep its number of channels"
+    stems = [i for i, layer in enumerate(layers) if layer.shape[1] <= MAX_CHANNELS and layer.shape[2] > 1]
+    if not stems: return []
+    n = len(layers[stems[0]].weight)
+    found = [layers[stems[0]]]
+    for layer in layers[stems[0] + 1:]:
+        if layer.shape[:2] != (n, n) or layer.shape[2] == 1: break
+        found.append(layer)
+    n_blocks = (len(found) - 1)//2
+    return found[:1 + 2*n_blocks] if n_blocks and n <= MAX_ROWS else []
+
+def unit_variance(
+    layers: list,  # of `Layer`
+) -> list:         # tensors
+    "Scale balanced weights to a mean square of 1"
+    return [layer.balanced*layer.balanced[0].numel()**.5 for layer in layers]
+
+def align_stage(
+    a: list,             # layers from `first_stage`, with numbers of variance 1
+    b: list,             # those of the other model
+    n_starts: int = 8,   # the first is the map of the stem, others are disturbed
+    n_steps: int = 10,
+):                       # yields a map of the stem's channels for each start
+    "Align the stem and the blocks after it together"
+    g = torch.Generator().manual_seed(0)
+    first = torch.einsum("nct,mct->nm", a[0], b[0])
+    pairs = list(zip(a[1::2], b[1::2], a[2::2], b[2::2]))
+    for start in range(n_starts):
+        found = first + torch.randn(first.shape, generator=g)*first.std()*(start > 0)
+        for _ in range(n_steps):
+            stream = best_map(found)
+            found = first.clone()
+            for a_in, b_in, a_out, b_out in pairs:
+                inner = torch.einsum("hct,kct->hk", a_in[:, stream], b_in)
+                inner += torch.einsum("nht,nkt->hk", a_out[stream], b_out)
+                inner = best_map(inner)
+                found += torch.einsum("hct,hdt->cd", a_in[inner], b_in)
+                found += torch.einsum("nht,mht->nm", a_out[:, inner], b_out)
+            if best_map(found).equal(stream): break
+        yield stream
 
 # %% ../../nbs/lineage/01_compare.ipynb #776f86bd
+def spread(
+    n: int,     # how many there are
+    most: int,  # how many to keep
+) -> Tensor:    # numbers of those kept, ascending
+    "Choose evenly spaced numbers"
+    return torch.arange(0, n, math.ceil(n/max(1, most)))
+
 @patch
 def add_stems(self: Aligner):
     "Add the maps that match the filters of layers that read an image; of other numbers of channels, their sums"
@@ -182,25 +255,38 @@ def add_stems(self: Aligner):
             if len(a.weight) < len(b.weight) or b.shape[1] == a.shape[1] == 1: continue
             one, two = a.balanced, b.balanced
             if a.shape[1] != b.shape[1]: one, two = one.sum(1, keepdim=True), two.sum(1, keepdim=True)
-            self.add(a.shape[0], b.shape[0], best_map(cosines(one, two, self.unsigned)), b.name)
+            found = cosines(one, two)
+            for similar in (found, found.abs()): self.add(a.shape[0], b.shape[0], best_map(similar), (b.name,))
+
+@patch
+def add_blocks(self: Aligner):
+    "Add the maps of the first stage of a residual network, from its stem and all of its blocks together"
+    one = first_stage(self.a)
+    two = first_stage(self.b)
+    if not one or [layer.shape for layer in one] != [layer.shape for layer in two]: return
+    names = tuple(layer.name for layer in two)
+    n = len(one[0].weight)
+    maps = {tuple(found.tolist()) for found in align_stage(unit_variance(one), unit_variance(two))}
+    for rows in sorted(maps): self.add(n, n, torch.tensor(rows), names)
 
 @patch
 def tests(self: Aligner, a, b):
     "Score a pair of layers under all known maps that were not tried, as `Match` each"
-    some = torch.arange(0, b.shape[0], math.ceil(b.shape[0]/MAX_ROWS))
-    rows_b = b.balanced[some]
+    some = spread(b.shape[0], MAX_ROWS)
+    kept = spread(b.shape[1], MAX_NUMBERS//b.shape[2])
+    rows_b = b.balanced[some][:, kept]
     for columns in self.known(a.shape[1], b.shape[1]):
-        maps = [rows for rows in self.known(a.shape[0], b.shape[0]) if rows.source != b.name]
+        if b.name in columns.sources: continue
+        maps = [rows for rows in self.known(a.shape[0], b.shape[0]) if b.name not in rows.sources]
         new = [rows for rows in (*maps, None) if (a, b, columns, rows) not in self.tried]
         if not new: continue
-        rows_a = a.balanced[:, columns.rows]
-        found = cosines(rows_a, rows_b, self.unsigned)
+        rows_a = a.balanced[:, columns.rows[kept]]
+        found = standardised(with_and_without_sign(cosines(rows_a, rows_b)))
         for rows in new:
             self.tried.add((a, b, columns, rows))
-            self.n_tests[b.name] += 1
-            if rows: z = z_score(found, rows.rows[some])
-            else: z = held_out_score(rows_a, rows_b, self.unsigned)
-            yield Match(a, b, z, columns, rows)
+            self.n_tests[b.name] += 2
+            scores = z_score(found, rows.rows[some].numpy()) if rows else held_out_scores(rows_a, rows_b)
+            for z, unsigned in zip(scores, (False, True)): yield Match(a, b, float(z), columns, rows, unsigned)
 
 @patch
 def find(self: Aligner, b):
@@ -216,15 +302,16 @@ def find(self: Aligner, b):
 def measure(self: Aligner, match):
     "Compute the mean cosine of matched rows"
     pairs = F.cosine_similarity(*[weight.flatten(1) for weight in match.aligned()])
-    match.cosine = float((pairs.abs() if self.unsigned else pairs).mean())
+    match.cosine = float((pairs.abs() if match.unsigned else pairs).mean())
 
 @patch
 def accept(self: Aligner, match):
     "Record a match, with the map of its rows if that is new"
     n_a, n_b = match.a.shape[0], match.b.shape[0]
     if match.rows is None:
-        found = cosines(match.a.balanced[:, match.columns.rows], match.b.balanced, self.unsigned)
-        match.rows = self.add(n_a, n_b, best_map(found))
+        kept = spread(match.b.shape[1], MAX_NUMBERS//match.b.shape[2])
+        found = cosines(match.a.balanced[:, match.columns.rows[kept]], match.b.balanced[:, kept])
+        match.rows = self.add(n_a, n_b, best_map(found.abs() if match.unsigned else found))
     match.rows.used = match.columns.used = True
     self.measure(match)
     self.matches[match.b.name] = match
@@ -233,6 +320,7 @@ def accept(self: Aligner, match):
 def run(self: Aligner):
     "Match layers until no known map gives another match"
     self.add_stems()
+    self.add_blocks()
     found = True
     while found:
         found = False
@@ -260,14 +348,15 @@ def head(self: Aligner):
 @patch
 def complete(self: Aligner):
     "Match the remaining layers by their cosine under known maps"
+    unsigned = any(match.unsigned for match in self.matches.values())
     for b in self.b:
         if b.name in self.matches: continue
         best = None
         for a in self.free(b):
             for columns in self.known(a.shape[1], b.shape[1]):
                 for rows in self.known(a.shape[0], b.shape[0]):
-                    if rows.source == b.name and not rows.used: continue
-                    match = Match(a, b, 0., columns, rows)
+                    if b.name in rows.sources and not rows.used: continue
+                    match = Match(a, b, 0., columns, rows, unsigned)
                     self.measure(match)
                     if best is None or match.cosine > best.cosine: best = match
         if best and best.cosine > min(.8, max(.3, 4*best.b.balanced[0].numel()**-.5)): self.accept(best)
@@ -294,7 +383,7 @@ def log_p(self: Aligner) -> float:
 
 # %% ../../nbs/lineage/01_compare.ipynb #0264fd27
 ROUNDING = 2**-8  # relative error of bfloat16
-CHANGE = 5e-6     # 1 − cosine of rows that differ by more than rounding
+CHANGES = {torch.bfloat16: 1e-5, torch.float16: 1e-6, torch.float32: 1e-9}  # 1 − cosine that rounding explains
 
 def equal_values(
     a: dict,  # tensors by name
@@ -310,41 +399,71 @@ def equal_values(
         free.pop(i)
     return not free
 
-def rounding_error(
-    weight: Tensor,  # quantised weights
+N_VALUES = 4096     # numbers of a layer among which distinct values are counted
+GRIDS = 127, 7      # largest integers of 8 and 4 bits
+
+def grid_step(
+    weight: Tensor,  # rows of a layer, `(N, C, taps)`
+) -> float:          # 0 for weights that are not quantised
+    "Return the step of quantised weights, relative to their root mean square"
+    values = weight.flatten()[spread(weight.numel(), N_VALUES)]
+    distinct = values.unique()
+    if 1 < len(distinct) <= min(256, len(values)//4): return float(distinct.diff().min()/values.square().mean().sqrt())
+    rows = weight.flatten(1)
+    largest = rows.abs().amax(1, keepdim=True).clamp_min(1e-12)
+    for n in GRIDS:
+        if rows.shape[1] < 64: break
+        places = rows/largest*n
+        if (places - places.round()).abs().mean() < .01: return float(largest.mean()/n/rows.square().mean().sqrt())
+    return 0.
+
+def rounding_change(
+    weight: Tensor,  # float32
 ) -> float:
-    "Return the expected 1 − cosine between quantised weights and those before quantisation"
-    step = weight.unique().diff().min()
-    return float(step**2/24/weight.square().mean())
+    "Return the largest 1 − cosine that the rounding of weights explains, from the precision that their values have"
+    values = weight.flatten()[spread(weight.numel(), N_VALUES)]
+    return max(change for dtype, change in CHANGES.items() if values.to(dtype).float().equal(values))
 
 def layer_change(
     match: Match,
-) -> dict:  # zeros, quantised, changed: 1 if b has more, -1 if a has more, 0 if there is no difference
-    "Compare a layer with its counterpart"
-    a = match.a.weight[match.rows.rows][:, match.columns.rows]
-    b = match.b.weight
+) -> dict:  # zeros, quantised: 1 if b has more, -1 if a has more, 0 if there is no difference; changed
+    "Compare some rows of a layer with their counterparts"
+    some = spread(match.b.shape[0], MAX_ROWS)
+    a = match.a.weight[match.rows.rows[some]][:, match.columns.rows]
+    b = match.b.weight[some]
     zeros = float((b == 0).float().mean() - (a == 0).float().mean())
-    few = [1 < len(w.unique()) <= min(256, w.numel()//4) for w in (a, b)]
+    steps = [grid_step(weight) for weight in (a, b)]
     kept = (a != 0)*(b != 0)
-    both = [balanced(w*kept).flatten(1) for w in (a, b)]
-    change = 1 - float(F.cosine_similarity(*both).abs().mean())
-    errors = [rounding_error(w) for w, quantised in zip((a, b), few) if quantised]
-    return dict(zeros=zeros, quantised=few[1] - few[0], changed=change > max([CHANGE, *[2*e for e in errors]]))
+    one, two = [F.normalize(balanced((weight*kept).double(), 30).flatten(1), dim=1) for weight in (a, b)]
+    signs = (one*two).sum(1, keepdim=True).sign()
+    change = float((one - signs*two).square().sum(1).mean()/2)
+    expected = max(rounding_change(a), rounding_change(b), *[step**2/12 for step in steps])
+    return dict(zeros=zeros, quantised=bool(steps[1]) - bool(steps[0]), changed=change > expected)
 
 # %% ../../nbs/lineage/01_compare.ipynb #f1abd3f4
 def _sign(x, threshold):
     "Return 1 above the threshold, -1 below its negative, else 0"
     return int(x > threshold) - int(x < -threshold)
 
+UNIFORM = .22  # spread of 1 − cosine over layers, relative to its mean, below which all layers changed alike
+
+def changed_how(
+    cosines,  # of all matched layers
+) -> str:
+    "Name the change of weights: merging, like noise, changes all layers alike, fine-tuning does not"
+    change = 1 - np.array(cosines)
+    if len(change) < 4 or change.mean() > .9: return "fine-tuned or merged"
+    return "merged" if .01 < change.mean() and change.std() < UNIFORM*change.mean() else "fine-tuned"
+
 def describe_changes(
     aligner: Aligner,  # of two related models
 ) -> tuple:            # kinds of changes, direction: 1 from a to b, -1 from b to a, 0 unknown
     "Name the changes between two related models, and their direction if only one is possible"
     matches = list(aligner.matches.values())
-    changes = pd.DataFrame([layer_change(match) for match in matches]).astype(float).mean()
+    comparable = [layer_change(match) for match in matches if not match.other_image]
+    changes = pd.DataFrame(comparable, columns=["zeros", "quantised", "changed"]).astype(float).mean()
     inner = [match for match in matches if match.b is not aligner.head]
     narrow = [match for match in inner if match.a.shape != match.b.shape and not match.other_image]
-    cosine = aligner.total/len(matches)
     new_head = aligner.head and aligner.head.name not in aligner.matches
     found = {
         "pruned": _sign(changes.zeros, .05),
@@ -356,9 +475,51 @@ def describe_changes(
     directions = {direction for direction in found.values() if direction}
     how = [name for name, direction in found.items() if direction]
     if any(match.other_image for match in inner): how.append("input channels changed")
-    if new_head and cosine > .5: how.append("head replaced")
-    if changes.changed > .5: how.append("fine-tuned" if cosine > .9 else "fine-tuned or merged")
+    if new_head and aligner.total > .5*len(matches): how.append("head replaced")
+    if changes.changed > 0:
+        if set(how) - {"head replaced"}: how.append("fine-tuned")
+        else: how.append(changed_how([match.cosine for match in inner]))
     return how, directions.pop() if len(directions) == 1 else 0
+
+# %% ../../nbs/lineage/01_compare.ipynb #bf5ca632
+ARROWS = {1: "a → b", -1: "b → a", 0: ""}
+
+def n_batches(
+    state: dict,  # tensors by name
+) -> int:
+    "Return how many batches the batch normalisation of a model was trained on; 0 if that is not recorded"
+    return int(sum(v.sum() for name, v in state.items() if name.endswith("num_batches_tracked")))
+
+def distance_trained(
+    state: dict,  # tensors by name
+) -> dict:        # name → number that grows during training
+    "Measure how far biases, scales and statistics are from their initial values"
+    has_norms = any(name.endswith("running_var") for name in state)
+    found = {}
+    for name, v in state.items():
+        if not v.is_floating_point() or v.numel() < 2 or name.endswith("running_mean"): continue
+        v = v.float()
+        if name.endswith("running_var"): found[name] = float(v.clamp_min(1e-12).log().std())
+        elif v.ndim == 1: found[name] = float((v - (v.mean() > .5).float()).norm())
+        elif not has_norms: found[name] = float(v.norm())
+    return found
+
+def history(
+    a: dict,  # tensors of one model by name
+    b: dict,  # tensors of a model related to it
+) -> tuple:   # 1 from a to b, -1 from b to a, 0 unknown; what that is concluded from
+    "Conclude from counters and statistics which of two models was trained longer"
+    counts = [n_batches(state) for state in (a, b)]
+    if all(counts) and counts[0] != counts[1]:
+        return _sign(counts[1] - counts[0], 0), f"batches: {counts[0]} and {counts[1]}"
+    if [v.shape for v in a.values()] == [v.shape for v in b.values()]: b = dict(zip(a, b.values()))
+    one = distance_trained(a)
+    two = distance_trained(b)
+    both = [name for name in one if name in two and a[name].shape == b[name].shape and one[name] != two[name]]
+    if not both: return 0, ""
+    share = sum(two[name] > one[name] for name in both)/len(both)
+    if share == .5: return 0, ""
+    return _sign(share - .5, 0), f"distance from initial values: {max(share, 1 - share):.0%} of {len(both)} tensors"
 
 # %% ../../nbs/lineage/01_compare.ipynb #4a68c8a3
 RELATED = 1e-12  # p-value below which two models are related
@@ -371,6 +532,7 @@ class Comparison:
     direction: str = ""                       # "a → b" or "b → a"; empty: not known
     log10_p: float = -math.inf                # logarithm of the p-value
     layers: pd.DataFrame | None = None        # matched layers, their z score and cosine
+    because: str = ""                         # what the direction is concluded from
 
     def __repr__(self):
         text = self.verdict + (f" ({', '.join(self.how)})" if self.how else "")
@@ -386,22 +548,11 @@ def _size(model):
     "Count the weights of a model"
     return sum(math.prod(shape) for shape in model.shapes.values())
 
-def _n_batches(model):
-    "Return how many batches the batch normalisation of a model was trained on; 0 if that is not recorded"
-    return int(sum(v.sum() for name, v in model.state.items() if name.endswith("num_batches_tracked")))
-
 def _swapped(result):
     "Return the comparison of b with a"
     result.direction = {"a → b": "b → a", "b → a": "a → b"}.get(result.direction, "")
     if result.layers is not None: result.layers = result.layers.rename(columns=dict(a="b", b="a"))
     return result
-
-def _align(a, b):
-    "Align two models by rows with their sign; if that is poor, also without it, and return the better alignment"
-    signed = Aligner(a, b).run()
-    if signed.total > .8*len(signed.b): return signed
-    unsigned = Aligner(a, b, unsigned=True).run()
-    return max(signed, unsigned, key=lambda aligner: aligner.total)
 
 def compare(
     a: Model,
@@ -411,16 +562,14 @@ def compare(
     if _size(b) > _size(a): return _swapped(compare(b, a))
     if a.digest == b.digest: return Comparison("same weights")
     if equal_values(a.state, b.state): return Comparison("same weights in another precision or under other names")
-    aligner = _align(a.state, b.state)
+    aligner = Aligner(layers_of(a.state), layers_of(b.state)).run()
     log10_p = aligner.log_p/math.log(10)
     if log10_p < math.log10(RELATED): aligner.complete()
     rows = [[match.a.name, name, match.z, match.cosine] for name, match in aligner.matches.items()]
     layers = pd.DataFrame(rows, columns=["a", "b", "z", "cosine"])
     if log10_p >= math.log10(RELATED): return Comparison("independent", log10_p=log10_p, layers=layers)
     how, direction = describe_changes(aligner)
-    n_a = _n_batches(a)
-    n_b = _n_batches(b)
-    if not direction and n_a and n_b: direction = _sign(n_b - n_a, 0)
-    arrow = {1: "a → b", -1: "b → a", 0: ""}[direction]
-    if how: return Comparison("derived", how, arrow, log10_p, layers)
+    because = "this change has one direction" if direction else ""
+    if how and not direction and "merged" not in how: direction, because = history(a.state, b.state)
+    if how: return Comparison("derived", how, ARROWS[direction], log10_p, layers, because)
     return Comparison("same network, reordered or rescaled", log10_p=log10_p, layers=layers)
