@@ -14,7 +14,8 @@ from lps.models.names import own_names, rename
 from lps.models.imports import import_models, read_table
 from lps.methods.registry import fit_method
 from lps.models.modelset import load_modelset
-from lps.models.read import Reading, inspect_model, read_model
+from lps.models.inspect import inspect_model
+from lps.models.read import Reading, read_model
 from lps.index.index import ModelIndex
 
 

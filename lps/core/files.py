@@ -352,7 +352,8 @@ def tensor_from(
     dtype = DTYPES[entry.dtype]
     n = math.prod(entry.shape)
     if n == 0: return torch.empty(entry.shape, dtype=dtype)
-    if not isinstance(data, mmap.mmap) or start % dtype.itemsize:
+    is_aligned = start % dtype.itemsize == 0
+    if not isinstance(data, mmap.mmap) or not is_aligned and n < CHUNK:
         data = bytearray(memoryview(data)[start:start + n*dtype.itemsize])
         start = 0
     return torch.frombuffer(data, dtype=dtype, count=n, offset=start).reshape(entry.shape)

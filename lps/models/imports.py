@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..core.files import printable, save_tensors
 from .checkpoint import SUFFIXES
+from .folders import is_checkpoint
 from .modelset import ModelSet, load_modelset, rejected_table, rejection_summary
 from .read import Reading, read_model
 
@@ -93,7 +94,8 @@ def why_not_read(
 ) -> str | None: # None: it may be a model
     "Return why something with the suffix of a model cannot be read"
     suffix = path.suffix.lower()
-    if suffix in NOT_READ: return f"{suffix} is not read: save a state dict with torch.save or safetensors"
+    if suffix in NOT_READ and not is_checkpoint(path):
+        return f"{suffix} is not read: save a state dict with torch.save or safetensors"
     if path.name.startswith("."): return "a hidden file"
     if path.is_symlink() and not path.exists(): return "a link to nothing"
     if not path.is_file(): return "no regular file"

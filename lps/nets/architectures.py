@@ -62,7 +62,8 @@ class Architecture:
         net: nn.Module,  # of this architecture
     ) -> int | None:     # None: it has no head
         "Return how many outputs the head has"
-        return len(net.get_submodule(self.head).weight) if self.head else None
+        weight = getattr(net.get_submodule(self.head), "weight", None) if self.head else None
+        return None if weight is None else len(weight)
 
 # %% ../../nbs/nets/02_architectures.ipynb #2f1c7aa0
 def _not_weights(name, tensor):
@@ -284,7 +285,7 @@ def _stem_score(shapes, layer, layers, is_sorted):
     if inputs not in returned: score += 4
     if inputs == 1 and outputs in returned and (is_sorted or not is_first): score -= 3
     if re.search(OF_STEMS, layer): score += 2
-    if re.search(OF_OTHERS, layer): score -= 2
+    if re.search(OF_OTHERS, layer): score -= 4
     return score
 
 # %% ../../nbs/nets/02_architectures.ipynb #966d802f
@@ -301,7 +302,8 @@ def find_stem(
     scores = {layer: _stem_score(shapes, layer, layers, is_sorted) for layer in layers}
     best = max(layers, key=scores.get)
     margin = scores[best] - max(score for layer, score in scores.items() if layer != best)
-    sure = "sure" if margin > 2 else "likely" if margin > 0 else "not sure: name the network with arch"
+    sure = "sure" if margin > 2 else "likely"
+    if margin <= 0: sure = "not sure: name the network with arch"
     return Stem(best, f"by the arithmetic of channels and the order in the file, {sure}")
 
 def stem_of(
