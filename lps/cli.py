@@ -6,13 +6,14 @@
 __all__ = ['app', 'main']
 
 # %% ../nbs/04_cli.ipynb #015ebfd2
-import dataclasses, functools, inspect, json, logging, math, re, sys, time, traceback, warnings
+import contextlib, dataclasses, functools, inspect, json, logging, math, os, re, sys, time, traceback, warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typer import Argument, Option
 from typer.core import TyperCommand
 
@@ -27,6 +28,11 @@ app = typer.Typer(
 )
 
 # %% ../nbs/04_cli.ipynb #e7150828
+def forget_odd_width():
+    "Remove a width of the terminal that is no number from 20 to 9999, such as `COLUMNS=0`: nothing would be shown"
+    if not re.fullmatch("[2-9][0-9]|[1-9][0-9]{2,3}", os.environ.get("COLUMNS", "80")): del os.environ["COLUMNS"]
+
+forget_odd_width()
 zoo_app = typer.Typer(help="Train model sets, or import models from elsewhere.", no_args_is_help=True)
 app.add_typer(zoo_app, name="zoo")
 index_app = typer.Typer(help="Build and change an index of models, kept in a folder.", no_args_is_help=True)
@@ -69,7 +75,7 @@ def set_global_options(
 def busy(text: str):
     "Return a context that shows a spinner on stderr, unless messages are hidden"
     hidden = not log.isEnabledFor(logging.INFO)
-    return Console(stderr=True, quiet=hidden, force_jupyter=False).status(text)
+    return Console(stderr=True, quiet=hidden, force_jupyter=False).status(Text(one_line(text)))
 
 # %% ../nbs/04_cli.ipynb #75a2881a
 def cell_text(value) -> str:
@@ -95,14 +101,18 @@ def for_json(value):
     "Return a value as JSON can hold it: NaN and infinities as None, NumPy scalars as numbers, paths as text"
     if isinstance(value, dict): return {str(key): for_json(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)): return [for_json(entry) for entry in value]
-    if hasattr(value, "item"): value = value.item()
+    if hasattr(value, "tolist"): return for_json(value.tolist())
     if isinstance(value, float) and not math.isfinite(value): return None
-    return str(value) if isinstance(value, Path) else value
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+def escaped(text: str) -> str:
+    "Return JSON whose control characters are escaped, also those above 127, which JSON allows"
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 def print_json(value):
     "Print a value as JSON in UTF-8"
-    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    print(json.dumps(for_json(value), indent=2, ensure_ascii=False, allow_nan=False))
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(encoding="utf-8")
+    print(escaped(json.dumps(for_json(value), indent=2, ensure_ascii=False, allow_nan=False)))
 
 # %% ../nbs/04_cli.ipynb #41af4d95
 class RegistryHelp(TyperCommand):
@@ -144,6 +154,14 @@ def with_groups(command):
     return run
 
 # %% ../nbs/04_cli.ipynb #24b950f4
+def check_architecture(arch: str):
+    "Raise `ValueError` for a name of no network, or a function that returns none"
+    from lps.nets.named import build_network, network_builder
+    network_builder(arch)
+    if ":" not in arch: return
+    try: build_network(arch)
+    except ValueError as error: raise ValueError(f"{arch}: {error}") from error
+
 READING, METHOD, OUTPUT = "Reading", "Method", "Output"
 NAME_MAP = r'Rename tensors: JSON file with a list of \["pattern", "replacement"], or an object {"old": "new"}'
 Names = Annotated[str | None, Option(help=NAME_MAP, rich_help_panel=READING)]
@@ -167,6 +185,7 @@ class ReadingOptions:
     def settings(self):
         "Return the same as a `Reading`"
         if self.arch and ":" in self.arch and "" not in sys.path: sys.path.insert(0, "")  # modules of this folder
+        if self.arch: check_architecture(self.arch)
         return lps.Reading(
             names=read_name_map(self.names),
             arch=self.arch,
@@ -242,7 +261,7 @@ def check_out(file: Path | None, is_ours=None, kind: str = ""):
     if not parent.is_dir(): raise ValueError(f"{file} cannot be written: {parent} is not a folder")
     if is_ours is None or not file.exists(): return
     try: ours = is_ours(file)
-    except (OSError, ValueError): ours = False
+    except (OSError, ValueError, AttributeError, TypeError): ours = False
     if not ours: raise ValueError(f"{file} exists and is not {kind}: choose another --out, or move it away")
 
 # %% ../nbs/04_cli.ipynb #d6ba3896
@@ -369,6 +388,7 @@ def fit(
     models = open_modelset(modelset)
     with busy(f"fitting {method} on {len(models)} models"):
         fitted = lps.fit_method(models, method, seed, **own_settings(method, options.settings()))
+    check_out(out, is_fitted, "a method that lps fit wrote")  # nothing else was written there meanwhile
     lps.save_fitted(out, fitted)
     layers = ", ".join(fitted.layers) or "all layers"
     log.info("%s: %s on %s of %d models, %d tasks", out, method, layers, len(models), len(fitted.tasks))
@@ -408,9 +428,9 @@ def evaluate(
 ):
     "Measure methods on a model set as in Tables 1 and 2 of the paper, with chance beside them."
     from lps.core.files import write_json
+    from lps.demo import n_right_answers
     from lps.methods.registry import get_method
     from lps.study.records import RunsRecord, runs_fields, summary
-    from lps.study.splits import count_right
     from lps.study.table1 import table1
     from lps.study.table2 import table2
     check_out(out, is_tables, "a file of results that lps evaluate wrote")
@@ -421,7 +441,7 @@ def evaluate(
     settings = dict(seed=seed, **options.settings())
     if method: settings["methods"] = tuple(method)
     progress = console.is_terminal and not as_json
-    n_right = count_right(models)
+    n_right = n_right_answers(models)
     classified = table1(models, splits, train, progress=progress, **settings)
     retrieved = table2(models, splits, test_tasks, progress=progress, **settings)
     settings |= dict(name=models.path.name, n_splits=splits)
@@ -447,10 +467,16 @@ def open_index(place):
     "Load an index and calibrate it if it can be"
     return calibrated(lps.ModelIndex.load(place if place == "bundled" else path_of(place)))
 
-def save_packed(index, path: Path):
-    "Write an index that was changed in memory back to its packed file"
+@contextlib.contextmanager
+def changed_index(path: Path):
+    "Open an index to change it; a packed one is written back, while no other command changes it"
+    from lps.index.store import packed_lock
     if str(path) == "bundled": raise ValueError("the bundled index cannot be changed: build one in a folder")
-    if path.is_file(): index.save(path)
+    packed = path.is_file()
+    with packed_lock(path) if packed else contextlib.nullcontext():
+        index = open_index(path)
+        yield index
+        if packed: index.save(path)
 
 # %% ../nbs/04_cli.ipynb #98197eed
 INDEX_PLACE = "An index: a folder or a packed .zip file; bundled: the one that comes with lps"
@@ -480,6 +506,7 @@ BUILD_METHOD = "How models are compared: METHODS; a file from lps fit; bundled; 
 @index_app.command("build", cls=RegistryHelp, epilog="Example: lps index build market runs/my-models downloads")
 @with_groups
 def index_build(
+    context: typer.Context,
     path: IndexFolder,
     sources: Sources,
     method: Annotated[str, Option(help=BUILD_METHOD, rich_help_panel=METHOD)] = "auto",
@@ -491,7 +518,11 @@ def index_build(
 ):
     "Read models into an index, and fit the method on those whose tasks are known."
     from lps.index.index import BuildSettings
-    settings = BuildSettings(workers=workers, seed=seed, fit=options.settings())
+    is_given = {name: context.get_parameter_source(name).name != "DEFAULT" for name in ("seed", "epochs", "folded")}
+    fit = options.settings()
+    if not is_given["epochs"]: del fit["epochs"], fit["milestones"]
+    if not is_given["folded"]: del fit["folded"]
+    settings = BuildSettings(workers=workers, seed=seed if is_given["seed"] else None, fit=fit)
     with busy(f"reading models into {path}"):
         index = lps.ModelIndex.build(sources, path, method, table, reading.settings(), settings)
     log_index(index, path)
@@ -509,11 +540,9 @@ def index_add(
 ):
     "Add models that the index does not hold yet, or whose files have changed."
     from lps.index.index import BuildSettings
-    index = open_index(str(path))
     settings = BuildSettings(workers=workers)
-    with busy(f"reading models into {path}"):
+    with changed_index(path) as index, busy(f"reading models into {path}"):
         n = index.add(sources, table, reading.settings(), settings)
-    save_packed(index, path)
     log.info("%d added", n)
     log_index(index, path)
 
@@ -523,9 +552,7 @@ def index_remove(
     models: Annotated[list[str], Argument(parser=source_of, metavar="MODELS", help="Names, files, or folders")],
 ):
     "Remove models from the index; their files are kept."
-    index = open_index(str(path))
-    n = index.remove(models)
-    save_packed(index, path)
+    with changed_index(path) as index: n = index.remove(models)
     log.info("%d removed", n)
     log_index(index, path)
 
@@ -595,45 +622,6 @@ def inspect_command(
 def index_report():
     raise ValueError("lps index report is now called lps inspect: run lps inspect MODEL")
 
-# %% ../nbs/04_cli.ipynb #80010677
-def show_comparison(found, names: list[str]):
-    "Print a verdict with its direction and p-value, and the layers that match"
-    arrow = {"a → b": "{} → {}", "b → a": "{1} → {0}"}.get(found.direction, "")
-    lines = [f"Verdict: {found.verdict}" + (f" ({', '.join(found.how)})" if found.how else "")]
-    if arrow: lines.append(f"Direction: {arrow.format(*names)}")
-    if found.layers is not None:
-        lines.append(f"p = 1e{found.log10_p:.0f}: probability that the layers of independent models match as well")
-    for line in lines: console.print(one_line(line), soft_wrap=True)
-    if found.layers is None or not len(found.layers): return
-    layers = found.layers.set_axis(range(1, len(found.layers) + 1)).rename_axis("#")
-    show_table(layers, "Matched layers")
-
-# %% ../nbs/04_cli.ipynb #866edb16
-def check_one_model(text: str):
-    "Raise `ValueError` for a folder of several models"
-    from lps.models.folders import is_model_folder
-    folder = Path(text)
-    if not folder.is_dir() or is_model_folder([file.name for file in folder.iterdir()]): return
-    raise ValueError(f"{folder} is a folder of models: give one model file in it")
-
-@app.command("compare", epilog="Example: lps compare base-model.pth my-model.pth")
-@with_groups
-def compare_command(
-    a: Annotated[str, Argument(parser=source_of, metavar="A", help=MODEL)],
-    b: Annotated[str, Argument(parser=source_of, metavar="B", help="The other model")],
-    reading: ReadingOptions = None,
-    as_json: AsJson = False,
-):
-    "Tell whether two models are copies, derived from each other, or independent."
-    read = dataclasses.replace(reading.settings(), whole=True)
-    models = []
-    for source in (a, b):
-        check_one_model(source)
-        models.append(lps.read_model(source, read))
-    with busy(f"comparing {a} with {b}"): found = lps.compare(*models)
-    if as_json: print_json(found.to_dict())
-    else: show_comparison(found, [one_line(Path(source).name) for source in (a, b)])
-
 # %% ../nbs/04_cli.ipynb #91c8aebf
 def index_by(place: str, method: str):
     "Return an index that compares by a method: one that was built with it, or one of a model set"
@@ -650,6 +638,13 @@ def index_by(place: str, method: str):
     if fitted is None and index.fitted.method == method: return index
     cure = f"build another one with lps index build FOLDER SOURCES --method {method}"
     raise ValueError(f"{place} compares by {index.fitted.method}, not by {method}: {cure}")
+
+def check_one_model(text: str):
+    "Raise `ValueError` for a folder of several models"
+    from lps.models.folders import is_model_folder
+    folder = Path(text)
+    if not folder.is_dir() or is_model_folder([file.name for file in folder.iterdir()]): return
+    raise ValueError(f"{folder} is a folder of models: give one model file in it")
 
 # %% ../nbs/04_cli.ipynb #8e42edfe
 def interval_texts(table) -> list[str]:
@@ -671,6 +666,7 @@ def show_answer(answer):
 INDEX = "An index, or with --method a model set; bundled: the one that comes with lps"
 QUERY_METHOD = "How models are compared, if INDEX is a model set: METHODS; a file from lps fit"
 EXPECTED = "Also estimate accuracy after fine-tuning (about 1 s per model)"
+HUB = "For this estimate, download models that the index names as org/name on the Hugging Face Hub"
 APPROXIMATE = "Search the graph of lps index graph, not every model"
 
 @app.command(
@@ -688,6 +684,7 @@ def query(
     reading: ReadingOptions = None,
     k: Annotated[int, Option("-k", min=1, help="Number of models to show", rich_help_panel=OUTPUT)] = 5,
     expected: Annotated[bool, Option(help=EXPECTED, rich_help_panel=OUTPUT)] = True,
+    hub: Annotated[bool, Option("--hub", help=HUB, rich_help_panel=OUTPUT)] = False,
     as_json: AsJson = False,
 ):
     "Find the models of an index that are most similar to a model."
@@ -697,7 +694,7 @@ def query(
     check_one_model(model)
     read = reading.settings()
     opened = index_by(index, method) if method else open_index(index)
-    answer = opened.answer(model, k, read, expected=expected, approximate=approximate)
+    answer = opened.answer(model, k, read, expected=expected, approximate=approximate, hub=hub)
     if as_json: print_json(answer.to_dict())
     else: show_answer(answer)
 
@@ -730,9 +727,14 @@ def index_map(
 REPORT_TITLE = "Learnable Parameter Similarity: demo"
 HEADINGS = {"bundled": "Networks trained on photographs", "digits": "Networks trained here, on digits"}
 
+FIGURES = "similarity", "embedding", "rank_k"
+
 def is_report(file: Path) -> bool:
     "Return whether `lps demo` wrote a file"
-    return f"<title>{REPORT_TITLE}</title>" in file.read_text(encoding="utf-8")
+    if file.suffix == ".png": return f"Software\0{REPORT_TITLE}".encode() in file.read_bytes()
+    if file.suffix == ".html": return f"<title>{REPORT_TITLE}</title>" in file.read_text(encoding="utf-8")
+    record = json.loads(file.read_bytes())
+    return all(set(tables) == {"table1", "table2"} for tables in record.values())
 
 def show_part(part, folder: Path):
     "Print a part of the demo and save its figures"
@@ -743,7 +745,8 @@ def show_part(part, folder: Path):
     for (table, _), title in zip(part.answers, ("Most similar models", "Most similar tasks")):
         show_table(table[[column for column in columns if column in table]].head(5), title)
     for name, figure in part.figures.items():
-        figure.savefig(folder/f"{part.name.lower()}-{name}.png", dpi=150, bbox_inches="tight")
+        file = folder/f"{part.name.lower()}-{name}.png"
+        figure.savefig(file, dpi=150, bbox_inches="tight", metadata=dict(Software=REPORT_TITLE))
 
 # %% ../nbs/04_cli.ipynb #1db95efd
 @app.command(epilog="Example: lps demo --out runs/demo")
@@ -763,7 +766,9 @@ def demo(
     from lps.study.report import html_report
     start = time.perf_counter()
     settings = DemoSettings(splits=splits, seed=seed, epochs=epochs, n_models=models)
-    check_out(out/"report.html", is_report, "a report that lps demo wrote")
+    written = ["report.html", "results.json"]
+    for part in ("photographs", "digits"): written += [f"{part}-{name}.png" for name in FIGURES]
+    for name in written: check_out(out/name, is_report, "a file that lps demo wrote")
     out.mkdir(parents=True, exist_ok=True)
 
     parts = {}

@@ -19,7 +19,7 @@ import torch
 from conftest import heed_ctrl_c
 
 from lps import __version__ as version
-from lps.cli import console, main, print_json
+from lps.cli import console, forget_odd_width, main, print_json
 from lps.demo import digits, photographs
 from lps.core.files import load_tensors
 from lps.models.modelset import load_modelset
@@ -109,6 +109,10 @@ def spoil(w):
     for name, text in BAD_JSON.items(): (w/f"{name}.json").write_text(text)
     empty = "empty", "bare/train", "bare/val", "hollow/train/a", "hollow/train/b", "hollow/val/a", "hollow/val/b"
     for folder in empty: (w/folder).mkdir(parents=True)
+    (w/"ends.py").write_text("raise SystemExit(3)")
+    for file in ("theirs/results.json", "theirs/DATASHEET.md", "drawn/digits-rank_k.png"):
+        (w/file).parent.mkdir(exist_ok=True)
+        (w/file).write_text("[1]")
 
 
 def everything(folder) -> dict:
@@ -161,6 +165,14 @@ MISTAKES = {
     "index report": "lps index report is now called lps inspect",
     "inspect": "Missing argument 'MODEL'",
     "inspect nowhere.pt": "nowhere.pt",
+    f"inspect {MODEL} --arch .:f": ".:f cannot be imported: TypeError: ",
+    f"inspect {MODEL} --arch nowhere:f": "nowhere:f cannot be imported: ModuleNotFoundError: ",
+    f"inspect {MODEL} --arch [/b]": "arch is '[/b]': give timm/NAME",
+    f"inspect {MODEL} --arch ends:f": "ends:f cannot be imported: SystemExit: 3",
+    f"inspect {MODEL} --arch sys:exit": "sys:exit: it cannot be built (SystemExit: )",
+    f"inspect {MODEL} --arch math:pi": "math:pi is a float",
+    f"inspect {MODEL} --arch operator:truediv": "operator:truediv: it cannot be built (TypeError: ",
+    f"inspect {MODEL} --arch os:getcwd": "os:getcwd: it gives a str, expected a network",
     "compare " + MODEL: "Missing argument 'B'",
     "compare zoo " + MODEL: "zoo is a folder of models: give one model file in it",
     "compare nowhere.pt " + MODEL: "nowhere.pt",
@@ -261,6 +273,11 @@ MISTAKES = {
     "demo --models 5": "Invalid value for '--models'",
     "demo --splits 0": "Invalid value for '--splits'",
     "demo --out hello.json": "hello.json is not a folder",
+    "demo --out theirs": "theirs/results.json exists and is not a file that lps demo wrote",
+    "demo --out drawn": "drawn/digits-rank_k.png exists and is not a file that lps demo wrote",
+    "zoo datasheet zoo --out theirs": "theirs/DATASHEET.md is no datasheet that lps wrote, or was edited",
+    "zoo build theirs --models 1": "theirs holds DATASHEET.md, but no build.json, so no build made it",
+    "index add bundled zoo": "the bundled index cannot be changed",
 }
 
 
@@ -334,6 +351,27 @@ def test_json_has_no_nan(capsys):
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == [None, {"a": None}, .5, 3, "x"]
 
 
+def test_json_has_no_control_characters(capsys):
+    "Nor those above 127, nor halves of characters"
+    value = {"\x7f\x9b": "\x00\u2028\udcff\U000e0001 größe", "numbers": np.array([1., np.nan])}
+    print_json(value)
+    out = capsys.readouterr().out
+    assert all(c.isprintable() or c == "\n" for c in out) and "größe" in out
+    assert json.loads(out) == value | dict(numbers=[1., None])
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "²", "99999999999", "", "-3"])
+def test_a_width_that_is_none_is_forgotten(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    forget_odd_width()
+    assert "COLUMNS" not in os.environ
+
+
+def test_help_without_a_width(tmp_path):
+    done = subprocess.run([LPS, "--help"], cwd=tmp_path, env=env() | dict(COLUMNS="0"), capture_output=True, text=True)
+    assert done.returncode == 0 and all(command.split()[0] in done.stdout for command in COMMANDS)
+
+
 def test_quiet_and_verbose(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     fit = "fit", world/"zoo", "--epochs", 1
@@ -366,6 +404,9 @@ def test_brackets_in_a_path_are_shown(world, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert main(["fit", str(world/"zoo"), "--epochs", "1", "--out", "a [bold] net.safetensors"]) == 0
     assert "a [bold] net.safetensors: lps on conv1" in capsys.readouterr().err
+    build = "index", "build", "a[/b]", str(world/"zoo"), "--method", "stem-signature", "--workers", "1"
+    assert main([*build]) == 0
+    assert "a[/b]: 30 models of 5 tasks" in capsys.readouterr().err
 
 
 def test_import_lists_what_it_refuses_and_takes_the_rest(world, tmp_path, monkeypatch, capsys):

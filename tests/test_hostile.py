@@ -8,7 +8,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -29,7 +29,11 @@ from lps.models.modelset import load_modelset, pack, task_names
 from lps.models.pickles import _Process
 from lps.models.read import read_model
 from lps.nets.resnet import ResNet
+from lps.cli import index_facts, print_json, show_answer
+from lps.index.answer import weight_sketch
 from lps.index.index import ModelIndex
+from lps.index.map import MapSettings, page_data
+from lps.index.store import Rows, Store, create_store
 from lps.zoo.tasks import load_images
 
 PROCESSES = "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.spawn"
@@ -458,3 +462,110 @@ def test_images(root, kind, flips, cut):
     (root/"pets"/kind/"train/cat"/f"1.{suffix}").write_bytes(flipped(IMAGES[kind], flips, cut))
     images = attempt(load_images, root/"pets"/kind, "train")
     if images is not None: assert len(images) + len(images.rejected) >= 3
+
+
+def nested(depth):
+    "Operations that put a tuple on the stack whose hash takes 2**depth steps; test_bounds has deep ones"
+    return b"K\x01" + b"q\x00h\x00\x86"*depth
+
+
+MAPPINGS = {
+    "SETITEM": b"}%sK\x02s", "SETITEMS": b"}(%sK\x02u", "DICT": b"(%sK\x02d", "ADDITEMS": b"\x8f(%s\x90",
+    "FROZENSET": b"(%s\x91", "OrderedDict": b"ccollections\nOrderedDict\n(](%sK\x02\x86atR",
+    "in a key": b"}%sK\x02\x86K\x03s", "in a value": b"}K\x01(%sK\x02ds",
+}
+
+
+@given(kind=st.sampled_from(sorted(MAPPINGS)), depth=st.integers(0, 14), protocol=st.sampled_from([b"", b"\x80\x04"]),
+       before=st.lists(st.sampled_from(OPCODES), max_size=3), zipped=st.booleans())
+def test_keys_that_are_nested(place, kind, depth, protocol, before, zipped):
+    data = protocol + b"".join(before) + MAPPINGS[kind] % nested(depth) + b"."
+    path = place/"nested.pt"
+    path.write_bytes(zip_with(data) if zipped else data)
+    attempt(use_foreign, path)
+
+
+NAMES = TEXTS | st.sampled_from([
+    "", ".", "..", "/", "/tmp/x.safetensors", "../x", "a/../../x", "a/b", "a\\b", "C:\\x", "\\\\host\\x", "x\0",
+    "~", "-", "CON", "a:b", "..\\x", "x/", "./x", "x"*5000, ".hidden", "complete", "manifest.csv",
+])
+
+
+@given(name=NAMES | JSON)
+def test_shards_that_are_paths(place, name):
+    "An index of shards names files beside it, and nothing else is read"
+    folder = place/"sharded"
+    folder.mkdir(exist_ok=True)
+    save_tensors(folder/"a.safetensors", tiny(0), {})
+    places_of = dict.fromkeys(tiny(0), "a.safetensors") | {"fc.weight": name}
+    (folder/"model.safetensors.index.json").write_text(json.dumps(dict(weight_map=places_of)))
+    attempt(use_foreign, folder)
+
+
+class Stranger:
+    "An index in a folder, to which rows with any facts are added"
+    index, fact = None, None
+
+
+@pytest.fixture(scope="module")
+def stranger(place):
+    Asked.index.save(place/"stranger")
+    Stranger.index = ModelIndex.load(place/"stranger")
+    Stranger.fact = Stranger.index.rows.facts([0])[0] | dict(
+        key=[str(place/"foreign.safetensors"), None, 100, 100], sketch=weight_sketch(tiny(0)), architecture="resnet",
+        label=0, parameters=5, recipe="short")
+    use_strangers(Asked.index)  # what is imported at first use is imported now
+    return place
+
+
+def use_strangers(index):
+    "All that an index can be asked"
+    index.query(Asked.query, 3).to_string(), index.tasks(Asked.query).to_string(), repr(index), str(index.manifest)
+    answer = index.answer(Asked.query, expected=True)
+    with redirect_stdout(io.StringIO()) as out:
+        for value in (answer.to_dict(), index_facts(index)): print_json(value)
+        show_answer(answer)
+    assert "\x1b" not in out.getvalue() and "\x9b" not in out.getvalue()
+    page_data(index.manifest, {"": index.embedding}, MapSettings())
+    with suppress(ValueError): index.check()
+
+
+@given(where=PLACES, new=JSON | NAMES, more=st.dictionaries(TEXTS, JSON, max_size=2), whole=st.booleans())
+def test_facts_of_an_index_of_a_stranger(stranger, where, new, more, whole):
+    rows = Stranger.index.rows
+    fact = new if whole else replaced_somewhere(Stranger.fact, where, new) | more
+    memory = Rows(rows.width, rows.about)
+    memory.append(rows.rows[:3], rows.digests(range(3)), [0, 1, -1], [fact, Stranger.fact, {}])
+    index = ModelIndex._of(Asked.fitted, memory)
+    attempt(use_strangers, index)
+    attempt(index.remove, str(new))
+    assert 1 <= len(index) <= 3
+
+
+@given(value=JSON | st.dictionaries(TEXTS, JSON | st.text(), max_size=3))
+def test_json_of_any_value(value):
+    with redirect_stdout(io.StringIO()) as out: print_json(value)
+    assert all(c.isprintable() or c == "\n" for c in out.getvalue())
+    json.loads(out.getvalue(), parse_constant=pytest.fail)
+
+
+@pytest.fixture(scope="module")
+def graph(place):
+    "A graph of five rows, its file and its content"
+    pytest.importorskip("usearch")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LPS_HOME", str(place/"home"))
+        kept = create_store(place/"graphed", 8)
+        rows = torch.nn.functional.normalize(torch.arange(40.).reshape(5, 8) - 17).numpy()
+        kept.append(rows, [f"{i:032x}" for i in range(5)], [0]*5, [{}]*5)
+        file = kept.build_graph()
+        yield kept, file, file.read_bytes()
+
+
+@given(flips=FLIPS, cut=CUTS)
+def test_graphs(graph, flips, cut):
+    "One with any other byte is never mapped"
+    kept, file, whole = graph
+    file.write_bytes(flipped(whole, flips, cut))
+    found = attempt(lambda: Store(kept.path).search_graph(kept.rows[:2], 2))
+    assert (found is not None) == (file.read_bytes() == whole)

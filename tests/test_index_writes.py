@@ -1,17 +1,24 @@
 """Nothing in an index is lost, doubled or overwritten: files of users, several writers, changed files, odd metadata"""
+import itertools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import ROOT
 from test_market import STEM, fill, network
 
+import lps.index.store as store
+from lps.cli import main
 from lps.core.files import save_tensors
-from lps.index.index import ModelIndex
+from lps.index.index import BuildSettings, ModelIndex
+from lps.methods.registry import fit_method, save_fitted
+from lps.models.modelset import load_modelset
 
 
 @pytest.fixture(scope="module")
@@ -55,16 +62,209 @@ def test_an_index_that_lost_its_header_is_not_built_over(models, market):
     assert content(market) == before
 
 
-def test_a_build_that_was_stopped_before_its_header_goes_on(models, built, tmp_path):
-    "Of a new index, the method is written first; its name is its own digest"
-    method, = built.glob("method-*.safetensors")
-    shutil.copy(method, tmp_path/method.name)
-    (tmp_path/f".{method.name}.1234.tmp").write_bytes(b"unfinished")
-    assert len(ModelIndex.build(models, tmp_path, STEM)) == 9
-    (tmp_path/"other").mkdir()
-    (tmp_path/"other"/method.name).write_bytes(b"not what its name claims")
-    with pytest.raises(FileExistsError, match="choose an empty folder"):
-        ModelIndex.build(models, tmp_path/"other", STEM)
+class Stopped(BaseException): "Stands for a kill"
+
+
+def test_a_build_that_is_stopped_at_any_file_of_a_new_index_goes_on(models, tmp_path, monkeypatch):
+    "What it left is known by the digests in its plan, and replaced"
+    write = store.write_atomic
+    for n in itertools.count():
+        written = []
+
+        def counted(path, data):
+            write(path, data)
+            if len(written) == n: raise Stopped(path)
+            written.append(path)
+
+        folder = tmp_path/str(n)
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "write_atomic", counted)
+            try: ModelIndex.build(models, folder, STEM)
+            except Stopped: pass
+        stopped_before_header = not (folder/"header.json").exists()
+        assert len(ModelIndex.build(models, folder, STEM)) == 9
+        if not stopped_before_header: break
+    assert n == 8
+    ModelIndex.load(folder).check()
+
+
+def test_what_only_looks_like_a_left_over_is_not_replaced(models, tmp_path):
+    for name, data in (("rows.f32", b""), (".lps-index.plan", b"mine"), (".lps-index.lock", b"x"), (".a.tmp", b"")):
+        (tmp_path/name).write_bytes(data)
+        with pytest.raises(FileExistsError, match=f"holds {name}"): ModelIndex.build(models, tmp_path, STEM)
+        (tmp_path/name).unlink()
+
+
+def test_a_packed_index_replaces_only_a_packed_index(built, tmp_path):
+    index = ModelIndex.load(built)
+    index.save(tmp_path/"market.zip")
+    index.save(tmp_path/"market.zip")
+    shutil.make_archive(tmp_path/"mine", "zip", built)
+    before = (tmp_path/"mine.zip").read_bytes()
+    with pytest.raises(FileExistsError, match="exists and is not a packed index"): index.save(tmp_path/"mine.zip")
+    assert (tmp_path/"mine.zip").read_bytes() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="links")
+def test_a_link_in_an_index_is_not_written_through(models, market, tmp_path):
+    "An index may come from a stranger"
+    shutil.copy(market/"rows.f32", tmp_path/"mine")
+    (market/"rows.f32").unlink()
+    (market/"rows.f32").symlink_to(tmp_path/"mine")
+    before = (tmp_path/"mine").read_bytes()
+    save_tensors(tmp_path/"more/new.safetensors", network(1, 7), dict(task=1))
+    with pytest.raises(OSError): ModelIndex.load(market).add(tmp_path/"more")
+    assert (tmp_path/"mine").read_bytes() == before and len(ModelIndex.load(market)) == 9
+
+
+@pytest.mark.parametrize("words", [["add", "more"], ["remove", "models/t0_0.safetensors"]])
+def test_a_packed_index_is_locked_from_reading_to_writing(models, built, tmp_path, monkeypatch, words):
+    "So that no other command changes it in between"
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models, "models")
+    save_tensors(tmp_path/"more/new.safetensors", network(1, 7), dict(task=1))
+    ModelIndex.build("models", "folder", STEM)
+    ModelIndex.load("folder").save("market.zip")
+    load, seen = ModelIndex.load, []
+
+    def watched(path):
+        with pytest.raises(TimeoutError): store.packed_lock("market.zip").acquire(timeout=0)
+        seen.append(path)
+        return load(path)
+
+    monkeypatch.setattr(ModelIndex, "load", watched)
+    assert main(["index", words[0], "market.zip", words[1]]) == 0
+    assert len(seen) == 1 and len(load("market.zip")) == (10 if words[0] == "add" else 8)
+    with store.packed_lock("market.zip").acquire(timeout=0): pass
+
+
+def test_tables_follow_what_another_process_adds(models, market, tmp_path):
+    "Also after an error, in which the rows were read again"
+    index = ModelIndex.load(market)
+    assert len(index.manifest) == len(index.embedding) == 9
+    save_tensors(tmp_path/"more/new.safetensors", network(1, 7), dict(task=1))
+    ModelIndex.load(market).add(tmp_path/"more")
+    with pytest.raises(ValueError, match="no model nothing in the index"): index.remove("nothing")
+    assert len(index.manifest) == len(index.embedding) == len(index) == 10
+    assert index.tasks(models/"t1_0.safetensors", with_self=True).models.sum() == 10
+
+
+def test_an_index_that_was_replaced_is_not_changed(models, market, tmp_path):
+    stale = ModelIndex.load(market)
+    shutil.rmtree(market)
+    ModelIndex.build(models, market, "fc")
+    save_tensors(tmp_path/"more/new.safetensors", network(1, 7), dict(task=1))
+    for change in (lambda: stale.add(tmp_path/"more"), lambda: stale.remove(models)):
+        with pytest.raises(ValueError, match="was replaced by another index"): change()
+    assert len(ModelIndex.load(market)) == 9
+
+
+def test_another_fit_of_the_same_method_is_refused(models, tmp_path):
+    "Whether it is a file, or a name with other settings"
+    few = load_modelset(models)
+    few = few[few.manifest.run < 2]
+    save_fitted(tmp_path/"a.safetensors", fit_method(few, "frobenius", 0, layers=["conv1"]))
+    save_fitted(tmp_path/"b.safetensors", fit_method(few, "frobenius", 0, layers=["layer1.0.conv1"]))
+    market = tmp_path/"market"
+    ModelIndex.build(models, market, tmp_path/"a.safetensors")
+    assert len(ModelIndex.build(models, market, tmp_path/"a.safetensors")) == 9
+    assert len(ModelIndex.build(models, market)) == 9
+    with pytest.raises(ValueError, match="another fit of frobenius"):
+        ModelIndex.build(models, market, tmp_path/"b.safetensors")
+    with pytest.raises(ValueError, match="fitted elsewhere, not seed 3"):
+        ModelIndex.build(models, market, settings=BuildSettings(seed=3))
+    with pytest.raises(ValueError, match="is fitted already: leave out layers"):
+        ModelIndex.build(models, tmp_path/"new", tmp_path/"a.safetensors", settings=BuildSettings(fit=dict(layers=())))
+    assert not (tmp_path/"new").exists()
+
+
+def test_settings_of_an_existing_index_are_compared(models, tmp_path, monkeypatch, capsys):
+    "The same command goes on; without the settings, too"
+    monkeypatch.chdir(tmp_path)
+    build = "index", "build", "market", str(models), "--method", "frobenius", "--workers", "1"
+    same = "--seed", "3", "--layers", "conv1", "--epochs", "3"
+    for words in (same, same, (), ("--seed", "3")): assert main([*build, *words]) == 0
+    capsys.readouterr()
+    refused = {("--seed", "4"): "built with seed 3, not seed 4", ("--epochs", "4"): "built with epochs 3, not epochs 4",
+               ("--layers", "layer1.0.conv1"): "built with layers ['conv1'], not layers ['layer1.0.conv1']",
+               ("--folded",): "built with the default folded, not folded True"}
+    for words, why in refused.items():
+        assert main([*build, *words]) == 2
+        assert why in capsys.readouterr().err
+
+
+def test_a_table_with_other_tasks_for_known_models_is_not_ignored_without_a_word(models, market):
+    index = ModelIndex.load(market)
+    table = pd.DataFrame(dict(file=["t0_0.safetensors", "t0_1.safetensors"], task=[0, 5]))
+    with pytest.warns(UserWarning, match="1 model in the index, such as .*t0_1.safetensors, had another task"):
+        index.add(models, table=table)
+
+
+def test_what_is_not_searched_is_named(models, tmp_path, monkeypatch):
+    "Folders that cannot be listed, and links to folders"
+    folder = shutil.copytree(models, tmp_path/"models")
+    (folder/"locked").mkdir()
+    (folder/"linked").symlink_to(models)
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("locked"): raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    index = ModelIndex.build(folder, tmp_path/"market", STEM)
+    reasons = dict(zip(index.rejected.file, index.rejected.reason))
+    assert len(index) == 9 and reasons == {
+        str(folder/"locked"): "Permission denied",
+        str(folder/"linked"): "is a link to a folder: give the folder it points to"}
+
+
+def test_an_index_of_no_models(models, market, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    query = models/"t1_0.safetensors"
+    ModelIndex.load(market).remove(models)
+    ModelIndex.load(market).save("market.zip")
+    for place in ("market", "market.zip"):
+        index = ModelIndex.load(place)
+        assert len(index.query(query)) == len(index.tasks(query)) == len(index.manifest.file) == 0
+        assert index.kneighbors(query)[1].shape == (1, 0)
+        assert "The index has no models." in index.answer(query, expected=True).sentences
+        assert main(["query", place, str(query)]) == 0 and "nan" not in capsys.readouterr().out
+        assert main(["index", "info", place, "--check", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["models"] == 0
+        assert main(["index", "map", place, "--out", "map.html"]) == 2
+        assert capsys.readouterr().err == "lps: the manifest has 0 models: give one or more\n"
+    assert ModelIndex.load("market").add(models) == 9
+
+
+PLACES = [
+    "http://127.0.0.1:9/model.safetensors", "https://example.com/model.safetensors", "HTTP://127.0.0.1:9/x.pt",
+    "org/name", "timm/resnet18.a1_in1k", "timm/resnet18.a1_in1k.pt", "timm/hf-hub:org/name", "//server/share/model.pt",
+    "\\\\server\\share\\model.pt", "ftp://127.0.0.1/x.pt", "file:///etc/passwd", "model.pt", "x"*5000, "a\0b", "",
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_index_causes_no_request(models, market, monkeypatch, place):
+    "A stranger chose what it names"
+    index = ModelIndex.load(market)
+    fact, = index.rows.facts([0])
+    fact |= dict(file="theirs", key=[place, None, 1, 1])
+    index.rows.append(index.rows.rows[:1], index.rows.digests([0]), [0], [fact])
+    index.remove(models)
+    asked = []
+
+    def refuse(*args, **kwargs):
+        asked.append(args)
+        raise OSError("no network here")
+
+    for name in ("connect", "connect_ex", "sendto"): monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    answer = index.answer(models/"t0_0.safetensors", expected=True)
+    assert not asked and "cannot be estimated (theirs: " in answer.expected and len(answer.table) == 1
+    if place == "timm/resnet18.a1_in1k": return  # timm would try many times
+    answer = index.answer(models/"t0_0.safetensors", expected=True, hub=True)
+    assert bool(asked) == (place == "org/name") and "cannot be estimated (theirs: " in answer.expected
 
 
 def test_two_that_add_the_same_add_it_once(models, market, tmp_path):

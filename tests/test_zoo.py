@@ -85,7 +85,7 @@ def test_stopped_build_resumes(tmp_path, sig):
     written = fingerprint(models(folder))
     done = {f: v for f, v in written.items() if read_marker(folder/f)}
     assert 5 <= len(done) < 300 and len(written) - len(done) <= 2 and p.returncode != 0
-    (half := folder/".task04_run1.safetensors.1.tmp").write_bytes(b"half a model")
+    (half := folder/".task04_run1.safetensors.00000001.tmp").write_bytes(b"half a model")
     n = max(int(f.split("run")[1].split(".")[0]) for f in written) + 1
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -9,7 +9,7 @@ __all__ = ['save_tensors', 'load_tensors']
 import contextlib, errno, functools, hashlib, importlib.metadata, json, math, mmap, os, platform, re, subprocess, time
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 import safetensors.torch
@@ -98,7 +98,21 @@ def printable(
     "Escape control characters and line breaks, so that a text is safe to show"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
+# %% ../../nbs/core/00_files.ipynb #5b14b183
+def check_name(
+    name,       # a name from a file, such as that of another file
+    where: str, # file that has it, for the message
+) -> str:       # the name
+    "Return a name. Raises `ValueError` unless it is a single part of a path, on every system"
+    is_text = isinstance(name, str) and 0 < len(name.encode(errors="surrogatepass")) <= 255 and "\0" not in name
+    is_single = is_text and name not in (".", "..") and PurePosixPath(name).name == name == PureWindowsPath(name).name
+    if is_single: return name
+    raise ValueError(printable(f"{where} names {repr(name)[:60]}, which is no file beside it"))
+
 # %% ../../nbs/core/00_files.ipynb #619c3949
+MAX_JSON = 8_000_000  # bytes of JSON: in memory it may take 24 times as many
+MAX_COMMAS = 100_000  # in the JSON of the fields of a dataclass: pydantic notes each wrong value
+
 @functools.cache
 def _adapter(schema):
     "Return the validator of a dataclass"
@@ -113,7 +127,10 @@ def checked(
     if not isinstance(value, dict):
         raise ValueError(printable(f"{where} holds {repr(value)[:40]}, expected fields by name"))
     known = {name: value[name] for name in schema.__dataclass_fields__ if name in value}
-    try: return _adapter(schema).validate_json(json.dumps(known), strict=True)  # strict: a text is no number
+    try:
+        text = json.dumps(known)
+        if text.count(",") > MAX_COMMAS: raise ValueError(printable(f"{where} has more than {MAX_COMMAS} values"))
+        return _adapter(schema).validate_json(text, strict=True)  # strict: a text is no number
     except ValidationError as e: why = _misfit(e.errors(include_url=False)[0])
     except RecursionError: why = "its fields are nested too deeply"
     raise ValueError(printable(f"{where}: {why}"))
@@ -132,7 +149,9 @@ def read_json(
 ):                              # the content, as an instance of `schema` if there is one
     "Read JSON. Raises `ValueError` with file and field for other content, `OSError` if the file cannot be read"
     path = Path(path)
-    try: value = json.loads(path.read_bytes())
+    with open_file(path) as file: text = file.read(MAX_JSON + 1)
+    if len(text) > MAX_JSON: raise ValueError(printable(f"{path.name} has more than {MAX_JSON} bytes"))
+    try: value = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise ValueError(printable(f"{path.name} is not JSON: {e}")) from None
     return value if schema is None else checked(value, schema, path.name)
@@ -241,7 +260,6 @@ def save_tensors(
     (write_atomic if replace else write_new)(path, data)
 
 # %% ../../nbs/core/00_files.ipynb #0f264cc9
-MAX_HEADER = 100_000_000  # bytes, the most that safetensors itself reads
 MAX_TENSORS = 20_000      # of one file
 
 @dataclass
@@ -258,6 +276,16 @@ class Header:
     meta: dict[str, str]             # metadata, as texts
     size: int                        # bytes before the first tensor
 
+# %% ../../nbs/core/00_files.ipynb #c038c6e4
+def _entry(name, fields):
+    "Check an entry of a header; pydantic would note each wrong one of a million"
+    known = fields if isinstance(fields, dict) else {}
+    dtype, shape, offsets = (known.get(key) for key in ("dtype", "shape", "data_offsets"))
+    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
+    whole = len(numbers) < 100 and all(type(number) is int for number in numbers)
+    if isinstance(dtype, str) and whole and len(offsets) == 2: return TensorEntry(dtype, shape, tuple(offsets))
+    raise ValueError(printable(f"not a safetensors file: the entry of {name[:60]} is {repr(fields)[:60]}"))
+
 # %% ../../nbs/core/00_files.ipynb #65b5aaec
 def header_end(
     start: bytes, # the first 9 bytes of a safetensors file, or more
@@ -265,8 +293,9 @@ def header_end(
 ) -> int:         # bytes before the first tensor
     "Return the size of a header. Raises `ValueError` for a start that no safetensors file of this size has"
     n = int.from_bytes(start[:8], "little")
-    if size < 9 or n > MAX_HEADER or start[8:9] != b"{": raise ValueError(f"not a safetensors file ({size} bytes)")
+    if size < 9 or n > 100*MAX_JSON or start[8:9] != b"{": raise ValueError(f"not a safetensors file ({size} bytes)")
     if 8 + n > size: raise ValueError(f"truncated: {size} bytes, the header alone has {8 + n}")
+    if n > MAX_JSON: raise ValueError(f"too large: its header has {n} bytes, {MAX_JSON} are read")
     return 8 + n
 
 def parse_header(
@@ -279,8 +308,9 @@ def parse_header(
     if not isinstance(tensors, dict): raise ValueError("not a safetensors file (its header names no tensors)")
     if len(tensors) > MAX_TENSORS: raise ValueError(f"too large: {len(tensors)} tensors, {MAX_TENSORS} are allowed")
     meta = tensors.pop("__metadata__", None) or {}
-    fields = dict(tensors=tensors, meta=meta, size=8 + len(text))
-    header = checked(fields, Header, "not a safetensors file, its header")
+    texts = isinstance(meta, dict) and all(isinstance(value, str) for value in meta.values())
+    if not texts: raise ValueError("not a safetensors file: its metadata are no texts")
+    header = Header({name: _entry(name, fields) for name, fields in tensors.items()}, meta, 8 + len(text))
     _check_sizes(header, size)
     return header
 

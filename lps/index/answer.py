@@ -275,9 +275,9 @@ class Answer:
     def sentences(self) -> list: # of str
         "Describe the answer"
         first = "All of these are copies of the query or derived from it: a larger k may find an independent model."
-        if self.related is False: first = "No related model was found."
+        if not len(self.table): first = "The index has no models."
+        elif self.related is False: first = "No related model was found."
         elif self.recommended: first = f"Recommended source: {self.recommended}."
-        elif not len(self.table): first = "The index has no models."
         calibrated = "Not calibrated: too few models have known tasks, so no probabilities are given."
         if self.calibration: calibrated = str(self.calibration)
         method = f"Method: {self.method}, from {self.reads}; no images of yours were needed."

@@ -74,12 +74,16 @@ def _items_in(path):
     if not packed: return [_item(path)]
     return [_item(path, file) for file in _packed_set(path, path.stat().st_mtime_ns).manifest.file]
 
-def _files_below(folder):
-    "Yield files and folders that may be models, in a folder and its subfolders"
-    for here, folders, files in os.walk(folder):
+def _files_below(folder, bad):
+    "Yield files and folders that may be models, in a folder and its subfolders; note in `bad` what is not searched"
+    def unreadable(error): bad[printable(error.filename)] = error.strerror
+    for here, folders, files in os.walk(folder, onerror=unreadable):
         is_index = HEADER_FILE in files and "rows.f32" in files
         if is_index or "build.json" in files: folders.clear()
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in folders:
+            path = Path(here)/name
+            if path.is_symlink(): bad[printable(path)] = "is a link to a folder: give the folder it points to"
         if is_model_folder([*files, *folders]):
             folders.clear()
             yield Path(here)
@@ -102,10 +106,10 @@ def find_models(
             continue
         source = Path(bundled_sets().get(str(source), source))
         if not source.exists(): raise FileNotFoundError(f"no models at {printable(source)}: no such folder or file")
-        for path in _files_below(source) if source.is_dir() else [source]:
+        for path in _files_below(source, bad) if source.is_dir() else [source]:
             try:  # two links to one file are one model, under the name of the first
                 for item in _items_in(path): found.setdefault((str(path.resolve()), item.inner), item)
-            except (ValueError, OSError) as e: bad[printable(path)] = printable(e)
+            except (ValueError, OSError) as e: bad[printable(path)] = printable(getattr(e, "strerror", None) or e)
     return list(found.values()), bad
 
 # %% ../../nbs/index/02_gather.ipynb #d4c661d1

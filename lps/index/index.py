@@ -6,7 +6,7 @@
 __all__ = ['ModelIndex', 'BuildSettings', 'bundled_unseen']
 
 # %% ../../nbs/index/03_index.ipynb #b92215d0
-import json, tempfile
+import contextlib, json, tempfile, warnings
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.files import checked, header_end, load_tensors, parse_header, printable, write_json
+from ..core.files import checked, header_end, load_tensors, parse_header, pluralise, printable, write_json
 from lps.index.answer import (
     Answer, Calibration, calibrate, can_hold_out, held_out_trials, lineage_note, own_trials,
     sketch_correlation, weight_sketch,
@@ -38,6 +38,7 @@ from ..models.imports import read_table
 from ..models.model import Model
 from ..models.modelset import ModelSet, bundled, load_modelset, rejected_table, rejection_summary
 from ..models.read import Reading, is_elsewhere
+from ..models.web import is_hub_name
 
 # %% ../../nbs/index/03_index.ipynb #cb4f84b5
 def _rows_in_memory(embedding, digests, facts):
@@ -64,18 +65,21 @@ class ModelIndex:
         self._set(fitted, _rows_in_memory(embedding.numpy(), gallery.digests, facts))
 
     @classmethod
-    def _of(cls, fitted, rows, calibration=None, rejected=None):
+    def _of(cls, fitted, rows, calibration=None, rejected=None, fit=None):
         "Make an index from its parts"
         index = cls.__new__(cls)
-        index._set(fitted, rows, calibration, rejected)
+        index._set(fitted, rows, calibration, rejected, fit)
         return index
 
-    def _set(self, fitted, rows, calibration=None, rejected=None):
+    def _set(self, fitted, rows, calibration=None, rejected=None, fit=None):
         self.fitted = fitted
         self.rows = rows
         self.calibration = calibration
         self.rejected = rejected_table(rejected or {})  # files without a row, with reasons
-        self._kept = {}  # values derived from all rows
+        self.fit = fit           # seed and settings of the fit; None: it was fitted elsewhere
+        self._kept = {}          # values derived from all rows
+        self._files = {}, 0, 0   # see `_known_files`
+        self._method_file = None if rows is None else rows.about.get("method_file")
 
     def __len__(self): return len(self.rows)
 
@@ -89,19 +93,28 @@ class ModelIndex:
 # %% ../../nbs/index/03_index.ipynb #2363d65c
 @patch
 def _once(self: ModelIndex, name, compute):
-    "Compute a value of all rows, and keep it until rows are added or removed"
+    "Compute a value of all rows, and keep it until rows are added or removed, here or by another process"
+    state = len(self.rows.records), len(self.rows.removed)
+    if self._kept.get("state") != state: self._kept = dict(state=state)
     if name not in self._kept: self._kept[name] = compute()
     return self._kept[name]
 
 def _number_or_nan(value):
     "Return a number of a fact; NaN for a fact of an unexpected type"
-    return float(value) if isinstance(value, (int, float)) else np.nan
+    try: return float(value) if isinstance(value, (int, float)) else np.nan
+    except OverflowError: return np.nan
+
+NAMES = "file", "class_0", "class_1", "architecture", "data", "recipe", "shortcut"  # facts that are texts
+ACCURACIES = "val_accuracy", "train_accuracy"
 
 def _manifest(facts):
-    "Make a table of facts, without those that only the index uses"
+    "Make a table of facts, without those that only the index uses; facts of an unexpected type become text"
     manifest = pd.DataFrame(facts).drop(columns=["sketch", "key"], errors="ignore")
-    for column in ("val_accuracy", "train_accuracy"):
-        if column in manifest: manifest[column] = manifest[column].map(_number_or_nan)
+    for column in ("file", "task", "class_0", "class_1", *ACCURACIES):
+        if column not in manifest: manifest[column] = None
+    for column in ACCURACIES: manifest[column] = manifest[column].map(_number_or_nan)
+    for column in manifest.columns.intersection(NAMES):
+        manifest[column] = manifest[column].map(lambda value: value if value is None else str(value))
     return manifest
 
 @patch(as_prop=True)
@@ -278,7 +291,7 @@ def _parse_method(data, where):
 def _contents(self: ModelIndex):
     "Return the files of the index, bytes by name"
     method = _method_bytes(self.fitted)
-    about = dict(method=self.fitted.method, method_file=sealed_name(method), calibration=None)
+    about = dict(method=self.fitted.method, method_file=sealed_name(method), calibration=None, fit=self.fit)
     if self.calibration is not None: about["calibration"] = asdict(self.calibration)
     rejected = dict(zip(self.rejected.file, self.rejected.reason))
     return {**self.rows.files(**about), about["method_file"]: method, REJECTED_FILE: json.dumps(rejected).encode()}
@@ -287,7 +300,7 @@ def _contents(self: ModelIndex):
 def save(self: ModelIndex,
     path: str|Path, # a new or empty folder; or a file to write, if the name ends in .zip
 ):
-    "Write the index, completely or not at all"
+    "Write the index, completely or not at all. Raises `FileExistsError` for a path with anything but a packed index"
     path = Path(path)
     if path.suffix == PACKED_SUFFIX: return write_packed(path, self._contents())
     if path.suffix: raise ValueError(f"{printable(path)}: give a folder without a suffix, or a name that ends in .zip")
@@ -301,6 +314,7 @@ class _About:
     method: str
     method_file: str
     calibration: Calibration|None=None
+    fit: dict|None=None
 
 @patch(cls_method=True)
 def load(cls: ModelIndex,
@@ -325,7 +339,7 @@ def load(cls: ModelIndex,
     except (ValueError, RecursionError): rejected = {}
     if not isinstance(rejected, dict): rejected = {}
     rejected = {str(file): str(reason) for file, reason in rejected.items()}
-    return cls._of(_parse_method(method, where), rows, about.calibration, rejected)
+    return cls._of(_parse_method(method, where), rows, about.calibration, rejected, about.fit)
 
 # %% ../../nbs/index/03_index.ipynb #9c0cf0f1
 @dataclass(frozen=True)
@@ -333,8 +347,14 @@ class BuildSettings:
     "Resources of a build, and settings of its fit"
     workers: int = 1                # processes
     executor: Executor|None = None  # any `concurrent.futures.Executor` to use instead
-    seed: int = 0                   # determines everything random
+    seed: int|None = None           # determines everything random; None: 0
     fit: dict = field(default_factory=dict)  # settings of the method that is fitted
+
+    @property
+    def given(self): # dict
+        "Return the settings of the fit that are given, as JSON keeps them"
+        seed = {} if self.seed is None else dict(seed=self.seed)
+        return json.loads(json.dumps(seed | self.fit))
 
 def _open_method(method):
     "Return a fitted method, or None for the name of one that is to be fitted"
@@ -346,18 +366,21 @@ def _fit(method, items, reading, table, settings):
     "Fit a method on the models whose tasks are known; return it with its calibration"
     fitted = _open_method(method)
     if fitted is None and method != "auto": get_method(method)
-    known = labelled_models(items, reading, table, seed=settings.seed)
+    if fitted is not None and settings.given:
+        raise ValueError(f"{fitted.method} is fitted already: leave out {', '.join(settings.given)}")
+    seed = settings.seed or 0
+    known = labelled_models(items, reading, table, seed=seed)
     if fitted is not None: return fitted, _own_calibration(fitted, known)
     models = one_model(items, reading, table) if known is None else known
     if models is None: raise ValueError(_no_model(items, reading))
     if method == "auto":
         method = leading_method(models)
-    try: fitted = fit_method(models, method, settings.seed, **own_settings(method, settings.fit))
+    try: fitted = fit_method(models, method, seed, **own_settings(method, settings.fit))
     except ValueError as e:
         if known is not None: raise
         raise ValueError(_unknown_tasks(method, models, e)) from None
     if known is None or not can_hold_out(known.labels.numpy()): return fitted, _own_calibration(fitted, known)
-    resources = dict(seed=settings.seed, workers=settings.workers, executor=settings.executor)
+    resources = dict(seed=seed, workers=settings.workers, executor=settings.executor)
     return fitted, calibrate(held_out_trials(known, method, **resources, **own_settings(method, settings.fit)))
 
 def _own_calibration(fitted, known):
@@ -394,20 +417,28 @@ def _key_of(fact):
 def _known_files(self: ModelIndex):
     "Map path and inner name of each model to its row, size and time; only new rows are read"
     rows = self.rows
-    found, n_rows, n_removed = self._kept.get("files", ({}, 0, 0))
+    found, n_rows, n_removed = self._files
     for place, fact in enumerate(rows.facts(range(n_rows, len(rows.records))), n_rows):
         key = _key_of(fact)
         if key: found[key[:2]] = place, key[2:]
     if len(rows.removed) > n_removed:
         removed = set(rows.removed.tolist())
         found = {key: value for key, value in found.items() if value[0] not in removed}
-    self._kept = dict(files=(found, len(rows.records), len(rows.removed)))
+    self._files = found, len(rows.records), len(rows.removed)
     return found
+
+@patch
+@contextlib.contextmanager
+def _changing(self: ModelIndex):
+    "Hold the lock of the rows. Raises `ValueError` if another index was built in their place"
+    with self.rows.locked():
+        if self.rows.about.get("method_file") == self._method_file: yield
+        else: raise ValueError(f"{printable(self.rows.path)} was replaced by another index: open it again")
 
 @patch
 def _take(self: ModelIndex, done: Embedded):
     "Add embedded models, in one step with the removal of the rows that they replace"
-    with self.rows.locked():
+    with self._changing():
         files = self._known_files()
         keys = [tuple(fact["key"]) for fact in done.facts]
         new = [i for i, key in enumerate(keys) if files.get(key[:2], (None, None))[1] != key[2:]]
@@ -423,6 +454,7 @@ def _grow(self: ModelIndex, items, bad, reading, table, settings, path=None):
     "Add models that are not in the index; with the first ones, a new index gets its rows"
     files = {} if self.rows is None else self._known_files()
     new = [item for item in items if files.get(item.key[:2], (None, None))[1] != item.key[2:]]
+    if table: self._check_tasks(items, table, files)
     for done in embed_all(self.fitted, new, reading, table, settings.workers, settings.executor):
         bad |= done.bad
         if not done.rows: continue
@@ -435,12 +467,50 @@ def _grow(self: ModelIndex, items, bad, reading, table, settings, path=None):
     if self.calibration is None and self.calibrate(): self.rows.note(calibration=asdict(self.calibration))
 
 @patch
+def _check_tasks(self: ModelIndex, items, table, files):
+    "Warn of models that are in the index with another task than in a table"
+    differ = []
+    for item in items:
+        place, state = files.get(item.key[:2], (None, None))
+        task = table.get(Path(item.path).name, {}).get("task")
+        if task is None or state != item.key[2:]: continue
+        if self.rows.facts([place])[0].get("task") != task: differ.append(item.file)
+    if not differ: return
+    why = f"{pluralise(len(differ), 'model')} in the index, such as {printable(differ[0])}, had another task"
+    warnings.warn(f"{why} than in the table, and keep it: remove and add them again", stacklevel=4)
+
+@patch
 def _start(self: ModelIndex, width, path):
     "Give a new index its rows, in a folder if there is a path"
     self.rows = Rows(width)
     if path is None: return
     write_folder(path, self._contents())
     self.rows = Store(path)
+    self._method_file = self.rows.about["method_file"]
+
+# %% ../../nbs/index/03_index.ipynb #a84a22cd
+def _same_fitted(a, b):
+    "Test whether two fitted methods are equal"
+    parts = [json.loads(json.dumps(fitted.parts)) for fitted in (a, b)]
+    first, second = a.state_dict(), b.state_dict()
+    if parts[0] != parts[1] or first.keys() != second.keys(): return False
+    return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+def _check_same(index, method, settings, where):
+    "Raise `ValueError` for another method, or other settings of its fit, than those of an index"
+    fitted = _open_method(method)
+    wanted = method if fitted is None else fitted.method
+    own = index.fitted.method
+    if wanted not in ("auto", own):
+        raise ValueError(f"{where} compares by {own}, not by {printable(wanted)}: choose another folder")
+    if fitted is not None and not _same_fitted(fitted, index.fitted):
+        raise ValueError(f"{where} compares by another fit of {own}: choose another folder, or leave out the method")
+    known = index.fit or {}
+    for name, value in settings.given.items():
+        if name in known and known[name] == value: continue
+        was = f"{name} {known[name]}" if name in known else f"the default {name}"
+        if index.fit is None: was = "a method fitted elsewhere"
+        raise ValueError(f"{where} was built with {was}, not {name} {value}: leave it out, or choose another folder")
 
 # %% ../../nbs/index/03_index.ipynb #ef387ed2
 @patch(cls_method=True)
@@ -452,21 +522,18 @@ def build(cls: ModelIndex,
     reading: Reading|None = None,                 # what the files do not record
     settings: BuildSettings|None = None,    # processes, seed, settings of the fit
 ) -> ModelIndex:                # `rejected` lists the files without a row
-    "Build an index of models; raises `ValueError` if none can be read, or if the index has another method"
+    "Build an index of models; raises `ValueError` if none can be read, or if the index has another method or fit"
     items, bad = find_models(sources)
     table = read_table(table)
     settings = settings or BuildSettings()
     if path is not None and (Path(path)/HEADER_FILE).exists():
         index = cls.load(path)
-        fitted = _open_method(method)
-        wanted = method if fitted is None else fitted.method
-        if wanted not in ("auto", index.fitted.method):
-            why = f"{printable(path)} compares by {index.fitted.method}, not by {wanted}: choose another folder"
-            raise ValueError(why)
+        _check_same(index, method, settings, printable(path))
     else:
         if path is not None: check_new_folder(path)
         index = cls._of(None, None)
         index.fitted, index.calibration = _fit(method, items, reading, table, settings)
+        if _open_method(method) is None: index.fit = dict(seed=0) | settings.given
     index._grow(items, bad, reading, table, settings, path)
     return index
 
@@ -490,13 +557,12 @@ def remove(self: ModelIndex,
 ) -> int:     # number of models removed
     "Remove models from the index, not their files; raises `ValueError` for a name of no model or of several"
     names = [what] if isinstance(what, (str, Path)) else list(what)
-    with self.rows.locked():
+    with self._changing():
         places = self.rows.places
         facts = self.rows.facts(places)
         gone = set()
         for name in names: gone |= {int(places[i]) for i in _matches(facts, name)}
         self.rows.remove(sorted(gone))
-    self._kept = {}
     return len(gone)
 
 def _matches(facts, name):
@@ -522,7 +588,7 @@ def check(self: ModelIndex):
     for fact in self.rows.facts(self.rows.places):
         key = _key_of(fact)
         if key and key[:2] in seen:
-            raise ValueError(f"{printable(fact['file'])} is in the index twice: remove it and add it again")
+            raise ValueError(f"{printable(fact.get('file'))} is in the index twice: remove it and add it again")
         if key: seen.add(key[:2])
 
 # %% ../../nbs/index/03_index.ipynb #e0819f92
@@ -552,6 +618,7 @@ def answer(self: ModelIndex,
     reading: Reading|None = None, # what the file does not record
     expected=False,               # True, or a relation from `expected_accuracy`: estimate accuracies after fine-tuning
     approximate: bool = False,    # compare only candidates from the graph of `build_graph`
+    hub: bool = False,            # for the estimate, download models of the index that are on the Hugging Face Hub
 ) -> Answer:
     "Look up one model and explain the result"
     queries = self._embed(model, reading)
@@ -559,7 +626,9 @@ def answer(self: ModelIndex,
     (similarity, places), = self._nearest(queries, k, True, approximate)
     table = self._table(similarity, places, queries.digests[0], queries.sketches[0], notes=True)
     explained = ""
-    if expected: table, explained = self._with_expected(table, places, queries.model, model, expected, reading)
+    if expected:
+        sources = _Sources(reading, hub)
+        table, explained = self._with_expected(table, places, queries.model, model, expected, sources)
     related = None
     if self.calibration is not None: related = bool((similarity[:1] >= self.calibration.threshold).any())
     independent = table[table.note == ""]
@@ -584,11 +653,21 @@ def answer(self: ModelIndex,
 # %% ../../nbs/index/03_index.ipynb #77d437d0
 N_PROBE_IMAGES = 512  # as in the measurement of the relation
 
-def _stored_item(fact):
+@dataclass
+class _Sources:
+    "Settings for reading the files of models in an index"
+    reading: Reading|None
+    hub: bool  # whether models on the Hub are downloaded
+
+def _stored_item(fact, hub):
     "Return the file of a model in the index; raises `ValueError` if there is none to read"
     key = _key_of(fact)
     if key is None: raise ValueError("the index does not record its file")
-    if is_elsewhere(key[0]): raise ValueError("it is on the web, and is not downloaded")
+    if key[0].startswith(("//", "\\\\")): raise ValueError("it is on a network share, and is not read")
+    local = Path(key[0]).is_absolute()  # as all paths of files that an index reads
+    if not local and not (hub and is_hub_name(key[0])):
+        cure = "--hub does" if is_hub_name(key[0]) else "give its address as the query"
+        raise ValueError(f"it is on the web, and is not downloaded: {cure}")
     return Item(str(fact.get("file")), *key)
 
 def _run(model, images):
@@ -600,14 +679,14 @@ def _run(model, images):
         raise ValueError(f"it cannot be run: {printable(str(e).partition(chr(10))[0][:200])}") from None
 
 @patch
-def _transfer_scores(self: ModelIndex, places, model, reading):
+def _transfer_scores(self: ModelIndex, places, model, sources):
     "Score models for transfer; NaN and a reason for those that cannot be scored"
     scores = np.full(len(places), np.nan)
     reasons = {}
     items = {}
     for i, fact in enumerate(self.rows.facts(places)):
-        try: items[i] = _stored_item(fact)
-        except ValueError as e: reasons[str(fact.get("file"))] = str(e)
+        try: items[i] = _stored_item(fact, sources.hub)
+        except (ValueError, OSError) as e: reasons[str(fact.get("file"))] = str(e)
     if not items: return scores, reasons
     from lps.advice.score import explained_by
     from lps.methods.synthetic import noise_images
@@ -616,18 +695,19 @@ def _transfer_scores(self: ModelIndex, places, model, reading):
     except ValueError as e: return scores, {"the query": str(e)}
     for i, item in items.items():
         try:
-            source = read_item(item, reading, EVERYTHING)
+            source = read_item(item, sources.reading, EVERYTHING)
             if source.digest != self.rows.digests(places[i:i + 1])[0]: raise ValueError("its file has changed")
             scores[i] = explained_by(_run(source, images), outputs[None]).score[0]
-        except (ValueError, OSError) as e: reasons[item.file] = str(e)
+        except (ValueError, OSError, ImportError) as e: reasons[item.file] = str(e)
     return scores, reasons
 
 # %% ../../nbs/index/03_index.ipynb #579258d9
 @patch
-def _with_expected(self: ModelIndex, table, places, model, source, relation, reading):
+def _with_expected(self: ModelIndex, table, places, model, source, relation, sources):
     "Add expected accuracies to a table; also return a sentence about them"
-    if model.meta.get("lacks") and is_elsewhere(source): model = read_item(source, reading, EVERYTHING)
-    scores, reasons = self._transfer_scores(places, model, reading)
+    if not len(table): return table, ""
+    if model.meta.get("lacks") and is_elsewhere(source): model = read_item(source, sources.reading, EVERYTHING)
+    scores, reasons = self._transfer_scores(places, model, sources)
     first = printable("; ".join(f"{file}: {why}" for file, why in list(reasons.items())[:1]))
     if np.isnan(scores).all(): return table, f"Accuracy after fine-tuning cannot be estimated ({first})."
     if relation is True:

@@ -14,7 +14,7 @@ from torch.special import ndtr
 from ..nets.architectures import branch_layers, norms_of, recognise, shapes_of
 from ..core.files import printable
 from .registry import INVARIANCES
-from .signatures import canonical, gram, reads_all, register_signature
+from .signatures import N_DEPTHS, canonical, gram, reads_all, register_signature
 
 # %% ../../nbs/methods/04_chain.ipynb #cbb35c75
 def relu_moments(
@@ -117,8 +117,6 @@ def patterns(
     return found
 
 # %% ../../nbs/methods/04_chain.ipynb #6865e18c
-N_DEPTHS = 19
-
 def chain_signature(
     tensors: dict,              # tensors of M whole networks with BN by name, `(M, …)` each
     shortcut: str = "pad_end",  # kind of shortcut, if it has no weights

@@ -80,10 +80,12 @@ class Equivariant(FittedNet):
         return self.logits(observed).log_softmax(1)
 
 # %% ../../nbs/methods/07_equivariant.ipynb #fb8f4f8e
-def _train(net, inputs, targets, n_steps, top_rate, decay):
+TOP_RATE = .01  # highest learning rate
+
+def _train(net, inputs, targets, n_steps):
     "Train a network by full-batch steps of AdamW with a one-cycle schedule"
-    opt = torch.optim.AdamW(net.parameters(), top_rate, weight_decay=decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, top_rate, total_steps=n_steps)
+    opt = torch.optim.AdamW(net.parameters(), TOP_RATE, weight_decay=1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, TOP_RATE, total_steps=n_steps)
     for _ in range(n_steps):
         loss = F.cross_entropy(net(inputs), targets)
         opt.zero_grad()
@@ -97,8 +99,6 @@ def fit_equivariant(
     seed: int = 0,          # seed of initialisation and dropout
     hidden: int = 64,       # width
     n_steps: int = 200,     # full-batch steps
-    top_rate: float = .01,  # highest learning rate
-    decay: float = 1,       # weight decay
 ) -> Equivariant:
     "Train a network on the stem. Raises `ValueError` for fewer than two tasks and for weights that are not finite"
     rows = observed["rows"]
@@ -106,7 +106,7 @@ def fit_equivariant(
     config = EquivariantConfig(tasks=tasks, n_in=rows.shape[2], hidden=hidden)
     with one_thread(), seeded(seed):
         net = Equivariant.build(config)
-        _train(net, rows, targets, n_steps, top_rate, decay)
+        _train(net, rows, targets, n_steps)
     return Equivariant(config, net.state_dict(), "equivariant")
 
 # %% ../../nbs/methods/07_equivariant.ipynb #a618d972
@@ -118,7 +118,7 @@ register_method(Method(
     reads=reads_stem,
     fit=fit_equivariant,
     fitted=Equivariant,
-    settings=("hidden", "n_steps", "top_rate", "decay"),
+    settings=("hidden", "n_steps"),
     observe=stem_rows,
 ))
 
@@ -209,8 +209,6 @@ def fit_all_layers(
     seed: int = 0,          # seed of initialisation and dropout
     hidden: int = 32,       # width
     n_steps: int = 150,     # full-batch steps
-    top_rate: float = .01,  # highest learning rate
-    decay: float = 1,       # weight decay
 ) -> AllLayerEquivariant:
     "Train a network on all layers. Raises `ValueError` for fewer than two tasks and for weights that are not finite"
     tasks, targets = learnable(observed, labels)
@@ -218,7 +216,7 @@ def fit_all_layers(
     with one_thread(), seeded(seed):
         net = AllLayerEquivariant.build(config)
         net.standardise(observed)
-        _train(net, observed, targets, n_steps, top_rate, decay)
+        _train(net, observed, targets, n_steps)
     return AllLayerEquivariant(config, net.state_dict(), "all-layer-equivariant")
 
 # %% ../../nbs/methods/07_equivariant.ipynb #9c065d51
@@ -230,7 +228,7 @@ register_method(Method(
     reads=reads_all,
     fit=fit_all_layers,
     fitted=AllLayerEquivariant,
-    settings=("hidden", "n_steps", "top_rate", "decay"),
+    settings=("hidden", "n_steps"),
     observe=channel_sets,
     observing=dict(shortcut="pad_end"),
     whole=True,

@@ -330,15 +330,17 @@ def canonical(
     return fix_scales(tensors, known.spec, norms)
 
 # %% ../../nbs/methods/03_signatures.ipynb #378bb4d9
-def _at_depths(parts, n_quantiles=9, n_depths=19):
-    "Interpolate the quantiles of all layers to evenly spaced depths, `(M, E)`"
+N_DEPTHS = 19  # as many as a ResNet20 has branches
+
+def _at_depths(parts):
+    "Interpolate nine quantiles of all layers to evenly spaced depths, `(M, E)`"
     if not all("sd" in part for part in parts): parts = [dict(gamma=p["gamma"], beta=p["beta"]) for p in parts]
     lists = []
     for part in parts:
         used, others = _responses(part)
-        lists.append(torch.cat([quantiles(v, n_quantiles) for v in used + others], 1))
+        lists.append(torch.cat([quantiles(v, 9) for v in used + others], 1))
     by_depth = torch.stack(lists, 2)
-    return F.interpolate(by_depth, size=n_depths, mode="linear", align_corners=True).flatten(1)
+    return F.interpolate(by_depth, size=N_DEPTHS, mode="linear", align_corners=True).flatten(1)
 
 def all_layer_signature(
     tensors: dict,              # of M whole networks, by name, `(M, …)` each

@@ -109,9 +109,8 @@ class Model(HasLayers):
 
     @cached_property
     def digest(self): # 32 hexadecimal digits
-        "Fingerprint of all weights, also if only some of them are here"
-        noted = self.meta.get("digest") if self.meta.get("lacks") else None
-        return noted or digest(self.state)
+        "Fingerprint of the weights that are here; the one in the metadata is a claim"
+        return digest(self.state)
 
     @property
     def architectures(self): # list of one

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..nets.architectures import recognise, shapes_of
 from lps.core.files import (
-    check_weights, checked, digest, load_tensors, marker_file, not_as_marked, pluralise, printable,
+    check_name, check_weights, checked, digest, load_tensors, marker_file, not_as_marked, pluralise, printable,
     read_tensor_file, save_tensors,
 )
 from .checkpoint import SUFFIXES
@@ -404,7 +404,8 @@ def _packed_meta(model, sha256, classes):
     names = meta.get("classes") or []
     ids = meta.get("class_ids") or names
     if classes and ids: meta |= dict(class_ids=ids, classes=[classes.get(c, old) for c, old in zip(ids, names)])
-    return meta | dict(sha256=sha256, digest=model.digest)
+    claimed = meta.get("digest") if meta.get("lacks") else None
+    return meta | dict(sha256=sha256, digest=claimed or model.digest)
 
 def _packed_models(models, kept, classes):
     "Gather the metadata of the models: common entries once, then those of each"
@@ -461,8 +462,8 @@ class PackedSource:
         return self.metas[self.place[file]]["sha256"]
 
     def digest(self, file):
-        "Digest of a model's whole weights"
-        return self.metas[self.place[file]]["digest"]
+        "Digest of the weights that are here; that of the whole network is in the metadata, as its file claims it"
+        return digest(self.tensors(file, self.stacked))
 
 # %% ../../nbs/models/05_modelset.ipynb #ae9c9e43
 @patch
@@ -493,15 +494,15 @@ class _PackHeader:
 class _PackedModel:
     "Metadata of each model in a packed set, beside `_ModelMeta`"
     file: str
-    sha256: str
-    digest: str
+    sha256: str  # of its own file, as whoever packed it claims
+    digest: str  # of its whole weights, as whoever packed it claims; nothing is decided by it
 
 # %% ../../nbs/models/05_modelset.ipynb #eaf56468
 def _packed_metas(file, header):
     "Check and return the metadata of each model in a packed file. Raises `ValueError` with the reason"
     metas = [header.common | own for own in header.models]
     if not metas: raise ValueError("it does not name the models that it holds")
-    for meta in metas: checked(meta, _PackedModel, "model")
+    for meta in metas: check_name(checked(meta, _PackedModel, "model").file, "the set")
     if len({meta["file"] for meta in metas}) < len(metas): raise ValueError("two of its models have one name")
     for name, v in file.state.items():
         if v.ndim < 2 or len(v) != len(metas):

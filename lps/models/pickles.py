@@ -363,7 +363,7 @@ def _check_room(tensors, n_bytes):
     raise ValueError(f"its tensors would take {total} bytes, the file has {n_bytes}: {cure}")
 
 # %% ../../nbs/models/07_pickles.ipynb #b2784432
-SECONDS = 4           # of the CPU, for a small file
+SECONDS = 2           # of the CPU, for a small file; 4.5 for one of 5 MB, which may have 20,000 tensors
 MEGABYTES = 250       # of memory beside twice the file
 MAX_REPLY = 10**7     # bytes of a header
 FORBIDDEN_EXIT = 97
@@ -375,7 +375,8 @@ def _limit(n_bytes):
     "Set the limits for a file"
     if resource is None: return
     used = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = math.ceil(used.ru_utime + used.ru_stime + SECONDS + n_bytes/10**8)
+    seconds = SECONDS + min(n_bytes/2e6, 2.5) + n_bytes/1e8
+    seconds = math.ceil(used.ru_utime + used.ru_stime + seconds)
     limits = {resource.RLIMIT_CPU: seconds}
     if Path("/proc/self/statm").exists():
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -512,7 +513,7 @@ def _reply(self, n_bytes):
         code = self.running.returncode
         if code == FORBIDDEN_EXIT: raise RuntimeError("a file made PyTorch start a process: it was stopped") from None
         slow = code == -getattr(signal, "SIGXCPU", 0)
-        why = f"reading it takes more than {SECONDS} seconds" if slow else f"its reader ended ({code}, {e})"
+        why = "reading it takes too long" if slow else f"its reader ended ({code}, {e})"
         raise ValueError(f"refused: {why}") from None
     finally: timer.cancel()
 

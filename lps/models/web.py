@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 import lps
 from ..nets.architectures import norms_of, stem_of
-from ..core.files import MAX_TENSORS, header_end, parse_header, pluralise, printable
+from ..core.files import MAX_TENSORS, check_name, header_end, parse_header, pluralise, printable
 from .names import own_names
 
 # %% ../../nbs/models/02_web.ipynb #94a00b5e
@@ -235,9 +235,7 @@ def _shard_urls(name):
     named = isinstance(places, dict) and 0 < len(places) <= MAX_TENSORS
     if not named: raise ValueError(f"{index} names no tensors, or more than {MAX_TENSORS}")
     files = list(dict.fromkeys(map(str, places.values())))
-    odd = [file for file in files if "/" in file or not file.endswith(".safetensors")]
-    if odd: raise ValueError(f"{index} names {printable(odd[0])}, which is no shard beside it")
-    return [hub_url(name, file) for file in files]
+    return [hub_url(name, check_name(file, index)) for file in files]
 
 # %% ../../nbs/models/02_web.ipynb #6b9b3a52
 def open_model(

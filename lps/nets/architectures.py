@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from ..core.jobs import seeded
 from ..order_chain import PermutationSpec
-from .resnet import resnet_spec
 from .plain import PlainNet, plain_config, plain_convs, plain_norm, plain_spec
-from .resnet import ResNet, bn_of, branch_layers as resnet_branches, resnet_config
+from .resnet import ResNet, bn_of, branch_layers as resnet_branches, resnet_config, resnet_spec
 
 # %% ../../nbs/nets/02_architectures.ipynb #6ee48bc6
 @dataclass(frozen=True)

@@ -31,12 +31,13 @@ def _torchvision_builder(name):
     return functools.partial(models.get_model, name, weights=None)
 
 def _own_builder(module, function):
-    "Import a function that builds a network"
+    "Import a function that builds a network. Raises `ValueError` for whatever the module raises"
+    name = printable(f"{module}:{function}")
     try: build = functools.reduce(getattr, function.split("."), importlib.import_module(module))
-    except (ImportError, AttributeError) as e:
-        raise ValueError(f"{module}:{function} cannot be imported: {e}") from None
+    except (Exception, SystemExit) as e:
+        raise ValueError(f"{name} cannot be imported: {printable(f'{type(e).__name__}: {e}')}") from e
     if callable(build): return build
-    raise ValueError(f"{module}:{function} is a {type(build).__name__}, expected a function that returns a network")
+    raise ValueError(f"{name} is a {type(build).__name__}, expected a function that returns a network")
 
 @functools.lru_cache(32)
 def network_builder(
@@ -65,9 +66,10 @@ def build_network(
     "Build a named network. Raises `ValueError` if that gives no network"
     build = network_builder(arch) if isinstance(arch, str) else arch
     try: net = build(**config)
-    except TypeError as e:
-        if not config: raise
-        raise ValueError(f"it cannot be built with {config} ({e}): name a function that builds it so") from None
+    except (Exception, SystemExit) as e:
+        why = printable(f"{type(e).__name__}: {e}")
+        with_config = f" with {config}" if config else ""
+        raise ValueError(f"it cannot be built{with_config} ({why}): name a function that builds it so") from e
     if isinstance(net, nn.Module): return net.cpu().float().eval()
     raise ValueError(f"it gives a {type(net).__name__}, expected a network")
 

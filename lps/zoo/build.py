@@ -6,7 +6,7 @@
 __all__ = ['build']
 
 # %% ../../nbs/zoo/05_build.ipynb #6d5b0c10
-import contextlib, functools, itertools, json, math, shutil, time, zlib
+import contextlib, functools, itertools, json, math, re, shutil, time, warnings, zlib
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from lps.core.files import (
 )
 from ..core.jobs import check_device, check_seed, each_done, one_thread
 from ..models.modelset import ModelSet, join_sets, load_modelset
-from .datasheet import SetAside, write_datasheet
+from .datasheet import write_datasheet
 from .many import train_models
 from .recipe import Recipe, get_recipe, init_model, instruction_set, model_seed, recipe_fields
 from .tasks import channel_stats, check_task_classes, load_splits, pair_classes, task_images
@@ -36,6 +36,13 @@ def model_file(
 ) -> str:
     "Return the file name of one model"
     return f"task{task:02d}_run{run}.safetensors"
+
+@dataclass(frozen=True)
+class SetAside:
+    "The record of a model that was set aside"
+    task: int
+    run: int
+    reason: str
 
 @dataclass(frozen=True)
 class ModelPlace:
@@ -262,6 +269,7 @@ def settle_plan(
     "Write the plan, or compare it with the one in the folder; raises `ValueError` if they differ"
     file = path/"build.json"
     if not file.exists():
+        check_new_build(path)
         with FileLock(path/".build.lock"): write_first_plan(file, plan)
     try: differ = plan_differences(read_json(file, BuildPlan), plan)
     except (TypeError, ValueError) as e: raise ValueError(f"{path} has no plan that can be read: {e}") from None
@@ -270,14 +278,24 @@ def settle_plan(
         raise ValueError(f"{path} was built with {'; '.join(differ[:4])}: {cure}")
 
 # %% ../../nbs/zoo/05_build.ipynb #75a76da4
+OWN_NAMES = "complete", "checkpoints", "epochs", "set_aside", "DATASHEET.md", "datasheet.json"
+
+def check_new_build(
+    path: Path, # folder without `build.json`
+):
+    "Raise `ValueError` for a folder with files that a build would write"
+    names = ["models"] if any(path.glob("*.safetensors")) else []
+    names += [name for name in OWN_NAMES if (path/name).exists()]
+    if not names or (path/"build.json").exists(): return
+    raise ValueError(f"{path} holds {names[0]}, but no build.json, so no build made it: choose another folder")
+
 def write_first_plan(
     file: Path,      # `build.json`
     plan: BuildPlan, # its content
 ):
     "Write the plan of a new folder, unless another build has just written one"
     if file.exists(): return
-    if any(file.parent.glob("*.safetensors")):
-        raise ValueError(f"{file.parent} holds models, but no build.json, so no build made it: choose another folder")
+    check_new_build(file.parent)
     write_json(file, asdict(plan))
 
 # %% ../../nbs/zoo/05_build.ipynb #ee7e543a
@@ -435,12 +453,19 @@ def check_space(self: Build,
     raise OSError(f"{sizes}: make {math.ceil((need - free)/1e6)} MB more room, or choose another folder")
 
 # %% ../../nbs/zoo/05_build.ipynb #c0ddac1c
+TEMPORARY = re.compile(
+    r"\.(task\d+_run\d+|unit_[0-9a-f]{8}|build|datasheet|DATASHEET)\.(safetensors|json|md)\.[0-9a-f]{8}\.tmp"
+)
+
 def remove_temporary(
     path: Path,         # folder of the build
     seconds: int = 600, # age from which a file is removed
 ):
-    "Remove temporary files of a killed build"
-    for file in path.rglob(".*.tmp"):
+    "Remove temporary files of a killed build, in the folders that a build makes"
+    stages = [path, *path.glob("epochs/[0-9][0-9][0-9]")]
+    folders = [*stages, *(stage/"complete" for stage in stages), path/"checkpoints", path/"set_aside"]
+    for file in itertools.chain(*(folder.glob(".*.tmp") for folder in folders)):
+        if not TEMPORARY.fullmatch(file.name): continue
         with contextlib.suppress(OSError):
             if time.time() - file.stat().st_mtime > seconds: file.unlink()
 
@@ -568,5 +593,7 @@ def build(
     remove_temporary(job.path)
     trained = job.run(train, test)
     described = (job.folder/"DATASHEET.md").exists()
-    if trained or any(job.folder.glob("*.safetensors")) and not described: write_datasheet(job.folder)
+    if trained or any(job.folder.glob("*.safetensors")) and not described:
+        try: write_datasheet(job.folder)
+        except FileExistsError as e: warnings.warn(f"no new datasheet: {e}", stacklevel=2)
     return job.models

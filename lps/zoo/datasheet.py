@@ -6,7 +6,7 @@
 __all__ = ['datasheet', 'datasheet_text', 'write_datasheet']
 
 # %% ../../nbs/zoo/06_datasheet.ipynb #17732ced
-import json
+import hashlib, json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,8 +74,8 @@ class _SheetMeta:
     seconds: float | None = None
     versions: dict[str, str | None] | None = None
 
-@dataclass(frozen=True)
-class SetAside:
+@dataclass
+class _SetAside:
     "A model that the build excluded"
     task: int
     run: int
@@ -93,7 +93,7 @@ class _BuildRecord:
     name: str | None = None
     planned_tasks: int | None = None
     training_hours: float | None = None
-    set_aside: list[SetAside] = field(default_factory=list)
+    set_aside: list[_SetAside] = field(default_factory=list)
     rejected: list[dict[str, str]] = field(default_factory=list)
 
 # %% ../../nbs/zoo/06_datasheet.ipynb #39941791
@@ -108,17 +108,23 @@ def _build_record(models):
         if epoch.isdecimal(): name = f"{folder.resolve().name}, after {int(epoch)} epochs"
     plan = read_json(folder/"build.json", _Plan) if (folder/"build.json").exists() else _Plan()
     planned = None if plan.pairs is None else len(plan.pairs)
-    aside = [read_json(file, SetAside) for file in sorted(folder.glob("set_aside/*.json"))]
+    aside = [read_json(file, _SetAside) for file in sorted(folder.glob("set_aside/*.json"))]
     return _BuildRecord(name, planned, set_aside=aside)
 
 # %% ../../nbs/zoo/06_datasheet.ipynb #e9e43aa9
-STATISTICS = {"std": "sd", "25%": "lower_quartile", "50%": "median", "75%": "upper_quartile"}
-
 def _summary_statistics(values):
     "Summarise values by mean, standard deviation, quartiles and range; None without values"
     v = pd.Series(values, dtype=float).dropna()
     if v.empty: return None
-    statistics = v.describe().drop("count").fillna(0).rename(STATISTICS)  # the sd of one value is 0
+    statistics = dict(
+        mean=v.mean(),
+        sd=v.std() if len(v) > 1 else 0.,
+        min=v.min(),
+        lower_quartile=v.quantile(.25),
+        median=v.median(),
+        upper_quartile=v.quantile(.75),
+        max=v.max(),
+    )
     return dict(n=len(v)) | {name: round(float(value), 4) for name, value in statistics.items()}
 
 def _distinct(values):
@@ -306,19 +312,48 @@ def datasheet_text(
         parts += ["## Models", markdown_table(["file", "seed", "accuracy", "SHA-256"], rows)]
     return "\n\n".join(parts) + "\n"
 
+# %% ../../nbs/zoo/06_datasheet.ipynb #8cd00a8d
+def _seal(text):
+    "Return a comment with the digest of a text"
+    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return f"\n<!-- written by lps, digest {digest} -->\n"
+
+def check_datasheet(
+    folder: Path,  # folder to write a datasheet to
+):
+    "Raise `FileExistsError` for a datasheet that `write_datasheet` did not write, or that was edited"
+    for name, is_ours in (("DATASHEET.md", _is_our_text), ("datasheet.json", _is_our_sheet)):
+        try: ours = not (folder/name).exists() or is_ours((folder/name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError): ours = False
+        if not ours:
+            where = printable(folder/name)
+            raise FileExistsError(f"{where} is no datasheet that lps wrote, or was edited: move it away")
+
+def _is_our_text(text):
+    "Test whether a text ends in its own digest"
+    body, start, _ = text.rpartition("\n<!-- written by lps, digest ")
+    return bool(start) and text == body + _seal(body)
+
+def _is_our_sheet(text):
+    "Test whether a text is JSON with the fields of a datasheet"
+    sheet = json.loads(text)
+    return isinstance(sheet, dict) and {"members", "not_for", "written"} <= set(sheet)
+
 # %% ../../nbs/zoo/06_datasheet.ipynb #98583d72
 def write_datasheet(
     models: ModelSet | str | Path,     # a model set, or its path
     folder: str | Path | None = None,  # folder to write to; default: the folder of the set
     **kwargs,                          # of `datasheet`: name, classes
 ) -> dict:                             # the datasheet
-    "Write the datasheet of a model set. Raises `ValueError` for a packed set without a folder"
+    "Write the datasheet of a model set. Raises `ValueError` without a folder, `FileExistsError` for files of others"
     if not isinstance(models, ModelSet): models = load_modelset(models)
     if folder is None and not models.path.is_dir():
         name = printable(models.path.name)
         raise ValueError(f"{name} is a packed set: say in which folder to write its datasheet")
     folder = Path(folder or models.path)
+    check_datasheet(folder)
     sheet = datasheet(models, **kwargs)
+    text = datasheet_text(sheet)
+    write_atomic(folder/"DATASHEET.md", (text + _seal(text)).encode())
     write_json(folder/"datasheet.json", sheet)
-    write_atomic(folder/"DATASHEET.md", datasheet_text(sheet).encode())
     return sheet
