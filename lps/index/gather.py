@@ -22,8 +22,7 @@ from ..core.jobs import each_done
 from .answer import weight_sketch
 from .store import HEADER_FILE, digest_numbers, fact_line
 from ..methods.registry import embed_models
-from ..models.checkpoint import SUFFIXES
-from ..models.imports import NOT_READ
+from ..models.names import NOT_READ, SUFFIXES
 from ..models.model import Model
 from ..models.modelset import ModelSet, PackedSource, bundled_sets, load_modelset, rejected_table
 from ..models.folders import is_checkpoint, is_model_folder, is_state, may_be_model

@@ -25,7 +25,6 @@ class Checkpoint:
     networks: dict = None  # networks in the file that were not read: key → count of tensors
 
 # %% ../../nbs/models/01_checkpoint.ipynb #1c2e7a90
-SUFFIXES = ".pt", ".pth", ".ckpt", ".bin", ".safetensors"
 FORMATS = {  # first bytes → what a file is that cannot be read, and the cure
     b"version https://git-lfs": "a Git LFS pointer, not the file that it stands for: run git lfs pull",
     b"\x89HDF": "an HDF5 file: save a state dict with torch.save or safetensors",

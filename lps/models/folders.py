@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/models/11_folders.ipynb #7ad77edd
+# %% ../../nbs/models/11_folders.ipynb #be256ab9
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.files import MAX_TENSORS, check_name, open_file, pluralise, printable, read_json
-from .checkpoint import SUFFIXES, Checkpoint, read_checkpoint
-from .pickles import NotAModel
+from ..core.files import open_file, pluralise, read_json
+from .names import SUFFIXES, NotAModel
 
-# %% ../../nbs/models/11_folders.ipynb #dbaf4cdf
+# %% ../../nbs/models/11_folders.ipynb #5e9e50ac
 NAMES = (
     "model", "pytorch_model", "diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model",
     "pytorch_model_fsdp",
@@ -41,7 +40,7 @@ class Folder:
     variants: dict = field(default_factory=dict)  # name → file, of the weights that are not read
     configs: list = field(default_factory=list)   # folders with configurations, the nearest first
 
-# %% ../../nbs/models/11_folders.ipynb #4bee2267
+# %% ../../nbs/models/11_folders.ipynb #e1a901f7
 OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # start of a file of PyTorch before 1.6
 OTHERS = (
     ".json", ".yaml", ".yml", ".txt", ".csv", ".tsv", ".md", ".log", ".py", ".ipynb", ".png", ".jpg", ".jpeg", ".gif",
@@ -95,7 +94,7 @@ def _usual(folder):
         found.append((is_variant, NAMES.index(match[1]), match["kind"] == "bin", bool(match["index"]), path))
     return [entry[-1] for entry in sorted(found)]
 
-# %% ../../nbs/models/11_folders.ipynb #b265f812
+# %% ../../nbs/models/11_folders.ipynb #7eb1ace3
 def _check_readable(folder, names):
     "Raise `ValueError` for a folder whose weights must be converted first, `NotAModel` for an adapter"
     if ".metadata" in names and any(name.endswith(".distcp") for name in names):
@@ -127,7 +126,7 @@ def _parts_of_pipeline(folder):
     order = ["unet", "transformer", "prior", "controlnet", "vae"]
     return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
-# %% ../../nbs/models/11_folders.ipynb #c02f06c1
+# %% ../../nbs/models/11_folders.ipynb #944d08ee
 def _run_parts(folder):
     "List the checkpoints of a run: weights in the folder, and in the folders of its checkpoints"
     found = {path.name: path for path in weight_files(folder)}
@@ -154,7 +153,7 @@ def _number(name):
     "Return the last number in a name"
     return int(re.findall(r"\d+", name)[-1])
 
-# %% ../../nbs/models/11_folders.ipynb #dde9b4c1
+# %% ../../nbs/models/11_folders.ipynb #b39f5f50
 KINDS = {  # a file that marks a folder → what wrote it
     "trainer_state.json": "Trainer", "hparams.yaml": "Lightning", "args.yaml": "Ultralytics or timm training",
     "open_clip_config.json": "open_clip", "params.json": "Ray Tune", "export.pkl": "fastai",
@@ -212,7 +211,7 @@ def _single(folder, names, which):
     near = [folder] if path.parent == folder else [path.parent, folder]
     return Folder(folder.name, kind, path, dict(others), near)
 
-# %% ../../nbs/models/11_folders.ipynb #f754fa06
+# %% ../../nbs/models/11_folders.ipynb #d8df2f93
 def is_model_folder(
     names,   # names of the files and folders in a folder
 ) -> bool:
@@ -235,7 +234,7 @@ def is_model_folder(
     ends = [name for name in files if re.search(r"(^|[_.-])(best|last|latest)([_.-]|$)", name, re.I)]
     return bool(ends) and len(series) == len(files)
 
-# %% ../../nbs/models/11_folders.ipynb #ba93fdb4
+# %% ../../nbs/models/11_folders.ipynb #feb68941
 def read_configs(
     folders: list,  # folders, the nearest first
 ) -> list:          # of (name of a file, its content)
@@ -252,19 +251,3 @@ def read_configs(
                 try: found.append((name, yaml.safe_load(path.read_text(errors="replace"))))
                 except (yaml.YAMLError, ValueError, RecursionError): continue  # it may hold Python objects
     return found
-
-def read_shards(
-    index: Path,   # `….index.json`
-) -> Checkpoint:
-    "Read the files that an index names. Raises `ValueError` for files elsewhere, or tensors that are missing"
-    listed = read_json(index)
-    found = listed.get("weight_map") if isinstance(listed, dict) else None
-    if not isinstance(found, dict) or not found: raise ValueError(f"{index.name} names no tensors")
-    if len(found) > MAX_TENSORS: raise ValueError(f"{index.name} names {len(found)} tensors, {MAX_TENSORS} are allowed")
-    state = {}
-    for file in dict.fromkeys(map(str, found.values())):
-        state |= read_checkpoint(index.parent/check_name(file, index.name)).state
-    lacking = [name for name in found if name not in state]
-    if lacking: raise ValueError(f"{index.name} names {printable(lacking[0])}, which is in none of its files")
-    kind = pluralise(len(set(found.values())), "shard")
-    return Checkpoint({name: state[name] for name in found}, {}, {}, kind, {})

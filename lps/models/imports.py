@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.files import printable, save_tensors
-from .checkpoint import SUFFIXES
+from .names import NOT_READ, SUFFIXES
 from .folders import is_checkpoint
 from .modelset import ModelSet, load_modelset, rejected_table, rejection_summary
 from .read import Reading, read_model
@@ -87,8 +87,6 @@ def read_table(
     return rows
 
 # %% ../../nbs/models/06_imports.ipynb #bb87279d
-NOT_READ = ".npz", ".npy", ".h5", ".hdf5", ".onnx", ".pkl", ".pickle", ".msgpack", ".pb", ".gguf", ".tar", ".zip"
-
 def why_not_read(
     path: Path,  # a file or folder
 ) -> str | None: # None: it may be a model

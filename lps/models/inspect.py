@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Inspection', 'inspect_model']
 
-# %% ../../nbs/models/13_inspect.ipynb #4fec1a56
+# %% ../../nbs/models/13_inspect.ipynb #f1718abe
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ from .model import Model
 from .read import Reading, own_meta, read_parts
 from ..nets.architectures import find_stem
 
-# %% ../../nbs/models/13_inspect.ipynb #9d4ca213
+# %% ../../nbs/models/13_inspect.ipynb #49ce1ab1
 @dataclass
 class Inspection:
     "Description of what was read from a source"
@@ -49,7 +49,7 @@ def table(self: Inspection): # DataFrame: column `found`
 @patch
 def _repr_html_(self: Inspection): return self.table().to_html()
 
-# %% ../../nbs/models/13_inspect.ipynb #acc16354
+# %% ../../nbs/models/13_inspect.ipynb #e951204e
 def _count_layers(state):
     "Say how many layers and numbers there are"
     layers = [name for name, v in state.items() if name.endswith("weight") and v.ndim > 1]
@@ -77,13 +77,14 @@ def _head_in_words(state, known):
     matrices = [name.removesuffix(".weight") for name, v in state.items() if name.endswith(".weight") and v.ndim == 2]
     return f"perhaps {_with_shape(state, matrices[-1])}, the last matrix" if matrices else "not found"
 
-# %% ../../nbs/models/13_inspect.ipynb #961781cb
+# %% ../../nbs/models/13_inspect.ipynb #48a78b92
 def _architecture_in_words(known, configs, candidates):
     "Name an architecture, or say how to name it"
-    if known: return ", ".join([known.name, *(f"{key} {value}" for key, value in known.config.items())])
-    if candidates:
-        shown = ", ".join(candidates[:6]) + (", …" if len(candidates) > 6 else "")
-        return f"not known: {shown} have these tensors and other outputs: name one of them with arch"
+    shown = ", ".join(candidates[:6]) + (", …" if len(candidates) > 6 else "")
+    if known:
+        name = ", ".join([known.name, *(f"{key} {value}" for key, value in known.config.items())])
+        return f"{name}; {shown} has the same tensors: name it with arch if it is that" if shown else name
+    if candidates: return f"not known: {shown} have these tensors and different outputs: name one of them with arch"
     for place, values in places(configs):
         name = values.get("architecture")
         names = values.get("architectures")
@@ -112,7 +113,7 @@ def _folded_in_words(notes):
     counts = Counter(notes.values())
     return {what: pluralise(n, "weight") for what, n in counts.items()}
 
-# %% ../../nbs/models/13_inspect.ipynb #030f7b6d
+# %% ../../nbs/models/13_inspect.ipynb #47d78508
 def inspect_model(
     source,                        # as in `read_model`
     reading: Reading | None = None, # what the source does not say

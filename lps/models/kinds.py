@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/models/10_kinds.ipynb #fb8a2db0
+# %% ../../nbs/models/10_kinds.ipynb #8493ac84
 import re
 
 from ..core.files import printable
-from .names import is_weight
-from .pickles import NotAModel
+from .names import NotAModel, is_weight
 
-# %% ../../nbs/models/10_kinds.ipynb #1944e590
+# %% ../../nbs/models/10_kinds.ipynb #b53bdf9f
 PACKED = {  # pattern of a name → what the format is called
     r"\.qweight$": "GPTQ or AWQ weights",
     r"\.(absmax|quant_map|nested_absmax|SCB)$|quant_state\.bitsandbytes": "bitsandbytes weights",

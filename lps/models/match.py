@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/models/12_match.ipynb #7e0efeec
+# %% ../../nbs/models/12_match.ipynb #1eb5e61c
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from ..nets.known import architectures_with
 from ..nets.named import build_network, config_for, head_of, module_architecture, weight_shapes
 from ..nets.resnet import SHORTCUTS
 
-# %% ../../nbs/models/12_match.ipynb #ba9dcdc4
+# %% ../../nbs/models/12_match.ipynb #becb054d
 MAX_PREFIXES = 100  # places in a checkpoint where a network is searched for
 
 @dataclass
@@ -59,7 +59,7 @@ def recognised_part(
         part = _under(state, prefix)
         if recognise(weight_shapes(part)): return Part(in_forward_order(part), _outside(state, prefix, part))
 
-# %% ../../nbs/models/12_match.ipynb #6cfba077
+# %% ../../nbs/models/12_match.ipynb #1beb0569
 def in_forward_order(
     state: dict,  # tensors by name
 ) -> dict:        # the same tensors
@@ -77,7 +77,7 @@ def _forward_order(shapes):
     if known is None: return None
     with torch.device("meta"): return list(known.build().state_dict())
 
-# %% ../../nbs/models/12_match.ipynb #16962e9f
+# %% ../../nbs/models/12_match.ipynb #94bce324
 def _prefix_of(expected, state):
     "Find what stands before a network's names in a checkpoint; None unless all of its tensors are there"
     first = next(iter(expected))
@@ -106,7 +106,7 @@ def _check_fits(net, part):
     more = [name for name in part if name not in known and name.partition(".")[0] in parts]
     if more: raise ValueError(f"the checkpoint has {printable(more[0])}, the network has not: it is of another kind")
 
-# %% ../../nbs/models/12_match.ipynb #63c6864d
+# %% ../../nbs/models/12_match.ipynb #81074e46
 def title_of(
     arch,  # name, function or class
 ) -> str:
@@ -137,7 +137,7 @@ def named_part(
     own = {name: part[name] for name in net.state_dict() if name in part}
     return Part(own, _outside(state, prefix, own), title, net)
 
-# %% ../../nbs/models/12_match.ipynb #59959c34
+# %% ../../nbs/models/12_match.ipynb #147e3baf
 SIDES = 32, 64, 96, 128, 224, 256, 299, 384, 512  # tried in turn if nothing names the size of a network's images
 
 @torch.no_grad()
@@ -175,7 +175,7 @@ def module_size(
         if why is None: return size, f"the first of {', '.join(map(str, SIDES))} that it takes: pass size for its own"
     return None, f"cannot be run: {why}"
 
-# %% ../../nbs/models/12_match.ipynb #0739b9df
+# %% ../../nbs/models/12_match.ipynb #1defc62d
 @torch.no_grad()
 def _same_outputs(one, other, state, size):
     "Tell whether two architectures compute the same with given weights"
@@ -198,7 +198,7 @@ def architecture_of(
         if known and _same_outputs(known, own, part.state, size): return known
     return own
 
-# %% ../../nbs/models/12_match.ipynb #f0cd635f
+# %% ../../nbs/models/12_match.ipynb #84451956
 MAX_CANDIDATES = 8  # networks that are built to compare their outputs
 
 def _named_in(configs):
@@ -212,22 +212,28 @@ def _outputs_of(part, images):
     own = module_architecture("", part.net)
     with one_thread(): return own.run(own.rebuild(part.state), images)
 
-def _all_agree(parts, configs):
-    "Tell whether networks have the same outputs with the weights of a checkpoint"
-    size = 3, *(input_size(configs + published(parts[0].title)) or (64, 64))[:2]
-    stem = next((v for name, v in parts[0].state.items() if v.ndim == 4), None)
-    if stem is not None: size = stem.shape[1], *size[1:]
+def _groups_of(parts, configs):
+    "Group networks that have the same outputs with the weights of a checkpoint"
+    sides = (input_size(configs + published(parts[0].title)) or (64, 64))[:2]
+    stem = next((v for v in parts[0].state.values() if v.ndim == 4), None)
+    size = 3 if stem is None else stem.shape[1], *sides
     images = torch.rand((2, *size), generator=torch.Generator().manual_seed(0))*2 - 1
-    try: outputs = [_outputs_of(part, images) for part in parts]
-    except Exception: return False
-    return all(torch.allclose(outputs[0], other, rtol=1e-3, atol=1e-4) for other in outputs[1:])
+    groups = []
+    for part in parts:
+        try: outputs = _outputs_of(part, images)
+        except Exception: continue
+        same = [names for other, names in groups if torch.allclose(outputs, other, rtol=1e-3, atol=1e-4)]
+        name = part.title.partition("(")[0]
+        if same: same[0].append(name)
+        else: groups.append((outputs, [name]))
+    return [names for _, names in groups]
 
-_DECIDED = {}  # digest of names and shapes with configurations → the network that was built for the first such file
+_DECIDED = {}  # names of networks with the same tensors → the one that is built, and those that differ from it
 
 def known_part(
     state: dict,     # tensors by name
     configs: list,   # of (place, configuration)
-) -> tuple:          # the `Part`, or None; and names of all networks with these tensors
+) -> tuple:          # the `Part`, or None; and other networks with these tensors, which have other outputs
     "Find the network of timm or torchvision that has these tensors"
     for prefix in ["", *_prefixes(state)[:8]]:
         names = architectures_with(weight_shapes(_under(state, prefix)))
@@ -236,14 +242,18 @@ def known_part(
     given = [name for name in names if name.partition("/")[2] in _named_in(configs)]
     key = tuple(given or names)
     if key not in _DECIDED and len(key) <= MAX_CANDIDATES: _DECIDED[key] = _decide(key, state, configs)
-    chosen = _DECIDED.get(key)
-    return (named_part(chosen, [state]) if chosen else None), names
+    chosen, others = _DECIDED.get(key, (None, names))
+    return (named_part(chosen, [state]) if chosen else None), others
 
 def _decide(names, state, configs):
-    "Return the network that is built for tensors that several have; None if they have different outputs"
+    "Return the network that is built for tensors that several have, or None; and those with other outputs"
     parts = []
     for name in names:
         try: parts.append(named_part(name, [state]))
         except (ValueError, ImportError): continue  # another version of the package has other tensors
-    if not parts or len(parts) > 1 and not _all_agree(parts, configs): return None
-    return parts[0].title.partition("(")[0]
+    if len(parts) == 1: return parts[0].title.partition("(")[0], []
+    groups = _groups_of(parts, configs) if parts else []
+    for same in groups:
+        packages = {name.partition("/")[0] for name in same}
+        if len(groups) == 1 or len(packages) > 1: return same[0], [name for name in names if name not in same]
+    return None, list(names)

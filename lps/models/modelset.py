@@ -23,7 +23,7 @@ from lps.core.files import (
     check_name, check_weights, checked, digest, load_tensors, marker_file, not_as_marked, pluralise, printable,
     read_tensor_file, save_tensors,
 )
-from .checkpoint import SUFFIXES
+from .names import SUFFIXES
 from .model import HasLayers, Model, layer_weight
 
 # %% ../../nbs/models/05_modelset.ipynb #64b8ea17

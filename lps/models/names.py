@@ -42,6 +42,8 @@ def rename(
     return renamed
 
 # %% ../../nbs/models/08_names.ipynb #e63c85d1
+SUFFIXES = ".pt", ".pth", ".ckpt", ".bin", ".safetensors"  # usual names of files with weights
+NOT_READ = ".npz", ".npy", ".h5", ".hdf5", ".onnx", ".pkl", ".pickle", ".msgpack", ".pb", ".gguf", ".tar", ".zip"
 WRAPPERS = {
     "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_fpw_module", "_forward_module",
     "_ddp_module", "_wrapped_module", "_original_module", "_module",
@@ -51,6 +53,9 @@ PREFIXES = {
     "online_model", "student", "teacher", "shadow", "state_dict", "base_model",
 }
 COUNTS = {"n_averaged", "step", "initted", "num_updates", "decay"}  # of averages, beside what they average
+
+class NotAModel(ValueError):
+    "A file that belongs to a model but holds no network, such as the state of an optimiser"
 
 def is_weight(
     name,     # of a tensor

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._weights_only_unpickler import _get_allowed_globals
 
 from ..core.files import MAX_TENSORS, printable
-from .names import choose_network, is_weight, split_networks
+from .names import NotAModel, choose_network, is_weight, split_networks
 
 try: import resource
 except ImportError: resource = None  # Windows has no limits for a process
@@ -308,9 +308,6 @@ def _plain(value, depth=3):
     return {name: _plain(item, depth - 1) for name, item in named[:MAX_VALUES]}
 
 # %% ../../nbs/models/07_pickles.ipynb #3aea94e3
-class NotAModel(ValueError):
-    "A file that belongs to a model but holds no network, such as the state of an optimiser"
-
 def _no_weights(obj):
     "Make the error for a file without weights; it names the first class or function that the file calls"
     if _is_optimizer(obj): return NotAModel("the state of an optimiser: the network is in another file")

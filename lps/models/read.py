@@ -14,18 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..core.files import MAPPED_SIZE, check_weights, pluralise, printable
+from ..core.files import MAPPED_SIZE, MAX_TENSORS, check_name, check_weights, pluralise, printable, read_json
 from ..core.optional import optional
-from .checkpoint import SUFFIXES, Checkpoint, one_network, read_checkpoint
+from .checkpoint import Checkpoint, one_network, read_checkpoint
 from .config import class_names, input_size, normalisation
-from .folders import find_weights, read_configs, read_shards
+from .folders import find_weights, read_configs
 from .fold import fold
 from .kinds import check_kind
 from lps.models.match import (
     Part, architecture_of, in_forward_order, known_part, module_size, named_part, recognised_part, title_of,
 )
 from .model import Model
-from .names import own_names, rename
+from .names import SUFFIXES, own_names, rename
 from .web import is_hub_name, open_model
 from ..nets.architectures import Architecture, recognise, shapes_of
 from ..nets.named import network_builder, weight_shapes
@@ -72,7 +72,21 @@ def _from_checkpoint(name, found: Checkpoint, configs=()):
     "Describe a file"
     return Found(name, found.kind, found.state, [*configs, ("the file", found.values)], found.beside, found.networks)
 
-# %% ../../nbs/models/04_read.ipynb #f71b0bce
+# %% ../../nbs/models/04_read.ipynb #a131c084
+def _read_shards(index):
+    "Read the files that an index names. Raises `ValueError` for files elsewhere, or tensors that are missing"
+    listed = read_json(index)
+    found = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(found, dict) or not found: raise ValueError(f"{index.name} names no tensors")
+    if len(found) > MAX_TENSORS: raise ValueError(f"{index.name} names {len(found)} tensors, {MAX_TENSORS} are allowed")
+    state = {}
+    files = [check_name(file, index.name) for file in found.values()]
+    for file in dict.fromkeys(files): state |= read_checkpoint(index.parent/file).state
+    lacking = [name for name in found if name not in state]
+    if lacking: raise ValueError(f"{index.name} names {printable(lacking[0])}, which is in none of its files")
+    kind = pluralise(len(set(found.values())), "shard")
+    return Checkpoint({name: state[name] for name in found}, {}, {}, kind, {})
+
 def _from_folder(folder, which):
     "Describe a folder with one model. `which` names a variant of its weights, or else a network in the file"
     found = find_weights(folder)
@@ -84,7 +98,7 @@ def _from_folder(folder, which):
         of_file = None
     if found.weights.is_dir(): return _from_folder(found.weights, of_file)
     is_index = found.weights.name.endswith(".json")
-    read = read_shards(found.weights) if is_index else read_checkpoint(found.weights, of_file)
+    read = _read_shards(found.weights) if is_index else read_checkpoint(found.weights, of_file)
     parts = _from_checkpoint(found.name, read, read_configs(found.configs))
     parts.kind = f"{found.kind}, {read.kind} ({found.weights.name})"
     parts.variants = found.variants
@@ -195,7 +209,7 @@ class Read:
     size_words: str     # channels and size of the input, and the place that names them
     stats: tuple | None # normalisation and where it stands
     notes: dict         # name of a weight → how it was folded
-    candidates: list    # networks with these tensors, if it is not clear which it is
+    candidates: list    # other networks with these tensors
 
 # %% ../../nbs/models/04_read.ipynb #961bd2ad
 def _metadata(found, architecture, size, stats, named):
@@ -216,7 +230,7 @@ def _model(part, meta, architecture, named):
     known = dict(architecture=architecture.name) if architecture else {}
     return Model(state, meta | known | dict(lacks=lacks))
 
-# %% ../../nbs/models/04_read.ipynb #b26885a7
+# %% ../../nbs/models/04_read.ipynb #0dc116af
 def _find_part(found, reading):
     "Find the network in a source; also return how its weights were folded, and the networks that it could be"
     arch = reading.arch
@@ -236,7 +250,7 @@ def _find_part(found, reading):
     if recognised: return recognised, notes, []
     is_here = not any(tensor.is_meta for tensor in own.values())
     part, candidates = known_part(own, found.configs) if is_here else (None, [])
-    return part or Part(in_forward_order(own), []), notes, [] if part else candidates
+    return part or Part(in_forward_order(own), []), notes, candidates
 
 def _folded(state):
     "Fold the weights of a checkpoint, if its values are here"

@@ -45,7 +45,10 @@ def describe_network(
     arch: str,  # such as `timm/resnet18`
 ) -> Entry:
     "Build a network without memory for its weights, and describe it. Raises what its builder raises"
-    with torch.device("meta"): net = network_builder(arch)()
+    build = network_builder(arch)
+    try:
+        with torch.device("meta"): net = build()
+    except NotImplementedError: net = build()  # some initialisations of torchvision need real tensors
     shapes = weight_shapes(net.state_dict())
     cfg = getattr(net, "pretrained_cfg", None) or {}
     heads = cfg.get("classifier") or head_of(net) or ""
