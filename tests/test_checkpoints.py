@@ -780,7 +780,7 @@ def test_two_links_to_one_file_are_one_model(tmp_path, sd):
             },
             "a LoRA adapter of rank 8 for org/base, not a network",
         ),
-        ({"pytorch_model_fsdp_0/.metadata": "x", "pytorch_model_fsdp_0/__0_0.distcp": "x"}, ""),
+        ({"pytorch_model_fsdp_0/.metadata": "x", "pytorch_model_fsdp_0/__0_0.distcp": "x"}, "dcp_to_torch"),
         ({"optimizer.pt": OPT}, "a folder without a file of weights"),
         (
             {"global_step1/mp_rank_00_model_states.pt": OPT, "global_step1/mp_rank_01_model_states.pt": OPT},

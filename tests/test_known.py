@@ -13,7 +13,7 @@ SMALL = [
 ]
 LARGE = [
     "timm/vit_tiny_patch16_224", "timm/deit_tiny_distilled_patch16_224", "timm/swin_tiny_patch4_window7_224",
-    "timm/efficientnet_lite0", "torchvision/efficientnet_b0", "torchvision/convnext_tiny", "torchvision/vit_b_16",
+    "timm/efficientnetv2_rw_t", "torchvision/efficientnet_b0", "torchvision/convnext_tiny", "torchvision/vit_b_16",
     "torchvision/swin_t",
 ]
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/models/11_folders.ipynb #be256ab9
+# %% ../../nbs/models/11_folders.ipynb #09e2be60
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.files import open_file, pluralise, read_json
 from .names import SUFFIXES, NotAModel
 
-# %% ../../nbs/models/11_folders.ipynb #5e9e50ac
+# %% ../../nbs/models/11_folders.ipynb #891a7707
 NAMES = (
     "model", "pytorch_model", "diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model",
     "pytorch_model_fsdp",
@@ -40,7 +40,7 @@ class Folder:
     variants: dict = field(default_factory=dict)  # name → file, of the weights that are not read
     configs: list = field(default_factory=list)   # folders with configurations, the nearest first
 
-# %% ../../nbs/models/11_folders.ipynb #e1a901f7
+# %% ../../nbs/models/11_folders.ipynb #c57df5bf
 OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # start of a file of PyTorch before 1.6
 OTHERS = (
     ".json", ".yaml", ".yml", ".txt", ".csv", ".tsv", ".md", ".log", ".py", ".ipynb", ".png", ".jpg", ".jpeg", ".gif",
@@ -94,7 +94,7 @@ def _usual(folder):
         found.append((is_variant, NAMES.index(match[1]), match["kind"] == "bin", bool(match["index"]), path))
     return [entry[-1] for entry in sorted(found)]
 
-# %% ../../nbs/models/11_folders.ipynb #7eb1ace3
+# %% ../../nbs/models/11_folders.ipynb #4ca9d55c
 def _check_readable(folder, names):
     "Raise `ValueError` for a folder whose weights must be converted first, `NotAModel` for an adapter"
     if ".metadata" in names and any(name.endswith(".distcp") for name in names):
@@ -126,7 +126,7 @@ def _parts_of_pipeline(folder):
     order = ["unet", "transformer", "prior", "controlnet", "vae"]
     return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
-# %% ../../nbs/models/11_folders.ipynb #944d08ee
+# %% ../../nbs/models/11_folders.ipynb #96e3aa7f
 def _run_parts(folder):
     "List the checkpoints of a run: weights in the folder, and in the folders of its checkpoints"
     found = {path.name: path for path in weight_files(folder)}
@@ -153,7 +153,7 @@ def _number(name):
     "Return the last number in a name"
     return int(re.findall(r"\d+", name)[-1])
 
-# %% ../../nbs/models/11_folders.ipynb #b39f5f50
+# %% ../../nbs/models/11_folders.ipynb #91ca1a81
 KINDS = {  # a file that marks a folder → what wrote it
     "trainer_state.json": "Trainer", "hparams.yaml": "Lightning", "args.yaml": "Ultralytics or timm training",
     "open_clip_config.json": "open_clip", "params.json": "Ray Tune", "export.pkl": "fastai",
@@ -203,6 +203,8 @@ def _single(folder, names, which):
     for name, path in usual + [(name, runs[name]) for name in sorted(runs, key=_preference)]:
         if not re.search(r"-\d{5}-of-\d{5}", name): seen.setdefault(path.resolve(), (name, path))
     found = list(seen.values())
+    for part in [] if found else [path for path in folder.iterdir() if path.is_dir()]:
+        _check_readable(part, [path.name for path in part.iterdir()])
     if not found: raise ValueError("is a folder without a file of weights: give a file, or the folder of a model")
     if len(found) > 1 and not usual and not is_model_folder(names):
         n = pluralise(len(found), "file")
@@ -211,7 +213,7 @@ def _single(folder, names, which):
     near = [folder] if path.parent == folder else [path.parent, folder]
     return Folder(folder.name, kind, path, dict(others), near)
 
-# %% ../../nbs/models/11_folders.ipynb #d8df2f93
+# %% ../../nbs/models/11_folders.ipynb #ce9be8ec
 def is_model_folder(
     names,   # names of the files and folders in a folder
 ) -> bool:
@@ -234,7 +236,7 @@ def is_model_folder(
     ends = [name for name in files if re.search(r"(^|[_.-])(best|last|latest)([_.-]|$)", name, re.I)]
     return bool(ends) and len(series) == len(files)
 
-# %% ../../nbs/models/11_folders.ipynb #feb68941
+# %% ../../nbs/models/11_folders.ipynb #46de11fb
 def read_configs(
     folders: list,  # folders, the nearest first
 ) -> list:          # of (name of a file, its content)
