@@ -33,6 +33,7 @@ from lps.cli import index_facts, print_json, show_answer
 from lps.index.answer import weight_sketch
 from lps.index.index import ModelIndex
 from lps.index.map import MapSettings, page_data
+from lps.index.share import save_pretrained
 from lps.index.store import Rows, Store, create_store
 from lps.zoo.tasks import load_images
 
@@ -485,10 +486,44 @@ def test_keys_that_are_nested(place, kind, depth, protocol, before, zipped):
     attempt(use_foreign, path)
 
 
+KNOWN = "digest", "lacks", "architecture", "task", "classes", "layers", "sha256", "shortcut", "source", "size", "mean"
+DIGESTS = st.integers(0, 2).map(lambda i: Asked.index.digests[i])
+
+
+@given(claims=st.dictionaries(st.sampled_from(KNOWN), DIGESTS | JSON | st.just(["fc"]), max_size=4))
+def test_claims_of_a_file(place, claims):
+    "Whatever it says of itself, it is no copy of another"
+    save_tensors(place/"claims.safetensors", tiny(7), claims)
+    for model in (place/"claims.safetensors", attempt(read_model, place/"claims.safetensors")):
+        answer = None if model is None else attempt(Asked.index.answer, model)
+        if answer is not None: assert "copy" not in answer.table.note.tolist()
+
+
 NAMES = TEXTS | st.sampled_from([
     "", ".", "..", "/", "/tmp/x.safetensors", "../x", "a/../../x", "a/b", "a\\b", "C:\\x", "\\\\host\\x", "x\0",
     "~", "-", "CON", "a:b", "..\\x", "x/", "./x", "x"*5000, ".hidden", "complete", "manifest.csv",
 ])
+
+
+def below(folder): return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+@given(name=NAMES)
+def test_names_that_are_paths(place, name):
+    "Nothing is written beside the folder that a user names, whatever the models of a set are called"
+    header, meta, body = taken_apart((place/"packed.safetensors").read_bytes())
+    meta["packed"]["models"][0]["file"] = name
+    for models in meta["packed"]["models"]: models.pop("lacks", None)
+    meta["packed"]["common"].pop("lacks", None)
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        file = Path(folder)/"named.safetensors"
+        file.write_bytes(put_together(header, meta, body))
+        models = attempt(load_modelset, file)
+        if models is None: return
+        with suppress(TypeError, KeyError): attempt(save_pretrained, models, Path(folder)/"out/deep/set")
+        written = [path for path in below(Path(folder)) if path != file]
+        assert all(path.is_relative_to(Path(folder)/"out/deep/set") for path in written), written
+        assert not Path("/tmp/x.safetensors").exists()
 
 
 @given(name=NAMES | JSON)

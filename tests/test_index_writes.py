@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from test_market import STEM, fill, network
 
@@ -405,3 +406,37 @@ def test_one_odd_model_does_not_stop_a_build(models, tmp_path, meta):
     index = ModelIndex.build(folder, tmp_path/"market", STEM)
     assert len(index) in (9, 10) and len(index) + len(index.rejected) == 10
     json.dumps(index.answer(models/"t1_0.safetensors").to_dict())
+
+
+def unfit(kind):
+    "Weights that can be read, but make no sense to a method"
+    state = network(0, 9)
+    if kind == "zero": state["conv1.weight"] = torch.zeros_like(state["conv1.weight"])
+    for name, tensor in state.items():
+        if kind == "huge" and tensor.is_floating_point(): state[name] = tensor*1e30
+        if kind == "negative variance" and "running_var" in name: state[name] = -torch.ones_like(tensor)
+    return dict(state) if kind != "no layers" else {"conv1.weight": torch.zeros(0, 3, 3, 3)}
+
+
+FEW = BuildSettings(fit=dict(n_images=8))
+
+
+@pytest.mark.parametrize("kind", ["zero", "huge", "negative variance", "no layers"])
+@pytest.mark.parametrize("method", ["auto", STEM, "frobenius"])
+def test_one_model_on_which_nothing_can_be_fitted_does_not_stop_a_build(tmp_path, kind, method):
+    fill(tmp_path/"models", tasks=4, runs=3)
+    save_tensors(tmp_path/"models/aaa.safetensors", unfit(kind), dict(task=0, run=9, classes=["0a", "0b"]))
+    settings = FEW if method == "auto" else BuildSettings(fit=dict(epochs=2, milestones=()))
+    index = ModelIndex.build(tmp_path/"models", None, method, settings=settings)
+    assert len(index) >= 12 and len(index) + len(index.rejected) == 13
+    for file in tmp_path.glob("models/t*"): assert file.name in {Path(name).name for name in index.manifest.file}
+
+
+@pytest.mark.parametrize("kind", ["zero", "huge", "negative variance", "no layers"])
+def test_nor_does_the_first_of_models_of_unknown_tasks(tmp_path, kind):
+    for name, state in (("aaa", unfit(kind)), ("b", network(0, 0)), ("c", network(1, 0))):
+        save_tensors(tmp_path/f"models/{name}.safetensors", state, {})
+    index = ModelIndex.build(tmp_path/"models", None, settings=FEW)
+    assert len(index) == 2 and index.rejected.file[0].endswith("aaa.safetensors")
+    with pytest.raises(ValueError, match="cannot be fitted on models of unknown tasks"):
+        ModelIndex.build(tmp_path/"models", None, STEM)

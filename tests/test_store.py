@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -260,3 +262,54 @@ def test_wrong_rows_are_refused_whole(kept):
         with pytest.raises(ValueError): kept.append(*wrong)
     with pytest.raises(IndexError, match="of 7"): kept.remove([7])
     assert state(kept.path) == old
+
+
+class Stopped(BaseException): "Stands for a kill"
+
+
+class StoppingOs:
+    "`os` that stops at the n-th file operation, before, in the middle of or after it"
+    def __init__(self, n, how): self.n, self.how = n, how
+
+    def __getattr__(self, name):
+        call = getattr(os, name)
+        if name not in ("write", "fsync", "replace", "ftruncate"): return call
+        def run(*args):
+            self.n -= 1
+            if self.n: return call(*args)
+            if self.how == "half" and name == "write": call(args[0], bytes(args[1])[:len(args[1])//2])
+            if self.how == "after": call(*args)
+            raise Stopped
+        return run
+
+
+STEP = st.tuples(
+    st.sampled_from("ab"),                                # which of two that opened the folder
+    st.integers(0, 3),                                    # rows to append
+    st.sets(st.integers(0, 7), max_size=2),               # which rows to remove, of those that are there
+    st.integers(0, 16),                                   # operation at which it is stopped; 0: none
+    st.sampled_from(["before", "half", "after"]),
+)
+
+
+@given(steps=st.lists(STEP, min_size=1, max_size=6))
+def test_any_steps_by_two_writers_with_stops(tmp_path_factory, steps):
+    "Each step is done as a whole or not at all, whoever does it, and whatever the other knew"
+    with tempfile.TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as folder:
+        create_store(f"{folder}/kept", WIDTH)
+        writers = {name: Store(f"{folder}/kept") for name in "ab"}
+        held, n_rows = {}, 0
+        for name, n, gone, stop, how in steps:
+            gone = [place for i, place in enumerate(held) if i in gone]
+            rows, digests, labels, facts = batch(n_rows, n)
+            after = {place: row for place, row in held.items() if place not in gone}
+            after |= {n_rows + i: (digests[i], rows[i].tobytes()) for i in range(n)}
+            with pytest.MonkeyPatch.context() as patch:
+                for module in (store, files): patch.setattr(module, "os", StoppingOs(stop, how))
+                with suppress(Stopped): writers[name].append(rows, digests, labels, facts, replacing=gone)
+            seen = Store(f"{folder}/kept")
+            seen.check()
+            numbers = [seen.rows[place].tobytes() for place in seen.places]
+            found = dict(zip(seen.places.tolist(), zip(seen.digests(seen.places), numbers)))
+            assert found == after or stop and found == held
+            held, n_rows = found, len(seen.records)

@@ -226,15 +226,15 @@ def labelled_models(
     read = [_read_known(noted[i], reading, table) for i in chosen]
     return _set_of([found for found in read if found and found[2]["label"] >= 0])
 
-def one_model(
+def single_models(
     items: list,              # of `Item`
     reading=None,             # what a user adds about the files
     table: dict|None = None,  # rows of a table by file name
-) -> ModelSet|None:           # None: none can be read
-    "Load the first model that can be read, as a set of one"
+):                            # generator of `ModelSet`
+    "Load the models that can be read one by one, each as a set"
     for item in items:
         found = _read_known(item, reading, table, EVERYTHING)
-        if found: return _set_of([found])
+        if found: yield _set_of([found])
 
 # %% ../../nbs/index/02_gather.ipynb #311208c7
 def _set_of(read):

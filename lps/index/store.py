@@ -334,7 +334,7 @@ def _read_plan(path):
     text, _, seal = data.rpartition(b"\n")
     return set(text.decode().splitlines()) if _hash(text).hex().encode() == seal else None
 
-# %% ../../nbs/index/00_store.ipynb #3120171f
+# %% ../../nbs/index/00_store.ipynb #d3b70411
 TEMPORARY = re.compile(r"\.[a-z0-9.-]+\.[0-9a-f]{8}\.tmp")  # name of a file that `write_atomic` did not finish
 
 def _is_left_over(file, plan):

@@ -312,7 +312,7 @@ def datasheet_text(
         parts += ["## Models", markdown_table(["file", "seed", "accuracy", "SHA-256"], rows)]
     return "\n\n".join(parts) + "\n"
 
-# %% ../../nbs/zoo/06_datasheet.ipynb #8cd00a8d
+# %% ../../nbs/zoo/06_datasheet.ipynb #e30546ae
 def _seal(text):
     "Return a comment with the digest of a text"
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
