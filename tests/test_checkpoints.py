@@ -239,6 +239,7 @@ def test_int8_needs_scale_and_zero_point(tmp_path, sd):
         ({"dw.weight": (16, 1, 3, 3), "l.weight": (16, 16, 3, 3), "x.weight": (16, 4, 3, 3)}, "x"),
         ({"a.weight": (16, 6, 3, 3), "b.weight": (16, 1, 3, 3), "c.weight": (32, 16, 1, 1)}, "a"),
         ({"a.weight": (64, 1, 7, 7), "b.weight": (64, 64, 3, 3)}, "a"),
+        ({"z.weight": (16, 16, 3, 3), "a.weight": (16, 1, 3, 3), "b.weight": (32, 16, 3, 3)}, "a"),
         ({"a.weight": (16, 3, 3, 3), "a.bias": (3,), "b.weight": (16, 3, 3, 3), "b.bias": (16,)}, "b"),
         ({"up.weight": (64, 3, 2, 2), "in.weight": (64, 3, 7, 7), "mid.weight": (64, 64, 3, 3)}, "in"),
         (

@@ -279,10 +279,12 @@ def _stem_score(shapes, layer, layers, is_sorted):
     "Return how much speaks for a layer to be the stem"
     outputs, inputs = shapes[f"{layer}.weight"][:2]
     returned = {shapes[f"{other}.weight"][0] for other in layers if other != layer}
+    read = {shapes[f"{other}.weight"][1] for other in layers if other != layer}
+    is_colour = bool(read - returned - {1, outputs})  # another layer reads an image with several channels
     is_first = layer == layers[0]
     score = 2*(inputs == 3) + is_first*(1 if is_sorted else 3)
     if inputs not in returned: score += 4
-    if inputs == 1 and outputs in returned and (is_sorted or not is_first): score -= 3
+    if inputs == 1 and is_colour and (is_sorted or not is_first): score -= 3
     if re.search(OF_STEMS, layer): score += 2
     if re.search(OF_OTHERS, layer): score -= 4
     return score
