@@ -9,7 +9,7 @@ here = Path(__file__).parent
 cfg = configparser.ConfigParser()
 cfg.read(here / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]
-EXTRAS = "cluster", "triplet", "hub", "approximate", "dev"
+EXTRAS = "cluster", "triplet", "hub", "approximate", "imagenet", "dev"
 
 setup(
     name=cfg["dist_name"],

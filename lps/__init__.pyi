@@ -7,6 +7,8 @@ from .index.share import push_to_hub as push_to_hub
 from .index.share import save_pretrained as save_pretrained
 from .lineage.compare import compare as compare
 from .methods.estimator import TaskClassifier as TaskClassifier
+from .methods.classes import match_classes as match_classes
+from .methods.classes import name_classes as name_classes
 from .methods.registry import METHODS as METHODS
 from .methods.registry import Method as Method
 from .methods.registry import embed_models as embed_models

@@ -428,9 +428,9 @@ def evaluate(
 ):
     "Measure methods on a model set as in Tables 1 and 2 of the paper, with chance beside them."
     from lps.core.files import write_json
-    from lps.demo import n_right_answers
     from lps.methods.registry import get_method
     from lps.study.records import RunsRecord, runs_fields, summary
+    from lps.study.splits import count_right
     from lps.study.table1 import table1
     from lps.study.table2 import table2
     check_out(out, is_tables, "a file of results that lps evaluate wrote")
@@ -441,7 +441,7 @@ def evaluate(
     settings = dict(seed=seed, **options.settings())
     if method: settings["methods"] = tuple(method)
     progress = console.is_terminal and not as_json
-    n_right = n_right_answers(models)
+    n_right = count_right(models)
     classified = table1(models, splits, train, progress=progress, **settings)
     retrieved = table2(models, splits, test_tasks, progress=progress, **settings)
     settings |= dict(name=models.path.name, n_splits=splits)
@@ -622,6 +622,45 @@ def inspect_command(
 def index_report():
     raise ValueError("lps index report is now called lps inspect: run lps inspect MODEL")
 
+# %% ../nbs/04_cli.ipynb #80010677
+def show_comparison(found, names: list[str]):
+    "Print a verdict with its direction and p-value, and the layers that match"
+    arrow = {"a → b": "{} → {}", "b → a": "{1} → {0}"}.get(found.direction, "")
+    lines = [f"Verdict: {found.verdict}" + (f" ({', '.join(found.how)})" if found.how else "")]
+    if arrow: lines.append(f"Direction: {arrow.format(*names)}")
+    if found.layers is not None:
+        lines.append(f"p = 1e{found.log10_p:.0f}: probability that the layers of independent models match as well")
+    for line in lines: console.print(one_line(line), soft_wrap=True)
+    if found.layers is None or not len(found.layers): return
+    layers = found.layers.set_axis(range(1, len(found.layers) + 1)).rename_axis("#")
+    show_table(layers, "Matched layers")
+
+# %% ../nbs/04_cli.ipynb #866edb16
+def check_one_model(text: str):
+    "Raise `ValueError` for a folder of several models"
+    from lps.models.read import is_model_folder
+    folder = Path(text)
+    if not folder.is_dir() or is_model_folder([file.name for file in folder.iterdir()]): return
+    raise ValueError(f"{folder} is a folder of models: give one model file in it")
+
+@app.command("compare", epilog="Example: lps compare base-model.pth my-model.pth")
+@with_groups
+def compare_command(
+    a: Annotated[str, Argument(parser=source_of, metavar="A", help=MODEL)],
+    b: Annotated[str, Argument(parser=source_of, metavar="B", help="The other model")],
+    reading: ReadingOptions = None,
+    as_json: AsJson = False,
+):
+    "Tell whether two models are copies, derived from each other, or independent."
+    read = dataclasses.replace(reading.settings(), whole=True)
+    models = []
+    for source in (a, b):
+        check_one_model(source)
+        models.append(lps.read_model(source, read))
+    with busy(f"comparing {a} with {b}"): found = lps.compare(*models)
+    if as_json: print_json(found.to_dict())
+    else: show_comparison(found, [one_line(Path(source).name) for source in (a, b)])
+
 # %% ../nbs/04_cli.ipynb #91c8aebf
 def index_by(place: str, method: str):
     "Return an index that compares by a method: one that was built with it, or one of a model set"
@@ -638,13 +677,6 @@ def index_by(place: str, method: str):
     if fitted is None and index.fitted.method == method: return index
     cure = f"build another one with lps index build FOLDER SOURCES --method {method}"
     raise ValueError(f"{place} compares by {index.fitted.method}, not by {method}: {cure}")
-
-def check_one_model(text: str):
-    "Raise `ValueError` for a folder of several models"
-    from lps.models.folders import is_model_folder
-    folder = Path(text)
-    if not folder.is_dir() or is_model_folder([file.name for file in folder.iterdir()]): return
-    raise ValueError(f"{folder} is a folder of models: give one model file in it")
 
 # %% ../nbs/04_cli.ipynb #8e42edfe
 def interval_texts(table) -> list[str]:
@@ -792,6 +824,7 @@ def error_text(error: Exception) -> str:
     "Return an error as one line; empty if the usage was already printed"
     if hasattr(error, "format_message"): why = error.format_message()
     elif isinstance(error, OSError) and error.filename and error.strerror: why = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror: why = error.strerror
     elif isinstance(error, MemoryError): why = f"not enough memory: {error}".removesuffix(": ")
     else: why = str(error)
     return "" if why.lstrip().startswith("Usage") else one_line(why)

@@ -13,20 +13,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .study.records import summary
+from .core.jobs import ctrl_c_waits
+from .index.index import ModelIndex, bundled_unseen
+from lps.methods.registry import (
+    as_fitted, default_methods, embed_models, fit_method, leading_method, method_title,
+)
+from .models.modelset import ModelSet, load_modelset, task_names
+from .second_order import similarity
+from .study.figures import plot_embedding, plot_rank_k, plot_similarity
+from .study.records import RunsRecord, runs_fields, summary
+from .study.splits import count_right
 from .study.stats import chance_curves
 from .study.table1 import table1
 from .study.table2 import table2
-from .core.jobs import ctrl_c_waits
-from .methods.registry import as_fitted, leading_method
-from .methods.registry import default_methods, embed_models, fit_method, method_title
-from .models.modelset import ModelSet, load_modelset, task_names
-from .study.figures import plot_embedding, plot_rank_k, plot_similarity
-from .study.records import RunsRecord, runs_fields
-from .index.index import ModelIndex, bundled_unseen
-from .second_order import similarity
-from .zoo.recipe import recipes
 from .zoo.build import build
+from .zoo.recipe import recipes
 
 # %% ../nbs/03_demo.ipynb #da9a3c7b
 @dataclass
@@ -55,20 +56,13 @@ class DemoPart:
     record: dict        # for the result file
 
 # %% ../nbs/03_demo.ipynb #79f7fc8a
-def n_right_answers(
-    models: ModelSet,  # a model set
-    n_query: int = 2,  # queries of each task
-) -> int:              # models of the query's task in the gallery
-    "Count the right answers to a query"
-    return int(models.manifest.task.value_counts().min()) - n_query
-
 def measure_tables(
     models: ModelSet,        # all models
     settings: DemoSettings,  # splits, seed, epochs
     executor: Executor,      # runs one method of one table at a time
 ) -> tuple:                  # runs of Table 1 and Table 2
     "Measure Tables 1 and 2 for every default method"
-    args = {table1: (models, settings.splits, n_right_answers(models)), table2: (models, settings.splits)}
+    args = {table1: (models, settings.splits, count_right(models)), table2: (models, settings.splits)}
     how = dict(seed=settings.seed, **settings.fit)
     jobs = {}
     with ctrl_c_waits():
@@ -175,7 +169,7 @@ def demo_part(
 ) -> DemoPart:
     "Measure the tables, draw the figures and run a query on one model set"
     runs = measure_tables(models, settings, executor)
-    n_right = n_right_answers(models)
+    n_right = count_right(models)
     splits = dict(seed=settings.seed, n_splits=settings.splits)
     how = dict(name=name, layers=[models.stem], **splits, **settings.fit)
     row = unseen.manifest.iloc[0]

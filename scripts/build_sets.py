@@ -15,7 +15,7 @@ import argparse
 import random
 import shutil
 from dataclasses import replace
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 from pathlib import Path
 
 from lps.lineage.benchmark import write_copies
@@ -25,6 +25,7 @@ from lps.zoo.recipe import Recipe
 from lps.zoo.build import build, model_file
 
 BRIEF = Recipe("brief", epochs=10, lr=0.1, milestones=(5, 8))
+TIMM = replace(BRIEF, optimiser="adamw", weight_decay=.05, batch_size=64)
 KINDS = {
     "resnet20": BRIEF,
     "half-width": replace(BRIEF, width=8),
@@ -32,7 +33,10 @@ KINDS = {
     "without-norm": replace(BRIEF, architecture="plain-without-norm", depth=8, init="fan_in", lr=0.02),
     "resnet32": replace(BRIEF, depth=32),
     "double-width": replace(BRIEF, width=32),
+    "vit": replace(TIMM, architecture="vit", depth=14, width=64, lr=1e-3),
+    "convnext": replace(TIMM, architecture="convnext", depth=14, width=24, lr=2e-3),
 }
+MIXED = [kind for kind in KINDS if kind not in ("vit", "convnext")]  # kinds of the mixed set
 
 
 def build_overlap(folder: Path, images: tuple, args: argparse.Namespace):
@@ -51,7 +55,7 @@ def copy_resnets(folder: Path, args: argparse.Namespace):
 
 def build_mixed(folder: Path, images: tuple, args: argparse.Namespace):
     "The same tasks for each kind of network"
-    for kind in args.kinds:
+    for kind in args.kinds or MIXED:
         if kind == "resnet20" and args.resnet20:
             copy_resnets(folder/f"mixed-{args.images}"/kind, args)
             continue
@@ -93,16 +97,17 @@ def draw_subsets(superclasses: dict, n: int, seed: int) -> list:
 
 
 def build_subsets(folder: Path, images: tuple, args: argparse.Namespace):
-    "A ResNet20 for each task, and the other kinds in turn"
+    "A ResNet20 for each task, and the other kinds in turn; the first two of each kind are trained first"
     number = {name: i for i, name in enumerate(images[0].classes)}
     subsets = draw_subsets(DATASETS[args.images].superclasses, args.n_subsets, args.seed)
     tasks = [[number[name] for name in subset] for subset in subsets]
-    others = [kind for kind in args.kinds if kind not in ("resnet20", "double-width")]
-    for kind in args.kinds:
-        if kind == "double-width": continue
+    kinds = [kind for kind in KINDS if kind != "double-width"]
+    others = [kind for kind in kinds if kind != "resnet20"]
+    chosen = [kind for kind in args.kinds or kinds if kind in kinds]
+    for n_tasks, kind in product((2, None), chosen):
         own = tasks if kind == "resnet20" else tasks[others.index(kind)::len(others)]
         recipe = replace(KINDS[kind], epochs=args.epochs) if args.epochs else KINDS[kind]
-        how = dict(tasks=own, n_models=1, seed=args.seed, workers=args.workers)
+        how = dict(tasks=own, n_tasks=n_tasks, n_models=1, seed=args.seed, workers=args.workers)
         print(kind, build(folder/f"subsets-{args.images}"/kind, images, recipe, **how))
 
 
@@ -117,7 +122,7 @@ def read_arguments() -> argparse.Namespace:
     add("sets", nargs="+", choices=SETS, help="what to build")
     add("--folder", type=Path, default=Path("~/.cache/lps/zoos"), help="where the sets go")
     add("--images", default="tinyimagenet32", help="a data set with 16 classes or more, by name")
-    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=f"some of {', '.join(KINDS)}")
+    add("--kinds", nargs="+", choices=KINDS, metavar="KIND", help=f"some of {', '.join(KINDS)}")
     add("--resnet20", type=Path, help="folder of trained ResNet20s for the same tasks, one file each")
     add("--n-models", type=int, default=2, help="networks for each task, and for each kind")
     add("--n-tasks", type=int, default=8, help="tasks of the mixed set")

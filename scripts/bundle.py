@@ -20,7 +20,7 @@ from lps.models.modelset import ModelSet, join_sets, load_modelset, pack
 from lps.index.index import BUNDLED_INDEX, BUNDLED_OUTPUTS, ModelIndex
 
 DATA = Path(__file__).resolve().parent.parent/"lps/data"
-LIMIT = 5_000_000  # bytes, of all files together
+LIMIT = 7_000_000  # bytes, of all files together
 FILES = "modelset.safetensors", "net.safetensors", "DATASHEET.md", "datasheet.json", BUNDLED_INDEX
 
 

@@ -1,11 +1,15 @@
 "Class descriptors: a permuted network has the same, permuted classes permute the matching; synthetic images"
+import numpy as np
 import pytest
 import torch
 from fastcore.test import expect_fail
 from networks import CHANGES, some_net
 
-from lps.methods.classes import class_descriptors, match_classes, name_classes
-from lps.methods.synthetic import KINDS, dead_leaves, synthetic_images
+from lps.methods.classes import (
+    ClassDescriptors, Calibration, class_descriptors, class_scores, cohort_for, describe_classes, fit_class_vectors,
+    load_class_descriptors, match_classes, name_classes, name_pair, number_interval, relate_classes,
+)
+from lps.methods.synthetic import KINDS, dead_leaves, kinds_of, synthetic_images
 from lps.models.model import Model
 from lps.nets.resnet import ResNet
 
@@ -50,10 +54,117 @@ def test_unrelated_networks_have_lower_scores_than_copies():
 
 
 def test_a_network_names_its_own_classes():
-    named = name_classes(network(0), [network(1), network(0)], k=2, **FEW)
+    named = name_classes(network(0), network(0), k=2, **FEW)
     best = named.groupby("class", sort=False).first()
-    assert (best.name == best.index).all() and (best.model == 1).all()
-    assert len(named) == 12
+    assert (best.name == best.index).all() and len(named) == 12
+    assert named.probability.isna().all()  # none were measured for images of 16 pixels
+
+
+def test_kinds_of_images_have_equal_weight_if_there_are_enough():
+    kinds = kinds_of(128)
+    logits = torch.randn(128, 2, generator=torch.Generator().manual_seed(0))*(1 + 100*(kinds == 5)[:, None])
+    rows = class_descriptors(logits, kinds=kinds)
+    lengths = torch.stack([rows[0, kinds == kind].norm() for kind in range(6)])
+    torch.testing.assert_close(lengths, torch.full((6,), 6**-.5))
+    assert class_descriptors(logits)[0, kinds == 5].norm() > .9  # whitened together, the last kind decides
+
+
+def test_shuffled_images_are_at_chance():
+    known = load_class_descriptors("imagenet-1k")
+    own = known.rows[:200]
+    order = torch.randperm(own.shape[1], generator=torch.Generator().manual_seed(0))
+    right = torch.arange(200)
+    assert (class_scores(own, own).argmax(1) == right).all()
+    assert (class_scores(own, own[:, order]).argmax(1) == right).float().mean() < .05
+
+
+def test_independent_logits_are_not_centred_over_classes():
+    logits = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    shifted = logits + torch.randn(40, 1, generator=torch.Generator().manual_seed(1))
+    together = [class_descriptors(z) for z in (logits, shifted)]
+    alone = [class_descriptors(z, multilabel=True) for z in (logits, shifted)]
+    torch.testing.assert_close(*together)
+    assert not torch.allclose(*alone, atol=.1)
+
+
+def described(names, vectors, noise=.1, seed=0):
+    "Descriptors of a made-up network that shows some classes"
+    z = vectors[:, [int(name) for name in names]]
+    z = z - z.mean(1, keepdim=True) + noise*torch.randn(z.shape, generator=torch.Generator().manual_seed(seed))
+    return ClassDescriptors((z - z.mean(0)).half(), list(names), dict(n_images=len(z)))
+
+
+def made_up(noise=.1):
+    "Five networks with four of eight classes, and the vectors of these"
+    vectors = torch.randn(64, 8, generator=torch.Generator().manual_seed(9))
+    tasks = "0123", "2345", "4567", "0167", "1357"
+    return [described(names, vectors, noise, i) for i, names in enumerate(tasks)], vectors
+
+
+def test_class_vectors_follow_from_contrasts():
+    networks, vectors = made_up()
+    fitted, reliability = fit_class_vectors(networks, ridge=1e-3)
+    truth = vectors - vectors.mean(1, keepdim=True)
+    cosines = torch.nn.functional.cosine_similarity(fitted.logits.float().T, (truth - truth.mean(0)).T)
+    assert fitted.names == list("01234567") and cosines.min() > .95
+    assert np.nanmin(reliability) > .8
+    noisy = fit_class_vectors(made_up(noise=5.)[0])[1]
+    assert np.nanmean(noisy) < np.nanmean(reliability) - .3
+
+
+def test_two_class_networks_are_decoded_with_their_order():
+    networks, vectors = made_up()
+    fitted, _ = fit_class_vectors(networks, ridge=1e-3)
+    for first, second in ("03", "30", "26"):
+        two = described(first + second, vectors, seed=7)
+        found = name_pair(two, fitted).iloc[0]
+        assert (found["first"], found["second"]) == (first, second)
+
+
+def test_the_number_of_shared_classes_has_an_interval():
+    assert number_interval(np.zeros(4)) == (0, 0) and number_interval(np.ones(4)) == (4, 4)
+    low, high = number_interval(np.full(100, .3))
+    assert 19 <= low <= 23 and 37 <= high <= 41
+
+
+def test_probabilities_of_a_row_add_up_with_none_of_these():
+    scores = torch.tensor([[1.5, 0., -.2], [-.5, -.4, -.6]])
+    likely = Calibration(10., -2.)(scores)
+    torch.testing.assert_close(likely.sum(1), torch.ones(2, dtype=torch.double))
+    assert likely[0].argmax() == 0 and likely[1].argmax() == 3
+
+
+def test_bundled_descriptors_name_themselves():
+    known = load_class_descriptors("imagenet-1k")
+    assert len(known) == 1000 and known.names[1] == "goldfish" and known.logits.dtype == torch.float16
+    some = ClassDescriptors(known.logits[:, 200:300], known.names[200:300], known.images)
+    named = name_classes(some, known)
+    assert (named.name == named["class"]).mean() > .9 and named.probability.between(0, 1).all()
+    assert cohort_for(known, some) is None
+
+
+def test_a_network_of_the_set_shares_all_classes_with_itself():
+    known = load_class_descriptors("cifar100")
+    ten = known.names[:10]
+    some = ClassDescriptors(known.logits[:, :10], ten, known.images)
+    same = relate_classes(some, some)
+    other = relate_classes(some, ClassDescriptors(known.logits[:, 20:30], known.names[20:30], known.images))
+    assert same["shared"] > 9 and other["shared"] < 2 and other["low"] <= other["shared"] <= other["high"] + 1
+    assert same["similarity"] > other["similarity"]
+
+
+def test_descriptors_of_other_images_are_refused():
+    with expect_fail(ValueError, regex="use the same images for both"):
+        match_classes(describe_classes(network(0), 64, size=16), "imagenet-1k")
+
+
+def test_photographs_can_be_used(tmp_path):
+    from PIL import Image
+    rng = np.random.default_rng(0)
+    for i in range(12): Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(tmp_path/f"{i}.png")
+    about = describe_classes(network(0), folder=tmp_path)
+    assert about.rows.shape == (6, 12) and about.kinds is None
+    assert (match_classes(about, network(0), folder=tmp_path).eval("a == b")).all()
 
 
 def test_one_logit_is_two_opposite_classes():

@@ -66,6 +66,7 @@ BUILT_IN = {  # module → names of its methods
     "equivariant": ("equivariant", "all-layer-equivariant"),
     "combine": ("experts", "weights-fusion"),
     "probes": ("probes", "two-spectra-probes", "gallery-probes"),
+    "classes": ("class-descriptors",),
 }
 MODULES = {}  # name of a built-in method → module
 for module, names in BUILT_IN.items(): MODULES |= dict.fromkeys(names, module)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.jobs import seeded
+from ..core.optional import optional
 from ..order_chain import PermutationSpec
 from .plain import PlainNet, plain_config, plain_convs, plain_norm, plain_spec
 from .resnet import ResNet, bn_of, branch_layers as resnet_branches, resnet_config, resnet_spec
@@ -54,8 +55,11 @@ class Architecture:
         "Run a network on images"
         classes = self.classes(net)
         if self.size is None or tuple(images.shape[2:]) == tuple(self.size[1:]): return logits_of(net(images), classes)
-        sized = (F.interpolate(xb, tuple(self.size[1:]), mode="bicubic") for xb in images.split(32))
-        return torch.cat([logits_of(net(xb), classes) for xb in sized])
+        outputs = []
+        for xb in images.split(8):  # fits into the cache of a core
+            xb = F.interpolate(xb, tuple(self.size[1:]), mode="bicubic")
+            outputs.append(logits_of(net(xb.contiguous(memory_format=torch.channels_last)), classes))
+        return torch.cat(outputs)
 
     def classes(self,
         net: nn.Module,  # of this architecture
@@ -329,6 +333,78 @@ def norms_of(
     known = architecture or recognise(shapes)
     norms = known.norms if known else {layer: bn_of(layer) for layer in convolutions(shapes)}
     return {layer: norm for layer, norm in norms.items() if f"{norm}.running_var" in shapes and norm != layer}
+
+# %% ../../nbs/nets/02_architectures.ipynb #9bb096e6
+def vit_config(
+    depth: int = 14,       # layers, `6n + 2`; 2n blocks
+    width: int = 64,       # of a token; each head has 32
+    n_classes: int = 2,    # logits
+    in_channels: int = 3,  # channels of the image
+) -> dict:                 # arguments of timm's `create_model`
+    "Return the arguments of a vision transformer with patches of 4×4 pixels"
+    sizes = dict(img_size=32, patch_size=4, embed_dim=width, depth=(depth - 2)//3, num_heads=max(1, width//32))
+    return dict(model_name="vit_tiny_patch16_224", num_classes=n_classes, in_chans=in_channels, **sizes)
+
+def convnext_config(
+    depth: int = 14,       # layers, `6n + 2`; n blocks in each of four stages
+    width: int = 24,       # channels of the first stage
+    n_classes: int = 2,    # logits
+    in_channels: int = 3,  # channels of the image
+) -> dict:                 # arguments of timm's `create_model`
+    "Return the arguments of a ConvNeXt with patches of 2×2 pixels"
+    stages = dict(depths=((depth - 2)//6,)*4, dims=tuple(width*2**i for i in range(4)))
+    return dict(model_name="convnext_atto", num_classes=n_classes, in_chans=in_channels, patch_size=2,
+                ls_init_value=None, **stages)
+
+# %% ../../nbs/nets/02_architectures.ipynb #0cbd0248
+def _timm_network(arguments, **config):
+    "Build a network of timm"
+    return optional("timm").create_model(**arguments(**config))
+
+@lru_cache(64)
+def timm_architecture(
+    name: str,            # 'vit' or 'convnext'
+    arguments: Callable,  # `vit_config` or `convnext_config`
+    stem: str,            # layer that reads the image
+    head: str,            # layer that returns the logits
+    **config,             # arguments of `arguments`
+) -> Architecture:
+    "Describe a small network of timm"
+    size = config.get("in_channels", 3), 32, 32
+    network = partial(_timm_network, arguments)
+    return Architecture(name, config, network, stem, head, branches=[], norms={}, size=size)
+
+# %% ../../nbs/nets/02_architectures.ipynb #22db8baf
+@lru_cache(64)
+def _timm_shapes(name, **config):
+    "Return the shape of each tensor"
+    with torch.device("meta"): return shapes_of(get_architecture(name, **config).build().state_dict())
+
+TIMM_NAMES = {  # name → layer that reads the image, layer that returns the logits, first tensor of a block
+    "vit": ("patch_embed.proj", "head", "blocks.{}.norm1.weight"),
+    "convnext": ("stem.0", "head.fc", "stages.0.blocks.{}.norm.weight"),
+}
+
+def _timm_claim(shapes, name):
+    "Return the config that the shapes suggest"
+    stem, head, block = TIMM_NAMES[name]
+    width, in_channels, *patch = shapes[f"{stem}.weight"]
+    n = sum(block.format(i) in shapes for i in range(40))
+    depth = 3*n + 2 if name == "vit" else 6*n + 2
+    return dict(depth=depth, width=width, n_classes=shapes[f"{head}.weight"][0], in_channels=in_channels)
+
+def _recognise_timm(shapes, name, **hints):
+    "Return the config of a small network of timm with these tensors, or None"
+    if not all(f"{layer}.weight" in shapes for layer in TIMM_NAMES[name][:2]): return None
+    try: config = _timm_claim(shapes, name)
+    except (ValueError, IndexError, TypeError): return None
+    heads = config["width"] % 32 == 0 if name == "vit" else True
+    if config["depth"] < 8 or (config["depth"] - 2) % 6 or config["width"] > 128 or not heads: return None
+    return config if _timm_shapes(name, **config) == {key: tuple(shape) for key, shape in shapes.items()} else None
+
+for _name, _arguments in (("vit", vit_config), ("convnext", convnext_config)):
+    _describe = partial(timm_architecture, _name, _arguments, *TIMM_NAMES[_name][:2])
+    register_architecture(_name, partial(_recognise_timm, name=_name), _describe)
 
 # %% ../../nbs/nets/02_architectures.ipynb #fb418b6d
 def unknown_architecture(

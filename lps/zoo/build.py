@@ -23,7 +23,7 @@ from lps.core.files import (
 )
 from ..core.jobs import check_device, check_seed, each_done, one_thread
 from ..models.modelset import ModelSet, join_sets, load_modelset
-from .datasheet import write_datasheet
+from .datasheet import SetAside, write_datasheet
 from .many import train_models
 from .recipe import Recipe, get_recipe, init_model, instruction_set, model_seed, recipe_fields
 from .tasks import channel_stats, check_task_classes, load_splits, pair_classes, task_images
@@ -36,13 +36,6 @@ def model_file(
 ) -> str:
     "Return the file name of one model"
     return f"task{task:02d}_run{run}.safetensors"
-
-@dataclass(frozen=True)
-class SetAside:
-    "The record of a model that was set aside"
-    task: int
-    run: int
-    reason: str
 
 @dataclass(frozen=True)
 class ModelPlace:

@@ -74,8 +74,8 @@ class _SheetMeta:
     seconds: float | None = None
     versions: dict[str, str | None] | None = None
 
-@dataclass
-class _SetAside:
+@dataclass(frozen=True)
+class SetAside:
     "A model that the build excluded"
     task: int
     run: int
@@ -93,7 +93,7 @@ class _BuildRecord:
     name: str | None = None
     planned_tasks: int | None = None
     training_hours: float | None = None
-    set_aside: list[_SetAside] = field(default_factory=list)
+    set_aside: list[SetAside] = field(default_factory=list)
     rejected: list[dict[str, str]] = field(default_factory=list)
 
 # %% ../../nbs/zoo/06_datasheet.ipynb #39941791
@@ -108,23 +108,17 @@ def _build_record(models):
         if epoch.isdecimal(): name = f"{folder.resolve().name}, after {int(epoch)} epochs"
     plan = read_json(folder/"build.json", _Plan) if (folder/"build.json").exists() else _Plan()
     planned = None if plan.pairs is None else len(plan.pairs)
-    aside = [read_json(file, _SetAside) for file in sorted(folder.glob("set_aside/*.json"))]
+    aside = [read_json(file, SetAside) for file in sorted(folder.glob("set_aside/*.json"))]
     return _BuildRecord(name, planned, set_aside=aside)
 
 # %% ../../nbs/zoo/06_datasheet.ipynb #e9e43aa9
+STATISTICS = {"std": "sd", "25%": "lower_quartile", "50%": "median", "75%": "upper_quartile"}
+
 def _summary_statistics(values):
     "Summarise values by mean, standard deviation, quartiles and range; None without values"
     v = pd.Series(values, dtype=float).dropna()
     if v.empty: return None
-    statistics = dict(
-        mean=v.mean(),
-        sd=v.std() if len(v) > 1 else 0.,
-        min=v.min(),
-        lower_quartile=v.quantile(.25),
-        median=v.median(),
-        upper_quartile=v.quantile(.75),
-        max=v.max(),
-    )
+    statistics = v.describe().drop("count").fillna(0).rename(STATISTICS)  # the sd of one value is 0
     return dict(n=len(v)) | {name: round(float(value), 4) for name, value in statistics.items()}
 
 def _distinct(values):

@@ -26,7 +26,7 @@ class Recipe:
     lr: float                   # learning rate of the first epoch
     milestones: tuple           # epochs after which the learning rate is divided by 10
     momentum: float = 0.9       # of SGD
-    weight_decay: float = 1e-4  # L2 form, as in torch's SGD, on all parameters
+    weight_decay: float = 1e-4  # on all parameters; L2 form for SGD, decoupled for AdamW
     batch_size: int = 128       # the last, partial batch of an epoch is kept
     pad: int = 4                # pixels of zero on each side before the random crop
     flip: bool = True           # mirror half of the images left to right?
@@ -35,6 +35,7 @@ class Recipe:
     precision: str = "auto"     # 'float32', 'bfloat16', or 'auto': see `best_precision`
     init: str = "fan_out"       # fan of a convolution that sets the variance of its initial weights; or 'fan_in'
     architecture: str = "resnet" # name of a registered architecture
+    optimiser: str = "sgd"      # or 'adamw'
 
     def __post_init__(self):
         object.__setattr__(self, "milestones", tuple(self.milestones))
@@ -50,7 +51,7 @@ class Recipe:
         check_depth(self.depth)
 
 # %% ../../nbs/zoo/01_recipe.ipynb #64f14d79
-CHOICES = dict(precision=("float32", "bfloat16", "auto"), init=("fan_out", "fan_in"))
+CHOICES = dict(precision=("float32", "bfloat16", "auto"), init=("fan_out", "fan_in"), optimiser=("sgd", "adamw"))
 RATES = "lr", "momentum", "weight_decay"
 LEAST = dict(epochs=1, batch_size=1, pad=0, width=1) | dict.fromkeys(RATES, 0)
 
@@ -60,7 +61,7 @@ def recipe_fields(
 ) -> dict:          # its fields, fit for JSON
     "Convert a recipe to JSON; `Recipe(**fields)` converts it back"
     fields = asdict(recipe) | dict(milestones=list(recipe.milestones))
-    for field in ("init", "architecture"):
+    for field in ("init", "architecture", "optimiser"):
         if fields[field] == getattr(Recipe, field): del fields[field]
     return fields
 

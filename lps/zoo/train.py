@@ -117,12 +117,13 @@ def make_learner(
     if recipe.precision == "bfloat16":
         own.append(Autocast())
         if isinstance(model, ResNet): model = FusedResNet(model)
-    sgd = dict(opt=torch.optim.SGD, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    if recipe.optimiser == "adamw": optimiser = dict(opt=torch.optim.AdamW)
+    else: optimiser = dict(opt=torch.optim.SGD, momentum=recipe.momentum)
     return Learner(
         DataLoaders(dl, []),
         model,
         loss_func=nn.CrossEntropyLoss(),
-        opt_func=partial(OptimWrapper, **sgd),
+        opt_func=partial(OptimWrapper, weight_decay=recipe.weight_decay, **optimiser),
         lr=recipe.lr,
         wd_bn_bias=True,
         default_cbs=False,
@@ -181,16 +182,23 @@ class Saving:
 @dataclass(eq=False)
 class TrainingRun:
     "A learner with what its next epoch depends on"
-    learn: Learner   # with torch's SGD
+    learn: Learner   # with torch's SGD or AdamW
     generators: list # random generators of its batches
     about: dict      # recipe, seeds and number of images, fit for JSON
+
+    @property
+    def moments(self): # part of a checkpoint → name in the optimiser
+        "Name what the optimiser keeps for each parameter"
+        if self.about["recipe"].get("optimiser") == "adamw": return dict(momentum="exp_avg", second="exp_avg_sq")
+        return dict(momentum="momentum_buffer")
 
     def state(self): # tensors by name
         "Collect what the next epoch depends on; before the first step, momentum has the values of the weights"
         opt = self.learn.opt.opt.state if self.learn.opt else {}
         state = {f"model.{name}": tensor for name, tensor in self.learn.model.state_dict().items()}
         for i, p in enumerate(self.learn.model.parameters()):
-            state[f"momentum.{i}"] = opt.get(p, {}).get("momentum_buffer", p.detach())
+            for part, name in self.moments.items(): state[f"{part}.{i}"] = opt.get(p, {}).get(name, p.detach())
+            if "second" in self.moments: state[f"steps.{i}"] = opt.get(p, {}).get("step", torch.tensor(0.))
         for i, generator in enumerate(self.generators): state[f"generator.{i}"] = generator.get_state()
         return state
 
@@ -200,8 +208,9 @@ class TrainingRun:
         self.learn.model.load_state_dict(own)
         self.learn.create_opt()
         for i, p in enumerate(self.learn.model.parameters()):
-            buffer = torch.empty_like(p).copy_(state[f"momentum.{i}"])
-            self.learn.opt.opt.state[p]["momentum_buffer"] = buffer
+            own = self.learn.opt.opt.state[p]
+            for part, name in self.moments.items(): own[name] = torch.empty_like(p).copy_(state[f"{part}.{i}"])
+            if "second" in self.moments: own["step"] = state[f"steps.{i}"].clone()
         for i, generator in enumerate(self.generators): generator.set_state(state[f"generator.{i}"])
 
     def resume(self, file, last): # checkpoint, and the epoch where the run stops
