@@ -638,7 +638,7 @@ def show_comparison(found, names: list[str]):
 # %% ../nbs/04_cli.ipynb #866edb16
 def check_one_model(text: str):
     "Raise `ValueError` for a folder of several models"
-    from lps.models.read import is_model_folder
+    from lps.models.folders import is_model_folder
     folder = Path(text)
     if not folder.is_dir() or is_model_folder([file.name for file in folder.iterdir()]): return
     raise ValueError(f"{folder} is a folder of models: give one model file in it")
