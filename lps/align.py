@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .core.files import pluralise
+from .core.jobs import compiled, usual_torch
 
 # %% ../nbs/01_align.ipynb #13324a02
 def frobenius_scores(
@@ -39,9 +40,7 @@ WIDTH = 128  # second-order maps (p, q) that are processed together
 @functools.cache
 def _scores_kernel(d):
     "Compile eq. (6) for maps of `d` numbers, a constant so that the loop over them can be unrolled"
-    from numba import njit
-
-    @njit(fastmath={"contract", "nsz"}, error_model="numpy", cache=True)
+    @compiled(fastmath={"contract", "nsz"}, error_model="numpy")
     def scores(W, Vt, of, s, best):
         # Adds to s (R, P), for W (R, C, d), Vt (d, P·Q) and of (P·Q), the p of each map.
         # Writes the channel that was found to best (R, P·Q), unless that is empty.
@@ -73,9 +72,7 @@ def _scores_kernel(d):
 @functools.cache
 def _gradient_kernels(d):
     "Compile the gradients of eq. (6) for maps of `d` numbers"
-    from numba import njit
-
-    @njit(error_model="numpy", cache=True)
+    @compiled(error_model="numpy")
     def to_second_order(W, of, g, best, gV):
         total = np.zeros(d, W.dtype)
         for c in range(len(of)):
@@ -86,7 +83,7 @@ def _gradient_kernels(d):
                 for e in range(d): total[e] += x*w[e]
             gV[c] = total
 
-    @njit(cache=True)
+    @compiled()
     def to_filters(V, of, g, best, gW):
         for i in range(len(gW)):
             for c in range(len(of)):
@@ -185,6 +182,7 @@ def _stem_scores(W, V):
     raise ValueError(f"weight has {pluralise(W.shape[1], 'channel')}, second_order {V.shape[1]}: {cure}")
 
 # %% ../nbs/01_align.ipynb #3933644c
+@usual_torch()
 def align_layer(
     weight: Tensor,               # filters of a layer of any number of models, `(..., N, C, k, k)`; or `(..., N, C)`
     second_order: Tensor,         # second-order filters, `(P, Q, k, k)`; `(P, Q)` for a linear layer

@@ -2,7 +2,7 @@
 
 Runs the property tests of the suite with this many inputs in all, and prints the number of inputs of each test. A
 reader may read a file, or refuse it with `ValueError` or `OSError`. Anything else counts as outside, as does a process,
-a socket or code that is started."""
+a socket or code that is started. `scripts/kills.py` tests kills and concurrent commands."""
 import argparse
 import os
 import random
@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = [f"test_{name}.py" for name in ("hostile", "files", "foreign", "methods", "records", "search", "store")]
+NAMES = "hostile", "files", "foreign", "methods", "records", "search", "store", "untrusted"
+FILES = [f"test_{name}.py" for name in NAMES]
 TRIED = re.compile(r"- (\d+) passing(?: examples?)?, (\d+) failing")
 TEST = re.compile(r"^tests/(test_\w+\.py::\S.*):$", flags=re.M)
 

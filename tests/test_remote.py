@@ -2,6 +2,7 @@
 import http.server
 import json
 import re
+import socket
 import threading
 from contextlib import contextmanager
 
@@ -212,10 +213,103 @@ def test_what_is_not_there_is_named(monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", address)
         with pytest.raises(FileNotFoundError, match="folder org/other, and org/other has no model.safetensors"):
             read_model("org/other")
-        with pytest.raises(ValueError, match="no shard beside it"): open_model("org/net")
+        with pytest.raises(ValueError, match="no file beside it"): open_model("org/net")
         with pytest.raises(ValueError, match="is not JSON"): remote_json(f"{address}/j")
     with pytest.raises(OSError, match="cannot be reached"): open_remote(f"{address}/m.safetensors")
     with pytest.raises(OSError, match="no file or folder org/net, and .* cannot be reached"): read_model("org/net")
     known = fit_method(models_of_two(), "stem-signature")
     (bad,), = [embed_items(known, [item]).bad.values() for item in find_models(["org/net"])[0]]
     assert bad.startswith("no file or folder org/net") and "Errno 5" not in bad
+
+
+# Servers without a tag, and broken ones
+
+class Raw(threading.Thread):
+    "A server that sends the same bytes for every request, and closes the connection"
+    def __init__(self, reply):
+        super().__init__(daemon=True)
+        self.reply, self.socket = reply, socket.create_server(("127.0.0.1", 0))
+
+    def run(self):
+        while True:
+            try: connection, _ = self.socket.accept()
+            except OSError: return
+            with connection:
+                connection.recv(65_536)
+                connection.sendall(self.reply)
+
+    @property
+    def url(self): return f"http://127.0.0.1:{self.socket.getsockname()[1]}/m.safetensors"
+
+
+PART = b"HTTP/1.1 206 Partial Content\r\n"
+BROKEN = {
+    "nothing": b"",
+    "garbage": b"\x00\xff garbage\r\n\r\n",
+    "no status": b"HTTP/1.1\r\n\r\n",
+    "long line": b"HTTP/1.1 200 OK\r\nX: " + b"x"*100_000 + b"\r\n\r\n",
+    "many headers": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n"*1000 + b"\r\n",
+    "cut body": PART + b"Content-Range: bytes 0-99/100\r\nContent-Length: 100\r\n\r\nshort",
+    "bad chunks": PART + b"Content-Range: bytes 0-99/100\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nshort",
+    "bad length": PART + b"Content-Range: bytes 0-99/100\r\nContent-Length: many\r\n\r\nshort",
+    "loop": b"HTTP/1.1 302 Found\r\nLocation: /m.safetensors\r\nContent-Length: 0\r\n\r\n",
+    "bad redirect": b"HTTP/1.1 302 Found\r\nLocation: http://[::1\r\nContent-Length: 0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_server_gives_one_reason(kind):
+    server = Raw(BROKEN[kind])
+    server.start()
+    for read in (open_remote, read_model):
+        with pytest.raises((ValueError, OSError)) as error: read(server.url)
+        assert "\n" not in str(error.value) and str(error.value).isprintable()
+    server.socket.close()
+
+
+@pytest.mark.parametrize("url", [
+    "http://", "http://[::1", "http://127.0.0.1:port/m.safetensors", "http://127.0.0.1:99999/x", "http://a b/x",
+    "https://exa\x00mple/x", "http:///x", "http://127.0.0.1:0/x", "http://xn--a" + "a"*300 + "/x", "http://a\nb/x",
+])
+def test_a_malformed_address_gives_one_reason(url):
+    for read in (open_remote, read_model):
+        with pytest.raises((ValueError, OSError), match="no address on the web|cannot be reached"): read(url)
+
+
+def tagged(how):
+    "A server whose file changes after each request"
+    class Changing(Server):
+        def part(self, data, start, stop):
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{min(stop + 1, len(data)) - 1}/{len(data)}")
+            if how == "Last-Modified": self.send_header(how, f"Tue, 01 Dec 2026 00:00:{len(self.asked):02} GMT")
+            self.end_headers()
+            self.wfile.write(data[start:stop + 1])
+    return Changing
+
+
+@pytest.mark.parametrize("how", ["Last-Modified", "nothing"])
+def test_without_an_etag_two_versions_are_not_mixed(net, file, monkeypatch, how):
+    "By Last-Modified; without that, the file is read in one response"
+    monkeypatch.setattr(f"{__name__}.Server", tagged(how))
+    with serving({"/m.safetensors": file}) as (address, kind):
+        if how == "nothing":
+            found = open_remote(f"{address}/m.safetensors")
+            assert torch.equal(found.tensors(["fc.bias"])["fc.bias"], net.fc.bias) and len(kind.asked) == 2
+        else:
+            found = open_remote(f"{address}/m.safetensors")
+            with pytest.raises(ValueError, match="it changed"): found.tensors(["fc.bias"])
+
+
+def test_a_redirect_into_a_private_network_is_refused(file, monkeypatch):
+    monkeypatch.setattr(remote, "_is_private", lambda url: "/cdn" in url)
+    with serving({"/m.safetensors": file}, "moves") as (address, kind):
+        with pytest.raises(OSError, match="is in a private network"): open_remote(f"{address}/m.safetensors")
+        assert len(kind.asked) == 1
+
+
+@pytest.mark.parametrize("host, private", [
+    ("127.0.0.1", True), ("localhost", True), ("[::1]", True), ("10.0.0.1", True), ("169.254.169.254", True),
+    ("192.168.1.1", True), ("[fe80::1]", True), ("2130706433", True), ("8.8.8.8", False),
+])
+def test_private_addresses(host, private): assert remote._is_private(f"http://{host}/x") is private

@@ -1,16 +1,28 @@
 """Files of strangers: names that lead elsewhere, keys that are slow to hash, claims, bombs, broken servers"""
+import os
 import pickle
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
-from lps.core.files import digest, read_header, read_json, save_tensors, write_json
+from lps.core.files import check_name, digest, read_header, read_json, save_tensors, write_json
 from lps.index.share import from_pretrained, save_pretrained
 from lps.models.checkpoint import read_checkpoint
+from lps.models.names import rename
+from lps.models.config import normalisation
+from lps.models.imports import read_table
 from lps.models.modelset import load_modelset, pack
-from lps.models.read import read_model
+from lps.models.read import Reading, read_model
 from lps.models.web import open_model
+from lps.zoo.tasks import images_below, read_image
 
 
 def tiny(seed=0):
@@ -177,3 +189,151 @@ def test_a_header_that_takes_too_much_is_refused(tmp_path, text):
 def test_a_large_json_file_is_refused(tmp_path):
     (tmp_path/"x.json").write_bytes(b"[" + b"[],"*3_000_000 + b"[]]")
     with pytest.raises(ValueError, match="x.json has more than 8000000 bytes"): read_json(tmp_path/"x.json")
+
+
+# Images
+
+def bomb(path, side=13_000, mode="RGB"):
+    "A small file of many pixels"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (side, side)).save(path)
+
+
+def test_an_image_of_too_many_pixels_is_left_out(tmp_path):
+    bomb(tmp_path/"x.png", 4001, "L")
+    bomb(tmp_path/"deep.tif", 2001, "F")
+    for file in tmp_path.iterdir():
+        pixels, why = read_image(file, 8)
+        assert pixels is None and "are read: make it smaller" in why
+
+
+def test_many_small_files_of_many_pixels_are_left_out(tmp_path):
+    for i in range(8): bomb(tmp_path/f"{i}.png", 2000, "L")
+    with pytest.warns(UserWarning, match="more than 100 times the bytes of their files"):
+        assert 1 <= len(images_below(tmp_path)) < 8
+
+
+def test_a_file_that_another_program_would_draw_is_left_out(tmp_path):
+    "PIL starts Ghostscript for PostScript, whatever the name of the file"
+    Image.new("RGB", (4, 4)).save(tmp_path/"x.eps")
+    (tmp_path/"x.eps").rename(tmp_path/"x.png")
+    assert read_image(tmp_path/"x.png")[0] is None and "cannot identify" in read_image(tmp_path/"x.png")[1]
+
+
+# Tables and name maps
+
+def test_a_table_with_a_byte_order_mark_and_a_class_called_na(tmp_path):
+    (tmp_path/"x.csv").write_bytes("\ufefffile,task,class_0,class_1\na.pt,3,NA,null\n".encode())
+    assert read_table(tmp_path/"x.csv") == {"a.pt": dict(file="a.pt", task=3, class_0="NA", class_1="null")}
+
+
+@pytest.mark.parametrize("cell", ["1_2", "１２", "0x10", "nan", "", " "])
+def test_a_task_is_a_plain_number(tmp_path, cell):
+    (tmp_path/"x.csv").write_text(f"file,task\na.pt,{cell}\n")
+    with pytest.raises(ValueError, match="row 1 of the table: task is"): read_table(tmp_path/"x.csv")
+
+
+def test_a_slow_pattern_is_refused():
+    names = [("(a|a)*$", "x")]
+    with pytest.raises(ValueError, match="more than a second for aaaa"): rename({"a"*60 + "b": 0}, names)
+
+
+# What a user gives is used or refused
+
+@pytest.mark.parametrize("given, words", [
+    (dict(size=2048), "size is 2048: give a side from 1 to 1024"),
+    (dict(size=0), "size is 0"),
+    (dict(stats=([123.7]*3, [58.4]*3)), "divided by 255"),
+    (dict(stats=([.5]*3, [0]*3)), "deviations must be above 0"),
+    (dict(stats=([.5]*3, [float("nan")]*3)), "deviations must be above 0"),
+    (dict(stats=([.5]*3, [.2]*2)), "as many means as deviations"),
+    (dict(stats=([.5]*4, [.2]*4)), "stats are those of 4 channels, the network reads 3"),
+])
+def test_a_wrong_size_or_normalisation_is_refused(given, words):
+    with pytest.raises(ValueError, match=words): read_model(tiny(), Reading(**given))
+
+
+def test_normalisation_for_bytes_in_a_configuration_is_converted():
+    stats = normalisation([("config.json", dict(mean=[127.5]*3, std=[51]*3))])
+    assert stats == ([.5]*3, [.2]*3, "config.json")
+
+
+# Nothing that is read changes what is read next
+
+class Net(torch.nn.Module):
+    "A network without an entry in the registry"
+    def __init__(self):
+        super().__init__()
+        self.stem, self.answer = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 2)
+
+    def forward(self, x): return self.answer(self.stem(x).relu().mean((2, 3)))
+
+
+class Wrapper(torch.nn.Module):
+    "Normalises images, and holds a network as `module`"
+    def __init__(self, net):
+        super().__init__()
+        self.module = net
+        self.register_buffer("mean", torch.full((1, 3, 1, 1), .5))
+
+    def forward(self, x): return self.module(x - self.mean)
+
+
+def outputs(model): return model.outputs(torch.linspace(-1, 1, 3*8*8).view(1, 3, 8, 8))
+
+
+def test_a_second_instance_of_a_class_leaves_the_first_alone():
+    nets = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        nets.append(Net().eval())
+    first = read_model(nets[0])
+    before, digest_before = outputs(first), first.digest
+    second = read_model(nets[1])
+    assert torch.equal(outputs(first), before) and first.digest == digest_before
+    with torch.no_grad(): nets[0].stem.weight.zero_()
+    assert torch.equal(outputs(first), before) and not torch.equal(outputs(second), before)
+
+
+def test_a_wrapper_keeps_its_normalisation_and_changes_no_registry(tmp_path):
+    torch.manual_seed(0)
+    net = Net().eval()
+    torch.save(net.state_dict(), tmp_path/"x.pt")
+    before = read_model(tmp_path/"x.pt").digest
+    x = torch.linspace(-1, 1, 3*32*32).view(1, 3, 32, 32)
+    wrapped = read_model(Wrapper(net).eval())
+    with torch.no_grad(): assert torch.allclose(wrapped.outputs(x), net(x - .5), atol=1e-6)
+    assert read_model(tmp_path/"x.pt").digest == before
+
+
+# Folders that cannot be written
+
+def test_kernels_are_compiled_where_no_cache_can_be_written(tmp_path):
+    "As in a container whose package and home belong to another user"
+    code = "import torch, lps.zoo.batchnorm; from lps.align import align_layer; "
+    code += "print(align_layer(torch.ones(2, 3, 3, 3), torch.ones(2, 3, 3, 3)).shape)"
+    env = os.environ | dict(NUMBA_CACHE_LOCATOR_CLASSES="_UserProvidedCacheLocator")
+    env.pop("NUMBA_CACHE_DIR", None)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "torch.Size([2, 2])" in done.stdout, done.stderr
+
+
+# Any of these, at random: run by scripts/fuzz.py
+
+PIECES = [nested(2), nested(20)]
+PIECES += [b"}", b"](", b"(", b"e", b"s", b"u", b"d", b"\x8f", b"\x90", b"\x91", b"K\x01", b"0", b"2", b"."]
+
+
+@given(operations=st.lists(st.sampled_from(PIECES), max_size=12), is_zip=st.booleans())
+def test_any_nested_keys(tmp_path_factory, operations, is_zip):
+    path = tmp_path_factory.getbasetemp()/"nested.pt"
+    write_pickle(path, b"".join(operations) + b".", is_zip)
+    with pytest.raises(ValueError, match="nested.pt: "): read_model(path)
+
+
+@given(name=st.text(max_size=8) | st.sampled_from(NAMES) | st.text(alphabet="./\\:a\0", max_size=6))
+def test_any_name_is_a_single_part_or_refused(name):
+    try: found = check_name(name, "x.json")
+    except ValueError: return
+    root = Path("/root/of/all").resolve()
+    assert found == name and (root/found).parent == root and Path(os.path.normpath(root/found)).parent == root

@@ -21,6 +21,31 @@ def one_thread():
     try: yield
     finally: torch.set_num_threads(n)
 
+# %% ../../nbs/core/01_jobs.ipynb #a9d3f5aa
+@contextlib.contextmanager
+def usual_torch():
+    "Compute without autocast, in float32 and on the CPU by default, as the tests do; settings are restored afterwards"
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as settings:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device): settings.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu": settings.enter_context(torch.device("cpu"))
+        if dtype != torch.float32:
+            settings.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        yield
+
+# %% ../../nbs/core/01_jobs.ipynb #7f2ee51e
+def compiled(
+    **options, # of `numba.njit`
+):             # decorator
+    "Compile a function with numba, without a cache if none can be written"
+    from numba import njit
+    def compile(function):
+        try: return njit(cache=True, **options)(function)
+        except RuntimeError: return njit(**options)(function)  # "cannot cache function"
+    return compile
+
 # %% ../../nbs/core/01_jobs.ipynb #29ba9f65
 LARGEST_TORCH_SEED = 2**63 - 1
 _random_state = threading.Lock()

@@ -19,6 +19,7 @@ from scipy.special import gammaln, logsumexp
 from scipy.stats import norm
 from torch import Tensor
 
+from ..core.jobs import usual_torch
 from ..models.model import Model
 
 # %% ../../nbs/lineage/01_compare.ipynb #f3cd18f9
@@ -554,6 +555,7 @@ def _swapped(result):
     if result.layers is not None: result.layers = result.layers.rename(columns=dict(a="b", b="a"))
     return result
 
+@usual_torch()
 def compare(
     a: Model,
     b: Model,

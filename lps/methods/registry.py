@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.files import checked, digest, load_tensors, printable, save_tensors
-from ..core.jobs import each_done, one_thread
+from ..core.jobs import each_done, one_thread, usual_torch
 from .fitted import Fitted
 
 # %% ../../nbs/methods/01_registry.ipynb #fb518099
@@ -204,6 +204,9 @@ def prepare_fit(
     return FitJob(method, observed, own, read)
 
 # %% ../../nbs/methods/01_registry.ipynb #9442ac36
+@usual_torch()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit_method(
     models,                        # `ModelSet` of two tasks or more
     method: str | Method = "lps",  # name of a method, or the method itself
@@ -215,6 +218,9 @@ def fit_method(
     return job.finish(job.method.fit(job.observed, models.labels, seed, **job.settings))
 
 # %% ../../nbs/methods/01_registry.ipynb #6cd657d9
+@usual_torch()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit_observed(
     method: str | Method,
     observed: dict,       # from `observe_models`, of M models
@@ -242,6 +248,9 @@ def _fit_numbered(i, fit, observed, labels, seed, settings):
     "Run one fit and return its number with the result"
     return i, fit(observed, labels, seed, **settings)
 
+@usual_torch()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit_many(
     models,                    # `ModelSet`
     jobs: list,                # for each fit a dict: `train` (places of models), `method`, `seed` and settings
@@ -268,6 +277,7 @@ def fit_many(
     return [prepared[i].finish(fitted[i]) for i in range(len(jobs))]
 
 # %% ../../nbs/methods/01_registry.ipynb #b00f5e08
+@usual_torch()
 def observations(
     models,             # a `ModelSet` or a `Model`
     fitted: Fitted,
@@ -290,6 +300,7 @@ def check_embedding(
     raise ValueError(f"no finite embedding for {bad}: its weights are zero or overflow; exclude this model")
 
 # %% ../../nbs/methods/01_registry.ipynb #cae78073
+@usual_torch()
 def embed_models(
     fitted: Fitted,
     models,      # a `ModelSet`, a `Model`, or the result of `observations` for M models
@@ -299,6 +310,7 @@ def embed_models(
     observed = models if isinstance(models, dict) else observations(models, fitted)
     return check_embedding(fitted.embed(observed), names)
 
+@usual_torch()
 def score_models(
     fitted: Fitted,
     models,      # a `ModelSet`, a `Model`, or the result of `observations` for M models

@@ -42,7 +42,9 @@ def _stats_in(values, n):
     if values.get("do_rescale") is False or not math.isclose(factor, 1/255, rel_tol=1e-3): return None
     for names in (("image_mean", "image_std"), ("mean", "std")):
         mean, std = (_numbers(values.get(name), n) for name in names)
-        if mean and std and min(std) > 0: return mean, std
+        if not mean or not std or min(std) <= 0: continue
+        scale = 255 if max(mean) > 2 else 1  # such as 123.7: for pixels from 0 to 255
+        return [v/scale for v in mean], [v/scale for v in std]
 
 def normalisation(
     configs: list,      # of (name of a place, what it holds)
@@ -72,6 +74,30 @@ def input_size(
         for key in ("input_size", "crop_size", "size", "image_size", "img_size", "imgsz"):
             sides = _sides(values.get(key))
             if sides: return *sides, place
+
+# %% ../../nbs/models/03_config.ipynb #05cd2795
+def given_stats(
+    stats, # mean and standard deviation of each channel, as a user gives them
+) -> tuple: # two lists
+    "Check a normalisation. Raises `ValueError` for one that cannot be that of pixels from 0 to 1"
+    found = []
+    try:
+        for values in stats: found.append([float(v) for v in (values if hasattr(values, "__len__") else [values])])
+        mean, std = found
+    except (TypeError, ValueError): raise ValueError(f"stats are {str(stats)[:60]}: give (means, deviations)") from None
+    words = f"stats are mean {mean[:4]}, standard deviation {std[:4]}"
+    if len(mean) != len(std) or not mean: raise ValueError(f"{words}: give as many means as deviations")
+    sound = all(map(math.isfinite, mean + std)) and min(std) > 0
+    if not sound: raise ValueError(f"{words}: deviations must be above 0")
+    if max(mean) <= 2: return mean, std
+    raise ValueError(f"{words}: give those of pixels from 0 to 1, which is these divided by 255")
+
+def given_size(
+    size, # side, or (channels,) height and width, as a user gives it
+):        # the size
+    "Check a size. Raises `ValueError` for one that no image has"
+    if _sides(size) is not None: return size
+    raise ValueError(f"size is {str(size)[:60]}: give a side from 1 to {MAX_SIDE} pixels, or (channels, height, width)")
 
 # %% ../../nbs/models/03_config.ipynb #a556ea82
 def class_names(

@@ -6,28 +6,33 @@
 __all__ = ['import_models']
 
 # %% ../../nbs/models/06_imports.ipynb #36540286
-import csv, warnings
+import io, warnings
 from collections import Counter
 from pathlib import Path
 
 import pandas as pd
 
-from ..core.files import printable, save_tensors
+from ..core.files import MAX_JSON, open_file, printable, save_tensors
 from .names import NOT_READ, SUFFIXES
 from .folders import is_checkpoint
 from .modelset import ModelSet, load_modelset, rejected_table, rejection_summary
 from .read import Reading, read_model
 
 # %% ../../nbs/models/06_imports.ipynb #396940ad
+def _number(cell):
+    "Parse a number; Python would take 1_2 for 12"
+    if "_" in str(cell) or not str(cell).isascii(): raise ValueError
+    return float(cell)
+
 def _integer(cell):
     "Parse a whole number"
-    number = float(cell)
+    number = _number(cell)
     if not number.is_integer() or abs(number) > 2**53: raise ValueError
     return int(number)
 
 def _share(cell):
     "Parse a number from 0 to 1"
-    number = float(cell)
+    number = _number(cell)
     if not 0 <= number <= 1: raise ValueError
     return number
 
@@ -74,10 +79,14 @@ def read_table(
     "Read and check a table. Raises `ValueError` with row, column and value"
     if table is None: return None
     if not isinstance(table, pd.DataFrame):
-        path = table
-        try: table = pd.read_csv(path, sep=None, engine="python", dtype=str)
-        except (ValueError, csv.Error) as e:
-            raise ValueError(printable(f"{Path(path).name} is no table: {e}")) from None
+        path = Path(table)
+        with open_file(path) as file: data = file.read(MAX_JSON + 1)
+        if len(data) > MAX_JSON: raise ValueError(printable(f"{path.name} has more than {MAX_JSON} bytes"))
+        try:
+            text = data.decode("utf-8-sig")
+            sep = max(",;\t", key=text.partition("\n")[0].count)
+            table = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, keep_default_na=False, index_col=False)
+        except ValueError as e: raise ValueError(printable(f"{path.name} is no table: {e}")) from None
     _check_columns(list(map(str, table.columns)))
     rows = {}
     for i, cells in enumerate(table.to_dict("records"), 1):

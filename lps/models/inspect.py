@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from fastcore.basics import patch
 
 from ..core.files import pluralise, printable
+from ..core.jobs import usual_torch
 from .config import places
 from .model import Model
 from .read import Reading, own_meta, read_parts
@@ -114,6 +115,7 @@ def _folded_in_words(notes):
     return {what: pluralise(n, "weight") for what, n in counts.items()}
 
 # %% ../../nbs/models/13_inspect.ipynb #47d78508
+@usual_torch()
 def inspect_model(
     source,                        # as in `read_model`
     reading: Reading | None = None, # what the source does not say

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core.files import check_weights, digest, printable
-from ..core.jobs import one_thread
+from ..core.jobs import one_thread, usual_torch
 from lps.nets.architectures import (
     check_state, norms_of, recognise, shapes_of, spatial_convolutions, stem_of, unknown_architecture,
 )
@@ -128,6 +128,7 @@ class Model(HasLayers):
 
 # %% ../../nbs/models/00_model.ipynb #fd254a81
 @patch(as_prop=True)
+@usual_torch()
 def net(self: Model) -> nn.Module: # in float32 and evaluation mode
     "A new network with these weights. Raises `ValueError` for missing layers or an unknown architecture"
     lacks = self.meta.get("lacks")
@@ -174,6 +175,7 @@ def input_stats(self: Model,
 
 # %% ../../nbs/models/00_model.ipynb #04470574
 @patch
+@usual_torch()
 @torch.no_grad()
 def features_and_outputs(self: Model,
     images: Tensor,             # uint8, or float and already normalised, `(n, C, H, W)`

@@ -23,6 +23,7 @@ from lps.core.files import (
     check_name, check_weights, checked, digest, load_tensors, marker_file, not_as_marked, pluralise, printable,
     read_tensor_file, save_tensors,
 )
+from ..core.jobs import usual_torch
 from .names import SUFFIXES
 from .model import HasLayers, Model, layer_weight
 
@@ -301,6 +302,7 @@ def _load_folder(path):
     return ModelSet(path, manifest, rejected_table(bad), shapes, FolderSource(path, hashes, digests))
 
 # %% ../../nbs/models/05_modelset.ipynb #dbb9acb2
+@usual_torch()
 def load_modelset(
     path: str | Path, # folder with `*.safetensors` files, file written by `pack`, or name of a set in `bundled_sets`
 ) -> ModelSet:        # the fit models, in the order task, run, file; `.rejected` lists the others
@@ -332,6 +334,8 @@ def __getitem__(self: ModelSet,
 
 # %% ../../nbs/models/05_modelset.ipynb #7930e15f
 @patch
+@usual_torch()
+@torch.inference_mode(False)
 def weights(self: ModelSet,
     layers: list,         # names of layers such as 'conv1', or full names of tensors such as 'bn1.bias'
     folded: bool = False, # scale filters as the batch normalisation after them does
@@ -421,6 +425,7 @@ def _packed_models(models, kept, classes):
     return dict(common=common, models=own, stem=models.stem)
 
 # %% ../../nbs/models/05_modelset.ipynb #2d277e16
+@usual_torch()
 def pack(
     models: ModelSet,         # the models, all of a set or some
     path: str | Path,         # file to write, `….safetensors`

@@ -8,6 +8,8 @@ __all__ = ['FOREIGNZOO_NAMES']
 # %% ../../nbs/models/08_names.ipynb #e1362b13
 import re
 
+import regex
+
 from ..core.files import printable
 
 # %% ../../nbs/models/08_names.ipynb #59dde351
@@ -23,19 +25,22 @@ FOREIGNZOO_NAMES = [
 def _renamed(name, names):
     "Return the new name of a tensor"
     if isinstance(names, dict): return names.get(name, name)
-    for pattern, replacement in names: name = re.sub(pattern, replacement, name)
+    for pattern, replacement in names: name = regex.sub(pattern, replacement, name, timeout=1)
     return name
 
 def rename(
     state: dict, # tensors by name
-    names,       # list of `(pattern, replacement)` applied in turn with `re.sub`, or a dict old name → new name
+    names,       # list of `(pattern, replacement)` applied in turn as `re.sub` does, or a dict old name → new name
 ) -> dict:       # the same tensors by new name
     "Rename tensors. Raises `ValueError` for names that collide and for an invalid pattern"
     renamed = {}
     for name, tensor in state.items():
         try: new = _renamed(name, names)
-        except (re.error, IndexError) as e:
+        except (regex.error, IndexError) as e:
             raise ValueError(printable(f"the name map has a wrong pattern: {e}")) from None
+        except TimeoutError:
+            slow = f"the name map takes more than a second for {name[:60]}: use simpler patterns"
+            raise ValueError(printable(slow)) from None
         if new in renamed:
             raise ValueError(printable(f"two tensors are both named {new} after renaming, one of them is {name}"))
         renamed[new] = tensor

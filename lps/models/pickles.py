@@ -482,7 +482,7 @@ WAIT = 120  # seconds for a small file: a disk may be slow
 
 def _filled(stream, size):
     "Read bytes into a new tensor. Raises `ValueError` if there are fewer"
-    found = torch.empty(size, dtype=torch.uint8)
+    found = torch.empty(size, dtype=torch.uint8, device="cpu")
     if size and stream.readinto(found.numpy()) < size: raise ValueError("the reply ends early")
     return found
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.files import MAPPED_SIZE, MAX_TENSORS, check_name, check_weights, pluralise, printable, read_json
+from ..core.jobs import usual_torch
 from ..core.optional import optional
 from .checkpoint import Checkpoint, one_network, read_checkpoint
-from .config import class_names, input_size, normalisation
+from .config import class_names, given_size, given_stats, input_size, normalisation
 from .folders import find_weights, read_configs
 from .fold import fold
 from .kinds import check_kind
@@ -41,11 +42,17 @@ class Reading:
     which: str | None = None                    # key of the network to read from a file with several
     whole: bool = False                         # read all weights of a model on the web, not only the first layer
 
+    def __post_init__(self):
+        if self.size is not None: given_size(self.size)
+        if self.stats is not None: given_stats(self.stats)
+
     @property
     def config(self) -> dict:
         "Size and normalisation in the form of a configuration"
         values = {} if self.size is None else dict(input_size=self.size)
-        return values if self.stats is None else values | dict(mean=self.stats[0], std=self.stats[1])
+        if self.stats is None: return values
+        mean, std = given_stats(self.stats)
+        return values | (dict(mean=mean[0], std=std[0]) if len(mean) == 1 else dict(mean=mean, std=std))
 
 # %% ../../nbs/models/04_read.ipynb #d247187f
 @dataclass
@@ -276,6 +283,9 @@ def read_parts(
         for name in integers: del part.state[name]
         configs = [("the call", reading.config), *found.configs]
         channels = Model(part.state).channels
+        if reading.stats is not None and normalisation(configs[:1], channels) is None:
+            n = len(given_stats(reading.stats)[0])
+            raise ValueError(f"stats are those of {pluralise(n, 'channel')}, the network reads {channels}")
         size, words = _input(part, configs, channels)
     except ValueError as e: raise type(e)(f"{printable(found.name)}: {e}") from None
     named = part.net is not None
@@ -297,6 +307,7 @@ def _input(part, configs, channels):
     return None, f"{pluralise(channels, 'channel')}, of {'any' if known else 'unknown'} size"
 
 # %% ../../nbs/models/04_read.ipynb #f6275753
+@usual_torch()
 def read_model(
     source,                        # file, folder, `'timm/NAME'`, name on the Hub, address, state dict or `nn.Module`
     reading: Reading = Reading(),  # what the source does not say

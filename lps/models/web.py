@@ -6,8 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/models/02_web.ipynb #56371291
-import errno, json, os, re, time
+import errno, ipaddress, json, os, re, socket, time
 import urllib.error, urllib.parse, urllib.request
+from http.client import HTTPException
 from dataclasses import dataclass, field
 
 import safetensors.torch
@@ -33,15 +34,27 @@ class _Answer:
     tag: str | None   # that changes when the file does
 
 class _OnlyHttp(urllib.request.HTTPRedirectHandler):
-    "Follow redirects to other servers, but not to files of this machine"
+    "Follow redirects to other servers, but not to files of this machine, nor from outside into a private network"
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         _check_url(newurl)
+        if _is_private(newurl) and not _is_private(req.full_url):
+            raise ValueError(f"{printable(newurl)} is in a private network, {printable(req.full_url)} is not")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 def _check_url(url):
     "Raise `ValueError` for anything but an address on the web"
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-        raise ValueError(f"{printable(url)} is no address on the web: it has to start with https://")
+    try:
+        parts = urllib.parse.urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
+    except ValueError: known = False  # such as for a port that is no number
+    if known and url.isprintable() and " " not in url: return
+    raise ValueError(f"{printable(url)} is no address on the web: it has to be https://HOST/FILE")
+
+def _is_private(url):
+    "Tell whether an address belongs to this machine or a private network"
+    try: found = socket.getaddrinfo(urllib.parse.urlsplit(url).hostname, None)
+    except (OSError, UnicodeError): return False  # it cannot be opened either
+    return any(not ipaddress.ip_address(place[4][0].partition("%")[0]).is_global for place in found)
 
 # %% ../../nbs/models/02_web.ipynb #dea18985
 def _request(url, headers):
@@ -54,20 +67,27 @@ def _request(url, headers):
         if e.code == 404: raise FileNotFoundError(errno.ENOENT, f"no model at {printable(url)}") from None
         cure = ": a private model? Download it, and give its folder" if e.code in (401, 403) else ""
         raise OSError(errno.EIO, f"{printable(url)} answered {e.code}{cure}") from None
-    except (OSError, ValueError) as e:
-        raise OSError(errno.EIO, f"{printable(url)} cannot be reached: {printable(e)}") from None
+    except (OSError, ValueError, HTTPException) as e:
+        raise OSError(errno.EIO, f"{printable(url)} cannot be reached: {printable(e) or type(e).__name__}") from None
 
 def _body(response, most):
     "Read at most `most` bytes. Raises `ValueError` for more bytes, or after the deadline"
     parts = []
     n = 0
     end = time.monotonic() + DEADLINE
-    while part := response.read1(65_536):
-        n += len(part)
-        if n > most: raise ValueError(f"the server sends more than the {most} bytes that were requested")
-        if time.monotonic() > end: raise ValueError(f"the server takes more than {DEADLINE} seconds")
-        parts.append(part)
+    try:
+        while part := response.read1(65_536):
+            n += len(part)
+            if n > most: raise ValueError(f"the server sends more than the {most} bytes that were requested")
+            if time.monotonic() > end: raise ValueError(f"the server takes more than {DEADLINE} seconds")
+            parts.append(part)
+    except (OSError, HTTPException) as e:
+        raise OSError(errno.EIO, f"the server stopped: {printable(e) or type(e).__name__}") from None
     return b"".join(parts)
+
+def _tag(response):
+    "Return what changes with a file, or None if the server sends neither"
+    return response.headers.get("ETag") or response.headers.get("Last-Modified")
 
 # %% ../../nbs/models/02_web.ipynb #bd857570
 def _range_of(response):
@@ -89,13 +109,13 @@ def _read_range(url, start, stop):
         body = _body(response, stop - start)
         if (first, after) != (start, min(stop, size)) or len(body) != after - first:
             raise ValueError(f"bytes {start} to {stop} were requested, {len(body)} from {first} on were sent")
-        return _Answer(body, size, response.headers.get("ETag"))
+        return _Answer(body, size, _tag(response))
 
 def _read_all(url, most):
     "Read a whole file"
     with _request(url, {"Accept-Encoding": "identity"}) as response:
         body = _body(response, most)
-        return _Answer(body, len(body), response.headers.get("ETag"))
+        return _Answer(body, len(body), _tag(response))
 
 # %% ../../nbs/models/02_web.ipynb #267d16ad
 @dataclass
@@ -121,6 +141,11 @@ def open_remote(
     except ValueError as e:
         if not download or "does not send ranges" not in str(e): raise
         answer = _read_all(url, most)
+    if answer.tag is None and len(answer.body) < answer.size:
+        if answer.size > MAX_RANGE:
+            cure = "download it, and give the file"
+            raise ValueError(f"{printable(url)}: the server sends neither ETag nor Last-Modified: {cure}")
+        answer = _read_all(url, MAX_RANGE)  # in one response: parts of two versions would not be told apart
     try: return _opened(url, answer)
     except ValueError as e: raise ValueError(f"{printable(url)}: {e}") from None
 

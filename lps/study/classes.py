@@ -467,7 +467,7 @@ class ClassesRecord(Record):
     names: dict                 # result of `naming_figures`
     two_class: dict[str, dict]  # packed set → result of `decode_pairs`
     domains: dict               # result of `domain_figures`
-    sources: dict               # result of `source_figures`; empty without images
+    transfer: dict              # result of `source_figures`; empty without images
     measured_by: ClassVar = (*MEASURED_BY, "lps.methods.classes", "lps.methods.synthetic", "lps.study.classes")
 
 def both_figures(pairs, n_boot, seed):
@@ -537,7 +537,7 @@ def classes_fields(
         names=naming_figures(networks, n_boot, seed),
         two_class=decoded,
         domains=domain_figures(networks),
-        sources=source_figures(several, pairs, images, n_boot, seed) if images is not None else {},
+        transfer=source_figures(several, pairs, images, n_boot, seed) if images is not None else {},
         **image_figures(networks, seed),
     )
 
@@ -611,7 +611,7 @@ def classes_text(
             f"({found['classes']} classes); the median rank of a single right class is {found['median_rank']:.0f} "
             "of 1,000."
         )
-    return " ".join(parts) + sources_text(record.sources)
+    return " ".join(parts) + sources_text(record.transfer)
 
 def sources_text(found):
     "Describe which source to take"

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from numba import njit
 from torch import Tensor, nn
 
+from lps.core.jobs import compiled
+
 # %% ../../nbs/zoo/02_batchnorm.ipynb #09abb37d
 LANES = 128  # numbers processed side by side; the number of channels must divide it
 
@@ -29,7 +31,7 @@ def _to_bits(f):
 # %% ../../nbs/zoo/02_batchnorm.ipynb #ba5a899f
 _BLOCK = 128  # rows summed in float32 before they are added to a float64 sum
 
-@njit(fastmath=True, cache=True)
+@compiled(fastmath=True)
 def _sums(x, total, squares):
     "Sum each lane and its squares"
     s = np.empty(LANES, np.float32)
@@ -46,7 +48,7 @@ def _sums(x, total, squares):
             squares[c] += q[c]
 
 # %% ../../nbs/zoo/02_batchnorm.ipynb #7c2b92d6
-@njit(fastmath=True, cache=True)
+@compiled(fastmath=True)
 def _forward(x, scale, shift, y):
     "Compute max(scale·x + shift, 0)"
     for i in range(len(x)):
@@ -54,7 +56,7 @@ def _forward(x, scale, shift, y):
             v = _to_float(x[i, c])*scale[c] + shift[c]
             y[i, c] = _to_bits(max(v, np.float32(0)))
 
-@njit(fastmath=True, cache=True)
+@compiled(fastmath=True)
 def _forward_add(x, shortcut, scale, shift, y):
     "Compute max(scale·x + shift + shortcut, 0)"
     for i in range(len(x)):
@@ -63,13 +65,13 @@ def _forward_add(x, shortcut, scale, shift, y):
             y[i, c] = _to_bits(max(v, np.float32(0)))
 
 # %% ../../nbs/zoo/02_batchnorm.ipynb #00bac465
-@njit(fastmath=True, cache=True)
+@compiled(fastmath=True)
 def _rectified(y, grad, out):
     "Pass the gradient where the output is positive"
     for i in range(len(y)):
         for c in range(LANES): out[i, c] = grad[i, c] if (y[i, c] & 0x7fff) != 0 else np.uint16(0)
 
-@njit(fastmath=True, cache=True)
+@compiled(fastmath=True)
 def _grad_sums(x, grad, mean, total, products):
     "Sum the gradient of each lane, and its product with the centred input"
     s = np.empty(LANES, np.float32)
@@ -86,7 +88,7 @@ def _grad_sums(x, grad, mean, total, products):
             products[c] += q[c]
 
 # %% ../../nbs/zoo/02_batchnorm.ipynb #456b1636
-@njit(fastmath=True, cache=True)
+@compiled(fastmath=True)
 def _backward(x, grad, mean, scale, k0, k1, out):
     "Compute scale·grad − k0 − k1·(x − mean)"
     for i in range(len(x)):

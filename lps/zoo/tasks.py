@@ -6,12 +6,12 @@
 __all__ = ['ImageSet', 'DataSet', 'register_dataset', 'load_images', 'load_splits', 'pair_classes', 'task_images']
 
 # %% ../../nbs/zoo/00_tasks.ipynb #7bd12377
-import contextlib, io, os, warnings
+import contextlib, io, math, os, threading, warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +97,10 @@ def to_rgb(
     return image.convert("RGB"), ", ".join(done)
 
 # %% ../../nbs/zoo/00_tasks.ipynb #3eb590b9
+MAX_PIXELS = 16_000_000  # of an image, a quarter of that if its values have more than 8 bits
+LARGE = 2_000_000        # pixels of an image that is read while no other large one is
+_one_large = threading.Lock()
+FORMATS = "PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF"  # of content: PIL would start Ghostscript for others
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 
 def read_image(
@@ -107,14 +111,22 @@ def read_image(
     if not file.is_file(): return None, "not a file"
     if file.suffix.lower() not in SUFFIXES: return None, f"suffix '{file.suffix}' is not that of an image"
     try:
-        with Image.open(file) as image: image, done = to_rgb(image)
-        if size: image = ImageOps.fit(image, (size, size), Image.Resampling.BOX)  # the central square
-        return np.array(image), done
+        with Image.open(file, formats=FORMATS) as image:
+            n_pixels = math.prod(image.size)
+            most = MAX_PIXELS//4 if image.mode[0] in "IF" else MAX_PIXELS
+            if n_pixels > most: return None, f"{image.width} × {image.height} pixels, {most} are read: make it smaller"
+            with _one_large if n_pixels > LARGE else contextlib.nullcontext():
+                image, done = to_rgb(image)
+                if size: image = ImageOps.fit(image, (size, size), Image.Resampling.BOX)  # the central square
+                return np.array(image), done
     except Exception as e:  # PIL's readers raise anything
         first = (str(e).splitlines() or ["no message"])[0]
         return None, f"{type(e).__name__}: {first}"
 
 # %% ../../nbs/zoo/00_tasks.ipynb #f488f9ec
+ROOM = 50_000_000  # bytes that images may take beside `PER_BYTE` for each byte of their files
+PER_BYTE = 100
+
 class ImageFiles:
     "Image files in memory"
     def __init__(
@@ -122,8 +134,20 @@ class ImageFiles:
         files,                   # paths
         size: int | None = None, # side in pixels to resize the images to; None: they already have one size
     ):
-        with ThreadPoolExecutor(max_workers=4) as pool:
-            self.read = dict(zip(files, pool.map(partial(read_image, size=size), files)))
+        self.size = size
+        self.room = ROOM
+        self.lock = threading.Lock()
+        with ThreadPoolExecutor(max_workers=4) as pool: self.read = dict(zip(files, pool.map(self.read_one, files)))
+
+    def read_one(self, file):
+        "Read an image, unless the files so far hold far more pixels than bytes"
+        pixels, note = read_image(file, self.size)
+        if pixels is None: return pixels, note
+        with self.lock:
+            self.room += PER_BYTE*file.stat().st_size - pixels.nbytes
+            if self.room >= 0: return pixels, note
+            self.room += pixels.nbytes
+        return None, f"the images would take more than {PER_BYTE} times the bytes of their files"
 
     @cached_property
     def pixels(self): # file → uint8 `(H, W, 3)`
