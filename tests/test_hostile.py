@@ -23,7 +23,7 @@ from torch._utils import _rebuild_tensor_v2
 
 from lps.zoo.datasheet import datasheet, datasheet_text
 from lps.core.files import mark_complete, not_as_marked, provenance, read_header, read_json, read_marker, save_tensors
-from lps.models.checkpoint import rename
+from lps.models.names import rename
 from lps.models.imports import import_models, read_table
 from lps.methods.registry import embed_models, fit_method, load_fitted, save_fitted, score_models
 from lps.models.model import Model
