@@ -32,7 +32,7 @@ _MODULES = {  # name → module that defines it; lps/__init__.pyi lists the same
     "fit_method": "methods.registry",
     "from_pretrained": "index.share",
     "import_models": "models.imports",
-    "inspect_model": "models.read",
+    "inspect_model": "models.inspect",
     "join_sets": "models.modelset",
     "load_fitted": "methods.registry",
     "load_images": "zoo.tasks",

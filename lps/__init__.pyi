@@ -17,13 +17,13 @@ from .methods.registry import load_fitted as load_fitted
 from .methods.registry import register_method as register_method
 from .methods.registry import save_fitted as save_fitted
 from .models.imports import import_models as import_models
+from .models.inspect import inspect_model as inspect_model
 from .models.model import Model as Model
 from .models.modelset import ModelSet as ModelSet
 from .models.modelset import join_sets as join_sets
 from .models.modelset import load_modelset as load_modelset
 from .models.modelset import pack as pack
 from .models.read import Reading as Reading
-from .models.read import inspect_model as inspect_model
 from .models.read import read_model as read_model
 from .nets.architectures import register_architecture as register_architecture
 from .second_order import SecondOrderNet as SecondOrderNet

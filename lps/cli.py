@@ -206,7 +206,7 @@ def parse_stats(stats) -> tuple | None:
 def read_name_map(file: str | None):
     "Read a name map; 'foreignzoo' is the one that comes with lps"
     from lps.core.files import read_json
-    from lps.models.checkpoint import FOREIGNZOO_NAMES
+    from lps.models.names import FOREIGNZOO_NAMES
     from pydantic import TypeAdapter, ValidationError
     if file is None: return ()
     if file == "foreignzoo": return FOREIGNZOO_NAMES
@@ -640,7 +640,7 @@ def show_comparison(found, names: list[str]):
 # %% ../nbs/04_cli.ipynb #866edb16
 def check_one_model(text: str):
     "Raise `ValueError` for a folder of several models"
-    from lps.models.read import is_model_folder
+    from lps.models.folders import is_model_folder
     folder = Path(text)
     if not folder.is_dir() or is_model_folder([file.name for file in folder.iterdir()]): return
     raise ValueError(f"{folder} is a folder of models: give one model file in it")
@@ -746,6 +746,72 @@ def query(
     if as_json: return print_json(answer.to_dict() | dict(relatives=related))
     show_answer(answer)
     show_relatives(related)
+
+# %% ../nbs/04_cli.ipynb #6dd3073a
+CLASSES_MODEL = f"{MODEL}; a file that --save wrote; imagenet-1k or cifar100, which come with lps"
+KNOWN = "Classes to choose names from: a model that names its classes; a file that --save wrote; imagenet-1k; cifar100"
+PHOTOGRAPHS = "Folder of unlabelled photographs to run the networks on, instead of synthetic images"
+
+def classes_of(source: str, read, images: dict):
+    "Return class descriptors: of a model, from a file, or bundled ones"
+    from lps.methods.classes import BUNDLED, describe_classes, load_class_descriptors
+    if source in BUNDLED: return load_class_descriptors(source)
+    if Path(source).suffix == ".safetensors" and Path(source).is_file():
+        try: return load_class_descriptors(source)
+        except ValueError: pass  # a model
+    check_one_model(source)
+    return describe_classes(lps.read_model(source, read), **images)
+
+def relation_text(relation: dict) -> str:
+    "Return how two networks are related, in a sentence"
+    of_a, of_b = relation["classes"]
+    known = math.isfinite(relation["shared"])
+    number = "not calibrated for these images"
+    if known: number = f"{relation['shared']:.1f} expected, between {relation['low']} and {relation['high']}"
+    return f"Shared classes: {number}, of {of_a} and {of_b}. Similarity {relation['similarity']:.2f}."
+
+# %% ../nbs/04_cli.ipynb #3e9b78ab
+@app.command(epilog="Example: lps classes my-model.pth imagenet-1k")
+@with_groups
+def classes(
+    model: Annotated[str, Argument(parser=source_of, metavar="A", help=CLASSES_MODEL)],
+    other: Annotated[
+        str | None, Argument(parser=source_of, metavar="[B]", help="Another one, to match; without it, A is named")
+    ] = None,
+    known: Annotated[str, Option(help=KNOWN, rich_help_panel=METHOD)] = "imagenet-1k",
+    images: Annotated[
+        int, Option(min=16, help="Synthetic images, a multiple of 16", rich_help_panel=METHOD)
+    ] = 768,
+    probe_images: Annotated[
+        Path | None, Option(parser=path_of, metavar="FOLDER", help=PHOTOGRAPHS, rich_help_panel=METHOD)
+    ] = None,
+    reading: ReadingOptions = None,
+    k: Annotated[int, Option("-k", min=1, help="Names for each class", rich_help_panel=OUTPUT)] = 1,
+    save: Annotated[
+        Path | None, Option(parser=path_of, metavar="FILE", help="Write A's class descriptors", rich_help_panel=OUTPUT)
+    ] = None,
+    as_json: AsJson = False,
+):
+    "Match the classes of two networks, or find names for the classes of one, without data."
+    from lps.methods.classes import match_classes, name_classes, name_pair, relate_classes
+    check_out(save)
+    how = dict(n_images=images, folder=probe_images)
+    with busy(f"running {model}"): own = classes_of(model, reading.settings(), how)
+    if save:
+        own.save(save)
+        log.info("%s: descriptors of %d classes", save, len(own))
+    if other is None:
+        others = classes_of(known, reading.settings(), how)
+        table = name_pair(own, others, k) if len(own) == 2 else name_classes(own, others, k)
+        sentence = ""
+    else:
+        others = classes_of(other, reading.settings(), how)
+        table = match_classes(own, others)
+        relation = relate_classes(own, others)
+        sentence = relation_text(relation)
+    if as_json: return print_json(dict(classes=table.to_dict("records")) | (relation if other else {}))
+    show_table(table.set_index(table.columns[0]), "Classes")
+    if sentence: console.print(sentence, soft_wrap=True)
 
 # %% ../nbs/04_cli.ipynb #4acbec72
 @index_app.command("graph", epilog="Example: lps index graph market")

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 from lps.models.imports import import_models
-from lps.models.read import inspect_model
+from lps.models.inspect import inspect_model
 from lps.methods.registry import fit_method, load_fitted
 from lps.models.modelset import load_modelset
 from lps.index.index import ModelIndex

@@ -4,8 +4,10 @@ No process, socket or code is started. `LPS_EXAMPLES` is the number of inputs a 
 import io
 import json
 import pickle
+import socket
 import sys
 import tempfile
+import threading
 import warnings
 import zipfile
 from contextlib import redirect_stdout, suppress
@@ -21,7 +23,7 @@ from torch._utils import _rebuild_tensor_v2
 
 from lps.zoo.datasheet import datasheet, datasheet_text
 from lps.core.files import mark_complete, not_as_marked, provenance, read_header, read_json, read_marker, save_tensors
-from lps.models.checkpoint import rename
+from lps.models.names import rename
 from lps.models.imports import import_models, read_table
 from lps.methods.registry import embed_models, fit_method, load_fitted, save_fitted, score_models
 from lps.models.model import Model
@@ -604,3 +606,54 @@ def test_graphs(graph, flips, cut):
     file.write_bytes(flipped(whole, flips, cut))
     found = attempt(lambda: Store(kept.path).search_graph(kept.rows[:2], 2))
     assert (found is not None) == (file.read_bytes() == whole)
+
+
+class Server(threading.Thread):
+    "A server that answers each request with the next of some texts, whatever they are"
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/model.safetensors"
+        self.answers = []
+        self.start()
+
+    def run(self):
+        while True:
+            connection, _ = self.socket.accept()
+            with connection, suppress(OSError):
+                connection.recv(65_536)
+                connection.sendall(self.answers.pop(0) if self.answers else b"")
+
+
+@pytest.fixture(scope="module")
+def server(): return Server()
+
+
+STATUS = st.sampled_from([200, 206, 206, 206, 301, 302, 304, 401, 404, 416, 500, 999, 0]) | st.integers(-5, 9999)
+HEADER = st.sampled_from([
+    "Content-Length: 5", "Content-Length: -1", "Content-Length: x", "Content-Range: bytes 0-9/10", "ETag: a", "ETag: b",
+    "Content-Range: bytes */*", "Content-Range: bytes 0-32767/99999999999999", "Transfer-Encoding: chunked",
+    "Content-Encoding: gzip", "Location: file:///etc/passwd", "Location: http://[", "Location: \x01", "no colon", ":",
+    "",
+    "Last-Modified: today", "Content-Type: text/html; charset=\u00ff", "X: " + "y"*70_000,
+])
+
+
+@given(answers=st.lists(st.tuples(STATUS, st.lists(HEADER, max_size=3), st.booleans(), FLIPS, CUTS) | st.binary(),
+                        min_size=1, max_size=3))
+def test_servers(place, server, answers):
+    "A server may say anything: a model is read, or there is one reason why not"
+    whole = (place/"foreign.safetensors").read_bytes()
+    server.answers = []
+    for answer in answers:
+        if isinstance(answer, tuple):
+            status, lines, honest, flips, cut = answer
+            body = flipped(whole, flips, cut)
+            if honest: lines = [f"Content-Range: bytes 0-{len(body) - 1}/{len(body)}", *lines]
+            head = "\r\n".join([f"HTTP/1.1 {status} said", *lines, "", ""])
+            answer = head.encode("latin-1", "replace") + body
+        server.answers.append(answer)
+    with warnings.catch_warnings(), suppress(ValueError, OSError):
+        warnings.simplefilter("ignore")
+        model = read_model(server.url)
+        attempt(Asked.index.query, model, 2)

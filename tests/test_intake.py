@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from lps.cli import main
 from lps.core.files import save_tensors
-from lps.models.read import Reading, inspect_model, read_model
+from lps.models.inspect import inspect_model
+from lps.models.read import Reading, read_model
 from lps.nets.named import network_builder
 from lps.models.model import Model
 from lps.methods.probes import centred_outputs, probe_outputs
@@ -186,7 +187,7 @@ def test_networks_of_torchvision(tmp_path):
     check_runs(model, net, model.meta["size"])
     assert report.architecture == "torchvision/shufflenet_v2_x0_5(num_classes=7)"
     assert model.meta["size"] == [3, 224, 224] and model.meta["mean"] == [.5]*3
-    assert report.head == "fc, 7 × 1024" and report.stem == "conv1.0, 24 × 3 × 3 × 3"
+    assert report.head == "fc, 7 × 1024" and report.stem.startswith("conv1.0, 24 × 3 × 3 × 3; the first")
     why = why_not(model, ["chain", "stem-signature"])
     assert list(why) == ["chain"] and "not registered with a permutation spec" in why["chain"]
     again = read_model(tmp_path/"shuffle.pth", Reading(arch="torchvision/shufflenet_v2_x0_5"))
@@ -218,7 +219,7 @@ def test_a_folder_that_timm_wrote(tmp_path):
     model = report.model
     check_runs(model, net, model.meta["size"])
     assert model.meta["std"] == pytest.approx([.5, .5, .5], abs=.3) and "config.json" in report.normalisation
-    assert "config.json names test_resnet: arch='timm/test_resnet'" in inspect_model(tmp_path/"hub").architecture
+    assert inspect_model(tmp_path/"hub").architecture == report.architecture
 
 
 def test_a_name_of_timm(tmp_path, monkeypatch):
@@ -251,7 +252,7 @@ def test_folders_of_huggingface_hub(small, tmp_path):
         model = report.model
         check_same(model, small)
         assert report.ignored == {"places": "whole numbers, which the network makes itself"}
-    assert report.kind.endswith("shards")
+    assert "2 shards" in report.kind
 
 
 def test_a_module_in_memory_is_left_as_it_is(small):
@@ -396,7 +397,7 @@ def test_what_is_no_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model file or folder"): read_model(tmp_path/"nowhere.pt")
     with pytest.raises(ValueError, match="a dict is a model only if"): read_model({})
     with pytest.raises(TypeError, match="a list is no model"): read_model([])
-    with pytest.raises(ValueError, match="has 0 files of weights"): read_model(tmp_path)
+    with pytest.raises(ValueError, match="a folder without a file of weights"): read_model(tmp_path)
     with pytest.raises(ValueError, match="give timm/NAME"): network_builder("os")
 
 

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from lps.core.files import digest, load_tensors, save_tensors, write_json
-from lps.models.checkpoint import FOREIGNZOO_NAMES
+from lps.models.names import FOREIGNZOO_NAMES
 from lps.models.imports import import_models
 from lps.methods.registry import fit_method
 from lps.models.modelset import load_modelset, pack

@@ -12,7 +12,8 @@ import torch
 
 from lps.models import web as remote
 from lps.index.gather import embed_items, find_models
-from lps.models.read import Reading, inspect_model, read_model
+from lps.models.inspect import inspect_model
+from lps.models.read import Reading, read_model
 from lps.methods.registry import why_not
 from lps.methods.registry import embed_models, fit_method
 from lps.models.model import Model

@@ -138,6 +138,7 @@ def test_files_that_are_no_index(models, index, tmp_path):
     with pytest.raises(FileNotFoundError, match="lps index build"): ModelIndex.load(tmp_path/"none.zip")
     save_fitted(tmp_path/"net.safetensors", index.fitted)
     with pytest.raises(ValueError, match="is not a packed index"): ModelIndex.load(tmp_path/"net.safetensors")
+    path.unlink()
     index.save(path)
     with pytest.raises(ValueError, match="index.zip"): load_fitted(path)
 

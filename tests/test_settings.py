@@ -10,7 +10,8 @@ from lps.index.index import ModelIndex
 from lps.lineage.compare import compare
 from lps.methods.registry import embed_models, fit_method, score_models
 from lps.models.modelset import load_modelset, pack
-from lps.models.read import inspect_model, read_model
+from lps.models.inspect import inspect_model
+from lps.models.read import read_model
 from lps.nets.resnet import ResNet
 
 

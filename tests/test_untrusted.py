@@ -15,7 +15,8 @@ from PIL import Image
 
 from lps.core.files import check_name, digest, read_header, read_json, save_tensors, write_json
 from lps.index.share import from_pretrained, save_pretrained
-from lps.models.checkpoint import read_checkpoint, rename
+from lps.models.checkpoint import read_checkpoint
+from lps.models.names import rename
 from lps.models.config import normalisation
 from lps.models.imports import read_table
 from lps.models.modelset import load_modelset, pack

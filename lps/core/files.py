@@ -6,7 +6,8 @@
 __all__ = ['save_tensors', 'load_tensors']
 
 # %% ../../nbs/core/00_files.ipynb #ae34b933
-import contextlib, errno, functools, hashlib, importlib.metadata, json, math, os, platform, re, subprocess, time
+import contextlib, errno, functools, hashlib, importlib.metadata, json, math, mmap, os, platform, re, subprocess, time
+import weakref
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -14,7 +15,6 @@ import numpy as np
 import safetensors.torch
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
 
 import lps
 
@@ -195,13 +195,36 @@ def provenance() -> dict: # versions, machine, commit, time
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return dict(versions=versions(), machine=machine, commit=_commit(), time=now)
 
+# %% ../../nbs/core/00_files.ipynb #3ea6b40e
+CHUNK = 2**26  # bytes of a file that are looked at in one go
+_MAPPED = weakref.WeakSet()
+
+def map_file(
+    file,  # open to be read
+):         # its bytes, as a buffer
+    "Map a file into memory, where only what is used of it takes room"
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    if hasattr(mapped, "madvise"): _MAPPED.add(mapped)
+    return mapped
+
+def release_pages():
+    "Remove the bytes of mapped files from memory; they are read again when they are needed"
+    for mapped in list(_MAPPED): mapped.madvise(mmap.MADV_DONTNEED)
+
+def _hash_bytes(h, data):
+    "Add bytes to a hash; those of a mapped file do not stay in memory"
+    data = memoryview(data)
+    for start in range(0, len(data), CHUNK):
+        h.update(data[start:start + CHUNK])
+        release_pages()
+
 # %% ../../nbs/core/00_files.ipynb #37bafb63
 def _seal(header, body):
     "Compute the digest of header and tensors of a safetensors file, without the seal"
     meta = {key: text for key, text in header["__metadata__"].items() if key != "seal"}
     said = json.dumps(header | dict(__metadata__=meta), sort_keys=True)
     h = hashlib.blake2b(said.encode(), digest_size=16)
-    h.update(body)
+    _hash_bytes(h, body)
     return h.hexdigest()
 
 def _sealed(data):
@@ -224,7 +247,13 @@ def save_tensors(
     replace: bool = True, # may there be a file of this name? False: raises `FileExistsError`
 ):
     "Write tensors with metadata, whole or not at all"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {}
+    storages = set()
+    for name, tensor in state.items():
+        tensors[name] = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        if place in storages: tensors[name] = tensors[name].clone()  # safetensors refuses tensors that share memory
+        storages.add(place)
     meta = dict(versions=versions()) | meta | dict(layers=list(state))
     texts = {key: json.dumps(value) for key, value in meta.items()}
     data = _sealed(safetensors.torch.save(tensors, texts))
@@ -300,7 +329,12 @@ def _check_sizes(header, size):
         if not _fills_its_bytes(entry):
             what = f"{entry.dtype} {entry.shape} in bytes {entry.data_offsets}"
             raise ValueError(printable(f"not a safetensors file: {name} is {what[:100]}"))
-    need = header.size + max((entry.data_offsets[1] for entry in header.tensors.values()), default=0)
+    end = 0
+    for name, entry in sorted(header.tensors.items(), key=lambda item: item[1].data_offsets):
+        if entry.data_offsets[0] != end:
+            raise ValueError(printable(f"not a safetensors file: {name[:99]} does not begin where another tensor ends"))
+        end = entry.data_offsets[1]
+    need = header.size + end
     if size < need: raise ValueError(f"truncated: {size} bytes of {need}")
     if size > need: raise ValueError(f"not a safetensors file: {size - need} bytes follow its last tensor")
 
@@ -328,24 +362,61 @@ def read_header(
     "Read the header of a safetensors file. Raises `ValueError` with the reason for a broken file"
     with open_file(path) as file: return _read_header(file)[0]
 
+# %% ../../nbs/core/00_files.ipynb #5ab8ad19
+MAPPED_SIZE = 256_000_000  # bytes: larger files are mapped into memory
+DTYPES = dict(
+    F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
+    F8_E4M3=torch.float8_e4m3fn, F8_E5M2=torch.float8_e5m2,
+    I64=torch.int64, I32=torch.int32, I16=torch.int16, I8=torch.int8, U8=torch.uint8, BOOL=torch.bool,
+    C64=torch.complex64,
+)
+for _name, _dtype in dict(F8_E8M0="float8_e8m0fnu", U16="uint16", U32="uint32", U64="uint64").items():
+    if hasattr(torch, _dtype): DTYPES[_name] = getattr(torch, _dtype)
+
+def tensor_from(
+    entry: TensorEntry,  # of a tensor
+    data,                # buffer of bytes
+    start: int,          # place of the tensor's first byte
+) -> torch.Tensor:       # a view of a mapped file, else in memory of its own
+    "Make a tensor from the bytes of a safetensors file"
+    dtype = DTYPES[entry.dtype]
+    n = math.prod(entry.shape)
+    if n == 0: return torch.empty(entry.shape, dtype=dtype)
+    is_aligned = start % dtype.itemsize == 0
+    if not isinstance(data, mmap.mmap) or not is_aligned and n < CHUNK:
+        data = bytearray(memoryview(data)[start:start + n*dtype.itemsize])
+        start = 0
+    return torch.frombuffer(data, dtype=dtype, count=n, offset=start).reshape(entry.shape)
+
+def _tensors_in(header, data):
+    "Make the tensors of a file. Raises `ValueError` for a weight of a type that PyTorch has not"
+    tensors = {}
+    for name, entry in header.tensors.items():
+        if entry.dtype in DTYPES: tensors[name] = tensor_from(entry, data, header.size + entry.data_offsets[0])
+        elif name.endswith(("weight", "bias")):
+            cure = "convert it to float16 with the program that wrote it"
+            raise ValueError(printable(f"{name} has the type {entry.dtype}, which is not read: {cure}"))
+    return tensors
+
 # %% ../../nbs/core/00_files.ipynb #747ef74d
 def _read_all(path):
     "Read tensors, metadata and bytes of a safetensors file"
     with open_file(path) as file:
         header, start = _read_header(file)
-        data = start + file.read()
+        large = os.fstat(file.fileno()).st_size > MAPPED_SIZE
+        data = map_file(file) if large else start + file.read()
     seal = header.meta.pop("seal", None)
     sealed = header.meta.pop("sealed", None)
     older = seal is None and sealed is None  # written before there were seals
     if not older and seal != _seal(json.loads(start[8:]), memoryview(data)[header.size:]):
         raise ValueError("damaged: it does not hold what was written to it")
-    try: return safetensors.torch.load(data), header.meta, data
-    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as e:
-        raise ValueError(printable(f"not a safetensors file: {e}")) from None
+    if len(data) < header.size + max((entry.data_offsets[1] for entry in header.tensors.values()), default=0):
+        raise ValueError("truncated: it changed while it was read")
+    return _tensors_in(header, data), header.meta, data
 
 def read_safetensors(
     path: str | Path,       # a safetensors file
-) -> tuple[dict, dict]:     # tensors and metadata, in memory of their own: the file may change afterwards
+) -> tuple[dict, dict]:     # tensors and metadata; those of a file above `MAPPED_SIZE` are views of the file
     "Read tensors and metadata of any safetensors file. Raises `ValueError` with the reason for another file"
     return _read_all(path)[:2]
 
@@ -387,7 +458,9 @@ def read_tensor_file(
     if sorted(layers) != sorted(tensors):
         raise ValueError(f"{name} lists {len(layers)} layers, but holds {len(tensors)}")
     state = {layer: tensors[layer] for layer in layers}
-    return TensorFile(state, meta, hashlib.sha256(data).hexdigest(), len(data))
+    h = hashlib.sha256()
+    _hash_bytes(h, data)
+    return TensorFile(state, meta, h.hexdigest(), len(data))
 
 # %% ../../nbs/core/00_files.ipynb #5a6db2cd
 def load_tensors(
@@ -443,6 +516,15 @@ def not_as_marked(
     return f"is not the file that was finished: its SHA-256 is {sha256[:12]}…, its marker has {record['sha256'][:12]}…"
 
 # %% ../../nbs/core/00_files.ipynb #1920e9ac
+def in_parts(
+    tensor: torch.Tensor, # any
+):                        # generator of float32 `(n,)`
+    "Yield the values of a tensor in parts that fit into memory; those of a mapped file do not stay there"
+    flat = tensor.detach().cpu().flatten()
+    for part in flat.split(CHUNK//4):
+        yield part.float()
+        if len(flat) > CHUNK//64: release_pages()
+
 def digest(
     state: dict, # tensors by name, in any order
 ) -> str:        # 32 hexadecimal digits
@@ -451,37 +533,53 @@ def digest(
     for name in sorted(state):
         if name.endswith("num_batches_tracked"): continue
         h.update(f"{name} {tuple(state[name].shape)}".encode(errors="surrogatepass"))
-        h.update(state[name].detach().cpu().float().contiguous().numpy().tobytes())
+        for part in in_parts(state[name]): h.update(part.numpy())
     return h.hexdigest()
 
 # %% ../../nbs/core/00_files.ipynb #2982c041
+LEARNED = r"(weight|bias)(_\w+)?$|\.original\d*$|running_(mean|var)$"  # names of weights and running statistics
+MASK = "bias"  # also the name of an attention mask, which has at least three axes
+
+def _is_mask(name, tensor):
+    "Tell whether a tensor with the name of a bias has the shape of an attention mask"
+    return name.endswith(MASK) and tensor.ndim > 2
+
 def not_finite(
     state: dict,    # tensors by name
-) -> str | None:    # the reason; None: all values are finite
-    "Find a tensor with NaN or inf"
+) -> str | None:    # the reason; None: all weights and running statistics are finite
+    "Find a weight or running statistic with NaN or inf"
     for name, tensor in state.items():
-        if not tensor.is_floating_point(): continue
-        narrow = tensor.dtype not in (torch.float16, torch.float32, torch.float64)  # numpy does not know these
-        values = (tensor.float() if narrow else tensor).detach().numpy()
-        finite = np.isfinite(values)  # by numpy: threads would cost more than such small tensors
-        if finite.all(): continue
-        kind = "NaN" if np.isnan(values).any() else "inf"
-        return f"{printable(name)} holds {kind} ({(~finite).sum()} of {tensor.numel()} values)"
+        if not tensor.is_floating_point() or not re.search(LEARNED, name) or _is_mask(name, tensor): continue
+        bad = nan = 0
+        for part in in_parts(tensor):
+            values = part.numpy()  # by numpy: threads would cost more than such small tensors
+            bad += len(values) - int(np.isfinite(values).sum())
+            nan += int(np.isnan(values).sum()) if bad else 0
+        if bad: return f"{printable(name)} holds {'NaN' if nan else 'inf'} ({bad} of {tensor.numel()} values)"
+
+def negative_variance(
+    state: dict,    # tensors by name
+) -> str | None:    # the reason; None: there is none
+    "Find a running variance below zero"
+    for name, tensor in state.items():
+        if not name.endswith("running_var") or not tensor.is_floating_point() or tensor.numel() == 0: continue
+        lowest = float(tensor.min())
+        if lowest < 0: return f"{printable(name)} is negative (min {lowest:.3g})".replace("-", "−")
 
 def not_real(
     state: dict,    # tensors by name
 ) -> str | None:    # the reason; None: all weights are floating-point numbers
     "Find a weight or bias that is an integer, boolean or complex number"
     for name, tensor in state.items():
-        if tensor.is_floating_point() or not name.endswith(("weight", "bias")): continue
+        if tensor.is_floating_point() or not name.endswith(("weight", "bias")) or _is_mask(name, tensor): continue
         kind = str(tensor.dtype).removeprefix("torch.")
         return f"weights are {kind}: {printable(name)} would have to be turned into floating-point numbers first"
 
 def check_weights(
     state: dict,  # tensors by name
 ):
-    "Raise `ValueError` for weights that are no finite floating-point numbers"
-    why = not_real(state) or not_finite(state)
+    "Raise `ValueError` for weights that are no finite floating-point numbers, and for negative variances"
+    why = not_real(state) or not_finite(state) or negative_variance(state)
     if why: raise ValueError(why)
 
 # %% ../../nbs/core/00_files.ipynb #2d0603c9

@@ -22,11 +22,11 @@ from ..core.jobs import each_done
 from ..lineage.sketch import weight_sketch
 from .store import HEADER_FILE, digest_numbers, fact_line
 from ..methods.registry import embed_models
-from ..models.checkpoint import SUFFIXES
-from ..models.imports import NOT_READ
+from ..models.names import NOT_READ, SUFFIXES
 from ..models.model import Model
 from ..models.modelset import ModelSet, PackedSource, bundled_sets, load_modelset, rejected_table
-from ..models.read import Reading, is_elsewhere, is_model_folder, read_model
+from ..models.folders import is_checkpoint, is_model_folder, is_state, may_be_model
+from ..models.read import Reading, is_elsewhere, read_model
 
 # %% ../../nbs/index/02_gather.ipynb #52d80323
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Item:
 
 def _item(path, inner=None):
     "Describe a model file or folder in its present state"
-    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     stats = [file.stat() for file in files]
     return Item(
         file=str(path) if inner is None else f"{path.stem}/{inner}",
-        path=str(path.resolve()),
+        path=str(path.absolute()),
         inner=inner,
         size=sum(found.st_size for found in stats),
         mtime=max(found.st_mtime_ns for found in stats),
@@ -62,7 +62,7 @@ def _packed_set(path, mtime):
 def _items_in(path):
     "List the models in a file or model folder; raises `ValueError` or `OSError` with the reason if there is none"
     if path.is_dir(): return [_item(path)]
-    if path.suffix.lower() in NOT_READ:
+    if path.suffix.lower() in NOT_READ and not is_checkpoint(path):
         raise ValueError(f"{path.suffix} is not read: save a state dict with torch.save or safetensors")
     if path.is_symlink() and not path.exists(): raise ValueError("is a link to a file that does not exist")
     if not path.is_file(): raise ValueError("is not a regular file")
@@ -83,10 +83,13 @@ def _files_below(folder, bad):
         for name in folders:
             path = Path(here)/name
             if path.is_symlink(): bad[printable(path)] = "is a link to a folder: give the folder it points to"
-        if is_model_folder(files): yield Path(here)
+        if is_model_folder([*files, *folders]):
+            folders.clear()
+            yield Path(here)
         elif not is_index:
-            for name in sorted(files):
-                if not name.startswith(".") and name.lower().endswith(SUFFIXES + NOT_READ): yield Path(here)/name
+            for path in sorted(Path(here)/name for name in files if not name.startswith(".")):
+                if path.name.lower().endswith(SUFFIXES + NOT_READ) and not is_state(path.name): yield path
+                elif may_be_model(path): yield path
 
 # %% ../../nbs/index/02_gather.ipynb #e4667337
 def find_models(
@@ -103,7 +106,8 @@ def find_models(
         source = Path(bundled_sets().get(str(source), source))
         if not source.exists(): raise FileNotFoundError(f"no models at {printable(source)}: no such folder or file")
         for path in _files_below(source, bad) if source.is_dir() else [source]:
-            try: found |= {(item.path, item.inner): item for item in _items_in(path)}
+            try:  # two links to one file are one model, under the name of the first
+                for item in _items_in(path): found.setdefault((str(path.resolve()), item.inner), item)
             except (ValueError, OSError) as e: bad[printable(path)] = printable(getattr(e, "strerror", None) or e)
     return list(found.values()), bad
 

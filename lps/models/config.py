@@ -9,17 +9,23 @@ __all__ = []
 import math
 
 # %% ../../nbs/models/03_config.ipynb #da6c2098
-NESTED = "pretrained_cfg", "hyper_parameters", "hparams", "config", "args", "cfg", "meta"
+NESTED = (
+    "pretrained_cfg", "hyper_parameters", "hparams", "config", "args", "cfg", "meta", "preprocess_cfg", "model_cfg",
+    "vision_cfg", "vision_config", "train_loop_config",
+)
+MAX_NESTED = 3  # configurations in configurations
 
 def places(
     configs: list,  # of (name of a place, what it holds)
 ):                  # generator of (name, dict)
     "Iterate over configurations and those inside them"
-    for name, values in configs:
+    waiting = [(name, values, 0) for name, values in configs]
+    while waiting:
+        name, values, depth = waiting.pop(0)
         if not isinstance(values, dict): continue
         yield name, values
-        for key in NESTED:
-            if isinstance(values.get(key), dict): yield f"{name}, {key}", values[key]
+        inner = [(f"{name}, {key}", values.get(key), depth + 1) for key in NESTED if depth < MAX_NESTED]
+        waiting = inner + waiting
 
 # %% ../../nbs/models/03_config.ipynb #d0546975
 def _numbers(values, n):
@@ -65,7 +71,7 @@ def input_size(
 ) -> tuple | None:  # height, width, and the place
     "Find the size of a network's images"
     for place, values in places(configs):
-        for key in ("input_size", "crop_size", "size", "image_size", "img_size"):
+        for key in ("input_size", "crop_size", "size", "image_size", "img_size", "imgsz"):
             sides = _sides(values.get(key))
             if sides: return *sides, place
 

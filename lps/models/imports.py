@@ -13,7 +13,8 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.files import MAX_JSON, open_file, printable, save_tensors
-from .checkpoint import SUFFIXES
+from .names import NOT_READ, SUFFIXES
+from .folders import is_checkpoint
 from .modelset import ModelSet, load_modelset, rejected_table, rejection_summary
 from .read import Reading, read_model
 
@@ -95,14 +96,13 @@ def read_table(
     return rows
 
 # %% ../../nbs/models/06_imports.ipynb #bb87279d
-NOT_READ = ".npz", ".npy", ".h5", ".hdf5", ".onnx", ".pkl", ".pickle", ".msgpack", ".pb", ".gguf", ".tar", ".zip"
-
 def why_not_read(
     path: Path,  # a file or folder
 ) -> str | None: # None: it may be a model
     "Return why something with the suffix of a model cannot be read"
     suffix = path.suffix.lower()
-    if suffix in NOT_READ: return f"{suffix} is not read: save a state dict with torch.save or safetensors"
+    if suffix in NOT_READ and not is_checkpoint(path):
+        return f"{suffix} is not read: save a state dict with torch.save or safetensors"
     if path.name.startswith("."): return "a hidden file"
     if path.is_symlink() and not path.exists(): return "a link to nothing"
     if not path.is_file(): return "no regular file"

@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core.files import digest, printable
+from ..core.files import check_weights, digest, printable
 from ..core.jobs import one_thread, usual_torch
 from lps.nets.architectures import (
     check_state, norms_of, recognise, shapes_of, spatial_convolutions, stem_of, unknown_architecture,
@@ -85,6 +85,8 @@ def layer_weight(
 # %% ../../nbs/models/00_model.ipynb #b5e6367f
 class Model(HasLayers):
     "A trained network: its tensors by name, and its metadata"
+    unchecked = False  # are there weights of a large file that were not checked when it was read?
+
     def __init__(self,
         state: dict,             # tensors by name, in forward order
         meta: dict | None = None, # task, classes, seed, recipe, accuracies, versions, …
@@ -148,6 +150,7 @@ def weights(self: Model,
     found = {}
     for layer in layers:
         tensors = {name: self.state[name] for name in self.tensor_names(layer, folded)}
+        if self.unchecked: check_weights(tensors)
         found[layer] = layer_weight(tensors, layer)[None]
     return found
 
@@ -184,7 +187,9 @@ def features_and_outputs(self: Model,
     if not images.is_floating_point(): stats = self.input_stats(stats)
     net = self.net
     head = self.architecture.head
-    if head is None: raise ValueError(f"{self!r} has no layer that returns logits")
+    if head is None:
+        why = "no layer returns its outputs, which are features"
+        raise ValueError(f"{self!r} has no head: {why}. Read it with its head, or compare it by its weights")
     read = []
     net.get_submodule(head).register_forward_pre_hook(lambda layer, args: read.append(args[0].flatten(1)))
     outputs = []

@@ -24,7 +24,7 @@ from lps.core.files import (
     read_tensor_file, save_tensors,
 )
 from ..core.jobs import usual_torch
-from .checkpoint import SUFFIXES
+from .names import SUFFIXES
 from .model import HasLayers, Model, layer_weight
 
 # %% ../../nbs/models/05_modelset.ipynb #64b8ea17

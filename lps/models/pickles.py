@@ -9,6 +9,7 @@ __all__ = []
 import atexit, errno, json, math, os, pickle, re, signal, subprocess, sys, threading, types, warnings
 import zipfile
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch._weights_only_unpickler import _get_allowed_globals
 
 from ..core.files import MAX_TENSORS, printable
+from .names import NotAModel, choose_network, is_weight, split_networks
 
 try: import resource
 except ImportError: resource = None  # Windows has no limits for a process
@@ -55,6 +57,8 @@ _SAFE |= {
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "torch._tensor._rebuild_from_type_v2": lambda rebuild, kind, args, state: rebuild(*args),
+    "torch._tensor._rebuild_from_type": lambda rebuild, kind, args, state: rebuild(*args),
+    "torch._utils._rebuild_wrapper_subclass": lambda kind, *args: _Stub(getattr(kind, "name", "a tensor subclass")),
 }
 for _name in ("collections.Counter", "builtins.set", "builtins.bytearray"): del _SAFE[_name]
 
@@ -166,7 +170,7 @@ def _own_tensors(fields):
     left_out = left_out.args[0] if isinstance(left_out, _Stub) and left_out.args else ()
     left_out = {name for name in left_out if isinstance(name, str)}
     own = parameters | {name: value for name, value in buffers.items() if name not in left_out}
-    return {name: value for name, value in own.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in own.items() if value is not None}
 
 def _short(name):
     "Check the name of a part of a module"
@@ -198,63 +202,84 @@ def _module_tensors(module, budget):
     return tensors
 
 # %% ../../nbs/models/07_pickles.ipynb #91b8354c
-NETWORK_KEYS = (
-    "state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema", "teacher", "state_dict", "model_state_dict",
-    "model", "net", "network", "module", "weights", "student",
-)
-MAX_DEPTH = 4  # dicts in dicts
+MAX_DEPTH = 5  # dicts in dicts
 
-def _networks(obj, budget, path=()):
-    "Find the tensors of every network in an object, by the keys that lead to it"
-    if _is_module(obj): return {path: _module_tensors(obj, budget)}
-    fields = _fields(obj)
-    budget.spend(len(fields))
-    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-    found = {path: tensors} if tensors else {}
-    if len(path) == MAX_DEPTH: return found
-    for key, value in fields.items():
-        if isinstance(key, str) and _fields(value): found |= _networks(value, budget, (*path, key))
+@dataclass
+class _Network:
+    "A network in a file"
+    tensors: dict  # by name
+    beside: dict   # other entries of the same dict
+
+    @property
+    def size(self): return sum(tensor.numel() for tensor in self.tensors.values() if isinstance(tensor, Tensor))
+
+def _entries(obj):
+    "Return what a dict, an object, a list or a tuple holds, by key"
+    if isinstance(obj, (list, tuple)): return {str(i): value for i, value in enumerate(obj)}
+    return _fields(obj)
+
+def _is_optimizer(obj):
+    "Tell whether an object is the state of an optimiser"
+    return isinstance(obj, dict) and {"state", "param_groups"} <= obj.keys()
+
+def _without_packing(entries):
+    "Name the weight and the bias that a quantised linear layer packs into one entry"
+    suffix = "_packed_params._packed_params"
+    found = {}
+    for name, value in entries.items():
+        packed = isinstance(name, str) and name.endswith(suffix) and isinstance(value, tuple) and len(value) == 2
+        if packed: found |= {f"{name.removesuffix(suffix)}{part}": v for part, v in zip(("weight", "bias"), value)}
+        else: found[name] = value
     return found
 
-def _has_weights(tensors):
-    "Tell whether any tensor is named as a weight"
-    return any(isinstance(name, str) and name.endswith("weight") for name in tensors)
+# %% ../../nbs/models/07_pickles.ipynb #e7db926d
+def _networks(obj, budget, path=()):
+    "Find every network in an object, by the keys that lead to it"
+    if _is_module(obj): return {path: _Network(_module_tensors(obj, budget), {})}
+    entries = _without_packing(_entries(obj))
+    budget.spend(len(entries))
+    if _is_optimizer(obj): return {}
+    is_named = not isinstance(obj, (list, tuple))
+    tensors = {name: value for name, value in entries.items() if is_named and isinstance(value, Tensor)}
+    others = {name: value for name, value in entries.items() if name not in tensors}
+    found = {path: _Network(tensors, others)} if tensors else {}
+    if len(path) == MAX_DEPTH: return found
+    for key, value in others.items():
+        if isinstance(key, (str, int)) and _entries(value): found |= _networks(value, budget, (*path, str(key)))
+    return found
 
-def _preference(path, tensors):
-    "Return the key by which networks are sorted, the preferred one first"
-    ranks = [NETWORK_KEYS.index(key) for key in path if key in NETWORK_KEYS]
-    size = sum(tensor.numel() for tensor in tensors.values())
-    return not _has_weights(tensors), min(ranks, default=len(NETWORK_KEYS)), -size, len(path)
+def _with_parts(networks):
+    "Replace a state dict that holds several networks by these"
+    found = {}
+    for path, network in networks.items():
+        parts = split_networks([name for name in network.tensors if isinstance(name, str)])
+        if not parts: found[path] = network
+        for prefix, names in parts.items():
+            tensors = {name.removeprefix(prefix): network.tensors[name] for name in names}
+            found[*path, prefix.rstrip(".")] = _Network(tensors, network.beside)
+    return found
 
 # %% ../../nbs/models/07_pickles.ipynb #0b68357a
-def _selected(networks, which):
-    "Return the path of the network to read. Raises `ValueError` for a `which` that fits none"
-    if which is None: return min(networks, key=lambda path: _preference(path, networks[path]))
-    fit = [path for path in networks if which == ".".join(path) or which in path]
-    if fit: return min(fit, key=lambda path: _preference(path, networks[path]))
-    known = ", ".join(".".join(path) or "the file itself" for path in networks)
-    raise ValueError(printable(f"holds no network called {which!r}: it has {known}"))
-
 def _beside(obj, path):
-    "Return what a file holds beside a network, by key"
+    "Return what a file holds beside the network at a path, by key"
     beside = {}
     prefix = ""
     for key in path:
-        others = {f"{prefix}{name}": value for name, value in _fields(obj).items() if name != key}
-        beside |= others
-        obj = _fields(obj)[key]
+        entries = {str(name): value for name, value in _entries(obj).items()}
+        if key not in entries: break
+        beside |= {f"{prefix}{name}": value for name, value in entries.items() if name != key}
+        obj = entries[key]
         prefix += f"{key}."
-    if _is_module(obj): return beside
-    return beside | {f"{prefix}{name}": value for name, value in _fields(obj).items() if not isinstance(value, Tensor)}
+    return beside, prefix
 
-def _check_names(obj, tensors):
-    "Raise `ValueError` for names that are no text, and for weights that cannot be read"
-    if not all(isinstance(name, str) for name in tensors): raise ValueError("holds tensors whose names are no text")
-    if _is_module(obj): return
-    for name, value in _fields(obj).items():
-        if isinstance(value, Tensor) or value is None or not str(name).endswith(("weight", "bias")): continue
-        if not isinstance(value, _Stub): raise ValueError(f"holds {describe(value)} in the place of {name}")
-        raise ValueError(f"refused and not executed: it calls {value.name} in the place of {name}")
+def _check_weight(name, value):
+    "Raise `ValueError` for a weight that cannot be read: without it, the network would be a smaller one"
+    if isinstance(value, Tensor):
+        if isinstance(name, str): return
+        raise ValueError("holds tensors whose names are no text")
+    if value is None or not is_weight(name): return
+    if not isinstance(value, _Stub): raise ValueError(f"holds {describe(value)} in the place of {name}")
+    raise ValueError(f"refused and not executed: it calls {value.name} in the place of {name}")
 
 # %% ../../nbs/models/07_pickles.ipynb #36ec6049
 def describe(
@@ -285,6 +310,9 @@ def _plain(value, depth=3):
 # %% ../../nbs/models/07_pickles.ipynb #3aea94e3
 def _no_weights(obj):
     "Make the error for a file without weights; it names the first class or function that the file calls"
+    if _is_optimizer(obj): return NotAModel("the state of an optimiser: the network is in another file")
+    if isinstance(obj, dict) and {"last_epoch", "_step_count"} & obj.keys():
+        return NotAModel("the state of a learning rate scheduler: the network is in another file")
     items = obj if isinstance(obj, (list, tuple)) else [obj, *_fields(obj).values()]
     first = next((item.name for item in items if isinstance(item, _Stub)), None)
     if first: return ValueError(f"refused and not executed: it calls {first}, and holds no state dict")
@@ -292,20 +320,25 @@ def _no_weights(obj):
 
 def _unpack(obj, which):
     "Return the tensors of one network, what is beside them, and the other networks"
-    networks = _networks(obj, _Budget())
+    networks = _with_parts(_networks(obj, _Budget()))
     if not networks: raise _no_weights(obj)
-    path = _selected(networks, which)
-    inner = obj
-    for key in path: inner = _fields(inner)[key]
-    _check_names(inner, networks[path])
-    others = {".".join(key): len(tensors) for key, tensors in networks.items() if key != path and _has_weights(tensors)}
-    beside = {str(key)[:MAX_NAME]: value for key, value in _beside(obj, path).items()}
-    return networks[path], beside, others
+    sizes = {path: (list(network.tensors), network.size) for path, network in networks.items()}
+    chosen = choose_network(sizes, which)
+    network = networks[chosen]
+    for name, value in [*network.tensors.items(), *network.beside.items()]: _check_weight(name, value)
+    beside, prefix = _beside(obj, chosen)
+    beside |= {f"{prefix}{name}": value for name, value in network.beside.items()}
+    beside = {str(key)[:MAX_NAME]: value for key, value in beside.items()}
+    others = {".".join(path): len(names) for path, (names, _) in sizes.items()
+              if path != chosen and any(map(is_weight, names))}
+    tensors = {name: value for name, value in network.tensors.items() if isinstance(value, Tensor)}
+    return tensors, beside, others
 
 # %% ../../nbs/models/07_pickles.ipynb #b3c391ba
 def _values(name, tensor):
     "Return a tensor as values in memory. Raises `ValueError` for one without values"
     if tensor.is_meta: raise ValueError(f"holds no values of {name}: it was saved from the device meta")
+    if tensor.is_nested: raise ValueError(f"holds a nested tensor in the place of {name}: save a plain tensor")
     tensor = tensor.detach()
     if tensor.is_quantized: return tensor.dequantize()
     return tensor.as_subclass(Tensor) if tensor.layout == torch.strided else tensor.to_dense()
@@ -314,13 +347,15 @@ def _place(tensor):
     "Return what identifies a tensor in a file: names that share it have the same place"
     if tensor.is_quantized or tensor.layout != torch.strided: return id(tensor)
     start = tensor.untyped_storage().data_ptr()
+    if tensor.is_contiguous(): return start, tensor.dtype, tensor.storage_offset(), tensor.numel()
     return start, tensor.dtype, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 def _check_room(tensors, n_bytes):
     "Raise `ValueError` for tensors that take much more memory than the file has bytes"
     places = {_place(tensor): tensor.numel()*tensor.dtype.itemsize for tensor in tensors.values()}
     total = sum(places.values())
-    if total <= 2*n_bytes + 1_000_000: return
+    plain = all(tensor.layout == torch.strided and not tensor.is_quantized for tensor in tensors.values())
+    if total <= (2 if plain else 8)*n_bytes + 1_000_000: return
     cure = "tensors that repeat their numbers are not read"
     raise ValueError(f"its tensors would take {total} bytes, the file has {n_bytes}: {cure}")
 
@@ -354,8 +389,8 @@ def _reason(error):
     if no_memory: return "refused: reading it takes too much memory"
     past = "storage that is not resizable", "out of bounds for storage"
     if any(text in str(error) for text in past): return "damaged: a tensor extends past the end of its storage"
-    ours = str(error) if type(error) is ValueError else ""
-    known = "a ", "an ", "damaged", "truncated", "its tensors", "holds", "not a", "refused"
+    ours = str(error) if type(error) in (ValueError, NotAModel) else ""
+    known = "a ", "an ", "the ", "damaged", "truncated", "its tensors", "holds", "not a", "refused"
     return ours if ours.startswith(known) else "truncated, damaged or not a PyTorch file"
 
 def _answer(path, which):
@@ -369,7 +404,8 @@ def _answer(path, which):
         for name, tensor in tensors.items(): places.setdefault(_place(tensor), _values(name, tensor))
         numbers = {place: i for i, place in enumerate(places)}
         kinds = [(str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for tensor in places.values()]
-        header = dict(names=[(name, numbers[_place(tensor)]) for name, tensor in tensors.items()], kinds=kinds)
+        names = [(name, numbers[_place(tensor)], list(tensor.shape)) for name, tensor in tensors.items()]
+        header = dict(names=names, kinds=kinds)
         header |= dict(values={key: _plain(value) for key, value in beside.items()}, networks=others)
         header |= dict(beside={key: describe(value) for key, value in beside.items()})
         return header, places.values()
@@ -404,7 +440,7 @@ def serve():
     for line in sys.stdin.buffer:
         request = json.loads(line)
         try: reply = _answer(bytes.fromhex(request["path"]), request["which"])
-        except Exception as e: reply = dict(error=_reason(e)), ()
+        except Exception as e: reply = dict(error=_reason(e), not_a_model=isinstance(e, NotAModel)), ()
         _write(out, *reply)
 
 # %% ../../nbs/models/07_pickles.ipynb #d55b40a2
@@ -462,7 +498,7 @@ def _received(stream, n_bytes):
     if not whole: raise ValueError("its reply is larger than the file")
     tensors = []
     for (dtype, shape), size in zip(kinds, sizes): tensors.append(_filled(stream, size).view(dtype).reshape(shape))
-    return header | dict(state={name: tensors[i] for name, i in header.pop("names")})
+    return header | dict(state={name: tensors[i].reshape(shape) for name, i, shape in header.pop("names")})
 
 def _reply(self, n_bytes):
     "Read a reply. Raises `ValueError` if the process ends before"
@@ -501,5 +537,5 @@ def read_pickle(
             end_reader()
             _processes.append(_Process())
         found = _processes[0].ask(path, which, n_bytes)
-    if "error" in found: raise ValueError(printable(found["error"]))
+    if "error" in found: raise (NotAModel if found.get("not_a_model") else ValueError)(printable(found["error"]))
     return found

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 import lps
 from ..nets.architectures import norms_of, stem_of
 from ..core.files import MAX_TENSORS, check_name, header_end, parse_header, pluralise, printable
-from .checkpoint import own_names
+from .names import own_names
 
 # %% ../../nbs/models/02_web.ipynb #94a00b5e
 FIRST = 32_768          # bytes of the first request: most headers are shorter

@@ -6,8 +6,9 @@
 __all__ = ['Architecture', 'shapes_of', 'recognise', 'net_from_state']
 
 # %% ../../nbs/nets/02_architectures.ipynb #0c6bd42b
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ class Architecture:
     norms: dict                          # convolution → name of the normalisation after it
     spec: PermutationSpec | None = None  # channels that can be permuted; None: not known
     size: tuple | None = None            # channels, height and width of its images; None: any size
+    stem_rule: str = "as the architecture names it"  # how the stem was found
 
     def build(self) -> nn.Module:
         "Build the network, freshly initialised"
@@ -51,12 +53,20 @@ class Architecture:
         images: Tensor,  # normalised, `(B, C, H, W)`; resized if the network takes another size
     ) -> Tensor:         # logits, `(B, K)`
         "Run a network on images"
-        if self.size is None or tuple(images.shape[2:]) == tuple(self.size[1:]): return logits_of(net(images))
+        classes = self.classes(net)
+        if self.size is None or tuple(images.shape[2:]) == tuple(self.size[1:]): return logits_of(net(images), classes)
         outputs = []
         for xb in images.split(8):  # fits into the cache of a core
             xb = F.interpolate(xb, tuple(self.size[1:]), mode="bicubic")
-            outputs.append(logits_of(net(xb.contiguous(memory_format=torch.channels_last))))
+            outputs.append(logits_of(net(xb.contiguous(memory_format=torch.channels_last)), classes))
         return torch.cat(outputs)
+
+    def classes(self,
+        net: nn.Module,  # of this architecture
+    ) -> int | None:     # None: it has no head
+        "Return how many outputs the head has"
+        weight = getattr(net.get_submodule(self.head), "weight", None) if self.head else None
+        return None if weight is None else len(weight)
 
 # %% ../../nbs/nets/02_architectures.ipynb #2f1c7aa0
 def _not_weights(name, tensor):
@@ -80,15 +90,6 @@ def check_state(
         reason = _not_weights(name, tensor)
         if reason: raise ValueError(f"{name!r} {reason}")
 
-def logits_of(
-    output,    # of a network
-) -> Tensor:   # `(B, K)`
-    "Return the logits in the output of a network. Raises `ValueError` if it has none"
-    output = getattr(output, "logits", output)
-    if isinstance(output, (tuple, list)) and output: output = output[0]
-    if isinstance(output, Tensor) and output.ndim > 1: return output.flatten(1)
-    raise ValueError(f"the network returns {type(output).__name__}, expected logits, `(B, K)`")
-
 def _as_float32(tensor):
     "Copy a tensor to float32; integers keep their type"
     return tensor.detach().to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
@@ -105,6 +106,51 @@ def _with_weights(architecture, state):
     kept = {name: v for name, v in net.state_dict().items() if name in buffers and name not in weights}
     net.load_state_dict(kept | weights, assign=True)
     return net.float().eval()
+
+# %% ../../nbs/nets/02_architectures.ipynb #480aee7e
+LOGITS = "logits", "out", "output", "outputs", "prediction", "predictions", "pred", "preds", "scores", "y"
+
+def _parts_of(output):
+    "Return the parts of an output by name; None if it has none"
+    if isinstance(output, Mapping): return {str(name): value for name, value in output.items()}
+    if is_dataclass(output): return {field.name: getattr(output, field.name) for field in fields(output)}
+    if hasattr(output, "_asdict"): return output._asdict()
+    if isinstance(output, (list, tuple)): return {str(i): value for i, value in enumerate(output)}
+    if hasattr(output, "logits"): return dict(logits=output.logits)
+
+def _as_logits(output):
+    "Return a tensor as `(B, K)`; None for anything else"
+    if not isinstance(output, Tensor) or not output.is_floating_point() or output.ndim == 0: return None
+    if output.ndim == 1: return output[:, None]
+    return output.flatten(1) if output.shape[2:].numel() == 1 else None
+
+def _main_output(output, classes):
+    "Find the tensor with the logits. Raises `ValueError` for an ambiguous output"
+    parts = _parts_of(output)
+    if isinstance(output, Tensor) or parts is None: return output
+    for name in LOGITS:
+        if parts.get(name) is not None: return _main_output(parts[name], classes)
+    fit = [value for value in parts.values() if _as_logits(value) is not None]
+    if len(fit) > 1: fit = [value for value in fit if _as_logits(value).shape[1] == classes]
+    nested = [value for value in parts.values() if _parts_of(value) is not None]
+    if not fit and len(nested) == 1: return _main_output(nested[0], classes)
+    if len(fit) == 1: return fit[0]
+    found = [f"{name} {tuple(v.shape)}" for name, v in parts.items() if isinstance(v, Tensor)]
+    cure = "wrap the network in a module that returns its logits"
+    raise ValueError(f"the network returns {', '.join(found) or 'no tensor'}: which are the logits is unclear, {cure}")
+
+# %% ../../nbs/nets/02_architectures.ipynb #87882667
+def logits_of(
+    output,                    # of a network
+    classes: int | None = None, # outputs of its head, if known
+) -> Tensor:                   # `(B, K)`; K is 2 for one logit
+    "Return the logits in the output of a network. Raises `ValueError` if it has none, or for an ambiguous output"
+    main = _main_output(output, classes)
+    logits = _as_logits(main)
+    if logits is not None: return torch.cat([-logits/2, logits/2], 1) if logits.shape[1] == 1 else logits
+    if not isinstance(main, Tensor): raise ValueError(f"the network returns a {type(main).__name__}, not logits (B, K)")
+    why = "it has no head, or an output for each position"
+    raise ValueError(f"the network returns a tensor of shape {tuple(main.shape)}, not logits (B, K): {why}")
 
 # %% ../../nbs/nets/02_architectures.ipynb #5bd0b1e4
 class ArchitectureEntry(NamedTuple):
@@ -219,17 +265,57 @@ def spatial_convolutions(
     "List the convolutions whose maps are larger than 1×1"
     return [layer for layer in convolutions(shapes) if max(shapes[f"{layer}.weight"][2:]) > 1]
 
+# %% ../../nbs/nets/02_architectures.ipynb #1ff9a8aa
+OF_STEMS = r"stem|patch_embed|(^|\.)conv_?(1|first|in)$|first|retina|embeddings\.projection"
+OF_OTHERS = r"dw|depth_?wise|decod|deconv|transpose|(^|[._])up|head|aux"
+
+class Stem(NamedTuple):
+    "The layer that reads the image, and how it was found"
+    layer: str | None   # its name; None: there is no convolution
+    rule: str           # how it was found, in words
+
+def _is_transposed(shapes, layer):
+    "Tell whether a convolution has a bias for each channel of its second axis"
+    outputs, inputs = shapes[f"{layer}.weight"][:2]
+    return outputs != inputs and shapes.get(f"{layer}.bias") == (inputs,)
+
+def _stem_score(shapes, layer, layers, is_sorted):
+    "Return how much speaks for a layer to be the stem"
+    outputs, inputs = shapes[f"{layer}.weight"][:2]
+    returned = {shapes[f"{other}.weight"][0] for other in layers if other != layer}
+    read = {shapes[f"{other}.weight"][1] for other in layers if other != layer}
+    is_colour = bool(read - returned - {1, outputs})  # another layer reads an image with several channels
+    is_first = layer == layers[0]
+    score = 2*(inputs == 3) + is_first*(1 if is_sorted else 3)
+    if inputs not in returned: score += 4
+    if inputs == 1 and is_colour and (is_sorted or not is_first): score -= 3
+    if re.search(OF_STEMS, layer): score += 2
+    if re.search(OF_OTHERS, layer): score -= 4
+    return score
+
+# %% ../../nbs/nets/02_architectures.ipynb #966d802f
+def find_stem(
+    shapes: dict,  # shape of each tensor by name, in the order of the file
+) -> Stem:
+    "Find the layer that reads the image, and say by which rule and how sure it is"
+    known = recognise(shapes)
+    if known: return Stem(known.stem, "as the architecture names it")
+    layers = [layer for layer in convolutions(shapes) if not _is_transposed(shapes, layer)]
+    if not layers: return Stem(None, "there is no convolution")
+    if len(layers) == 1: return Stem(layers[0], "the only convolution")
+    is_sorted = layers == sorted(layers)
+    scores = {layer: _stem_score(shapes, layer, layers, is_sorted) for layer in layers}
+    best = max(layers, key=scores.get)
+    margin = scores[best] - max(score for layer, score in scores.items() if layer != best)
+    sure = "sure" if margin > 2 else "likely"
+    if margin <= 0: sure = "not sure: name the network with arch"
+    return Stem(best, f"by the arithmetic of channels and the order in the file, {sure}")
+
 def stem_of(
-    shapes: dict,  # shape of each tensor by name, in forward order
+    shapes: dict,  # shape of each tensor by name, in the order of the file
 ) -> str | None:   # name of a layer; None: there is no convolution
     "Find the layer that reads the image"
-    known = recognise(shapes)
-    if known: return known.stem
-    layers = convolutions(shapes)
-    for channels in (3, 1):
-        for layer in layers:
-            if shapes[f"{layer}.weight"][1] == channels: return layer
-    return layers[0] if layers else None
+    return find_stem(shapes).layer
 
 # %% ../../nbs/nets/02_architectures.ipynb #c4633770
 def branch_layers(

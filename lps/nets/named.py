@@ -7,12 +7,15 @@ __all__ = []
 
 # %% ../../nbs/nets/03_named.ipynb #a595719f
 import copy, functools, importlib
+from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..core.files import printable
+from ..core.jobs import one_thread
 from ..core.optional import optional
-from .architectures import Architecture, shapes_of, spatial_convolutions, stem_of
+from .architectures import Architecture, find_stem, logits_of, shapes_of, spatial_convolutions, stem_of
 
 # %% ../../nbs/nets/03_named.ipynb #8f87ddbb
 def _timm_builder(name):
@@ -92,6 +95,57 @@ def head_of(
     convs = [name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d)]
     return next(reversed(linear or convs), None)
 
+class Roles(NamedTuple):
+    "Layers of a network by their role, and how the stem was found"
+    stem: str | None  # layer that reads the image
+    head: str | None  # layer that returns the logits
+    stem_rule: str
+
+def _is_depthwise(layer):
+    "Tell whether a convolution has one filter for each channel of its input"
+    return layer.groups > 1 and layer.groups == layer.in_channels
+
+def _calls(net, size):
+    "Run a network on one probe image. Return its convolutions and linear layers as they are called, and its logits"
+    called = []
+    hooks = []
+    for name, layer in net.named_modules():
+        if not isinstance(layer, (nn.Conv2d, nn.Linear)): continue
+        def note(layer, args, output, name=name): called.append((name, layer, output))
+        hooks.append(layer.register_forward_hook(note))
+    try:
+        with one_thread(), torch.no_grad(): output = net(torch.zeros(1, *size))
+    finally:
+        for hook in hooks: hook.remove()
+    return called, output
+
+def _head_called(called, output, last):
+    "Return the last layer whose outputs are those of the network, or None; `last` if they are ambiguous"
+    try: logits = logits_of(output)
+    except ValueError: return None if isinstance(output, Tensor) else last
+    widths = {1, 2} if logits.shape[1] == 2 else {logits.shape[1]}
+    fit = [name for name, _, found in called if isinstance(found, Tensor) and found.numel() in widths]
+    return fit[-1] if fit else None
+
+def roles_of(
+    net: nn.Module,      # any network, in evaluation mode
+    size: tuple | None,  # channels, height and width of its images; None: it is not run
+) -> Roles:
+    "Find stem and head of a network on one probe image, or else by the shapes of its layers"
+    layers = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d)]
+    full = {f"{name}.weight" for name, layer in layers if not _is_depthwise(layer)}
+    shapes = {name: v for name, v in weight_shapes(net.state_dict()).items() if name in full or len(v) != 4}
+    found = find_stem(shapes)
+    known = Roles(found.layer, head_of(net), found.rule)
+    if size is None: return known
+    try: called, output = _calls(net, size)
+    except Exception: return known  # the reason is given when the network is run
+    convs = [name for name, layer, _ in called if isinstance(layer, nn.Conv2d) and not _is_depthwise(layer)]
+    stem = next(iter(convs), None)
+    head = _head_called(called, output, known.head)
+    rule = "the first convolution that is called on a probe image, sure" if stem else known.stem_rule
+    return Roles(stem or known.stem, head, rule)
+
 def norms_after(
     net: nn.Module, # any network
 ) -> dict:          # convolution → norm
@@ -114,13 +168,15 @@ def module_architecture(
     "Describe a network that is at hand as a module"
     template = copy.deepcopy(net).cpu().float().requires_grad_(False).eval()
     shapes = weight_shapes(template.state_dict())
+    roles = roles_of(template, size)
     return Architecture(
         name=name,
         config={},
         network=functools.partial(copy.deepcopy, template),
-        stem=stem_of(shapes),
-        head=head_of(template),
+        stem=roles.stem,
+        head=roles.head,
         branches=spatial_convolutions(shapes),
         norms=norms_after(template),
         size=size,
+        stem_rule=roles.stem_rule,
     )
