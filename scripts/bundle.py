@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lps.index.answer import weight_sketch
+from lps.lineage.sketch import weight_sketch
 from lps.zoo.datasheet import datasheet, write_datasheet
 from lps.study.splits import classification_splits
 from lps.core.files import load_tensors, save_tensors

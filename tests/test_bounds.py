@@ -118,7 +118,8 @@ def write_queries(folder):
     archive(folder/"query many layers.pt", {f"layer{i}.weight": one for i in range(20_000)}, bytes(4))
     tiny = {f"layer{i}.weight": tensor([1, 1], 4*i, 4*i + 4) for i in range(20_000)}
     header(folder/"query many tensors.safetensors", tiny, body=bytes(80_000))
-    header(folder/"query too many tensors.safetensors", {f"{i}": tensor([0], 0, 0) for i in range(200_000)})
+    header(folder/"query too many tensors.safetensors", {f"{i}": tensor([0], 0, 0) for i in range(100_000)})
+    header(folder/"query long header.safetensors", {f"{i}": tensor([0], 0, 0) for i in range(200_000)})
     torch.save(network() | {"conv1.weight": torch.zeros(1).expand(2**31, 1, 1, 1)}, folder/"query stride 0.pt")
     rows = {"conv1.weight": Claimed(275_000, (8000, 275_000), (0, 1))}
     archive(folder/"query stride 0, large.pt", rows, bytes(1_100_000))
@@ -180,12 +181,13 @@ def write_own(folder):
     models = load_modelset(folder/"zoo")
     fitted = fit_method(models, "lps", n_filters=4, epochs=1, milestones=())
     config = fitted.parts["config"]
-    many = {f"layer{i}": [1, 1, 1, 1] for i in range(50_000)}
+    many, too_many = ({f"layer{i}": [1, 1, 1, 1] for i in range(n)} for n in (5000, 50_000))
     claims = dict(
         filters=dict(n_filters=10**9),
         tasks=dict(tasks=list(range(10**6))),
         shape=dict(shapes={"conv1": [10**5]*4}),
         branches=dict(shapes=many, alpha=[0.]*len(many)),
+        values=dict(shapes=too_many, alpha=[0.]*len(too_many)),
     )
     for name, claim in claims.items():
         part = dict(method="lps", config=config | claim)
@@ -224,7 +226,8 @@ REFUSED = {
     "query stride 0, large": "tensors that repeat their numbers are not read",
     "query many layers": "no layer 'conv1' in these models",
     "query many tensors": "no layer 'conv1' in these models",
-    "query too many tensors": "too large: 200000 tensors",
+    "query too many tensors": "too large: 100000 tensors",
+    "query long header": "too large: its header has",
     "query deflated": "a compressed archive",
     "query wide": "",
     "query empty": "",
@@ -237,7 +240,8 @@ REFUSED = {
     "net filters": "",
     "net tasks": "",
     "net shape": "",
-    "net branches": "50000 layers get a branch: give 1 to 1000 layers",
+    "net branches": "5000 layers get a branch: give 1 to 1000 layers",
+    "net values": "has more than 100000 values",
     "take many parts": "its modules have no end",
     "take many objects": "refused and not executed",
     "take long names": "its modules have no end",

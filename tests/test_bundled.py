@@ -243,7 +243,7 @@ def test_bundled_set_is_small_and_holds_no_image(ours):
     kept = [f"{name}.safetensors" for name in KEPT.values()]
     kept += ["modelset500-fan-in-epoch20.safetensors", "answers-modelset500.safetensors"]
     small = ["expected_accuracy.json", "market_map.css", "market_map.html", "market_map.js"]
-    small += ["report.css", "report.html", "imagenet_classes.tsv"]
+    small += ["report.css", "report.html", "imagenet_classes.tsv", "architectures.tsv"]
     small += ["classes-cifar100.safetensors", "classes-imagenet-1k.safetensors"]
     assert sorted(p.name for p in data.iterdir()) == sorted([*FILES, *kept, *small])
     assert sum(p.stat().st_size for p in data.iterdir()) <= 7_000_000

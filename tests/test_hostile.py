@@ -32,7 +32,7 @@ from lps.models.pickles import _Process
 from lps.models.read import read_model
 from lps.nets.resnet import ResNet
 from lps.cli import index_facts, print_json, show_answer
-from lps.index.answer import weight_sketch
+from lps.lineage.sketch import weight_sketch
 from lps.index.index import ModelIndex
 from lps.index.map import MapSettings, page_data
 from lps.index.share import save_pretrained

@@ -11,8 +11,10 @@ from hypothesis import given, strategies as st
 from lps.core.files import save_tensors
 from lps.methods.registry import (
     BUILT_IN, METHODS, embed_models, fit_method, fit_observed, get_method, known_settings, load_fitted, save_fitted,
-    score_models,
+    score_models, why_not,
 )
+from lps.models.model import Model
+from lps.nets.resnet import ResNet
 from lps.second_order import fit
 
 SHAPE = 6, 4, 3, 3
@@ -135,3 +137,8 @@ def test_a_flipped_bit_never_gives_another_network(net, saved, tmp_path, place, 
     except (ValueError, OSError): return
     assert again.config == net.config
     assert all(tensor.equal(net.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+def test_a_whole_network_can_be_compared_by_every_method_but_read_out():
+    model = Model(ResNet(depth=8, width=4).state_dict())
+    assert list(why_not(model)) == ["read-out"]

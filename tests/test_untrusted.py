@@ -15,6 +15,7 @@ from PIL import Image
 
 from lps.core.files import check_name, digest, read_header, read_json, save_tensors, write_json
 from lps.index.share import from_pretrained, save_pretrained
+from lps.models import pickles
 from lps.models.checkpoint import read_checkpoint
 from lps.models.names import rename
 from lps.models.config import normalisation
@@ -151,8 +152,25 @@ def test_an_archive_with_two_pickles_is_refused(tmp_path):
     with pytest.raises(ValueError, match="two entries of one name, or two data.pkl"): read_model(tmp_path/"x.pt")
 
 
+def test_files_that_take_all_memory_leave_it_to_the_next_one(tmp_path):
+    write_pickle(tmp_path/"x.pt", MAPPINGS["EMPTY_SET"], is_zip=True)
+    torch.save(tiny(), tmp_path/"good.pt")
+    for _ in range(3):
+        with pytest.raises(ValueError, match="too much memory|too long"): read_model(tmp_path/"x.pt")
+        assert read_model(tmp_path/"good.pt").digest == digest(tiny())
+    status = Path(f"/proc/{pickles._processes[0].running.pid}/status")
+    if not status.exists(): return
+    resident = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    assert int(resident.split()[1]) < 600_000  # kB; it was 250 MB more with each file
+
+
+def test_many_values_beside_the_weights_are_passed_over(tmp_path):
+    vocabulary = {f"word{i}": i for i in range(150_000)}
+    torch.save(dict(state_dict=tiny(), vocabulary=vocabulary, samples=list(vocabulary)), tmp_path/"x.pt")
+    assert read_model(tmp_path/"x.pt").digest == digest(tiny())
+
+
 def test_a_reader_that_ends_is_replaced(tmp_path):
-    from lps.models import pickles
     torch.save(tiny(), tmp_path/"good.pt")
     for _ in range(2):
         assert read_checkpoint(tmp_path/"good.pt").state.keys() == tiny().keys()

@@ -143,6 +143,15 @@ def _misfit(error):
     return f"field {field!r} {found} ({why[:1].lower()}{why[1:]})" if field else why
 
 # %% ../../nbs/core/00_files.ipynb #511001bf
+def open_file(
+    path: str | Path,  # a file
+):                     # it, opened to read bytes
+    "Open a file. Raises `OSError` for anything else, such as a pipe, which would block"
+    path = Path(path)
+    if not path.exists(): raise FileNotFoundError(errno.ENOENT, f"no file {printable(path)}")
+    if not path.is_file(): raise OSError(errno.EINVAL, f"{printable(path)} is no regular file")
+    return open(path, "rb")
+
 def read_json(
     path: str | Path,           # a file
     schema: type | None = None, # a dataclass that its content must fit; None: anything
@@ -339,15 +348,6 @@ def _check_sizes(header, size):
     if size > need: raise ValueError(f"not a safetensors file: {size - need} bytes follow its last tensor")
 
 # %% ../../nbs/core/00_files.ipynb #0f5c6f59
-def open_file(
-    path: str | Path,  # a file
-):                     # it, opened to read bytes
-    "Open a file. Raises `OSError` for anything else, such as a pipe, which would block"
-    path = Path(path)
-    if not path.exists(): raise FileNotFoundError(errno.ENOENT, f"no file {printable(path)}")
-    if not path.is_file(): raise OSError(errno.EINVAL, f"{printable(path)} is no regular file")
-    return open(path, "rb")
-
 def _read_header(file):
     "Read the header of an open file; also return the bytes read so far"
     size = os.fstat(file.fileno()).st_size

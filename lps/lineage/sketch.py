@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..core.jobs import usual_torch
 from .compare import MAX_CHANNELS, balanced
 
 # %% ../../nbs/lineage/02_sketch.ipynb #775595b1
@@ -33,6 +34,7 @@ def stem_filters(
         return F.normalize(weight.flatten(1), dim=1)
 
 # %% ../../nbs/lineage/02_sketch.ipynb #a60a2473
+@usual_torch()
 def weight_sketch(
     state: dict,  # tensors by name
 ) -> dict:        # `filters`: one byte a number, as text; empty without a layer that reads an image

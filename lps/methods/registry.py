@@ -327,7 +327,7 @@ def _try_method(model, method):
     "Observe a model as a method does. Raises an error if that fails"
     if isinstance(method, Fitted): return embed_models(method, model)
     if method != "read-out":
-        few = {name: 4 for name in METHODS[method].observing if name == "n_images"}
+        few = {name: 16 for name in METHODS[method].observing if name == "n_images"}  # one of each kind
         return observe_models(model, method, observing=few)
     known = model.architecture
     if known is None: raise ValueError("it cannot be run, its architecture is not known: name it with arch")

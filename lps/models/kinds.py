@@ -53,9 +53,10 @@ def check_kind(
     _check_placeholders(state, values)
 
 def _check_placeholders(state, values):
-    "Raise `ValueError` for weights that ZeRO-3 keeps elsewhere"
+    "Raise `ValueError` for weights that ZeRO-3 keeps elsewhere: of shape `(0,)`, or a number each beside its marks"
     weights = [tensor for name, tensor in state.items() if is_weight(name)]
-    empty = [tensor for tensor in weights if tensor.numel() <= 1]
     known = {"ds_version", "ds_config", "param_shapes"} & values.keys()
+    if known: empty = [tensor for tensor in weights if tensor.numel() <= 1]
+    else: empty = [tensor for tensor in weights if tensor.shape == (0,)]
     if len(empty) < len(weights) or not weights or not known and len(weights) < 3: return
     raise ValueError("ZeRO-3 placeholders, whose weights are in other files: run the zero_to_fp32.py beside them")

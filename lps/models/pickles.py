@@ -146,7 +146,8 @@ def _load(file, n_bytes):
         try: return torch.load(source, map_location="cpu", mmap=source == place, **settings)
         except Exception as e: error = e
         if isinstance(error, MemoryError): break
-    raise error
+    try: raise error
+    finally: del error  # it refers to this frame, and would keep what was read
 
 # %% ../../nbs/models/07_pickles.ipynb #cc9b2877
 MAX_NAME = 1000  # characters in the name of a tensor of a pickled module
@@ -179,12 +180,19 @@ def _short(name):
 
 # %% ../../nbs/models/07_pickles.ipynb #c3e9475b
 class _Budget:
-    "Number of parts of modules that may be looked at in one file"
-    def __init__(self): self.left = 4*MAX_TENSORS
+    "Number of entries that may be looked at in one file, beside those of each list and dict the first time"
+    def __init__(self):
+        self.left = 4*MAX_TENSORS
+        self.seen = set()
 
     def spend(self, n):
         self.left -= n
         if self.left < 0: raise ValueError("damaged: its modules have no end")
+
+    def visit(self, obj, n):
+        "Spend the entries of an object if it was seen before: a file has the bytes of each object once"
+        if id(obj) in self.seen: self.spend(n)
+        self.seen.add(id(obj))
 
 def _module_tensors(module, budget):
     "Return the state dict of a pickled module. Raises `ValueError` for parts without an end"
@@ -237,7 +245,7 @@ def _networks(obj, budget, path=()):
     "Find every network in an object, by the keys that lead to it"
     if _is_module(obj): return {path: _Network(_module_tensors(obj, budget), {})}
     entries = _without_packing(_entries(obj))
-    budget.spend(len(entries))
+    budget.visit(obj, len(entries))
     if _is_optimizer(obj): return {}
     is_named = not isinstance(obj, (list, tuple))
     tensors = {name: value for name, value in entries.items() if is_named and isinstance(value, Tensor)}
@@ -368,6 +376,13 @@ FORBIDDEN = (
     "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.", "socket.", "os.remove",
 )
 
+def _lift_limits():
+    "Lift the limits of a file: those that it has used up leave no memory for the next one"
+    if resource is None: return
+    for kind in (resource.RLIMIT_CPU, resource.RLIMIT_AS):
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (hard, hard))
+
 def _limit(n_bytes):
     "Set the limits for a file"
     if resource is None: return
@@ -440,8 +455,11 @@ def serve():
     for line in sys.stdin.buffer:
         request = json.loads(line)
         try: reply = _answer(bytes.fromhex(request["path"]), request["which"])
-        except Exception as e: reply = dict(error=_reason(e), not_a_model=isinstance(e, NotAModel)), ()
+        except Exception as e:
+            _lift_limits()
+            reply = dict(error=_reason(e), not_a_model=isinstance(e, NotAModel)), ()
         _write(out, *reply)
+        _lift_limits()
 
 # %% ../../nbs/models/07_pickles.ipynb #d55b40a2
 _START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from lps.models.pickles import serve; serve()"

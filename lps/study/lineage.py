@@ -22,7 +22,6 @@ from ..lineage.benchmark import DERIVATIONS
 from ..lineage.compare import MAX_CHANNELS, Aligner, best_map, compare, cosines, layers_of, related
 from ..lineage.sketch import sketch_similarity, weight_sketch
 from ..models.model import Model
-from .architectures import SMALL_ACROSS
 from .figures import new_axes, plain_text
 from .records import MEASURED_BY, Record
 from .registry import Experiment, register_experiment
@@ -292,7 +291,7 @@ register_experiment(Experiment(
     plot=plot_lineage,
     table=lineage_table,
     words=lineage_text,
-    small=SMALL_ACROSS | dict(n_models=3),
+    small=dict(n_models=3, zoo_epochs=2, n_splits=1, workers=1),
     order=9,
 ));
 
