@@ -156,6 +156,14 @@ def test_sizes_are_compared_with_the_file_before_a_tensor_is_read(tmp_path, kind
     with pytest.raises(ValueError, match="truncated|not a safetensors file"): read_header(path)
 
 
+def test_more_metadata_than_can_be_read_is_not_written(tmp_path):
+    save_tensors(tmp_path/"old.safetensors", dict(weight=torch.ones(2)), {})
+    before = (tmp_path/"old.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="8000000 can be read: shorten them"):
+        save_tensors(tmp_path/"old.safetensors", dict(weight=torch.ones(2)), dict(note="x"*9_000_000))
+    assert (tmp_path/"old.safetensors").read_bytes() == before
+
+
 def test_an_unbroken_header_is_none_of_these(tmp_path):
     path = with_header(tmp_path/"x.safetensors", json.dumps(entry()).encode(), bytes(8))
     assert read_safetensors(path)[0]["a"].tolist() == [0, 0]

@@ -255,7 +255,7 @@ def save_tensors(
     meta: dict,           # what is known about the model; every value must be fit for JSON
     replace: bool = True, # may there be a file of this name? False: raises `FileExistsError`
 ):
-    "Write tensors with metadata, whole or not at all"
+    "Write tensors with metadata, whole or not at all. Raises `ValueError` for more metadata than can be read"
     tensors = {}
     storages = set()
     for name, tensor in state.items():
@@ -266,6 +266,8 @@ def save_tensors(
     meta = dict(versions=versions()) | meta | dict(layers=list(state))
     texts = {key: json.dumps(value) for key, value in meta.items()}
     data = _sealed(safetensors.torch.save(tensors, texts))
+    n = int.from_bytes(data[:8], "little")
+    if n > MAX_JSON: raise ValueError(f"names and metadata take {n} bytes, {MAX_JSON} can be read: shorten them")
     (write_atomic if replace else write_new)(path, data)
 
 # %% ../../nbs/core/00_files.ipynb #0f264cc9
