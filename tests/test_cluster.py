@@ -4,16 +4,16 @@ import signal
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
-from lps.core.files import not_as_marked
+from lps.core.files import not_as_marked, write_json
 from lps.models.modelset import load_modelset
 from lps.index.index import BuildSettings, ModelIndex
 from lps.zoo.tasks import load_images
 from lps.zoo.recipe import recipes
-from lps.zoo.build import build
+from lps.zoo.build import build, plan_build
 
 distributed = pytest.importorskip("distributed", reason="needs the extra `cluster`")
 TINY = replace(recipes["digits"], name="tiny", epochs=10, milestones=(6,), depth=8, width=2, batch_size=512)
@@ -64,6 +64,7 @@ def test_killed_worker(tmp_path, client, straight):
 
 
 def test_error_on_the_cluster_is_the_builds_error(tmp_path, client):
+    write_json(tmp_path/"build.json", asdict(plan_build(IMAGES[0], TINY, seed=0)))
     (tmp_path/"checkpoints").write_text("in the way")
     with pytest.raises(OSError, match="checkpoints.* could not be written"):
         build(tmp_path, IMAGES, TINY, n_models=1, executor=client.get_executor(), progress=False, every=5)

@@ -234,6 +234,19 @@ def test_without_tasks_probes_compare(models, tmp_path):
         ModelIndex.build(tmp_path, method="chain")
 
 
+@pytest.mark.parametrize("method, meta", [
+    ("probes", {}), ("probes", dict(task=3, run=0)), ("two-spectra-probes", {}), ("class-descriptors", {}),
+])
+def test_an_index_of_unknown_tasks_or_of_one_can_be_opened(tmp_path, method, meta):
+    for i in range(2): save_tensors(tmp_path/f"models/m{i}.safetensors", network(i, 0), meta)
+    settings = BuildSettings(fit=dict(n_images=64) if "probes" in method else {})
+    built = ModelIndex.build(tmp_path/"models", tmp_path/"market", method, settings=settings)
+    opened = ModelIndex.load(tmp_path/"market")
+    assert opened.fitted.tasks == built.fitted.tasks
+    found = opened.query(tmp_path/"models/m1.safetensors", 2)
+    assert found.equals(built.query(tmp_path/"models/m1.safetensors", 2)) and len(found) == 1
+
+
 def test_the_default_is_what_the_leaderboard_says(models, tmp_path):
     "Probes for whole networks, whether their tasks are known or not; the stem's signature for first layers"
     index = ModelIndex.build(models, settings=BuildSettings(fit=dict(n_images=16)))

@@ -14,9 +14,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from scipy.optimize import linear_sum_assignment
-from scipy.special import gammaln, logsumexp
-from scipy.stats import norm
 from torch import Tensor
 
 from ..core.jobs import usual_torch
@@ -78,6 +75,7 @@ def best_map(
     "Return the one-to-one map with the largest sum of cosines"
     nearest = cosines.argmax(0)
     if len(nearest.unique()) == len(nearest): return nearest
+    from scipy.optimize import linear_sum_assignment
     i, j = linear_sum_assignment(cosines.numpy(), maximize=True)
     rows = torch.empty(cosines.shape[1], dtype=torch.long)
     rows[torch.from_numpy(j)] = torch.from_numpy(i)
@@ -369,13 +367,14 @@ SPREAD = 1.5  # standard deviation of z scores among independent models of one t
 @patch(as_prop=True)
 def log_p(self: Aligner) -> float:
     "Natural logarithm of the probability that independent models match as well"
+    from scipy.special import gammaln, log_ndtr, logsumexp
     total = 0.
     n = 0
     for b in self.b:
         n_tests = self.n_tests[b.name]
         if not n_tests: continue
         n_maps = gammaln(b.shape[0] + 1)
-        of_layer = max(norm.logsf(self.scores[b.name]/SPREAD), -n_maps)
+        of_layer = max(log_ndtr(-self.scores[b.name]/SPREAD), -n_maps)
         total -= min(0., of_layer + math.log(n_tests))
         n += 1
     if total == 0: return 0.

@@ -17,9 +17,9 @@ from ..core.files import checked, printable
 
 # %% ../../nbs/methods/00_fitted.ipynb #9ece8559
 def _distinct_tasks(tasks):
-    "Raise `ValueError` unless there are two tasks or more, each listed once"
-    if len(set(tasks)) == len(tasks) >= 2: return tasks
-    raise ValueError("expected two tasks or more, each listed once")
+    "Raise `ValueError` unless there are tasks, each listed once"
+    if tasks and len(set(tasks)) == len(tasks): return tasks
+    raise ValueError("expected one task or more, each listed once")
 
 Tasks = Annotated[list[int], AfterValidator(_distinct_tasks)]
 Size = Annotated[int, Field(ge=1, le=65536)]

@@ -220,7 +220,8 @@ class TrainingRun:
         shapes = {name: v.shape for name, v in state.items()}
         same = meta.get("about") == self.about and shapes == {name: v.shape for name, v in self.state().items()}
         epoch = meta.get("epoch")
-        if not same or not isinstance(epoch, int) or not_finite(state): return 0
+        finite = all(v.isfinite().all() for v in state.values())
+        if not same or not isinstance(epoch, int) or not finite: return 0
         if epoch > last:
             cure = f"give until={epoch} or more, or None"
             raise ValueError(f"{file} is already at epoch {epoch}, and the run was to stop after {last}: {cure}")
