@@ -93,7 +93,8 @@ def test_constraints_hold_no_package_of_one_platform():
 
 
 def test_metadata_comes_from_settings():
-    cfg, meta = SETTINGS["DEFAULT"], metadata("lps")
+    cfg = SETTINGS["DEFAULT"]
+    meta = metadata(cfg["dist_name"])
     assert meta["Requires-Python"] == f">={cfg['python_floor']}"
     assert meta["Summary"] == cfg["description"]
     assert meta["Version"] == runpy.run_path(str(ROOT/"lps/__init__.py"))["__version__"]

@@ -291,7 +291,7 @@ register_experiment(Experiment(
     plot=plot_lineage,
     table=lineage_table,
     words=lineage_text,
-    small=dict(n_models=3, zoo_epochs=2, n_splits=1, workers=1),
+    small=dict(n_models=3, zoo_epochs=1, n_splits=1, workers=1),
     order=9,
 ));
 
