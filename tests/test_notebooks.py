@@ -56,12 +56,12 @@ def test_experiment_runs_small(kind, workdir):
     pm.execute_notebook(
         input_path=folder/f"{kind}.ipynb",
         output_path=workdir/f"{kind}_small.ipynb",
-        parameters=small,
+        parameters=small | dict(results="../../small"),  # library notebooks read those in ../../results
         cwd=folder,
         kernel_name="python3",
         progress_bar=False,
     )
-    written = [json.loads(p.read_text()) for p in (workdir/"results").glob(f"{kind}-digits*.json")]
+    written = [json.loads(p.read_text()) for p in (workdir/"small").glob(f"{kind}-digits*.json")]
     repeats = "n_splits" if "n_splits" in small else "n_draws"
     assert [r["settings"][repeats] for r in written] == [small[repeats]]
 
