@@ -18,6 +18,7 @@ from typer import Argument, Option
 from typer.core import TyperCommand
 
 import lps
+from .models.process import start_early
 
 # %% ../nbs/04_cli.ipynb #99b13b2c
 app = typer.Typer(
@@ -611,6 +612,7 @@ def inspect_command(
     as_json: AsJson = False,
 ):
     "Show what is read from a model: layers, input, normalisation, head, and what is ignored."
+    start_early(model)
     from lps.methods.registry import why_not
     inspection = lps.inspect_model(model, dataclasses.replace(reading.settings(), whole=whole))
     found = dict(inspection.table().found)
@@ -639,7 +641,8 @@ def show_comparison(found, names: list[str]):
 
 # %% ../nbs/04_cli.ipynb #866edb16
 def check_one_model(text: str):
-    "Raise `ValueError` for a folder of several models"
+    "Raise `ValueError` for a folder of several models; prepare for reading a PyTorch file"
+    start_early(text)
     from lps.models.folders import is_model_folder
     folder = Path(text)
     if not folder.is_dir() or is_model_folder([file.name for file in folder.iterdir()]): return
@@ -729,12 +732,12 @@ def query(
     as_json: AsJson = False,
 ):
     "Find the models of an index that are most similar to a model, its copies and its relatives."
-    from lps.index.family import relatives
-    from lps.models.read import is_elsewhere
     if context.args:
         cure = f"to compare by a fitted method, run lps query {model} {context.args[0]} --method {index}"
         raise ValueError(f"lps query takes an index and a model: {cure}")
     check_one_model(model)
+    from lps.index.family import relatives
+    from lps.models.read import is_elsewhere
     read = reading.settings()
     opened = index_by(index, method) if method else open_index(index)
     related = None if is_elsewhere(model) else relatives(opened, lps.read_model(model, read), reading=read)

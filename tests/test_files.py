@@ -107,6 +107,11 @@ def test_a_file_from_before_there_were_seals_still_opens(written, tmp_path):
     assert meta["task"] == 0 and all(state[key].equal(tensor) for key, tensor in tiny(0).items())
 
 
+def broken(path, kind):
+    "A safetensors file with one of the broken headers"
+    return with_header(path, BROKEN_HEADERS[kind], b"" if "without values" in kind else bytes(8))
+
+
 def with_header(path, text, body=b""):
     "A safetensors file with any header"
     path.write_bytes(len(text).to_bytes(8, "little") + text + body)
@@ -135,24 +140,25 @@ BROKEN_HEADERS = {
     "bytes that no tensor has": json.dumps(entry(shape=[1], end=4)).encode(),
     "two tensors in the same bytes": json.dumps(entry() | dict(b=entry()["a"])).encode(),
     "an end before its start": json.dumps(entry(start=8, end=0)).encode(),
+    "axes beyond all numbers, without values": json.dumps(entry(shape=[16, 0, 2**62, 2**62], end=0)).encode(),
     "a float as offset": json.dumps(entry(start=.5)).encode(),
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN_HEADERS)
 def test_a_broken_header_is_a_value_error(tmp_path, kind):
-    path = with_header(tmp_path/"x.safetensors", BROKEN_HEADERS[kind], bytes(8))
+    path = broken(tmp_path/"x.safetensors", kind)
     for read in (read_safetensors, load_tensors, load_modelset, load_fitted, ModelIndex.load, read_model):
         with pytest.raises(ValueError): read(path)
 
 
 SIZES = ["a negative size", "a size beyond all files", "a tensor larger than its bytes", "bytes that are not there",
-         "bytes that no tensor has", "an end before its start"]
+         "bytes that no tensor has", "an end before its start", "axes beyond all numbers, without values"]
 
 
 @pytest.mark.parametrize("kind", SIZES)
 def test_sizes_are_compared_with_the_file_before_a_tensor_is_read(tmp_path, kind):
-    path = with_header(tmp_path/"x.safetensors", BROKEN_HEADERS[kind], bytes(8))
+    path = broken(tmp_path/"x.safetensors", kind)
     with pytest.raises(ValueError, match="truncated|not a safetensors file"): read_header(path)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from torch._utils import _rebuild_tensor_v2
@@ -433,6 +433,7 @@ class StatePickler(pickle.Pickler):
 ENTRY = st.sampled_from([0, 1, 2, 3, 16, 2**31, 2**62, -1]) | st.integers(-4, 70)
 
 
+@example(size=[2, 0, 2**62], stride=[], offset=0, n=0)
 @given(size=st.lists(ENTRY, max_size=5), stride=st.lists(ENTRY, max_size=5), offset=ENTRY, n=ENTRY)
 def test_views_of_any_shape(place, size, stride, offset, n):
     "A tensor that leaves its storage, or repeats it"

@@ -326,12 +326,21 @@ def parse_header(
     return header
 
 # %% ../../nbs/core/00_files.ipynb #eb195b65
+MAX_PRODUCT = 2**48  # of the axes of a tensor
+
+def is_usable_shape(
+    shape: tuple, # axes of a tensor
+) -> bool:
+    "Tell whether PyTorch can compute strides: a tensor without values may have axes too long for that"
+    return math.prod(max(n, 1) for n in shape) <= MAX_PRODUCT
+
 def _fills_its_bytes(entry):
     "Tell whether a tensor has as many bytes as its shape needs"
     bits = re.match(r"[A-Z]+(\d{1,3})", entry.dtype)
     width = int(bits[1]) if bits else 8  # BOOL has a byte
     start, end = entry.data_offsets
     if start < 0 or len(entry.shape) > 64 or min(entry.shape, default=0) < 0: return False
+    if not is_usable_shape(entry.shape): return False
     return width*math.prod(entry.shape) == 8*(end - start)
 
 def _check_sizes(header, size):

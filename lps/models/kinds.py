@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/models/10_kinds.ipynb #8493ac84
 import re
 
-from ..core.files import printable
+from ..core.files import is_usable_shape, printable
 from .names import NotAModel, is_weight
 
 # %% ../../nbs/models/10_kinds.ipynb #b53bdf9f
@@ -33,12 +33,19 @@ def _lora(shapes):
     if len(base) > len(matrices): return f"a network with a LoRA adapter{rank} that is not merged: {cure}"
     return f"a LoRA adapter{rank}, not a network: {cure}"
 
+def _check_shapes(shapes):
+    "Raise `ValueError` for a shape that PyTorch cannot use"
+    for name, shape in shapes.items():
+        if not is_usable_shape(shape):
+            raise ValueError(printable(f"damaged: {name} has the shape {list(shape)} and no values"))
+
 def check_kind(
     state: dict,  # tensors by name
     values: dict, # what the file records beside them
 ):
     "Raise `ValueError` for tensors that are not the weights of a network, and `NotAModel` if there is none"
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _check_shapes(shapes)
     if any(re.search(LORA, name) for name in shapes): raise NotAModel(_lora(shapes))
     if any(re.search(r"(^|[._])flat_param(_\d+)?$", name) for name in shapes):
         cure = "save it with StateDictType.FULL_STATE_DICT"

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/models/07_pickles.ipynb #52fdbd3f
-import atexit, errno, json, math, os, pickle, re, signal, subprocess, sys, threading, types, warnings
+import atexit, errno, json, math, os, pickle, re, signal, sys, threading, types, warnings
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from torch._weights_only_unpickler import _get_allowed_globals
 
 from ..core.files import MAX_TENSORS, printable
 from .names import NotAModel, choose_network, is_weight, split_networks
+from .process import start_process
 
 try: import resource
 except ImportError: resource = None  # Windows has no limits for a process
@@ -462,17 +463,10 @@ def serve():
         _lift_limits()
 
 # %% ../../nbs/models/07_pickles.ipynb #d55b40a2
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from lps.models.pickles import serve; serve()"
-
 class _Process:
     "A process that reads PyTorch files"
     def __init__(self):
-        places = [os.path.abspath(place) for place in sys.path if isinstance(place, str)]
-        places.append(str(Path(__file__).parents[2]) if "__file__" in globals() else os.getcwd())
-        env = {name: value for name, value in os.environ.items() if not name.startswith("TORCH")}
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        command = [sys.executable, "-I", "-c", _START, json.dumps(places)]
-        self.running = subprocess.Popen(command, env=env | dict(OMP_NUM_THREADS="1"), **pipes)
+        self.running = start_process()
         self.pid = os.getpid()
         try: self.reply(0)
         except ValueError as e:
