@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 import lps
+from lps.nets.resnet import ResNet
 
 
 def stub_imports() -> dict[str, str]:
@@ -74,3 +76,19 @@ def test_a_query_loads_no_package_that_it_does_not_need(tmp_path):
     assert done.returncode == 0, done.stderr
     loaded = set(done.stderr.splitlines()[-1].split())
     assert not NOT_NEEDED & loaded, "`python benchmarks/startup.py --imports` shows what imports them"
+
+
+PROCESSES = """
+import sys
+sys.addaudithook(lambda event, args: event == "subprocess.Popen" and print("torch" in sys.modules, file=sys.stderr))
+from lps.cli import main
+assert main(["query", "bundled", "model.pt"]) == 0
+"""
+
+
+def test_a_query_starts_the_reading_process_once_and_before_pytorch_is_imported(tmp_path):
+    torch.save(ResNet(20, 16).state_dict(), tmp_path/"model.pt")
+    env = os.environ | dict(PYTHONPATH=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", PROCESSES], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if line in ("True", "False")] == ["False"]
