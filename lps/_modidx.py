@@ -519,6 +519,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'lps/lineage/compare.py'),
                                      'lps.lineage.compare.JointAligner.score': ( 'lineage/compare.html#jointaligner.score',
                                                                                  'lps/lineage/compare.py'),
+                                     'lps.lineage.compare.JointAligner.separate': ( 'lineage/compare.html#jointaligner.separate',
+                                                                                    'lps/lineage/compare.py'),
                                      'lps.lineage.compare.JointAligner.sweep': ( 'lineage/compare.html#jointaligner.sweep',
                                                                                  'lps/lineage/compare.py'),
                                      'lps.lineage.compare.JointAligner.update': ( 'lineage/compare.html#jointaligner.update',

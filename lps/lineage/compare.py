@@ -369,13 +369,14 @@ CLASSES = -2      # rows of the last layer, likewise
 
 def channel_groups(
     parts: list,  # of `Part`
-) -> tuple:       # for each part the group of its rows and of its columns, or None
+) -> tuple:       # for each part the group of its rows and of its columns, or None; layers that may end a block
     "Conclude from the shapes of layers which of them have channels in common"
     places = [i for i, part in enumerate(parts) if part.role != "vector"]
     shapes = [parts[i].shape for i in places]
     sizes = []
     written = []     # groups in the order in which layers write them
     ends = {}        # layer → group that it returns to
+    guessed = set()
     busy = -1        # last layer of the current block
     rows = [None]*len(parts)
     columns = [None]*len(parts)
@@ -399,8 +400,10 @@ def channel_groups(
             group = None
             if role == "query": ends[p + 3] = read
             elif p > busy and p and not role: end = block_end(shapes, p)
-            if end is not None: ends[end] = read
-            if end is not None: busy = end
+            if end is not None:
+                ends[end] = read
+                guessed.add(places[end])
+                busy = end
         if group is None:
             group = len(sizes)
             sizes.append(n)
@@ -414,12 +417,13 @@ def channel_groups(
         elif n >= MIN_CHANNELS:
             known = earlier or [rows[j] for j in places[:1]]
             rows[i] = next((group for group in reversed(known) if group >= 0 and sizes[group] == n), None)
-    return rows, columns
+    return rows, columns, guessed
 
 # %% ../../nbs/lineage/01_compare.ipynb #e34fa923
 CORRELATION = .3   # of weights in a weak merge
 N_RECENT = 4       # layers whose maps are updated with a new one
 N_SINKHORN = 8     # alternations between rows and columns
+RETURNED = 2       # z score from which a block is believed to return to the channels that it has read
 MAX_WORK = 5e8     # multiplications for one pass; later layers are matched one by one
 
 def sinkhorn(
@@ -481,7 +485,7 @@ class JointAligner:
     ):
         self.a = a
         self.b = b
-        self.rows, self.columns = channel_groups(a)
+        self.rows, self.columns, self.guessed = channel_groups(a)
         self.layers = []   # numbers of layers in use
         self.maps = {}     # group → soft map `(N, M)`
         self.prior = {}    # group → similarity by vectors
@@ -543,6 +547,7 @@ def sweep(self: JointAligner, recent):
 @patch
 def add_vectors(self: JointAligner):
     "Compare all groups by their vectors"
+    self.prior = {}
     for i, (a, b) in enumerate(zip(self.a, self.b)):
         group = self.rows[i]
         if group is None or group == CLASSES: continue
@@ -550,6 +555,16 @@ def add_vectors(self: JointAligner):
         prior = self.prior.setdefault(group, torch.zeros(n, m))
         if a.role == "vector" and len(a.weight) == len(b.weight) and prior.shape == (n, m):
             prior += unit_vectors(a.weight).T @ unit_vectors(b.weight)
+
+@patch
+def separate(self: JointAligner, i):
+    "Give the rows of a layer, and all later uses of their group, a group of their own"
+    old = self.rows[i]
+    new = max(group for group in self.rows if group is not None) + 1
+    for groups, first in ((self.rows, i), (self.columns, i + 1)):
+        for j in range(first, len(groups)):
+            if groups[j] == old: groups[j] = new
+    self.add_vectors()
 
 @patch
 def score(self: JointAligner, i):
@@ -579,6 +594,7 @@ def run(self: JointAligner):
         self.weights[i] = whitened(a.balanced, b.balanced, group == IMAGE)
         z = self.score(i)
         if z is not None: self.scores[i] = z
+        if i in self.guessed and z is not None and z < RETURNED: self.separate(i)
         self.layers.append(i)
         group = self.rows[i]
         if group != CLASSES and group not in self.maps: self.update(group, (i,))
