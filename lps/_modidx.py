@@ -1783,6 +1783,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lps.study.lineage.Subject.layers': ('study/lineage.html#subject.layers', 'lps/study/lineage.py'),
                                    'lps.study.lineage.Subject.matrices': ('study/lineage.html#subject.matrices', 'lps/study/lineage.py'),
                                    'lps.study.lineage.Subject.sketch': ('study/lineage.html#subject.sketch', 'lps/study/lineage.py'),
+                                   'lps.study.lineage.Subject.weights': ('study/lineage.html#subject.weights', 'lps/study/lineage.py'),
                                    'lps.study.lineage.assigned_cka': ('study/lineage.html#assigned_cka', 'lps/study/lineage.py'),
                                    'lps.study.lineage.counts_as_related': ('study/lineage.html#counts_as_related', 'lps/study/lineage.py'),
                                    'lps.study.lineage.equal_files': ('study/lineage.html#equal_files', 'lps/study/lineage.py'),

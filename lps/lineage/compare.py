@@ -387,8 +387,11 @@ def channel_groups(
         if p == 0: columns[i] = IMAGE
         elif role in ("key", "value"): columns[i] = columns[before]
         elif not is_depthwise(shapes[p]): columns[i] = last_of_size(c)
-        read = columns[i]
         latest = written[-1] if written else None
+        if p > 2 and sizes[latest] == n != c:
+            first = columns[places[p - (3 if shapes[p - 1][2] == 1 else 2)]]
+            if first is not None and first >= 0 and sizes[first] == c: columns[i] = first
+        read = columns[i]
         end = None
         if p and is_depthwise(shapes[p]): group = last_of_size(n)
         elif role == "key": group = rows[before]
