@@ -5,7 +5,9 @@ python scripts/lineage.py measure FOLDER/confirm OUT.json [--more FOLDER …]
 
 Folders given with --more hold models that were trained on their own, as files or in folders of files; those that do
 not exist are skipped. They are compared with each other and with the set, and nothing is derived from them. Two models
-that record the same seed may share initial weights, so they are no independent pair. Thresholds were chosen on the set `explore`; `confirm` has other architectures, classes and seeds. Pairs that were
+that record the same seed may share initial weights, so they are no independent pair.
+
+Thresholds were chosen on the set `explore`; `confirm` has other architectures, classes and seeds. Pairs that were
 measured are kept in tables beside OUT.json, and a second run continues from them.
 """
 import argparse

@@ -12,7 +12,7 @@ from lps.cli import main
 from lps.core.files import save_tensors
 from lps.index.family import duplicates, families, relatives
 from lps.index.index import ModelIndex
-from lps.lineage.benchmark import DERIVATIONS, half, merged, noisy, pruned, renamed, reordered, rescaled
+from lps.lineage.benchmark import DERIVATIONS, half, merged, noisy, pruned, renamed, reordered, rescaled, sliced
 from lps.lineage.compare import Aligner, balanced, channel_groups, compare, layers_of, parts_of
 from lps.lineage.sketch import DERIVED, sketch_similarity, weight_sketch
 from lps.models.model import Model
@@ -144,8 +144,9 @@ def test_groups_that_are_guessed_from_shapes_have_channels_in_common(name):
         sizes = {row: len(part.weight) for part, row in zip(parts, rows) if part.role != "vector" and row >= 0}
         orders = {row: torch.randperm(n) for row, n in sizes.items()}
         n_moved = 0
+        row = None
         for key, v in net.state_dict().items():
-            row, column = layers.get(key, (None, None) if v.ndim > 1 else (row, None))
+            row, column = layers.get(key, (row, None))
             old = v.clone()
             if column in orders: v.copy_(v[:, orders[column]])
             if row in orders and v.ndim: v.copy_(v[orders[row]])
@@ -159,7 +160,8 @@ def test_a_merge_of_a_network_without_shortcuts_is_found_in_another_order():
     b = reordered(merged(models[0].state, models[1].state, .25), models[0].architecture.spec, 3)
     found = compare(models[0], Model(b))
     assert found.verdict == "derived" and found.how == ["merged"] and found.direction == ""
-    assert compare(models[0], Model(reordered(models[1].state, models[1].architecture.spec, 3))).verdict == "independent"
+    other = reordered(models[1].state, models[1].architecture.spec, 3)
+    assert compare(models[0], Model(other)).verdict == "independent"
 
 
 def test_networks_of_one_task_and_one_data_set_are_independent(trained_twice):
@@ -215,6 +217,19 @@ def test_an_index_finds_copies_and_families(shelf):
     found = relatives(index, network(0))
     assert found.verdict.tolist()[0] == "same weights" and set(found.verdict) == {"same weights", same, "derived"}
     assert "gone" not in str(duplicates(index)) and duplicates(index) == []
+
+
+def test_families_include_slices_and_disguised_merges(tmp_path):
+    a, other = network(0), network(1)
+    spec = a.architecture.spec
+    states = dict(net=a.state, slice=sliced(a.state, spec, .5))
+    states["merge"] = moved(Model(merged(a.state, other.state, .5)), 4)
+    for i, (name, state) in enumerate(states.items()):
+        meta = dict(task=i % 2, classes=[f"{i % 2}a", f"{i % 2}b"])
+        save_tensors(tmp_path/"models"/f"{name}.safetensors", state, meta)
+    index = ModelIndex.build(tmp_path/"models", None, "probes")
+    family = families(index)
+    assert sorted(Path(file).stem for file in family.file) == ["merge", "net", "slice"]
 
 
 def test_lineage_on_the_command_line(shelf, monkeypatch, capsys):
