@@ -35,7 +35,7 @@ from lps.methods.registry import (
     LEADERS, as_fitted, embed_models, fit_method, fit_observed, get_method, leading_method, load_fitted, method_title,
     own_settings, restore_fitted, save_fitted, why_not,
 )
-from ..models.imports import read_table
+from ..models.imports import read_table, table_row, unmatched_rows
 from ..models.model import Model
 from ..models.modelset import ModelSet, bundled, load_modelset, rejected_table, rejection_summary
 from ..models.read import Reading, is_elsewhere
@@ -500,7 +500,7 @@ def _check_tasks(self: ModelIndex, items, table, files):
     differ = []
     for item in items:
         place, state = files.get(item.key[:2], (None, None))
-        task = table.get(Path(item.path).name, {}).get("task")
+        task = table_row(table, item.path).get("task")
         if task is None or state != item.key[2:]: continue
         if self.rows.facts([place])[0].get("task") != task: differ.append(item.file)
     if not differ: return

@@ -6,13 +6,15 @@
 __all__ = ['import_models']
 
 # %% ../../nbs/models/06_imports.ipynb #36540286
-import io, warnings
+import fnmatch, io, warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 from ..core.files import MAX_JSON, open_file, printable, save_tensors
+from .config import given_size, given_stats
 from .names import NOT_READ, SUFFIXES
 from .folders import is_checkpoint
 from .modelset import ModelSet, load_modelset, rejected_table, rejection_summary
@@ -36,9 +38,36 @@ def _share(cell):
     if not 0 <= number <= 1: raise ValueError
     return number
 
+def _task(cell):
+    "Parse a task: a whole number, or a name"
+    try: return _integer(cell)
+    except ValueError:
+        if not isinstance(cell, str) or not cell.strip(): raise
+        return cell.strip()
+
+def _names(cell):
+    "Parse names that |, ; or , separate"
+    if not isinstance(cell, str): return [str(name) for name in cell]
+    separator = max("|;,", key=lambda mark: (mark in cell, -"|;,".index(mark)))
+    return [name.strip() for name in cell.split(separator) if name.strip()]
+
+def _side(cell):
+    "Parse the side of an image"
+    return given_size(_integer(cell))
+
+def _numbers(cell):
+    "Parse numbers, one a channel or one for all"
+    cells = [cell] if isinstance(cell, (int, float)) else cell
+    return [_number(part) for part in (_names(cells) if isinstance(cells, str) else cells)]
+
 COLUMNS = dict(
-    file=(str, "the name of a file"),
-    task=(_integer, "a whole number"),
+    file=(str, "the name of a file, a path or a pattern"),
+    task=(_task, "a whole number or a name"),
+    classes=(_names, "names separated by |"),
+    arch=(str, "the name of a network"),
+    size=(_side, "a side from 1 to 1024"),
+    mean=(_numbers, "numbers separated by |"),
+    std=(_numbers, "numbers separated by |"),
     run=(_integer, "a whole number"),
     seed=(_integer, "a whole number"),
     class_0=(str, "a name"),
@@ -50,7 +79,7 @@ COLUMNS = dict(
 # %% ../../nbs/models/06_imports.ipynb #61e602d2
 def _check_columns(columns):
     "Raise `ValueError` for columns that are missing, unknown or there twice"
-    missing = [name for name in ("file", "task") if name not in columns]
+    missing = ["file"]*("file" not in columns)
     has = printable(", ".join(columns))
     if missing: raise ValueError(f"the table has no column {', '.join(missing)}; it has {has}")
     unknown = [name for name in columns if name not in COLUMNS]
@@ -64,12 +93,14 @@ def _table_row(i, cells):
     row = {}
     for column, cell in cells.items():
         parse, expected = COLUMNS[column]
-        blank = pd.isna(cell) or not str(cell).strip()
-        if blank and column not in ("file", "task"): continue
-        try: row[column] = parse(float("nan") if blank and parse is not str else cell)
+        blank = not isinstance(cell, (list, tuple)) and (pd.isna(cell) or not str(cell).strip())
+        if blank and column != "file": continue
+        try: row[column] = parse(cell)
         except (ValueError, TypeError, OverflowError):
             raise ValueError(printable(f"row {i} of the table: {column} is {cell!r}, not {expected}")) from None
-    if row.get("file") and pd.notna(cells["file"]): return row
+    if ("mean" in row) != ("std" in row): raise ValueError(f"row {i} of the table: give mean and std, or neither")
+    if "mean" in row: given_stats((row["mean"], row["std"]))
+    if str(row.get("file", "")).strip() and pd.notna(cells["file"]): return row
     raise ValueError(f"row {i} of the table names no file")
 
 # %% ../../nbs/models/06_imports.ipynb #f3384abf
@@ -94,6 +125,41 @@ def read_table(
         if row["file"] in rows: raise ValueError(printable(f"the table has {row['file']} twice, again in row {i}"))
         rows[row["file"]] = row
     return rows
+
+def _matches(pattern, path):
+    "Tell whether a pattern is the end of a path; `**` stands for any folders"
+    if "**" not in pattern: return path.match(pattern)
+    return fnmatch.fnmatchcase(path.as_posix(), f"*/{pattern.replace('**/', '*')}".replace("**", "*"))
+
+def table_row(
+    table: dict | None, # from `read_table`
+    path: str | Path,   # a file or folder
+) -> dict:              # empty if no row is about it
+    "Find the row of a table about a file: that of its name, or else the longest path or pattern that matches"
+    if not table: return {}
+    path = Path(path)
+    if path.name in table: return table[path.name]
+    found = [name for name in table if _matches(name, path)]
+    plain = [name for name in found if not any(mark in name for mark in "*?[")]
+    return table[max(plain or found, key=len)] if found else {}
+
+def reading_with(
+    row: dict,         # of a table
+    reading: Reading,  # what the user adds about all files
+) -> Reading:
+    "Add what a row of a table says about reading a file"
+    known = {key: row[key] for key in ("arch", "size") if key in row}
+    if "mean" in row: known["stats"] = row["mean"], row["std"]
+    return replace(reading, **known) if known else reading
+
+def unmatched_rows(
+    table: dict | None, # from `read_table`
+    paths: list,        # of files and folders
+) -> list:              # of names, as the table has them
+    "List the rows of a table that are about none of some files"
+    paths = [Path(path) for path in paths]
+    names = {path.name for path in paths}
+    return [name for name in table or () if name not in names and not any(_matches(name, path) for path in paths)]
 
 # %% ../../nbs/models/06_imports.ipynb #bb87279d
 def why_not_read(
@@ -125,10 +191,11 @@ def _targets(files, dst):
 
 def _metadata(file, i, rows, state, shortcut):
     "Return the metadata of an imported model"
-    if rows is not None and file.name not in rows: raise ValueError("not in the table")
-    row = dict(task=-1, run=i) if rows is None else dict(rows[file.name])
-    classes = [row.pop("class_0", None), row.pop("class_1", None)]
-    row.pop("file", None)
+    if rows is not None and not table_row(rows, file): raise ValueError("not in the table")
+    row = dict(task=-1, run=i) if rows is None else dict(table_row(rows, file))
+    pair = [row.pop("class_0", None), row.pop("class_1", None)]
+    classes = row.pop("classes", None) or pair
+    for column in ("file", "arch", "size"): row.pop(column, None)
     kind = "conv" if any("downsample" in name for name in state) else shortcut
     return dict(source=file.name, shortcut=kind) | (dict(classes=classes) if any(classes) else {}) | row
 
@@ -144,6 +211,17 @@ def _checked_set(dst, written, bad):
     return models
 
 # %% ../../nbs/models/06_imports.ipynb #877da795
+def _with_numbers(rows):
+    "Number the tasks that a table names, in the order in which they occur; raises `ValueError` for a row without task"
+    if rows is None: return None
+    for name, row in rows.items():
+        if "task" not in row: raise ValueError(printable(f"the table gives no task for {name}"))
+    tasks = [row["task"] for row in rows.values()]
+    names = dict.fromkeys(task for task in tasks if isinstance(task, str))
+    first = 1 + max([task for task in tasks if isinstance(task, int)], default=-1)
+    numbers = {name: first + i for i, name in enumerate(names)}
+    return {name: row | dict(task=numbers.get(row["task"], row["task"])) for name, row in rows.items()}
+
 def import_models(
     src: str | Path,     # folder of `.pt`, `.pth`, `.ckpt`, `.bin` or `.safetensors` files
     dst: str | Path,     # folder to write the model set to
@@ -155,7 +233,7 @@ def import_models(
     "Import models as a model set; number types are kept. Raises `ValueError` before a file would be replaced"
     src = Path(src)
     dst = Path(dst)
-    rows = read_table(table)
+    rows = _with_numbers(read_table(table))
     if not src.is_dir(): raise FileNotFoundError(f"no models at {printable(src)}: it is not a folder")
     if src.resolve() == dst.resolve():
         raise ValueError(f"models from {printable(src)} would be written over themselves: choose another folder")
@@ -165,13 +243,12 @@ def import_models(
     written = {}
     for i, (file, target) in enumerate(targets.items()):
         try:
-            model = read_model(file, Reading(names=names))
+            model = read_model(file, reading_with(table_row(rows, file), Reading(names=names)))
             noted = _metadata(file, i, rows, model.state, shortcut)
             save_tensors(target, model.state, model.meta | noted | (meta or {}), replace=False)
             written[target.name] = file.name
         except (ValueError, OSError) as e: bad[file.name] = printable(e).removeprefix(f"{printable(file.name)}: ")
-    missing = set(rows or ()) - {path.name for path in candidates}
-    bad |= dict.fromkeys(missing, "in the table, but there is no such file")
+    bad |= dict.fromkeys(unmatched_rows(rows, candidates), "in the table, but there is no such file")
     if not written:
         why = rejection_summary(bad) if bad else f"no {', '.join(SUFFIXES)} file in it"
         raise ValueError(f"no model could be imported from {printable(src)}: {why}")
