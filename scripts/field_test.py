@@ -6,7 +6,6 @@ import argparse
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -39,7 +38,9 @@ class Family:
 
 FAMILIES = {  # (package, name, arguments) of each variant
     "resnet": Family(220, ("timm", "test_resnet", {}), ("timm", "resnet18", dict(channels=(24, 48, 96, 192)))),
-    "mobilenet": Family(300, ("torchvision", "mobilenet_v2", dict(width_mult=.35)), ("timm", "mobilenetv3_small_050", {})),
+    "mobilenet": Family(
+        300, ("torchvision", "mobilenet_v2", dict(width_mult=.35)), ("timm", "mobilenetv3_small_050", {}),
+    ),
     "efficientnet": Family(350, ("timm", "test_efficientnet", {})),
     "convnext": Family(320, ("timm", "test_convnext", {}), ("timm", "test_convnext3", {})),
     "regnet": Family(180, ("timm", "regnetx_002", {}), ("timm", "regnety_002", {})),

@@ -7,7 +7,6 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-import lps
 from lps.core.jobs import seeded
 from lps.models.imports import read_table, table_row, unmatched_rows
 from lps.models.read import Reading, read_model
@@ -52,7 +51,8 @@ def test_a_network_is_named_with_arguments(tmp_path):
     torch.save(net.state_dict(), tmp_path/"m.pt")
     model = read_model(tmp_path/"m.pt", Reading(arch="timm/resnet18(channels=(8, 8, 8, 8))", size=32))
     assert model.meta["architecture"] == "timm/resnet18(channels=(8, 8, 8, 8), num_classes=3)"
-    with pytest.raises(ValueError, match="NAME\\(key=value"): read_model(tmp_path/"m.pt", Reading(arch="timm/resnet18(8)"))
+    with pytest.raises(ValueError, match="NAME\\(key=value"):
+        read_model(tmp_path/"m.pt", Reading(arch="timm/resnet18(8)"))
 
 
 @pytest.mark.parametrize("key, value", [
@@ -61,7 +61,8 @@ def test_a_network_is_named_with_arguments(tmp_path):
     ("id2label", {"2": "cow", "0": "cat", "1": "dog"}),
 ])
 def test_checkpoints_name_their_classes(tmp_path, key, value):
-    torch.save({"arch": "test_resnet", "state_dict": network(num_classes=3).state_dict(), key: value}, tmp_path/"m.pth.tar")
+    state = network(num_classes=3).state_dict()
+    torch.save({"arch": "test_resnet", "state_dict": state, key: value}, tmp_path/"m.pth.tar")
     assert read_model(tmp_path/"m.pth.tar").meta["classes"] == ["cat", "dog", "cow"]
 
 

@@ -482,7 +482,10 @@ def _grow(self: ModelIndex, items, bad, reading, table, settings, path=None):
     "Add models that are not in the index; with the first ones, a new index gets its rows"
     files = {} if self.rows is None else self._known_files()
     new = [item for item in items if files.get(item.key[:2], (None, None))[1] != item.key[2:]]
-    if table: self._check_tasks(items, table, files)
+    if table:
+        self._check_tasks(items, table, files)
+        unmatched = unmatched_rows(table, [*(item.path for item in items), *bad])
+        bad |= dict.fromkeys(map(printable, unmatched), "in the table, but it matches no file")
     for done in embed_all(self.fitted, new, reading, table, settings.workers, settings.executor):
         bad |= done.bad
         if not done.rows: continue
