@@ -107,19 +107,20 @@ def accuracy(net, images, task):
 
 
 def train_one(path, family, task, seed, splits):
-    "Train one network; children start from their parent, with fewer steps and half the learning rate"
+    "Train one network; children start from their parent, with fewer steps and a lower learning rate"
     train, test = splits
     kind = FAMILIES[family]
     number = FIRST_SEED + 1000*seed + 10*list(FAMILIES).index(family) + list(TASKS).index(task)
     with seeded(number): net = build(kind.variant(seed), len(TASKS[task]))
-    share = 1
+    share = 1 if task == PARENT else .6
     parent = None
     if task in CHILDREN:
         parent = f"{family}-{PARENT}-{seed}"
         with_body_of(net, load_tensors(path.with_name(f"{parent}.safetensors"))[0])
         share = .4
     start = time.process_time()
-    fit(net, task_images(train, classes_of(train, task)), int(share*kind.steps), share*kind.lr, number)
+    lr = kind.lr if parent is None else share*kind.lr
+    fit(net, task_images(train, classes_of(train, task)), int(share*kind.steps), lr, number)
     state = {k: v.detach().contiguous() for k, v in net.state_dict().items()}
     about = dict(family=family, task=task, seed=seed, parent=parent, accuracy=accuracy(net, test, task))
     about["seconds"] = time.process_time() - start

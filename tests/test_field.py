@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from lps.core.jobs import seeded
-from lps.models.imports import read_table, table_row, unmatched_rows
+from lps.models.table import read_table, table_row, unmatched_rows
 from lps.models.read import Reading, read_model
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4)

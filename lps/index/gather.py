@@ -22,7 +22,7 @@ from ..core.jobs import each_done
 from ..lineage.sketch import weight_sketch
 from .store import HEADER_FILE, digest_numbers, fact_line
 from ..methods.registry import embed_models
-from ..models.imports import reading_with, table_row
+from ..models.table import reading_with, table_row
 from ..models.names import NOT_READ, SUFFIXES
 from ..models.model import Model
 from ..models.modelset import ModelSet, PackedSource, bundled_sets, load_modelset, rejected_table

@@ -35,7 +35,7 @@ from lps.methods.registry import (
     LEADERS, as_fitted, embed_models, fit_method, fit_observed, get_method, leading_method, load_fitted, method_title,
     own_settings, restore_fitted, save_fitted, why_not,
 )
-from ..models.imports import read_table, table_row, unmatched_rows
+from ..models.table import read_table, table_row, unmatched_rows
 from ..models.model import Model
 from ..models.modelset import ModelSet, bundled, load_modelset, rejected_table, rejection_summary
 from ..models.read import Reading, is_elsewhere

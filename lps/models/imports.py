@@ -6,160 +6,16 @@
 __all__ = ['import_models']
 
 # %% ../../nbs/models/06_imports.ipynb #36540286
-import fnmatch, io, warnings
-from collections import Counter
-from dataclasses import replace
+import warnings
 from pathlib import Path
 
-import pandas as pd
 
-from ..core.files import MAX_JSON, open_file, printable, save_tensors
-from .config import given_size, given_stats
+from ..core.files import printable, save_tensors
 from .names import NOT_READ, SUFFIXES
 from .folders import is_checkpoint
 from .modelset import ModelSet, load_modelset, rejected_table, rejection_summary
 from .read import Reading, read_model
-
-# %% ../../nbs/models/06_imports.ipynb #396940ad
-def _number(cell):
-    "Parse a number; Python would take 1_2 for 12"
-    if "_" in str(cell) or not str(cell).isascii(): raise ValueError
-    return float(cell)
-
-def _integer(cell):
-    "Parse a whole number"
-    number = _number(cell)
-    if not number.is_integer() or abs(number) > 2**53: raise ValueError
-    return int(number)
-
-def _share(cell):
-    "Parse a number from 0 to 1"
-    number = _number(cell)
-    if not 0 <= number <= 1: raise ValueError
-    return number
-
-def _task(cell):
-    "Parse a task: a whole number, or a name"
-    try: return _integer(cell)
-    except ValueError:
-        if not isinstance(cell, str) or not cell.strip(): raise
-        return cell.strip()
-
-def _names(cell):
-    "Parse names that |, ; or , separate"
-    if not isinstance(cell, str): return [str(name) for name in cell]
-    separator = max("|;,", key=lambda mark: (mark in cell, -"|;,".index(mark)))
-    return [name.strip() for name in cell.split(separator) if name.strip()]
-
-def _side(cell):
-    "Parse the side of an image"
-    return given_size(_integer(cell))
-
-def _numbers(cell):
-    "Parse numbers, one a channel or one for all"
-    cells = [cell] if isinstance(cell, (int, float)) else cell
-    return [_number(part) for part in (_names(cells) if isinstance(cells, str) else cells)]
-
-COLUMNS = dict(
-    file=(str, "the name of a file, a path or a pattern"),
-    task=(_task, "a whole number or a name"),
-    classes=(_names, "names separated by |"),
-    arch=(str, "the name of a network"),
-    size=(_side, "a side from 1 to 1024"),
-    mean=(_numbers, "numbers separated by |"),
-    std=(_numbers, "numbers separated by |"),
-    run=(_integer, "a whole number"),
-    seed=(_integer, "a whole number"),
-    class_0=(str, "a name"),
-    class_1=(str, "a name"),
-    val_accuracy=(_share, "a number from 0 to 1"),
-    train_accuracy=(_share, "a number from 0 to 1"),
-)
-
-# %% ../../nbs/models/06_imports.ipynb #61e602d2
-def _check_columns(columns):
-    "Raise `ValueError` for columns that are missing, unknown or there twice"
-    missing = ["file"]*("file" not in columns)
-    has = printable(", ".join(columns))
-    if missing: raise ValueError(f"the table has no column {', '.join(missing)}; it has {has}")
-    unknown = [name for name in columns if name not in COLUMNS]
-    if unknown:
-        raise ValueError(printable(f"the table has an unknown column {unknown[0]!r}: known are {', '.join(COLUMNS)}"))
-    for name, n in Counter(columns).items():
-        if n > 1: raise ValueError(f"the table has two columns {name!r}")
-
-def _table_row(i, cells):
-    "Check a row of the table; empty cells are left out"
-    row = {}
-    for column, cell in cells.items():
-        parse, expected = COLUMNS[column]
-        blank = not isinstance(cell, (list, tuple)) and (pd.isna(cell) or not str(cell).strip())
-        if blank and column != "file": continue
-        try: row[column] = parse(cell)
-        except (ValueError, TypeError, OverflowError):
-            raise ValueError(printable(f"row {i} of the table: {column} is {cell!r}, not {expected}")) from None
-    if ("mean" in row) != ("std" in row): raise ValueError(f"row {i} of the table: give mean and std, or neither")
-    if "mean" in row: given_stats((row["mean"], row["std"]))
-    if str(row.get("file", "")).strip() and pd.notna(cells["file"]): return row
-    raise ValueError(f"row {i} of the table names no file")
-
-# %% ../../nbs/models/06_imports.ipynb #f3384abf
-def read_table(
-    table,            # DataFrame, or csv/tsv file; None: no table
-) -> dict | None:     # values of each row by the name of its file
-    "Read and check a table. Raises `ValueError` with row, column and value"
-    if table is None: return None
-    if not isinstance(table, pd.DataFrame):
-        path = Path(table)
-        with open_file(path) as file: data = file.read(MAX_JSON + 1)
-        if len(data) > MAX_JSON: raise ValueError(printable(f"{path.name} has more than {MAX_JSON} bytes"))
-        try:
-            text = data.decode("utf-8-sig")
-            sep = max(",;\t", key=text.partition("\n")[0].count)
-            table = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, keep_default_na=False, index_col=False)
-        except ValueError as e: raise ValueError(printable(f"{path.name} is no table: {e}")) from None
-    _check_columns(list(map(str, table.columns)))
-    rows = {}
-    for i, cells in enumerate(table.to_dict("records"), 1):
-        row = _table_row(i, cells)
-        if row["file"] in rows: raise ValueError(printable(f"the table has {row['file']} twice, again in row {i}"))
-        rows[row["file"]] = row
-    return rows
-
-def _matches(pattern, path):
-    "Tell whether a pattern is the end of a path; `**` stands for any folders"
-    if "**" not in pattern: return path.match(pattern)
-    return fnmatch.fnmatchcase(path.as_posix(), f"*/{pattern.replace('**/', '*')}".replace("**", "*"))
-
-def table_row(
-    table: dict | None, # from `read_table`
-    path: str | Path,   # a file or folder
-) -> dict:              # empty if no row is about it
-    "Find the row of a table about a file: that of its name, or else the longest path or pattern that matches"
-    if not table: return {}
-    path = Path(path)
-    if path.name in table: return table[path.name]
-    found = [name for name in table if _matches(name, path)]
-    plain = [name for name in found if not any(mark in name for mark in "*?[")]
-    return table[max(plain or found, key=len)] if found else {}
-
-def reading_with(
-    row: dict,         # of a table
-    reading: Reading,  # what the user adds about all files
-) -> Reading:
-    "Add what a row of a table says about reading a file"
-    known = {key: row[key] for key in ("arch", "size") if key in row}
-    if "mean" in row: known["stats"] = row["mean"], row["std"]
-    return replace(reading, **known) if known else reading
-
-def unmatched_rows(
-    table: dict | None, # from `read_table`
-    paths: list,        # of files and folders
-) -> list:              # of names, as the table has them
-    "List the rows of a table that are about none of some files"
-    paths = [Path(path) for path in paths]
-    names = {path.name for path in paths}
-    return [name for name in table or () if name not in names and not any(_matches(name, path) for path in paths)]
+from .table import read_table, reading_with, table_row, unmatched_rows
 
 # %% ../../nbs/models/06_imports.ipynb #bb87279d
 def why_not_read(
