@@ -27,7 +27,7 @@ from ..models.names import NOT_READ, SUFFIXES
 from ..models.model import Model
 from ..models.modelset import ModelSet, PackedSource, bundled_sets, load_modelset, rejected_table
 from ..models.folders import is_checkpoint, is_model_folder, is_state, may_be_model
-from ..models.read import Reading, is_elsewhere, read_model
+from ..models.read import Reading, is_elsewhere, no_such_path, read_model
 
 # %% ../../nbs/index/02_gather.ipynb #52d80323
 @dataclass(frozen=True)
@@ -94,18 +94,19 @@ def _files_below(folder, bad):
 
 # %% ../../nbs/index/02_gather.ipynb #e4667337
 def find_models(
-    sources,  # folders, files, packed sets, bundled sets, models elsewhere; one or several
+    sources,            # folders, files, packed sets, bundled sets, models elsewhere; one or several
+    hub: bool = False,  # as in `Reading`
 ) -> tuple:   # list of `Item`, each model once; and file → reason for what cannot be a model
     "List the models in some sources without reading them; raises `FileNotFoundError` for a missing source"
     found = {}
     bad = {}
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
     for source in sources:
-        if is_elsewhere(source):
+        if is_elsewhere(source, hub):
             found[source, None] = Item(source, source)
             continue
         source = Path(bundled_sets().get(str(source), source))
-        if not source.exists(): raise FileNotFoundError(f"no models at {printable(source)}: no such folder or file")
+        if not source.exists(): raise no_such_path(source)
         for path in _files_below(source, bad) if source.is_dir() else [source]:
             try:  # two links to one file are one model, under the name of the first
                 for item in _items_in(path): found.setdefault((str(path.resolve()), item.inner), item)
@@ -127,7 +128,7 @@ def read_item(
         models = _packed_set(Path(place), source.mtime)
         return models[models.manifest.file.tolist().index(source.inner)]
     model = read_model(place, reading)
-    lacks = set(model.meta.get("lacks") or ()) if fitted is not None and is_elsewhere(place) else set()
+    lacks = set(model.meta.get("lacks") or ()) if fitted is not None and is_elsewhere(place, reading.hub) else set()
     wanted = {layer.removesuffix(".weight") for layer in fitted.layers} if lacks else set()
     if lacks and (not wanted or wanted & lacks): return read_model(place, replace(reading, whole=True))
     return model
