@@ -126,6 +126,13 @@ def test_front_picture_shows_the_result_file():
     assert "images/similarity.png" in (ROOT/"README.md").read_text(encoding="utf-8")
 
 
+def test_picture_of_classes_shows_the_result_file():
+    script = runpy.run_path(str(ROOT/"scripts/class_picture.py"))
+    with Image.open(script["PICTURE"]) as picture: shown = picture.info["Fingerprint"]
+    assert shown == script["fingerprint"](), "the picture of classes is older than its result: scripts/class_picture.py"
+    assert "images/classes.png" in (ROOT/"README.md").read_text(encoding="utf-8")
+
+
 def test_ruff_reads_everything():
     done = subprocess.run([BIN/"ruff", "check", "--output-format", "concise"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
