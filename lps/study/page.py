@@ -273,9 +273,10 @@ def experiment_section(
     heading, main = next(iter(named.items()))
     drawn = experiment.plot(main)
     axes = drawn[0] if isinstance(drawn, list) else drawn
+    where = experiment.where
     parts = [
         f"### {experiment.title}",
-        f"{experiment.where[0].upper()}{experiment.where[1:]}. [Claim, protocol and all figures](experiments/{kind}.html)",
+        f"{where[0].upper()}{where[1:]}. [Claim, protocol and all figures](experiments/{kind}.html)",
         figure_html(getattr(axes, "figure", axes), f"{experiment.title} on {heading}", experiment.see),
     ]
     claims = comparison(found)
