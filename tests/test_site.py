@@ -102,10 +102,10 @@ def served(site) -> str:
 
 
 WIDTHS = 1280, 390  # of screens
-BOXES = """() => [...document.querySelectorAll('main table, main figure, main img, main pre, main .cell-output-display')]
+BOXES = """() => [...document.querySelectorAll('main :is(table, figure, img, pre, .cell-output-display)')]
     .filter(box => box.getClientRects().length)
-    .filter(box => box.scrollWidth > box.clientWidth + 1 && box.tagName != 'IMG'
-                   || box.getBoundingClientRect().right > document.querySelector('main').getBoundingClientRect().right + 1)
+    .filter(box => box.scrollWidth > box.clientWidth + 1 && box.tagName != 'IMG' ||
+                   box.getBoundingClientRect().right > box.closest('main').getBoundingClientRect().right + 1)
     .map(box => `${box.tagName}.${box.className} ${box.scrollWidth}`)"""  # that scroll sideways or stick out
 Visits = namedtuple("Visits", "errors blank wide boxes")
 
