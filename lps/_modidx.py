@@ -615,6 +615,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'lps.methods.classes.load_class_descriptors': ( 'methods/classes.html#load_class_descriptors',
                                                                                      'lps/methods/classes.py'),
                                      'lps.methods.classes.match_classes': ('methods/classes.html#match_classes', 'lps/methods/classes.py'),
+                                     'lps.methods.classes.members_of': ('methods/classes.html#members_of', 'lps/methods/classes.py'),
                                      'lps.methods.classes.name_classes': ('methods/classes.html#name_classes', 'lps/methods/classes.py'),
                                      'lps.methods.classes.name_pair': ('methods/classes.html#name_pair', 'lps/methods/classes.py'),
                                      'lps.methods.classes.names_of': ('methods/classes.html#names_of', 'lps/methods/classes.py'),

@@ -162,10 +162,24 @@ def load_class_descriptors(
     state, meta = load_tensors(bundled(f"classes-{path}.safetensors") if bundle else path)
     images = meta.get("images")
     if isinstance(images, dict) and "folder" not in images: images = dict(kinds="mixed") | images
-    try: return ClassDescriptors(state["logits"], meta["names"], images, meta["multilabel"], state.get("prototypes"))
+    rows = prototypes(members_of(state, meta), meta["names"]) if "members" in meta else state.get("prototypes")
+    try: return ClassDescriptors(state["logits"], meta["names"], images, meta["multilabel"], rows)
     except KeyError: raise ValueError(f"{printable(path)} holds no class descriptors: write it with save") from None
 
 BUNDLED = "imagenet-1k", "cifar100"
+
+# %% ../../nbs/methods/11_classes.ipynb #2873b88f
+def prototypes(networks, classes):
+    "Average the descriptors of each class over networks, `(C, n)`"
+    found = {name: [] for name in classes}
+    for network in networks:
+        for name, row in zip(network.names, network.rows): found[name].append(row)
+    return torch.stack([F.normalize(torch.stack(found[name]).mean(0), dim=0) for name in classes])
+
+def members_of(state, meta):
+    "Return the descriptors of each network of a gallery from its file"
+    parts = state["members"].split([len(names) for names in meta["members"]], 1)
+    return [ClassDescriptors(z, names, meta["images"]) for z, names in zip(parts, meta["members"])]
 
 # %% ../../nbs/methods/11_classes.ipynb #f76b826c
 def class_names(
@@ -219,9 +233,7 @@ def class_scores(
 def bundled_cohort():
     "Return the descriptors of the networks of the class-subset set, `(C, n)`, and the images they were computed from"
     state, meta = load_tensors(bundled("classes-cifar100.safetensors"))
-    parts = state["members"].split([len(names) for names in meta["members"]], 1)
-    rows = [ClassDescriptors(z, names, meta["images"]).rows for z, names in zip(parts, meta["members"])]
-    return torch.cat(rows), meta["images"]
+    return torch.cat([network.rows for network in members_of(state, meta)]), meta["images"]
 
 def cohort_for(a, b):
     "Return the bundled cohort for two sets of descriptors; None for many classes or other images"
@@ -340,14 +352,6 @@ def solve_vectors(networks, classes, ridge):
     design = torch.cat(designs)
     seen = torch.cat([network.logits.double().T for network in networks])
     return torch.linalg.solve(design.T @ design + ridge*torch.eye(len(classes), dtype=torch.double), design.T @ seen)
-
-# %% ../../nbs/methods/11_classes.ipynb #a5e7ad70
-def prototypes(networks, classes):
-    "Average the descriptors of each class over networks, `(C, n)`"
-    found = {name: [] for name in classes}
-    for network in networks:
-        for name, row in zip(network.names, network.rows): found[name].append(row)
-    return torch.stack([F.normalize(torch.stack(found[name]).mean(0), dim=0) for name in classes])
 
 # %% ../../nbs/methods/11_classes.ipynb #abb14751
 def fit_class_vectors(
