@@ -19,7 +19,7 @@ from lps.models import pickles
 from lps.models.checkpoint import read_checkpoint
 from lps.models.names import rename
 from lps.models.config import normalisation
-from lps.models.imports import read_table
+from lps.models.table import read_table
 from lps.models.modelset import load_modelset, pack
 from lps.models.read import Reading, read_model
 from lps.models.web import open_model

@@ -35,7 +35,7 @@ from lps.methods.registry import (
     LEADERS, as_fitted, embed_models, fit_method, fit_observed, get_method, leading_method, load_fitted, method_title,
     own_settings, restore_fitted, save_fitted, why_not,
 )
-from ..models.imports import read_table
+from ..models.table import read_table, table_row, unmatched_rows
 from ..models.model import Model
 from ..models.modelset import ModelSet, bundled, load_modelset, rejected_table, rejection_summary
 from ..models.read import Reading, is_elsewhere
@@ -488,7 +488,10 @@ def _grow(self: ModelIndex, items, bad, reading, table, settings, path=None):
     "Add models that are not in the index; with the first ones, a new index gets its rows"
     files = {} if self.rows is None else self._known_files()
     new = [item for item in items if files.get(item.key[:2], (None, None))[1] != item.key[2:]]
-    if table: self._check_tasks(items, table, files)
+    if table:
+        self._check_tasks(items, table, files)
+        unmatched = unmatched_rows(table, [*(item.path for item in items), *bad])
+        bad |= dict.fromkeys(map(printable, unmatched), "in the table, but it matches no file")
     for done in embed_all(self.fitted, new, reading, table, settings.workers, settings.executor):
         bad |= done.bad
         if not done.rows: continue
@@ -506,7 +509,7 @@ def _check_tasks(self: ModelIndex, items, table, files):
     differ = []
     for item in items:
         place, state = files.get(item.key[:2], (None, None))
-        task = table.get(Path(item.path).name, {}).get("task")
+        task = table_row(table, item.path).get("task")
         if task is None or state != item.key[2:]: continue
         if self.rows.facts([place])[0].get("task") != task: differ.append(item.file)
     if not differ: return

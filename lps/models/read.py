@@ -23,7 +23,8 @@ from .folders import find_weights, read_configs
 from .fold import fold
 from .kinds import check_kind
 from lps.models.match import (
-    Part, architecture_of, in_forward_order, known_part, module_size, named_part, recognised_part, title_of,
+    Part, architecture_of, in_forward_order, known_part, module_size, named_part, part_by_name,
+    recognised_part, title_of,
 )
 from .model import Model
 from .names import SUFFIXES, own_names, rename
@@ -266,10 +267,14 @@ def _find_part(found, reading):
         try: return named_part(arch, (rename(found.state, reading.names), own)), notes, []
         except ValueError:
             if recognised is None: raise
-    if recognised: return recognised, notes, []
     is_here = not any(tensor.is_meta for tensor in own.values())
+    if recognised and is_here and recognise(weight_shapes(recognised.state)).name in GUESSED:
+        return part_by_name(own, found.configs) or recognised, notes, []
+    if recognised: return recognised, notes, []
     part, candidates = known_part(own, found.configs) if is_here else (None, [])
     return part or Part(in_forward_order(own), []), notes, candidates
+
+GUESSED = "vit", "convnext"  # their tensors do not tell the number of heads: a name in the file comes first
 
 def _folded(state):
     "Fold the weights of a checkpoint, if its values are here"
