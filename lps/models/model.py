@@ -125,7 +125,7 @@ class Model(HasLayers):
 
     @property
     def about(self) -> dict: # text by name
-        "What is known about the model, in a few words"
+        "Describe the model in a few words"
         known = dict(architecture=self.meta.get("architecture") or getattr(self.architecture, "name", "not known"))
         known["layers"] = f"{len(self.layers)}, {sum(v.numel() for v in self.state.values()):,} values"
         known |= {key: self.meta[key] for key in ("task", "run") if self.meta.get(key) is not None}
