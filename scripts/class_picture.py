@@ -13,12 +13,17 @@ RESULT = ROOT/"results/imagenet-1k.json"
 PICTURE = ROOT/"nbs/images/classes.png"
 
 
+def fingerprint() -> str:
+    "Return the SHA-256 of the result file"
+    return hashlib.sha256(RESULT.read_bytes()).hexdigest()
+
+
 def draw():
     "Write the picture, with the fingerprint of its data in its metadata"
     fig = plot_imagenet(ImagenetRecord.read(RESULT))
     fig.suptitle("Classes of ImageNet networks that find each other, by synthetic images alone", fontsize=10)
-    found = hashlib.sha256(RESULT.read_bytes()).hexdigest()
-    fig.savefig(PICTURE, dpi=110, bbox_inches="tight", metadata={"Source": RESULT.name, "Fingerprint": found})
+    about = {"Source": RESULT.name, "Fingerprint": fingerprint()}
+    fig.savefig(PICTURE, dpi=110, bbox_inches="tight", metadata=about)
 
 
 if __name__ == "__main__": draw()

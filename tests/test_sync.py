@@ -126,6 +126,27 @@ def test_front_picture_shows_the_result_file():
     assert "images/similarity.png" in (ROOT/"README.md").read_text(encoding="utf-8")
 
 
+def test_picture_of_classes_shows_the_result_file():
+    script = runpy.run_path(str(ROOT/"scripts/class_picture.py"))
+    with Image.open(script["PICTURE"]) as picture: shown = picture.info["Fingerprint"]
+    assert shown == script["fingerprint"](), "the picture of classes is older than its result: scripts/class_picture.py"
+    assert "images/classes.png" in (ROOT/"README.md").read_text(encoding="utf-8")
+
+
 def test_ruff_reads_everything():
     done = subprocess.run([BIN/"ruff", "check", "--output-format", "concise"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_readme_names_every_extra():
+    readme = (ROOT/"README.md").read_text(encoding="utf-8")
+    extras = [name.removesuffix("_requirements") for name in SETTINGS["DEFAULT"] if name.endswith("_requirements")]
+    assert sorted(re.findall(r"'\.\[(\w+)\]'", readme)) == sorted(extras)
+
+
+def test_readme_code_prints_what_it_shows(tmp_path):
+    readme = (ROOT/"README.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```$", readme, flags=re.M | re.S))
+    shown = "".join(re.findall(r"^```text\n(.*?)^```$", readme, flags=re.M | re.S))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == shown, done.stderr
