@@ -543,7 +543,8 @@ def update(self: JointAligner, group, recent):
 @patch
 def sweep(self: JointAligner, recent):
     "Update the maps of some layers, the last first, and back"
-    groups = [group for i in reversed(recent) for group in (self.rows[i], self.columns[i])]
+    groups = []
+    for i in reversed(recent): groups += [self.rows[i], self.columns[i]]
     groups = [group for group in dict.fromkeys(groups) if group in self.maps]
     for group in groups + groups[::-1]: self.update(group, recent)
 
@@ -712,7 +713,7 @@ def aligner(self: JointAligner, a, b):
             shifted = [part.rows + n*k for k, part in enumerate(maps)]
             rows = found.add(n*len(maps), len(two[name].weight), torch.cat(shifted), rows.sources)
         columns = self.channel_map(found, numbers[0], False)
-        unsigned = any(part.flipped for i in numbers for part in (self.a[i], self.b[i]))
+        unsigned = any(self.a[i].flipped or self.b[i].flipped for i in numbers)
         found.accept(Match(one[names_a[name]], two[name], z, columns, rows, unsigned))
     return found.run()
 
