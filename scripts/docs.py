@@ -1,5 +1,5 @@
 """Build the documentation without Quarto: `docs.py site` writes _docs/, `docs.py readme` writes README.md,
-`docs.py sidebar` writes the lists of notebooks and modules in _quarto.yml
+`docs.py sidebar` writes the lists of notebooks and modules in _quarto.yml, and the reference of commands
 
 nbdev prepares the notebooks in _proc/: it runs imports and exported cells and adds signatures. smalldocs renders
 _proc/ by _quarto.yml. Formulas become MathML, so that a page loads nothing from elsewhere.
@@ -140,7 +140,7 @@ def api_pages() -> str:
 
 
 def sidebar():
-    "Write the lists of notebooks and modules into _quarto.yml, between their two comments"
+    "Write the lists of notebooks and modules into _quarto.yml, between their two comments, and the commands' page"
     config = ROOT/"_quarto.yml"
     text = config.read_text(encoding="utf-8")
     for name, lists in dict(library=library_sections(), api=api_pages()).items():
@@ -150,6 +150,68 @@ def sidebar():
             text,
         )
     config.write_text(text, encoding="utf-8")
+    commands()
+
+
+COMMANDS = ROOT/"nbs/commands.md"
+
+
+def walk(command, words: tuple = ("lps",)):
+    "Yield the words and the click command of every command that does something"
+    if not hasattr(command, "commands"): yield words, command
+    for name, child in getattr(command, "commands", {}).items():
+        if not child.hidden: yield from walk(child, (*words, name))
+
+
+def one_cell(text) -> str:
+    "Return text as a cell of a Markdown table"
+    return " ".join(str(text or "").split()).replace(r"\[", "[").replace("|", r"\|").replace("<", "&lt;")
+
+
+def placeholder(option) -> str:
+    "Return an argument as the usage shows it"
+    name = (option.metavar or option.name.upper()).strip("[]")
+    return name if option.required else f"[{name}]"
+
+
+def option_row(option) -> str:
+    "Describe an argument or option of a command in one row of a table"
+    argument = option.param_type_name == "argument"
+    name = placeholder(option) if argument else ", ".join([*option.opts, *option.secondary_opts])
+    default = "" if option.required or callable(option.default) else option.default
+    shown = "on" if default is True else "" if default in (None, False, "", ()) else default
+    needed = "required" if option.required else one_cell(shown)
+    return f"| `{name}` | {needed} | {one_cell(option.help)} |"
+
+
+def commands_text() -> str:
+    "Return the reference of the command line: a table of commands, then a section for each"
+    import typer.main
+    from lps.cli import app
+    found = list(walk(typer.main.get_command(app)))
+    lines = [
+        "# Commands", "", "> All commands of `lps`, with their options", "",
+        "`lps COMMAND --help` prints the same. Messages go to stderr, and results to stdout.", "",
+        "| command | purpose |", "|---|---|",
+    ]
+    for words, command in found:
+        anchor = "-".join(words)
+        lines.append(f"| [`{' '.join(words)}`](#{anchor}) | {one_cell(command.help).split('. ')[0].rstrip('.')} |")
+    for words, command in found:
+        usage = [placeholder(option) for option in command.params if option.param_type_name == "argument"]
+        shown = [option for option in command.params if not getattr(option, "hidden", False)]
+        rows = [option_row(option) for option in shown if "--help" not in option.opts]
+        lines += ["", f"## {' '.join(words)}", "", one_cell(command.help), "", "```sh"]
+        lines += [" ".join([*words, *usage, "[OPTIONS]"]), "```", ""]
+        if rows: lines += ["| argument or option | default | meaning |", "|---|---|---|", *rows]
+        example = one_cell(command.epilog).removeprefix("Example: ")
+        if example: lines += ["", "Example:", "", "```sh", example, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def commands():
+    "Write the reference of the command line from the Typer app"
+    COMMANDS.write_text(commands_text(), encoding="utf-8")
 
 
 def as_text(source) -> str: return source if isinstance(source, str) else "".join(source)
@@ -195,6 +257,6 @@ def readme():
 
 
 if __name__ == "__main__":
-    commands = dict(site=site, readme=readme, sidebar=sidebar)
-    if sys.argv[1:2] and sys.argv[1] in commands: commands[sys.argv[1]]()
-    else: sys.exit(f"usage: docs.py {'|'.join(commands)}")
+    targets = dict(site=site, readme=readme, sidebar=sidebar, commands=commands)
+    if sys.argv[1:2] and sys.argv[1] in targets: targets[sys.argv[1]]()
+    else: sys.exit(f"usage: docs.py {'|'.join(targets)}")
