@@ -260,7 +260,8 @@ def walk(command, words: tuple = ("lps",)):
 
 def one_cell(text) -> str:
     "Return text as a cell of a Markdown table"
-    return " ".join(str(text or "").split()).replace(r"\[", "[").replace("|", r"\|").replace("<", "&lt;")
+    plain = " ".join(str(text or "").split()).replace(r"\[", "[").replace("|", r"\|").replace("<", "&lt;")
+    return re.sub(r"(?<![\w`-])--[a-z][\w-]*", r"`\g<0>`", plain)
 
 
 def placeholder(option) -> str:
@@ -285,8 +286,9 @@ def commands_text() -> str:
     from lps.cli import app
     found = list(walk(typer.main.get_command(app)))
     lines = [
-        "# Commands", "", "> All commands of `lps`, with their options", "",
-        "`lps COMMAND --help` prints the same. Messages go to stderr, and results to stdout.", "",
+        "# Commands", "",
+        "All commands of `lps`, with their options. `lps COMMAND --help` prints the same.",
+        "Messages go to stderr, and results to stdout.", "",
         "| command | purpose |", "|---|---|",
     ]
     for words, command in found:
@@ -299,7 +301,7 @@ def commands_text() -> str:
         lines += ["", f"## {' '.join(words)}", "", one_cell(command.help), "", "```sh"]
         lines += [" ".join([*words, *usage, "[OPTIONS]"]), "```", ""]
         if rows: lines += ["| argument or option | default | meaning |", "|---|---|---|", *rows]
-        example = one_cell(command.epilog).removeprefix("Example: ")
+        example = " ".join(str(command.epilog or "").split()).removeprefix("Example: ")
         if example: lines += ["", "Example:", "", "```sh", example, "```"]
     return "\n".join(lines) + "\n"
 
