@@ -145,6 +145,42 @@ def alt_texts(page: str) -> str:
     return re.sub(blocks, described, page, flags=re.S)
 
 
+def notebooks_of_api() -> dict[str, Path]:
+    "Return the notebook of each API page"
+    paths = [path for path in sorted(ROOT.glob("lps/**/*.py")) if not path.name.startswith("_")]
+    found = {}
+    for name, path in zip(api_names(), paths):
+        source = re.search(r"File to edit: (?:\.\./)+nbs/(.+\.ipynb)", path.read_text(encoding="utf-8"))
+        if source: found[name] = ROOT/"nbs"/source[1]
+    return found
+
+
+def example_of(name: str, cells: list) -> str:
+    "Return the first cell of a notebook that uses a name after its definition, without checks; empty if there is none"
+    defined = False
+    for cell in cells:
+        source = as_text(cell["source"])
+        if cell["cell_type"] != "code": continue
+        if re.search(r"^#\|\s*exporti?\b", source, flags=re.M):
+            defined |= bool(re.search(rf"^(?:class|def) {name}\b|^{name} = ", source, flags=re.M))
+        elif defined and re.search(rf"\b{name}\b", source) and "#| hide" not in source:
+            lines = [line for line in source.splitlines() if not re.match(r"#\||\s*(assert|test_eq|with expect)", line)]
+            text = "\n".join(lines).strip()
+            if re.search(rf"\b{name}\b", text): return text
+    return ""
+
+
+def with_examples(page: str, notebook: Path) -> str:
+    "Add an example and a link to its notebook to each entry of an API page"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    link = notebook.relative_to(ROOT/"nbs").with_suffix(".html").as_posix()
+    def added(found):
+        example = example_of(found["name"], cells)
+        code = f"<pre><code>{html.escape(example)}</code></pre>" if example else ""
+        return f'{found[0]}{code}<p><a href="../{link}">Notebook with examples and source</a></p>'
+    return re.sub(r'<h2 class="anchored" data-anchor-id="(?P<name>\w+)">.*?</h2>', added, page, flags=re.S)
+
+
 def draw_map(staged: Path):
     "Draw the map of the bundled models into the prepared folder, where pages link to it"
     from lps.index.map import bundled_map
@@ -158,6 +194,9 @@ def site():
     built, warnings = render(staged)
     for page in built.rglob("*.html"):
         page.write_text(alt_texts(cards(mathml(page.read_text(encoding="utf-8")))), encoding="utf-8")
+    for name, notebook in notebooks_of_api().items():
+        page = built/f"api/{name}.html"
+        page.write_text(with_examples(page.read_text(encoding="utf-8"), notebook), encoding="utf-8")
     shutil.rmtree(ROOT/"_docs", ignore_errors=True)
     shutil.move(built, ROOT/"_docs")
     print(f"{len(list((ROOT/'_docs').rglob('*.html')))} pages in _docs: open _docs/index.html")
@@ -221,7 +260,8 @@ def walk(command, words: tuple = ("lps",)):
 
 def one_cell(text) -> str:
     "Return text as a cell of a Markdown table"
-    return " ".join(str(text or "").split()).replace(r"\[", "[").replace("|", r"\|").replace("<", "&lt;")
+    plain = " ".join(str(text or "").split()).replace(r"\[", "[").replace("|", r"\|").replace("<", "&lt;")
+    return re.sub(r"(?<![\w`-])--[a-z][\w-]*", r"`\g<0>`", plain)
 
 
 def placeholder(option) -> str:
@@ -246,8 +286,9 @@ def commands_text() -> str:
     from lps.cli import app
     found = list(walk(typer.main.get_command(app)))
     lines = [
-        "# Commands", "", "> All commands of `lps`, with their options", "",
-        "`lps COMMAND --help` prints the same. Messages go to stderr, and results to stdout.", "",
+        "# Commands", "",
+        "All commands of `lps`, with their options. `lps COMMAND --help` prints the same.",
+        "Messages go to stderr, and results to stdout.", "",
         "| command | purpose |", "|---|---|",
     ]
     for words, command in found:
@@ -260,7 +301,7 @@ def commands_text() -> str:
         lines += ["", f"## {' '.join(words)}", "", one_cell(command.help), "", "```sh"]
         lines += [" ".join([*words, *usage, "[OPTIONS]"]), "```", ""]
         if rows: lines += ["| argument or option | default | meaning |", "|---|---|---|", *rows]
-        example = one_cell(command.epilog).removeprefix("Example: ")
+        example = " ".join(str(command.epilog or "").split()).removeprefix("Example: ")
         if example: lines += ["", "Example:", "", "```sh", example, "```"]
     return "\n".join(lines) + "\n"
 
