@@ -1613,6 +1613,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lps.study.classes.expected_number': ('study/classes.html#expected_number', 'lps/study/classes.py'),
                                    'lps.study.classes.fit_pairs': ('study/classes.html#fit_pairs', 'lps/study/classes.py'),
                                    'lps.study.classes.has_class_sets': ('study/classes.html#has_class_sets', 'lps/study/classes.py'),
+                                   'lps.study.classes.held_out_figures': ('study/classes.html#held_out_figures', 'lps/study/classes.py'),
                                    'lps.study.classes.image_figures': ('study/classes.html#image_figures', 'lps/study/classes.py'),
                                    'lps.study.classes.leave_out': ('study/classes.html#leave_out', 'lps/study/classes.py'),
                                    'lps.study.classes.naming_figures': ('study/classes.html#naming_figures', 'lps/study/classes.py'),

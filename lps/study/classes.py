@@ -122,13 +122,19 @@ def all_pairs(
     sizes = torch.tensor([len(network.names) for network in networks])
     owner = torch.arange(len(networks)).repeat_interleave(sizes)
     order = torch.randperm(stacked.shape[1], generator=torch.Generator().manual_seed(0))
+    cosines = stacked @ stacked.T
+    with_second = stacked @ stacked[:, order].T if shuffle else cosines
     pairs = []
     for i, j in combinations(range(len(networks)), 2):
         a, b = networks[i], networks[j]
         if a.kind == b.kind != first: continue
-        rows = b.rows[:, order] if shuffle else b.rows
-        cohort = stacked[(owner != i) & (owner != j)]
-        scores = a.rows @ rows.T if plain else class_scores(a.rows, rows, cohort)
+        scores = with_second[owner == i][:, owner == j]
+        if not plain:  # as `class_scores`, from cosines that are computed once
+            cohort = (owner != i) & (owner != j)
+            k = min(5, max(1, int(cohort.sum())//4))
+            of_a = cosines[owner == i][:, cohort].topk(k, 1).values.mean(1)
+            of_b = with_second[cohort][:, owner == j].topk(k, 0).values.mean(0)
+            scores = 2*scores - of_a[:, None] - of_b
         pairs.append(Pair(i, j, a.kind == b.kind, scores, *related(a.names, b.names)))
     return pairs
 
@@ -336,6 +342,7 @@ class ClassesRecord(Record):
     number: dict[str, dict]     # within, across → result of `number_figures`
     names: dict                 # result of `naming_figures`
     domains: dict               # result of `domain_figures`
+    held_out: dict              # within, across: `pair_figures` and rho, on networks that no choice was made on
     measured_by: ClassVar = (*MEASURED_BY, "lps.methods.classes", "lps.methods.synthetic", "lps.study.classes")
 
 def both_figures(pairs, n_boot, seed, measure=pair_figures):
@@ -372,9 +379,9 @@ def image_figures(networks, several, n_images, seed, size):
     "Compare kinds and numbers of images"
     channels = next(iter(several.sets.values()))[0].channels
     kinds = [*KINDS, *MIXTURES]
-    n = n_images//4
+    n = n_images//8
     parts = [synthetic_images(n, seed + 1, size, channels, MIXTURES.get(kind, (kind,))) for kind in kinds]
-    many = synthetic_images(4*n_images, seed + 2, size, channels, MIXTURES["smooth"])
+    many = synthetic_images(2*n_images, seed + 2, size, channels, MIXTURES["smooth"])
     outputs = []
     for models in several.sets.values():
         for i in range(len(models)): outputs.append(class_logits(models[i], torch.cat([*parts, many])))
@@ -389,12 +396,29 @@ def image_figures(networks, several, n_images, seed, size):
         count *= 2
     return dict(kinds=dict(n_images=n, found=found), curve=curve)
 
+def held_out_figures(networks, pairs, n_first, n_other, n_boot, seed):
+    "Measure pairs of networks that no choice was made on"
+    seen = {}
+    out = set()
+    for i, network in enumerate(networks):
+        seen[network.kind] = seen.get(network.kind, 0) + 1
+        most = n_first if network.kind == networks[0].kind else n_other
+        if seen[network.kind] > most: out.add(i)
+    kept = [pair for pair in pairs if pair.i in out and pair.j in out]
+    found = both_figures(kept, n_boot, seed)
+    for name, figures in found.items():
+        part = [pair for pair in kept if pair.within == (name == "within")]
+        figures["rho"] = number_figures(part, len(networks), n_boot, seed).get("rho")
+    return found
+
 def classes_fields(
     several: ModelSets,
-    n_images: int = 768,   # synthetic images, a multiple of 64
+    n_images: int = 768,   # synthetic images, a multiple of 128
     n_boot: int = 200,     # bootstrap samples of the networks
     seed: int = 0,         # of images and bootstrap
     size: int = 32,        # side of the images
+    n_first: int = 11,     # networks of the reference set that choices were made on, the first ones
+    n_other: int = 2,      # of each other set
 ) -> dict:                 # fields of `ClassesRecord`
     "Match the classes of all pairs of networks"
     networks = describe_networks(several, n_images, seed, size)
@@ -417,6 +441,7 @@ def classes_fields(
         number=number,
         names=naming_figures(networks, n_boot, seed),
         domains=domain_figures(mixed),
+        held_out=held_out_figures(networks, pairs, n_first, n_other, n_boot, seed),
         **image_figures(networks, several, n_images, seed, size),
     )
 
@@ -458,6 +483,9 @@ def classes_table(
         for name in ("within", "across"):
             found = getattr(record, name).get(measure)
             if found: rows.setdefault(title, {})[name] = interval_text(*found, digits=3)
+    for name, found in record.held_out.items():
+        rows.setdefault("shared class, held-out networks", {})[name] = interval_text(*found["shared"], digits=3)
+        if found["rho"]: rows.setdefault("ρ, held-out networks", {})[name] = interval_text(*found["rho"])
     shuffled = {name: interval_text(*found["shared"], digits=3) for name, found in record.control.items()}
     rows["shared class, images shuffled"] = shuffled
     for title, found in record.variants.items():
