@@ -24,7 +24,8 @@ from .models.process import start_early
 app = typer.Typer(
     help="Learnable Parameter Similarity: compare trained networks by their weights.",
     no_args_is_help=True,
-    add_completion=False,
+    epilog="To compare networks: two-spectra-probes for whole networks, stem-signature for first layers. lps methods"
+    " lists all methods.",
     pretty_exceptions_enable=False,
 )
 
@@ -78,6 +79,16 @@ def busy(text: str):
     hidden = not log.isEnabledFor(logging.INFO)
     return Console(stderr=True, quiet=hidden, force_jupyter=False).status(Text(one_line(text)))
 
+# %% ../nbs/04_cli.ipynb #6a677199
+def counted(items, what: str):
+    "Iterate over items with a progress bar on stderr, with their number and the time left, unless messages are hidden"
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    hidden = len(items) < 2 or not log.isEnabledFor(logging.INFO)
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    err = Console(stderr=True, force_jupyter=False)
+    bar = Progress(*columns, console=err, transient=True, disable=hidden or not err.is_terminal)
+    with bar: yield from bar.track(items)
+
 # %% ../nbs/04_cli.ipynb #75a2881a
 def cell_text(value) -> str:
     "Return the text of a table's cell"
@@ -91,7 +102,7 @@ def show_table(df, title: str = ""):
     table.add_column(df.index.name or "")
     for column in df:
         is_number = df[column].dtype.kind in "if"
-        table.add_column(str(column), justify="right", overflow="fold", no_wrap=is_number)
+        table.add_column(str(column), justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
     for name, row in df.iterrows(): table.add_row(cell_text(name), *map(cell_text, row))
     console.print(table)
 
@@ -118,7 +129,7 @@ def print_json(value):
 
 # %% ../nbs/04_cli.ipynb #41af4d95
 class RegistryHelp(TyperCommand):
-    "A command whose help lists what is registered in place of METHODS, DATASETS and RECIPES"
+    "A command whose help lists what is registered in place of DATASETS and RECIPES"
     def format_help(self, ctx, formatter):
         for param in self.params:
             for word, names in registered_names().items(): param.help = (param.help or "").replace(word, names)
@@ -128,10 +139,7 @@ def registered_names() -> dict[str, str]:
     "Return what is registered, by the word that stands for it in help texts"
     from lps.zoo.tasks import DATASETS
     from lps.zoo.recipe import recipes
-    baselines = [name for name, method in lps.METHODS.items() if method.baseline]
-    others = [name for name in lps.METHODS if name not in baselines]
     return dict(
-        METHODS=f"{', '.join(others)}; baselines: {', '.join(baselines)}",
         DATASETS=", ".join(DATASETS),
         RECIPES=", ".join(f"{name} ({recipe.epochs} epochs)" for name, recipe in recipes.items()),
     )
@@ -168,6 +176,7 @@ READING, METHOD, OUTPUT = "Reading", "Method", "Output"
 NAME_MAP = r'Rename tensors: JSON file with a list of \["pattern", "replacement"], or an object {"old": "new"}'
 Names = Annotated[str | None, Option(help=NAME_MAP, rich_help_panel=READING)]
 ARCH = "Architecture, if it cannot be recognised: timm/NAME, torchvision/NAME, package.module:function"
+HUB = "Look up org/name and timm/NAME on the Hugging Face Hub, also models that an index names so"
 WHICH = "Network to read from a file that holds several, as lps inspect lists them"
 STATS = "Mean and standard deviation used to normalise its images, if no file records them: .5,.5,.5 .25,.25,.25"
 
@@ -183,6 +192,7 @@ class ReadingOptions:
         tuple[str, str] | None, Option(metavar="MEAN SD", help=STATS, rich_help_panel=READING)
     ] = None
     which: Annotated[str | None, Option(help=WHICH, rich_help_panel=READING)] = None
+    hub: Annotated[bool, Option("--hub", help=HUB, rich_help_panel=READING)] = False
 
     def settings(self):
         "Return the same as a `Reading`"
@@ -194,6 +204,7 @@ class ReadingOptions:
             size=self.size,
             stats=parse_stats(self.stats),
             which=self.which,
+            hub=self.hub,
         )
 
 # %% ../nbs/04_cli.ipynb #3598d8b4
@@ -251,7 +262,7 @@ def path_of(text) -> Path:
     return Path(text)
 
 def source_of(text: str) -> str:
-    "Return a path, a Hub name or `timm/NAME` as it was given; refuse an empty one"
+    "Return a path or the name of a model as it was given; refuse an empty one"
     path_of(text)
     return text
 
@@ -369,7 +380,19 @@ def zoo_import(
     known = {key: value for key, value in dict(data=data, recipe=recipe).items() if value}
     log_modelset(lps.import_models(src, dst, read_name_map(names), table, shortcut, known))
 
+# %% ../nbs/04_cli.ipynb #aa0a7407
+@app.command("methods", epilog="Example: lps methods")
+def list_methods(as_json: AsJson = False):
+    "List the methods that compare models, and what each of them needs."
+    import pandas as pd
+    rows = [(name, method.title, method.needs, method.baseline) for name, method in lps.METHODS.items()]
+    table = pd.DataFrame(rows, columns=["method", "compares", "needs", "baseline"])
+    if as_json: return print_json(dict(methods=table))
+    show_table(table.assign(baseline=table.baseline.map({True: "yes", False: ""})).set_index("method"), "Methods")
+
 # %% ../nbs/04_cli.ipynb #7ca7326f
+FIT_METHOD = "How models are compared: see lps methods"
+
 def is_fitted(file: Path) -> bool:
     "Return whether `lps fit` wrote a file"
     return bool(lps.load_fitted(file))
@@ -378,17 +401,18 @@ def is_fitted(file: Path) -> bool:
 @with_groups
 def fit(
     modelset: Models,
-    method: Annotated[str, Option(help="How models are compared: METHODS", rich_help_panel=METHOD)] = "lps",
+    method: Annotated[str, Option(help=FIT_METHOD, rich_help_panel=METHOD)] = "lps",
     options: FitOptions = None,
     seed: Seed = 0,
     out: OutFile = Path("lps-net.safetensors"),
 ):
     "Fit a method on a model set."
+    from lps.core.jobs import tracking
     from lps.methods.registry import get_method, own_settings
     get_method(method)
     check_out(out, is_fitted, "a method that lps fit wrote")
     models = open_modelset(modelset)
-    with busy(f"fitting {method} on {len(models)} models"):
+    with tracking(counted):
         fitted = lps.fit_method(models, method, seed, **own_settings(method, options.settings()))
     check_out(out, is_fitted, "a method that lps fit wrote")  # nothing else was written there meanwhile
     lps.save_fitted(out, fitted)
@@ -413,7 +437,7 @@ def is_tables(file: Path) -> bool:
     return isinstance(record, dict) and set(record) == {"table1", "table2"}
 
 # %% ../nbs/04_cli.ipynb #ea46ece5
-ROWS = "A row of the tables, may be repeated: METHODS; default: the methods of the paper"
+ROWS = "A row of the tables, may be repeated; default: the methods of the paper. lps methods lists all"
 
 @app.command(cls=RegistryHelp, epilog="Example: lps evaluate runs/digits --splits 20 --out runs/digits-results.json")
 @with_groups
@@ -483,7 +507,7 @@ def changed_index(path: Path):
 # %% ../nbs/04_cli.ipynb #98197eed
 INDEX_PLACE = "An index: a folder or a packed .zip file; bundled: the one that comes with lps"
 IndexFolder = Annotated[Path, Argument(parser=path_of, metavar="INDEX", help=INDEX_PLACE)]
-SOURCES = "Folders, model files, packed sets, timm/NAME, org/name on the Hub; bundled: the set that comes with lps"
+SOURCES = "Folders, model files, packed sets, hf://org/name on the Hub; bundled: the set that comes with lps"
 Sources = Annotated[list[str], Argument(parser=source_of, metavar="SOURCES", help=SOURCES)]
 Workers = Annotated[int, Option(min=1, help="Processes that read models")]
 NOT_CALIBRATED = (
@@ -503,7 +527,7 @@ def calibration_text(index) -> str:
     return str(index.calibration or NOT_CALIBRATED)
 
 # %% ../nbs/04_cli.ipynb #e490b367
-BUILD_METHOD = "How models are compared: METHODS; a file from lps fit; bundled; auto: the best for these models"
+BUILD_METHOD = "How models are compared: see lps methods; a file from lps fit; bundled; auto: the best for these models"
 
 @index_app.command("build", cls=RegistryHelp, epilog="Example: lps index build market runs/my-models downloads")
 @with_groups
@@ -598,7 +622,7 @@ def index_info(
     if check: console.print("All checksums match.")
 
 # %% ../nbs/04_cli.ipynb #8d1dfaba
-MODEL = "A model file, a Hugging Face folder, timm/NAME, or org/name on the Hub"
+MODEL = "A model file, a Hugging Face folder, or hf://org/name on the Hub"
 Model = Annotated[str, Argument(parser=source_of, metavar="MODEL", help=MODEL)]
 
 @app.command("inspect", epilog="Example: lps inspect my-model.pth --arch timm/resnet18")
@@ -708,47 +732,50 @@ def show_relatives(found):
 
 # %% ../nbs/04_cli.ipynb #43fce39d
 INDEX = "An index, or with --method a model set; bundled: the one that comes with lps"
-QUERY_METHOD = "How models are compared, if INDEX is a model set: METHODS; a file from lps fit"
+QUERY_METHOD = "How models are compared, if INDEX is a model set: see lps methods; a file from lps fit"
 EXPECTED = "Also estimate accuracy after fine-tuning (about 1 s per model)"
-HUB = "For this estimate, download models that the index names as org/name on the Hugging Face Hub"
 APPROXIMATE = "Search the graph of lps index graph, not every model"
 
-@app.command(
-    cls=RegistryHelp,
-    epilog="Example: lps query market my-model.pth -k 5",
-    context_settings=dict(allow_extra_args=True),
-)
+def ask_index(index, model, source: str, read, **how) -> dict:
+    "Look up a model in an index: its nearest models and, if it is not on the web, its copies and relatives"
+    from lps.index.family import relatives
+    related = None if model is None else relatives(index, model, reading=read)
+    try: return dict(answer=index.answer(source, reading=read, **how), relatives=related)
+    except ValueError as error:
+        if how["approximate"] or related is None or not len(related): raise
+        log.warning("compared with copies and relatives only: %s", error)
+        return dict(relatives=related)
+
+@app.command(cls=RegistryHelp, epilog="Example: lps query market my-model.pth -k 5")
 @with_groups
 def query(
-    context: typer.Context,
     index: Annotated[str, Argument(metavar="INDEX", help=INDEX)],
-    model: Model,
+    models: Annotated[list[str], Argument(parser=source_of, metavar="MODELS", help=f"{MODEL}; one or several")],
     method: Annotated[str | None, Option(help=QUERY_METHOD, rich_help_panel=METHOD)] = None,
     approximate: Annotated[bool, Option("--approximate", help=APPROXIMATE, rich_help_panel=METHOD)] = False,
     reading: ReadingOptions = None,
     k: Annotated[int, Option("-k", min=1, help="Number of models to show", rich_help_panel=OUTPUT)] = 5,
     expected: Annotated[bool, Option(help=EXPECTED, rich_help_panel=OUTPUT)] = True,
-    hub: Annotated[bool, Option("--hub", help=HUB, rich_help_panel=OUTPUT)] = False,
     as_json: AsJson = False,
 ):
     "Find the models of an index that are most similar to a model, its copies and its relatives."
-    if context.args:
-        cure = f"to compare by a fitted method, run lps query {model} {context.args[0]} --method {index}"
-        raise ValueError(f"lps query takes an index and a model: {cure}")
-    check_one_model(model)
-    from lps.index.family import relatives
+    if index.endswith(".safetensors") and len(models) == 2:
+        cure = f"to compare by a fitted method, run lps query {models[0]} {models[1]} --method {index}"
+        raise ValueError(f"{index} is no index: {cure}")
+    for model in models: check_one_model(model)
     from lps.models.read import is_elsewhere
     read = reading.settings()
+    here = {model: None if is_elsewhere(model, read.hub) else lps.read_model(model, read) for model in models}
     opened = index_by(index, method) if method else open_index(index)
-    related = None if is_elsewhere(model) else relatives(opened, lps.read_model(model, read), reading=read)
-    try: answer = opened.answer(model, k, read, expected=expected, approximate=approximate, hub=hub)
-    except ValueError as error:
-        if approximate or related is None or not len(related): raise
-        log.warning("compared with copies and relatives only: %s", error)
-        return print_json(dict(relatives=related)) if as_json else show_relatives(related)
-    if as_json: return print_json(answer.to_dict() | dict(relatives=related))
-    show_answer(answer)
-    show_relatives(related)
+    how = dict(k=k, expected=expected, approximate=approximate)
+    found = {source: ask_index(opened, model, source, read, **how) for source, model in counted(here.items(), "models")}
+    if as_json:
+        records = [entry.pop("answer").to_dict() | entry if "answer" in entry else entry for entry in found.values()]
+        return print_json(records if len(models) > 1 else records[0])
+    for source, entry in found.items():
+        if len(models) > 1: console.print(f"\n{one_line(source)}", style="bold")
+        if "answer" in entry: show_answer(entry["answer"])
+        show_relatives(entry["relatives"])
 
 # %% ../nbs/04_cli.ipynb #6dd3073a
 CLASSES_MODEL = f"{MODEL}; a file that --save wrote; imagenet-1k or cifar100, which come with lps"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .align import align_layer
 from .core.files import not_finite, printable
-from .core.jobs import one_thread, seeded
+from .core.jobs import one_thread, seeded, tracked
 from .core.optional import optional
 from .zoo.recipe import rate_factor
 
@@ -216,7 +216,6 @@ def _order(y, per_task, g):
         groups += models[torch.randperm(len(models), generator=g)].split(per_task)
     return torch.cat([groups[i] for i in torch.randperm(len(groups), generator=g)])
 
-
 # %% ../nbs/02_second_order.ipynb #e3d4f605
 @torch.no_grad()
 def _sgd(params, velocities, lr, momentum):
@@ -225,7 +224,6 @@ def _sgd(params, velocities, lr, momentum):
         v.mul_(momentum).add_(p.grad)
         p.add_(v, alpha=-lr)
         p.grad = None
-
 
 # %% ../nbs/02_second_order.ipynb #53236bd5
 def _diverged(reason):
@@ -238,7 +236,7 @@ def _train(net, xs, y, recipe):
     params = list(net.parameters())
     velocities = [torch.zeros_like(p) for p in params]
     g = torch.Generator().manual_seed(recipe.seed)
-    for epoch in range(recipe.epochs):
+    for epoch in tracked(range(recipe.epochs), "epochs"):
         lr = recipe.lr*rate_factor(recipe.milestones, epoch)
         order = _order(y, recipe.per_task, g)
         for *weights, targets in zip(*[t[order].split(recipe.bs) for t in (*xs, y)]):

@@ -16,6 +16,7 @@ from lps.models.inspect import inspect_model
 from lps.methods.registry import fit_method, load_fitted
 from lps.models.modelset import load_modelset
 from lps.index.index import ModelIndex
+from lps.zoo.tasks import load_images
 
 SECONDS, MEGABYTES = 5, 300
 
@@ -53,6 +54,11 @@ def what_comes_of(asked):
     return said
 
 
+def n_bytes(path):
+    "Size of a file, or of the files in a folder"
+    return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+
+
 def greedy(n_bytes):
     "Take memory"
     return len(bytearray(n_bytes))
@@ -69,12 +75,13 @@ def main(folder):
     index = ModelIndex(fit_method(models, "lps", n_filters=4, epochs=1, milestones=()), models)
     readers = dict(query=index.query, net=load_fitted, index=ModelIndex.load, packed=load_modelset)
     readers["import"] = lambda path: import_models(path, folder/"taken in").rejected.to_string()
+    readers["images"] = lambda path: load_images(path, size=32)
     readers["take"] = lambda path: inspect_model(path).architecture
     index.query(folder/"query normal.pt")  # what it loads is loaded now
     asked = []
     for path in sorted(folder.glob("* *")):
         read = readers[path.name.split()[0]]
-        asked.append((path.stem, functools.partial(read, path), path.stat().st_size))
+        asked.append((path.stem, functools.partial(read, path), n_bytes(path)))
     pickles = [case for case in asked if case[1].args[0].suffix != ".safetensors"]
     said = what_comes_of(pickles)  # one after the other: each new process would start one that reads pickles
     for case in asked:

@@ -178,13 +178,13 @@ MISTAKES = {
     "compare zoo " + MODEL: "zoo is a folder of models: give one model file in it",
     "compare nowhere.pt " + MODEL: "nowhere.pt",
     "query": "Missing argument 'INDEX'",
-    "query zoo": "Missing argument 'MODEL'",
+    "query zoo": "Missing argument 'MODELS'",
     "query zoo-net.safetensors zoo": "zoo is a folder of models: give one model file in it",
     "query zoo-net.safetensors zoo " + MODEL: f"run lps query zoo {MODEL} --method zoo-net.safetensors",
     "query nowhere " + MODEL: "no index at nowhere: build one with lps index build nowhere FOLDER",
     "query zoo " + MODEL: "no index at zoo: it has no header.json",
     "query zoo-net.safetensors " + MODEL: "zoo-net.safetensors is not a packed index",
-    "index build market nowhere": "no models at nowhere: no such folder or file",
+    "index build market nowhere": "no model file or folder nowhere",
     "index build market empty": "no model can be read: there are no model files",
     "index build zoo foreign": "zoo holds .build.lock: choose an empty folder",
     "index build hello.json zoo": "hello.json is a file: choose another folder for the index",
@@ -256,7 +256,7 @@ MISTAKES = {
     "zoo import foreign new --names group.json": "group.json holds a pattern that is not a valid regular expression",
     "zoo import foreign new --names nowhere.json": "lps: no file nowhere.json",
     "zoo import foreign new --table nowhere.tsv": "lps: no file nowhere.tsv",
-    "zoo import foreign new --table hello.json": "the table has no column file, task",
+    "zoo import foreign new --table hello.json": "the table has no column file; it has hello",
     "zoo import foreign new --shortcut none": "unknown shortcut 'none': known are pad_end, pad_both",
     "zoo build new --recipe long": "unknown recipe 'long': known are paper, short, digits",
     "zoo build new --images nowhere": "unknown images 'nowhere'",
@@ -556,10 +556,49 @@ def test_what_a_bad_machine_does_is_one_line(error, monkeypatch, capsys):
 
 
 def test_help_lists_what_is_registered(capsys, monkeypatch):
-    monkeypatch.setitem(METHODS, "mine", replace(METHODS["lps"], name="mine"))
     monkeypatch.setitem(DATASETS, "holidays", DataSet("holidays", None, "mine"))
-    assert main(["fit", "--help"]) == 0
-    words = shown(capsys.readouterr().out)
-    assert "lps, stem-signature" in words.replace("- ", "-") and "mine; baselines: fc, frobenius" in words
     assert main(["zoo", "build", "--help"]) == 0
     assert "holidays" in capsys.readouterr().out
+
+
+def test_methods_are_listed(capsys, monkeypatch):
+    monkeypatch.setitem(METHODS, "mine", replace(METHODS["lps"], name="mine"))
+    names = [row["method"] for row in json_of(capsys, "methods")["methods"]]
+    assert names == list(METHODS) and "mine" in names
+
+
+def test_the_shell_completes_commands():
+    completing = dict(_LPS_COMPLETE="complete_bash", COMP_WORDS="lps qu", COMP_CWORD="1")
+    done = subprocess.run([LPS], env=os.environ | completing, capture_output=True, text=True)
+    assert done.stdout.split() == ["query"], done.stderr
+
+
+def test_several_queries(world, capsys, monkeypatch):
+    monkeypatch.chdir(world)
+    query = ["query", "zoo", MODEL, "zoo/task01_run0.safetensors", "--method", "zoo-net.safetensors", "-k", "1"]
+    both = json_of(capsys, *query)
+    assert [answer["models"][0]["file"] for answer in both] == [Path(MODEL).name, "task01_run0.safetensors"]
+    assert both[1] == json_of(capsys, *query[:2], *query[3:])
+    assert main(query) == 0
+    shown = capsys.readouterr().out
+    assert shown.index(MODEL) < shown.index("zoo/task01_run0.safetensors")
+
+
+def test_a_query_that_is_missing_is_noticed_before_a_method_is_fitted(world, capsys, monkeypatch):
+    def refuse(*args, **kwargs): raise AssertionError("fitted")
+    monkeypatch.chdir(world)
+    monkeypatch.setattr("lps.methods.registry.fit_method", refuse)
+    monkeypatch.setattr("lps.index.index.fit_method", refuse)
+    assert main(["query", "zoo", "nowhere.pt", "--method", "lps"]) == 2
+    assert "no model file or folder nowhere.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, near", [
+    ("fit zoo --method stem-signatur", "(did you mean stem-signature?)"),
+    ("zoo build new --images digit", "(did you mean digits?)"),
+    ("zoo build new --images digits --recipe papr", "(did you mean paper?)"),
+])
+def test_a_near_name_is_suggested(world, capsys, monkeypatch, words, near):
+    monkeypatch.chdir(world)
+    assert main(words.split()) == 2 and near in capsys.readouterr().err
+

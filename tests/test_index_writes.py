@@ -20,6 +20,7 @@ from lps.core.files import save_tensors
 from lps.index.index import BuildSettings, ModelIndex
 from lps.methods.registry import fit_method, save_fitted
 from lps.models.modelset import load_modelset
+from lps.models.read import Reading
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +241,8 @@ def test_an_index_of_no_models(models, market, tmp_path, monkeypatch, capsys):
 
 PLACES = [
     "http://127.0.0.1:9/model.safetensors", "https://example.com/model.safetensors", "HTTP://127.0.0.1:9/x.pt",
-    "org/name", "timm/resnet18.a1_in1k", "timm/resnet18.a1_in1k.pt", "timm/hf-hub:org/name", "//server/share/model.pt",
+    "org/name", "hf://org/name", "timm/resnet18.a1_in1k",
+    "timm/resnet18.a1_in1k.pt", "timm/hf-hub:org/name", "//server/share/model.pt",
     "\\\\server\\share\\model.pt", "ftp://127.0.0.1/x.pt", "file:///etc/passwd", "model.pt", "x"*5000, "a\0b", "",
 ]
 
@@ -264,8 +266,9 @@ def test_an_index_causes_no_request(models, market, monkeypatch, place):
     answer = index.answer(models/"t0_0.safetensors", expected=True)
     assert not asked and "cannot be estimated (theirs: " in answer.expected and len(answer.table) == 1
     if place == "timm/resnet18.a1_in1k": return  # timm would try many times
-    answer = index.answer(models/"t0_0.safetensors", expected=True, hub=True)
-    assert bool(asked) == (place == "org/name") and "cannot be estimated (theirs: " in answer.expected
+    answer = index.answer(models/"t0_0.safetensors", reading=Reading(hub=True), expected=True)
+    on_hub = place in ("org/name", "hf://org/name")
+    assert bool(asked) == on_hub and "cannot be estimated (theirs: " in answer.expected
 
 
 def test_two_that_add_the_same_add_it_once(models, market, tmp_path):

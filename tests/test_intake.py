@@ -233,11 +233,11 @@ def test_a_name_of_timm(tmp_path, monkeypatch):
     (cached/"refs/main").write_text(commit)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    report = inspect_model("timm/test_resnet")
+    report = inspect_model("timm/test_resnet", Reading(hub=True))
     model = report.model
     check_same(model, net)
     assert report.kind == "weights of timm" and len(model.meta["mean"]) == 3
-    with pytest.raises(ValueError, match="could not load its weights"): read_model("timm/resnet18")
+    with pytest.raises(ValueError, match="could not load its weights"): read_model("timm/resnet18", Reading(hub=True))
 
 
 def test_folders_of_huggingface_hub(small, tmp_path):
@@ -439,7 +439,8 @@ def test_an_index_takes_in_what_is_not_a_file(net, small, tmp_path, monkeypatch)
     (tmp_path/"models/hub/training_args.bin").write_bytes(b"no weights")
     torch.save(small.state_dict(), tmp_path/"models/small.pt")
     torch.save(ResNet(depth=8, width=4, n_classes=3).state_dict(), tmp_path/"models/plain.pt")
-    index = ModelIndex.build([tmp_path/"models", "timm/none"], reading=Reading(arch=Small), settings=FEW_IMAGES)
+    reading = Reading(arch=Small, hub=True)
+    index = ModelIndex.build([tmp_path/"models", "timm/none"], reading=reading, settings=FEW_IMAGES)
     assert index.fitted.method == "two-spectra-probes" and len(index) == 3, index.rejected
     assert dict(zip([Path(file).name for file in index.manifest.file], index.manifest.architecture)) == {
         "hub": "resnet", "plain.pt": "resnet", "small.pt": "test_intake:Small(num_classes=3)"}

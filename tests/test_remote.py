@@ -93,7 +93,7 @@ def test_a_model_is_indexed_for_kilobytes(net, file, monkeypatch):
     "Its embedding is that of the whole model"
     with serving({"/org/net/resolve/main/model.safetensors": file}, "moves") as (address, kind):
         monkeypatch.setenv("HF_ENDPOINT", address)
-        report = inspect_model("org/net")
+        report = inspect_model("hf://org/net")
         model = report.model
     assert set(model.state) == {"conv1.weight", *(f"bn1.{v}" for v in NORM)}
     for name, tensor in model.state.items(): assert torch.equal(tensor, net.state_dict()[name])
@@ -134,7 +134,7 @@ def test_shards_and_configurations(net, monkeypatch):
     files[f"{base}config.json"] = json.dumps(dict(id2label={"0": "cat", "1": "dog"})).encode()
     with serving(files) as (address, _):
         monkeypatch.setenv("HF_ENDPOINT", address)
-        model = read_model("org/net", Reading(whole=True))
+        model = read_model("hf://org/net", Reading(whole=True))
     assert model.digest == Model(state, {}).digest
     assert model.meta["std"] == [.2]*3 and model.meta["classes"] == ["cat", "dog"]
 
@@ -211,15 +211,31 @@ def test_what_is_not_there_is_named(monkeypatch):
     files = {"/j": b"{", "/org/net/resolve/main/model.safetensors.index.json": index}
     with serving(files) as (address, _):
         monkeypatch.setenv("HF_ENDPOINT", address)
-        with pytest.raises(FileNotFoundError, match="folder org/other, and org/other has no model.safetensors"):
-            read_model("org/other")
+        with pytest.raises(FileNotFoundError, match="org/other has no model.safetensors"):
+            read_model("org/other", Reading(hub=True))
         with pytest.raises(ValueError, match="no file beside it"): open_model("org/net")
         with pytest.raises(ValueError, match="is not JSON"): remote_json(f"{address}/j")
     with pytest.raises(OSError, match="cannot be reached"): open_remote(f"{address}/m.safetensors")
-    with pytest.raises(OSError, match="no file or folder org/net, and .* cannot be reached"): read_model("org/net")
+    with pytest.raises(OSError, match="org/net/.* cannot be reached"): read_model("hf://org/net")
     known = fit_method(models_of_two(), "stem-signature")
-    (bad,), = [embed_items(known, [item]).bad.values() for item in find_models(["org/net"])[0]]
-    assert bad.startswith("no file or folder org/net") and "Errno 5" not in bad
+    (bad,), = [embed_items(known, [item]).bad.values() for item in find_models(["hf://org/net"])[0]]
+    assert "org/net/resolve/main/model.safetensors cannot be reached" in bad and "Errno 5" not in bad
+
+
+@pytest.mark.parametrize("source", ["org/net", "timm/resnet18", "runs/net.pt", "net"])
+def test_a_path_that_does_not_exist_is_not_looked_up(source, monkeypatch):
+    def refuse(*args, **kwargs): raise AssertionError("a request to the network")
+    for name in ("getaddrinfo", "create_connection"): monkeypatch.setattr(f"socket.{name}", refuse)
+    for read in (read_model, inspect_model, find_models):
+        with pytest.raises(FileNotFoundError, match=f"no model file or folder {source}"): read(source)
+
+
+@pytest.mark.parametrize("value", ["1", "true", "ON"])
+def test_no_request_to_the_hub_if_the_user_forbids_it(monkeypatch, value):
+    def refuse(*args, **kwargs): raise AssertionError("a request to the network")
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    with pytest.raises(OSError, match="HF_HUB_OFFLINE is set"): read_model("hf://org/net")
 
 
 # Servers without a tag, and broken ones

@@ -6,8 +6,8 @@
 __all__ = ['save_tensors', 'load_tensors']
 
 # %% ../../nbs/core/00_files.ipynb #ae34b933
-import contextlib, errno, functools, hashlib, importlib.metadata, json, math, mmap, os, platform, re, subprocess, time
-import weakref
+import contextlib, difflib, errno, functools, hashlib, importlib.metadata, json, math, mmap, os, platform, re
+import subprocess, time, weakref
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -600,3 +600,12 @@ def pluralise(
 ) -> str:
     "Return a number with its noun"
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+# %% ../../nbs/core/00_files.ipynb #1f678884
+def suggestion(
+    name,  # that is not known
+    known, # names that are
+) -> str:
+    "Return a question that suggests a known name for a message, or nothing if none is near"
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

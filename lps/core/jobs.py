@@ -6,7 +6,7 @@
 __all__ = ['LARGEST_TORCH_SEED', 'one_thread', 'check_seed', 'seeded']
 
 # %% ../../nbs/core/01_jobs.ipynb #272a5104
-import contextlib, ctypes, itertools, multiprocessing, operator, os, signal, threading
+import contextlib, contextvars, ctypes, itertools, multiprocessing, operator, os, signal, threading
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, wait
 from multiprocessing import connection
 
@@ -20,6 +20,25 @@ def one_thread():
     torch.set_num_threads(1)
     try: yield
     finally: torch.set_num_threads(n)
+
+# %% ../../nbs/core/01_jobs.ipynb #c564d9af
+_show = contextvars.ContextVar("show", default=lambda items, what: items)
+
+def tracked(
+    items,     # with a length
+    what: str, # they are, in the plural
+):             # iterator over the items
+    "Iterate over items as `tracking` wants it"
+    return _show.get()(items, what)
+
+@contextlib.contextmanager
+def tracking(
+    show, # `(items, what)` → iterator over the items
+):
+    "Let `show` iterate over the items of each `tracked` loop inside the block"
+    before = _show.set(show)
+    try: yield
+    finally: _show.reset(before)
 
 # %% ../../nbs/core/01_jobs.ipynb #a9d3f5aa
 @contextlib.contextmanager

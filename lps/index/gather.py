@@ -22,11 +22,12 @@ from ..core.jobs import each_done
 from ..lineage.sketch import weight_sketch
 from .store import HEADER_FILE, digest_numbers, fact_line
 from ..methods.registry import embed_models
+from ..models.table import reading_with, table_row
 from ..models.names import NOT_READ, SUFFIXES
 from ..models.model import Model
 from ..models.modelset import ModelSet, PackedSource, bundled_sets, load_modelset, rejected_table
 from ..models.folders import is_checkpoint, is_model_folder, is_state, may_be_model
-from ..models.read import Reading, is_elsewhere, read_model
+from ..models.read import Reading, is_elsewhere, no_such_path, read_model
 
 # %% ../../nbs/index/02_gather.ipynb #52d80323
 @dataclass(frozen=True)
@@ -93,18 +94,19 @@ def _files_below(folder, bad):
 
 # %% ../../nbs/index/02_gather.ipynb #e4667337
 def find_models(
-    sources,  # folders, files, packed sets, bundled sets, models elsewhere; one or several
+    sources,            # folders, files, packed sets, bundled sets, models elsewhere; one or several
+    hub: bool = False,  # as in `Reading`
 ) -> tuple:   # list of `Item`, each model once; and file → reason for what cannot be a model
     "List the models in some sources without reading them; raises `FileNotFoundError` for a missing source"
     found = {}
     bad = {}
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
     for source in sources:
-        if is_elsewhere(source):
+        if is_elsewhere(source, hub):
             found[source, None] = Item(source, source)
             continue
         source = Path(bundled_sets().get(str(source), source))
-        if not source.exists(): raise FileNotFoundError(f"no models at {printable(source)}: no such folder or file")
+        if not source.exists(): raise no_such_path(source)
         for path in _files_below(source, bad) if source.is_dir() else [source]:
             try:  # two links to one file are one model, under the name of the first
                 for item in _items_in(path): found.setdefault((str(path.resolve()), item.inner), item)
@@ -126,7 +128,7 @@ def read_item(
         models = _packed_set(Path(place), source.mtime)
         return models[models.manifest.file.tolist().index(source.inner)]
     model = read_model(place, reading)
-    lacks = set(model.meta.get("lacks") or ()) if fitted is not None and is_elsewhere(place) else set()
+    lacks = set(model.meta.get("lacks") or ()) if fitted is not None and is_elsewhere(place, reading.hub) else set()
     wanted = {layer.removesuffix(".weight") for layer in fitted.layers} if lacks else set()
     if lacks and (not wanted or wanted & lacks): return read_model(place, replace(reading, whole=True))
     return model
@@ -144,7 +146,7 @@ def name_it(
 @dataclass
 class _Known:
     "Fields of a model's metadata that an index keeps"
-    task: int|None=None
+    task: int|str|None=None
     run: int|None=None
     classes: list[str|None]|None=None
     val_accuracy: float|None=None
@@ -156,8 +158,8 @@ class _Known:
 FIRST_LAYERS = "first layers only"
 
 def _label(known, folder):
-    "Compute a number that identifies a task across folders; -1: unknown"
-    if known.task is None or known.task < 0: return -1
+    "Compute a number that identifies a task across folders; a task from a table is the same in all; -1: unknown"
+    if known.task is None or isinstance(known.task, int) and known.task < 0: return -1
     classes = [name for name in known.classes or () if name]
     key = [known.data, *sorted(classes)] if len(classes) > 1 else [folder, known.task]
     return int.from_bytes(hashlib.blake2b(json.dumps(key).encode(), digest_size=6).digest(), "little")
@@ -170,10 +172,12 @@ def model_facts(
 ) -> dict:
     "Return what an index keeps of a model beside its embedding; raises `ValueError` for metadata that do not fit"
     meta = dict(model.meta)
-    row = (table or {}).get(Path(item.path).name)
-    if row: meta |= {**row, "classes": [row.get("class_0"), row.get("class_1")]}
+    row = table_row(table, item.path)
+    pair = [row.get("class_0"), row.get("class_1")]
+    meta |= {**row, "classes": row.get("classes") or (pair if any(pair) else meta.get("classes"))}
     known = checked(meta, _Known, item.file)
     first, second = [*(known.classes or []), None, None][:2]
+    of_table = "" if "task" in row else str(Path(item.path).parent)
     architecture = model.architecture.name if model.architecture else ""
     if not architecture and model.meta.get("lacks"): architecture = str(meta.get("architecture") or FIRST_LAYERS)
     facts = dict(
@@ -187,7 +191,7 @@ def model_facts(
         recipe=known.recipe.get("name") if isinstance(known.recipe, dict) else known.recipe,
         data=known.data,
         shortcut=known.shortcut,
-        label=_label(known, str(Path(item.path).parent)),
+        label=_label(known, of_table),
         architecture=architecture,
         parameters=sum(tensor.numel() for tensor in model.state.values()),
         sketch=weight_sketch(model.state),
@@ -201,15 +205,15 @@ MOST_FITTED = 500  # models that a method is fitted on
 
 def _noted_task(item, table):
     "Return the task in a table or a file's header, before the file is read; -1: none"
-    if table is not None: return table.get(Path(item.path).name, {}).get("task", -1)
+    if table is not None: return table_row(table, item.path).get("task", -1)
     if item.inner is not None: return 0  # a packed set has the task of each
-    try: return int(json.loads(read_header(item.path).meta["task"]))
+    try: return max(-1, int(json.loads(read_header(item.path).meta["task"])))
     except (ValueError, OSError, KeyError, TypeError, RecursionError, OverflowError): return -1
 
 def _read_known(item, reading, table, fitted=None):
     "Return an item with its model and facts; None if it cannot be read"
     try:
-        model = read_item(item, reading, fitted)
+        model = read_item(item, reading_with(table_row(table, item.path), reading or Reading()), fitted)
         return item, model, model_facts(item, model, table)
     except Exception: return None  # the reason is given when it is embedded
 
@@ -221,7 +225,7 @@ def labelled_models(
     seed: int = 0,            # determines which
 ) -> ModelSet|None:           # None: there are none
     "Load models of one architecture whose tasks are known"
-    noted = [item for item in items if _noted_task(item, table) >= 0]
+    noted = [item for item in items if _noted_task(item, table) not in (-1, None)]
     chosen = sorted(np.random.default_rng(seed).permutation(len(noted))[:n])
     read = [_read_known(noted[i], reading, table) for i in chosen]
     return _set_of([found for found in read if found and found[2]["label"] >= 0])
@@ -277,7 +281,7 @@ def embed_items(
     done = Embedded()
     for item in items:
         try:
-            model = read_item(item, reading, fitted)
+            model = read_item(item, reading_with(table_row(table, item.path), reading or Reading()), fitted)
             row = embed_models(fitted, model, [item.file])[0].numpy()
             facts = model_facts(item, model, table)
             digest_numbers([model.digest])  # raises `ValueError` for what is none

@@ -6,7 +6,7 @@
 __all__ = ['UNFIT', 'ModelIndex', 'BuildSettings', 'bundled_unseen']
 
 # %% ../../nbs/index/03_index.ipynb #b92215d0
-import contextlib, itertools, json, tempfile, warnings
+import contextlib, html, itertools, json, tempfile, warnings
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ from lps.methods.registry import (
     LEADERS, as_fitted, embed_models, fit_method, fit_observed, get_method, leading_method, load_fitted, method_title,
     own_settings, restore_fitted, save_fitted, why_not,
 )
-from ..models.imports import read_table
+from ..models.table import read_table, table_row, unmatched_rows
 from ..models.model import Model
 from ..models.modelset import ModelSet, bundled, load_modelset, rejected_table, rejection_summary
 from ..models.read import Reading, is_elsewhere
@@ -90,6 +90,10 @@ class ModelIndex:
         n_tasks = len(np.unique(labels[labels >= 0]))
         text = f"ModelIndex: {len(self)} models of {n_tasks} tasks, compared by {layers} ({self.fitted.method})"
         return printable(text)
+
+    def _repr_html_(self):
+        columns = [name for name in ("file", "task", "classes", "architecture") if name in self.manifest]
+        return f"<p>{html.escape(repr(self))}</p>{self.manifest[columns].to_html(max_rows=6)}"
 
 # %% ../../nbs/index/03_index.ipynb #2363d65c
 @patch
@@ -151,7 +155,9 @@ def _embed(self: ModelIndex, query, reading):
         files = query.manifest.file.tolist()
         return _Queries(embed_models(self.fitted, query, files), files, query.digests, [None]*len(files))
     if isinstance(query, (Model, nn.Module)): name = "the query"
-    elif isinstance(query, (str, Path)): name = printable(query if is_elsewhere(query) else Path(query).name)
+    elif isinstance(query, (str, Path)):
+        elsewhere = is_elsewhere(query, reading is not None and reading.hub)
+        name = printable(query if elsewhere else Path(query).name)
     else:
         kind = type(query).__name__
         raise TypeError(f"a query cannot be a {kind}: give a ModelSet, one model of it, a module, or a file")
@@ -482,7 +488,10 @@ def _grow(self: ModelIndex, items, bad, reading, table, settings, path=None):
     "Add models that are not in the index; with the first ones, a new index gets its rows"
     files = {} if self.rows is None else self._known_files()
     new = [item for item in items if files.get(item.key[:2], (None, None))[1] != item.key[2:]]
-    if table: self._check_tasks(items, table, files)
+    if table:
+        self._check_tasks(items, table, files)
+        unmatched = unmatched_rows(table, [*(item.path for item in items), *bad])
+        bad |= dict.fromkeys(map(printable, unmatched), "in the table, but it matches no file")
     for done in embed_all(self.fitted, new, reading, table, settings.workers, settings.executor):
         bad |= done.bad
         if not done.rows: continue
@@ -500,7 +509,7 @@ def _check_tasks(self: ModelIndex, items, table, files):
     differ = []
     for item in items:
         place, state = files.get(item.key[:2], (None, None))
-        task = table.get(Path(item.path).name, {}).get("task")
+        task = table_row(table, item.path).get("task")
         if task is None or state != item.key[2:]: continue
         if self.rows.facts([place])[0].get("task") != task: differ.append(item.file)
     if not differ: return
@@ -543,7 +552,7 @@ def _check_same(index, method, settings, where):
 # %% ../../nbs/index/03_index.ipynb #ef387ed2
 @patch(cls_method=True)
 def build(cls: ModelIndex,
-    sources,                    # folders, files, packed sets, 'bundled', `org/name`, addresses, `timm/NAME`
+    sources,                    # folders, files, packed sets, 'bundled', `hf://org/name`, addresses
     path: str|Path|None = None, # folder of the index; an existing index is continued. None: in memory
     method="auto",              # a name, a fitted method, or a file of one; 'auto': the one that leads
     table=None,                 # DataFrame or csv/tsv file that names tasks, as in `import_models`
@@ -551,7 +560,7 @@ def build(cls: ModelIndex,
     settings: BuildSettings|None = None,    # processes, seed, settings of the fit
 ) -> ModelIndex:                # `rejected` lists the files without a row
     "Build an index of models; raises `ValueError` if none can be read, or if the index has another method or fit"
-    items, bad = find_models(sources)
+    items, bad = find_models(sources, reading is not None and reading.hub)
     table = read_table(table)
     settings = settings or BuildSettings()
     if path is not None and (Path(path)/HEADER_FILE).exists():
@@ -575,7 +584,7 @@ def add(self: ModelIndex,
 ) -> int:                         # change of the number of models
     "Add models that are not in the index, and replace those that have changed"
     before = len(self)
-    items, bad = find_models(sources)
+    items, bad = find_models(sources, reading is not None and reading.hub)
     self._grow(items, bad, reading, read_table(table), settings or BuildSettings())
     return len(self) - before
 
@@ -646,7 +655,6 @@ def answer(self: ModelIndex,
     reading: Reading|None = None, # what the file does not record
     expected=False,               # True, or a relation from `expected_accuracy`: estimate accuracies after fine-tuning
     approximate: bool = False,    # compare only candidates from the graph of `build_graph`
-    hub: bool = False,            # for the estimate, download models of the index that are on the Hugging Face Hub
 ) -> Answer:
     "Look up one model and explain the result"
     queries = self._embed(model, reading)
@@ -655,8 +663,7 @@ def answer(self: ModelIndex,
     table = self._table(similarity, places, queries.digests[0], queries.sketches[0], notes=True)
     explained = ""
     if expected:
-        sources = _Sources(reading, hub)
-        table, explained = self._with_expected(table, places, queries.model, model, expected, sources)
+        table, explained = self._with_expected(table, places, queries.model, model, expected, reading or Reading())
     related = None
     if self.calibration is not None: related = bool((similarity[:1] >= self.calibration.threshold).any())
     independent = table[table.note == ""]
@@ -681,12 +688,6 @@ def answer(self: ModelIndex,
 # %% ../../nbs/index/03_index.ipynb #77d437d0
 N_PROBE_IMAGES = 512  # as in the measurement of the relation
 
-@dataclass
-class _Sources:
-    "Settings for reading the files of models in an index"
-    reading: Reading|None
-    hub: bool  # whether models on the Hub are downloaded
-
 def stored_item(fact, hub):
     "Return the file of a model in the index; raises `ValueError` if there is none to read"
     key = _key_of(fact)
@@ -707,13 +708,13 @@ def _run(model, images):
         raise ValueError(f"it cannot be run: {printable(str(e).partition(chr(10))[0][:200])}") from None
 
 @patch
-def _transfer_scores(self: ModelIndex, places, model, sources):
+def _transfer_scores(self: ModelIndex, places, model, reading):
     "Score models for transfer; NaN and a reason for those that cannot be scored"
     scores = np.full(len(places), np.nan)
     reasons = {}
     items = {}
     for i, fact in enumerate(self.rows.facts(places)):
-        try: items[i] = stored_item(fact, sources.hub)
+        try: items[i] = stored_item(fact, reading.hub)
         except (ValueError, OSError) as e: reasons[str(fact.get("file"))] = str(e)
     if not items: return scores, reasons
     from lps.advice.score import explained_by
@@ -723,7 +724,7 @@ def _transfer_scores(self: ModelIndex, places, model, sources):
     except ValueError as e: return scores, {"the query": str(e)}
     for i, item in items.items():
         try:
-            source = read_item(item, sources.reading, EVERYTHING)
+            source = read_item(item, reading, EVERYTHING)
             if source.digest != self.rows.digests(places[i:i + 1])[0]: raise ValueError("its file has changed")
             scores[i] = explained_by(_run(source, images), outputs[None]).score[0]
         except (ValueError, OSError, ImportError) as e: reasons[item.file] = str(e)
@@ -731,11 +732,11 @@ def _transfer_scores(self: ModelIndex, places, model, sources):
 
 # %% ../../nbs/index/03_index.ipynb #579258d9
 @patch
-def _with_expected(self: ModelIndex, table, places, model, source, relation, sources):
+def _with_expected(self: ModelIndex, table, places, model, source, relation, reading):
     "Add expected accuracies to a table; also return a sentence about them"
     if not len(table): return table, ""
-    if model.meta.get("lacks") and is_elsewhere(source): model = read_item(source, sources.reading, EVERYTHING)
-    scores, reasons = self._transfer_scores(places, model, sources)
+    if model.meta.get("lacks") and is_elsewhere(source, reading.hub): model = read_item(source, reading, EVERYTHING)
+    scores, reasons = self._transfer_scores(places, model, reading)
     first = printable("; ".join(f"{file}: {why}" for file, why in list(reasons.items())[:1]))
     if np.isnan(scores).all(): return table, f"Accuracy after fine-tuning cannot be estimated ({first})."
     if relation is True:

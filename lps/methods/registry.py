@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.files import checked, digest, load_tensors, printable, save_tensors
+from ..core.files import checked, digest, load_tensors, printable, save_tensors, suggestion
 from ..core.jobs import each_done, one_thread, usual_torch
 from .fitted import Fitted
 
@@ -97,7 +97,7 @@ def get_method(
     if isinstance(name, Method): return name
     if name in METHODS: return METHODS[name]
     cure = f"choose from {', '.join(METHODS)}, or import the module that registers it"
-    raise ValueError(f"method {printable(repr(name))} is unknown: {cure}")
+    raise ValueError(f"method {printable(repr(name))} is unknown{suggestion(name, METHODS)}: {cure}")
 
 # %% ../../nbs/methods/01_registry.ipynb #e843f909
 def method_title(

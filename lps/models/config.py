@@ -105,6 +105,50 @@ def class_names(
 ) -> list | None:   # names
     "Find the names of a network's classes"
     for _, values in places(configs):
-        named = values.get("id2label") or values.get("label_names")
-        if isinstance(named, dict): named = list(named.values())
-        if isinstance(named, list) and named and all(isinstance(name, str) for name in named): return named
+        for key in ("id2label", "label_names", "class_names", "classes"):
+            named = _names_in(values.get(key))
+            if named: return named
+
+def _names_in(named):
+    "Return the names in a list, or in a dict by number; None if they are no names"
+    if isinstance(named, dict):
+        by_number = sorted((int(key), name) for key, name in named.items() if str(key).isdecimal())
+        named = [name for _, name in by_number] if len(by_number) == len(named) else list(named.values())
+    if isinstance(named, tuple): named = list(named)
+    if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named): return None
+    numbered = [f"LABEL_{i}" for i in range(len(named))]  # what transformers writes if nothing is known
+    return None if named == numbered else named
+
+# %% ../../nbs/models/03_config.ipynb #7a94deb5
+SHAPE_ARGUMENTS = (
+    "img_size", "patch_size", "embed_dim", "embed_dims", "depth", "depths", "num_heads", "window_size", "mlp_ratio",
+    "width", "width_mult", "channels", "layers", "growth_rate", "block_config", "dims", "class_token", "global_pool",
+    "in_chans", "stem_width", "base_width", "cardinality", "num_classes",
+)
+MOST_IN_ARGUMENT = 4096  # of a number in an argument
+MOST_LAYERS = 64         # numbers of an argument
+
+def _is_small(value, depth=0):
+    "Tell whether an argument is a small number, a short text, or a short list of these"
+    if isinstance(value, (list, tuple)):
+        return depth < 2 and len(value) <= MOST_LAYERS and all(_is_small(part, depth + 1) for part in value)
+    if isinstance(value, str): return len(value) <= 20
+    return isinstance(value, (int, float)) and 0 <= value <= MOST_IN_ARGUMENT
+
+def named_networks(
+    configs: list,  # of (name of a place, what it holds)
+) -> list:          # of (name, arguments)
+    "List the networks that configurations name, and the arguments that decide their shapes"
+    found = []
+    for _, values in places(configs):
+        for key in ("architecture", "arch", "model_name", "model"):
+            name = values.get(key)
+            if not isinstance(name, str) or not 1 <= len(name) <= 100: continue
+            inner = values.get("model_args")
+            given = values | inner if isinstance(inner, dict) else values
+            arguments = {}
+            for argument in SHAPE_ARGUMENTS:
+                value = given.get(argument)
+                if value is not None and _is_small(value): arguments[argument] = value
+            found.append((name, arguments))
+    return found

@@ -6,94 +6,16 @@
 __all__ = ['import_models']
 
 # %% ../../nbs/models/06_imports.ipynb #36540286
-import io, warnings
-from collections import Counter
+import warnings
 from pathlib import Path
 
-import pandas as pd
 
-from ..core.files import MAX_JSON, open_file, printable, save_tensors
+from ..core.files import printable, save_tensors
 from .names import NOT_READ, SUFFIXES
 from .folders import is_checkpoint
 from .modelset import ModelSet, load_modelset, rejected_table, rejection_summary
 from .read import Reading, read_model
-
-# %% ../../nbs/models/06_imports.ipynb #396940ad
-def _number(cell):
-    "Parse a number; Python would take 1_2 for 12"
-    if "_" in str(cell) or not str(cell).isascii(): raise ValueError
-    return float(cell)
-
-def _integer(cell):
-    "Parse a whole number"
-    number = _number(cell)
-    if not number.is_integer() or abs(number) > 2**53: raise ValueError
-    return int(number)
-
-def _share(cell):
-    "Parse a number from 0 to 1"
-    number = _number(cell)
-    if not 0 <= number <= 1: raise ValueError
-    return number
-
-COLUMNS = dict(
-    file=(str, "the name of a file"),
-    task=(_integer, "a whole number"),
-    run=(_integer, "a whole number"),
-    seed=(_integer, "a whole number"),
-    class_0=(str, "a name"),
-    class_1=(str, "a name"),
-    val_accuracy=(_share, "a number from 0 to 1"),
-    train_accuracy=(_share, "a number from 0 to 1"),
-)
-
-# %% ../../nbs/models/06_imports.ipynb #61e602d2
-def _check_columns(columns):
-    "Raise `ValueError` for columns that are missing, unknown or there twice"
-    missing = [name for name in ("file", "task") if name not in columns]
-    has = printable(", ".join(columns))
-    if missing: raise ValueError(f"the table has no column {', '.join(missing)}; it has {has}")
-    unknown = [name for name in columns if name not in COLUMNS]
-    if unknown:
-        raise ValueError(printable(f"the table has an unknown column {unknown[0]!r}: known are {', '.join(COLUMNS)}"))
-    for name, n in Counter(columns).items():
-        if n > 1: raise ValueError(f"the table has two columns {name!r}")
-
-def _table_row(i, cells):
-    "Check a row of the table; empty cells are left out"
-    row = {}
-    for column, cell in cells.items():
-        parse, expected = COLUMNS[column]
-        blank = pd.isna(cell) or not str(cell).strip()
-        if blank and column not in ("file", "task"): continue
-        try: row[column] = parse(float("nan") if blank and parse is not str else cell)
-        except (ValueError, TypeError, OverflowError):
-            raise ValueError(printable(f"row {i} of the table: {column} is {cell!r}, not {expected}")) from None
-    if row.get("file") and pd.notna(cells["file"]): return row
-    raise ValueError(f"row {i} of the table names no file")
-
-# %% ../../nbs/models/06_imports.ipynb #f3384abf
-def read_table(
-    table,            # DataFrame, or csv/tsv file; None: no table
-) -> dict | None:     # values of each row by the name of its file
-    "Read and check a table. Raises `ValueError` with row, column and value"
-    if table is None: return None
-    if not isinstance(table, pd.DataFrame):
-        path = Path(table)
-        with open_file(path) as file: data = file.read(MAX_JSON + 1)
-        if len(data) > MAX_JSON: raise ValueError(printable(f"{path.name} has more than {MAX_JSON} bytes"))
-        try:
-            text = data.decode("utf-8-sig")
-            sep = max(",;\t", key=text.partition("\n")[0].count)
-            table = pd.read_csv(io.StringIO(text), sep=sep, dtype=str, keep_default_na=False, index_col=False)
-        except ValueError as e: raise ValueError(printable(f"{path.name} is no table: {e}")) from None
-    _check_columns(list(map(str, table.columns)))
-    rows = {}
-    for i, cells in enumerate(table.to_dict("records"), 1):
-        row = _table_row(i, cells)
-        if row["file"] in rows: raise ValueError(printable(f"the table has {row['file']} twice, again in row {i}"))
-        rows[row["file"]] = row
-    return rows
+from .table import read_table, reading_with, table_row, unmatched_rows
 
 # %% ../../nbs/models/06_imports.ipynb #bb87279d
 def why_not_read(
@@ -125,10 +47,11 @@ def _targets(files, dst):
 
 def _metadata(file, i, rows, state, shortcut):
     "Return the metadata of an imported model"
-    if rows is not None and file.name not in rows: raise ValueError("not in the table")
-    row = dict(task=-1, run=i) if rows is None else dict(rows[file.name])
-    classes = [row.pop("class_0", None), row.pop("class_1", None)]
-    row.pop("file", None)
+    if rows is not None and not table_row(rows, file): raise ValueError("not in the table")
+    row = dict(task=-1, run=i) if rows is None else dict(table_row(rows, file))
+    pair = [row.pop("class_0", None), row.pop("class_1", None)]
+    classes = row.pop("classes", None) or pair
+    for column in ("file", "arch", "size"): row.pop(column, None)
     kind = "conv" if any("downsample" in name for name in state) else shortcut
     return dict(source=file.name, shortcut=kind) | (dict(classes=classes) if any(classes) else {}) | row
 
@@ -144,6 +67,17 @@ def _checked_set(dst, written, bad):
     return models
 
 # %% ../../nbs/models/06_imports.ipynb #877da795
+def _with_numbers(rows):
+    "Number the tasks that a table names, in the order in which they occur; raises `ValueError` for a row without task"
+    if rows is None: return None
+    for name, row in rows.items():
+        if "task" not in row: raise ValueError(printable(f"the table gives no task for {name}"))
+    tasks = [row["task"] for row in rows.values()]
+    names = dict.fromkeys(task for task in tasks if isinstance(task, str))
+    first = 1 + max([task for task in tasks if isinstance(task, int)], default=-1)
+    numbers = {name: first + i for i, name in enumerate(names)}
+    return {name: row | dict(task=numbers.get(row["task"], row["task"])) for name, row in rows.items()}
+
 def import_models(
     src: str | Path,     # folder of `.pt`, `.pth`, `.ckpt`, `.bin` or `.safetensors` files
     dst: str | Path,     # folder to write the model set to
@@ -155,7 +89,7 @@ def import_models(
     "Import models as a model set; number types are kept. Raises `ValueError` before a file would be replaced"
     src = Path(src)
     dst = Path(dst)
-    rows = read_table(table)
+    rows = _with_numbers(read_table(table))
     if not src.is_dir(): raise FileNotFoundError(f"no models at {printable(src)}: it is not a folder")
     if src.resolve() == dst.resolve():
         raise ValueError(f"models from {printable(src)} would be written over themselves: choose another folder")
@@ -165,13 +99,12 @@ def import_models(
     written = {}
     for i, (file, target) in enumerate(targets.items()):
         try:
-            model = read_model(file, Reading(names=names))
+            model = read_model(file, reading_with(table_row(rows, file), Reading(names=names)))
             noted = _metadata(file, i, rows, model.state, shortcut)
             save_tensors(target, model.state, model.meta | noted | (meta or {}), replace=False)
             written[target.name] = file.name
         except (ValueError, OSError) as e: bad[file.name] = printable(e).removeprefix(f"{printable(file.name)}: ")
-    missing = set(rows or ()) - {path.name for path in candidates}
-    bad |= dict.fromkeys(missing, "in the table, but there is no such file")
+    bad |= dict.fromkeys(unmatched_rows(rows, candidates), "in the table, but there is no such file")
     if not written:
         why = rejection_summary(bad) if bad else f"no {', '.join(SUFFIXES)} file in it"
         raise ValueError(f"no model could be imported from {printable(src)}: {why}")

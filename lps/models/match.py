@@ -17,7 +17,7 @@ from torch import nn
 from ..core.files import printable
 from ..core.jobs import one_thread
 from ..core.optional import optional
-from .config import input_size, places
+from .config import input_size, named_networks
 from ..nets.architectures import Architecture, recognise, shapes_of
 from ..nets.known import architectures_with
 from ..nets.named import build_network, config_for, head_of, module_architecture, weight_shapes
@@ -114,6 +114,15 @@ def title_of(
     if isinstance(arch, str): return printable(arch)
     return f"{arch.__module__}:{getattr(arch, '__qualname__', type(arch).__qualname__)}"
 
+def with_arguments(
+    title: str,    # of a network, with or without arguments
+    config: dict,  # more arguments
+) -> str:          # as `network_builder` takes it
+    "Add arguments to the name of a network"
+    more = ", ".join(f"{key}={value!r}" for key, value in config.items())
+    if not more: return title
+    return f"{title[:-1]}, {more})" if title.endswith(")") else f"{title}({more})"
+
 @lru_cache(8)
 def _default_network(arch):
     "Build a named network as it is by default"
@@ -133,7 +142,7 @@ def named_part(
         if config: net = build_network(arch, **config)
         _check_fits(net, part)
     except ValueError as e: raise ValueError(f"not the weights of {title}: {e}") from None
-    if config: title += f"({', '.join(f'{key}={value}' for key, value in config.items())})"
+    if config: title = with_arguments(title, config)
     own = {name: part[name] for name in net.state_dict() if name in part}
     return Part(own, _outside(state, prefix, own), title, net)
 
@@ -164,7 +173,10 @@ def module_size(
     channels: int,  # of its images
 ) -> tuple:         # size or None, and where it stands or why there is none
     "Return the size of a module's input, and where it stands; None and the reason if it cannot be run"
-    named = input_size(configs + published(part.title))
+    named = input_size(configs)
+    published_size = input_size(published(part.title))
+    if named is None and published_size and _failure(part.net, (channels, *published_size[:2])) is None:
+        named = published_size
     if named:
         size = channels, *named[:2]
         why = _failure(part.net, size)
@@ -203,8 +215,21 @@ MAX_CANDIDATES = 8  # networks that are built to compare their outputs
 
 def _named_in(configs):
     "List the architectures that configurations name"
-    found = [values.get("architecture") or values.get("arch") for _, values in places(configs)]
-    return [name for name in found if isinstance(name, str)]
+    return [name for name, _ in named_networks(configs)]
+
+def part_by_name(
+    state: dict,    # tensors by name
+    configs: list,  # of (place, configuration)
+) -> Part | None:   # None: there is none
+    "Find the network that a configuration names, in timm or torchvision, with the arguments beside it"
+    for name, arguments in named_networks(configs):
+        package, _, plain = name.rpartition("/")
+        for known in [package] if package in PACKAGES else PACKAGES:
+            for config in [arguments, {}] if arguments else [{}]:
+                try: return named_part(with_arguments(f"{known}/{plain}", config), [state])
+                except (ValueError, ImportError): continue
+
+PACKAGES = "timm", "torchvision"
 
 @torch.no_grad()
 def _outputs_of(part, images):
@@ -238,7 +263,7 @@ def known_part(
     for prefix in ["", *_prefixes(state)[:8]]:
         names = architectures_with(weight_shapes(_under(state, prefix)))
         if names: break
-    else: return None, []
+    else: return part_by_name(state, configs), []
     given = [name for name in names if name.partition("/")[2] in _named_in(configs)]
     key = tuple(given or names)
     if key not in _DECIDED and len(key) <= MAX_CANDIDATES: _DECIDED[key] = _decide(key, state, configs)

@@ -46,7 +46,7 @@ def start_early(
     "Start the process that reads PyTorch files, so that it imports PyTorch while the caller does other work"
     try:
         with open(path, "rb") as file: first = file.read(2)
-    except (OSError, ValueError): return  # the reader of the path raises the error
+    except (OSError, ValueError): return  # reading the file raises the error
     if first[:1] == b"\x80" or first == b"PK":
         try: _waiting.append((os.getpid(), _start()))
         except OSError: pass  # as above

@@ -23,7 +23,8 @@ from .folders import find_weights, read_configs
 from .fold import fold
 from .kinds import check_kind
 from lps.models.match import (
-    Part, architecture_of, in_forward_order, known_part, module_size, named_part, recognised_part, title_of,
+    Part, architecture_of, in_forward_order, known_part, module_size, named_part, part_by_name,
+    recognised_part, title_of,
 )
 from .model import Model
 from .names import SUFFIXES, own_names, rename
@@ -41,6 +42,7 @@ class Reading:
     stats: tuple | None = None                  # mean and standard deviation of each channel
     which: str | None = None                    # key of the network to read from a file with several
     whole: bool = False                         # read all weights of a model on the web, not only the first layer
+    hub: bool = False                           # look up `org/name` and `timm/NAME`; `hf://org/name` always is
 
     def __post_init__(self):
         if self.size is not None: given_size(self.size)
@@ -159,11 +161,23 @@ def _from_timm(source):
 
 # %% ../../nbs/models/04_read.ipynb #247944ba
 def is_elsewhere(
-    source,  # whatever a user gave
+    source,             # whatever a user gave
+    hub: bool = False,  # as in `Reading`
 ) -> bool:
-    "Tell whether a source is a name of timm, a model on the Hub or an address. An existing path is none of them"
+    "Tell whether a source is an address, a model on the Hub or a name of timm. An existing path is none of them"
     if not isinstance(source, str) or Path(source).exists(): return False
-    return source.startswith(("https://", "http://")) or is_hub_name(source) and not source.lower().endswith(SUFFIXES)
+    if source.startswith(("https://", "http://", "hf://")): return True
+    return hub and is_hub_name(source) and not source.lower().endswith(SUFFIXES)
+
+def no_such_path(
+    source,  # a path
+) -> FileNotFoundError:
+    "Make the error for a path that does not exist"
+    source = str(source)
+    cure = ""
+    if is_hub_name(source): cure = f"; hf://{source} is read from the Hugging Face Hub"
+    if source.startswith("timm/"): cure = "; hub=True (--hub on the command line) loads timm's weights of this name"
+    return FileNotFoundError(printable(f"no model file or folder {source}{cure}"))
 
 def _unread(entry):
     "Make a tensor without values for one on the web"
@@ -172,8 +186,7 @@ def _unread(entry):
 
 def _from_web(source, reading):
     "Read a model on the web; tensors that were not read have no values"
-    try: model = open_model(source)
-    except OSError as e: raise type(e)(e.errno, f"no file or folder {printable(source)}, and {e.strerror}") from None
+    model = open_model(source)
     whole = reading.whole or reading.arch is not None
     read = model.tensors(list(model.shapes) if whole else model.stem_tensors(reading.names))
     state = {}
@@ -190,9 +203,9 @@ def _open(source, reading):
         kinds = "a file, a folder, timm/NAME, a state dict or an nn.Module"
         raise TypeError(f"a {type(source).__name__} is no model: give {kinds}")
     path = Path(source)
-    if not path.exists() and str(source).startswith("timm/"): return _from_timm(str(source))
-    if is_elsewhere(source): return _from_web(source, reading)
-    if not path.exists(): raise FileNotFoundError(f"no model file or folder {printable(source)}")
+    if is_elsewhere(source, reading.hub):
+        return _from_timm(source) if source.startswith("timm/") else _from_web(source, reading)
+    if not path.exists(): raise no_such_path(source)
     try:
         if path.is_dir(): return _from_folder(path, reading.which)
         return _from_checkpoint(printable(path.name), read_checkpoint(path, reading.which))
@@ -254,10 +267,14 @@ def _find_part(found, reading):
         try: return named_part(arch, (rename(found.state, reading.names), own)), notes, []
         except ValueError:
             if recognised is None: raise
-    if recognised: return recognised, notes, []
     is_here = not any(tensor.is_meta for tensor in own.values())
+    if recognised and is_here and recognise(weight_shapes(recognised.state)).name in GUESSED:
+        return part_by_name(own, found.configs) or recognised, notes, []
+    if recognised: return recognised, notes, []
     part, candidates = known_part(own, found.configs) if is_here else (None, [])
     return part or Part(in_forward_order(own), []), notes, candidates
+
+GUESSED = "vit", "convnext"  # their tensors do not tell the number of heads: a name in the file comes first
 
 def _folded(state):
     "Fold the weights of a checkpoint, if its values are here"
@@ -309,7 +326,7 @@ def _input(part, configs, channels):
 # %% ../../nbs/models/04_read.ipynb #f6275753
 @usual_torch()
 def read_model(
-    source,                        # file, folder, `'timm/NAME'`, name on the Hub, address, state dict or `nn.Module`
+    source,                        # file, folder, `'hf://org/name'`, address, `'timm/NAME'`, state dict or `nn.Module`
     reading: Reading = Reading(),  # what the source does not say
 ) -> Model:
     "Read one model. Raises `FileNotFoundError`, or `ValueError` with the source and the reason"

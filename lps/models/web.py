@@ -48,7 +48,7 @@ def _check_url(url):
         known = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
     except ValueError: known = False  # such as for a port that is no number
     if known and url.isprintable() and " " not in url: return
-    raise ValueError(f"{printable(url)} is no address on the web: it has to be https://HOST/FILE")
+    raise ValueError(f"{printable(url)} is no address on the web: it has to be https://HOST/FILE or hf://org/name")
 
 def _is_private(url):
     "Tell whether an address belongs to this machine or a private network"
@@ -212,8 +212,8 @@ MAX_JSON = 10_000_000  # bytes of a configuration, or of an index of shards
 def is_hub_name(
     name,  # whatever a user gave
 ) -> bool:
-    "Tell whether a text has the form of a name on the Hub, `org/name`"
-    return isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+    "Tell whether a text has the form of a name on the Hub, `org/name` or `hf://org/name`"
+    return isinstance(name, str) and re.fullmatch(r"(hf://)?[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
 
 def hub_url(
     name: str,  # `org/name`
@@ -222,6 +222,11 @@ def hub_url(
     "Return the address of a file on the Hub"
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     return f"{endpoint.rstrip('/')}/{name}/resolve/main/{urllib.parse.quote(file)}"
+
+def _check_online(source):
+    "Raise `OSError` if the user forbids requests to the Hub, as in the Hub's own library"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"): return
+    raise OSError(errno.ENETDOWN, f"{source} is not looked up, since HF_HUB_OFFLINE is set: give a folder")
 
 def remote_json(
     url: str,   # a small file
@@ -264,14 +269,16 @@ def _shard_urls(name):
 
 # %% ../../nbs/models/02_web.ipynb #6b9b3a52
 def open_model(
-    source: str,            # `org/name` on the Hub, or `https://….safetensors`
+    source: str,            # `org/name` or `hf://org/name` on the Hub, or `https://….safetensors`
     download: bool = False,   # read whole files where a server does not send ranges
 ) -> RemoteModel:           # its tensors unread
     "Read headers and configurations of a model. Raises `OSError`, or `ValueError` with the reason"
     if not is_hub_name(source): return RemoteModel(source, [open_remote(source, download)], [])
-    try: files = [open_remote(hub_url(source, "model.safetensors"), download)]
-    except FileNotFoundError: files = [open_remote(url, download) for url in _shard_urls(source)]
-    said = [(name, remote_json(hub_url(source, name))) for name in ("preprocessor_config.json", "config.json")]
+    _check_online(source)
+    model = source.removeprefix("hf://")
+    try: files = [open_remote(hub_url(model, "model.safetensors"), download)]
+    except FileNotFoundError: files = [open_remote(url, download) for url in _shard_urls(model)]
+    said = [(name, remote_json(hub_url(model, name))) for name in ("preprocessor_config.json", "config.json")]
     return RemoteModel(source, files, [(name, value) for name, value in said if value is not None])
 
 @patch

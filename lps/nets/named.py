@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/nets/03_named.ipynb #a595719f
-import copy, functools, importlib
+import ast, copy, functools, importlib, re
 from typing import NamedTuple
 
 import torch
@@ -39,15 +39,30 @@ def _own_builder(module, function):
     if callable(build): return build
     raise ValueError(f"{name} is a {type(build).__name__}, expected a function that returns a network")
 
+def arch_arguments(
+    arch: str,  # name of a network, such as `'timm/resnet18(in_chans=1)'`
+) -> tuple:     # the name without its arguments, and these by name
+    "Split a name into network and arguments. Raises `ValueError` for arguments that are no literals"
+    found = re.fullmatch(r"([^()]+)\((.*)\)", arch.strip(), re.S)
+    if not found: return arch, {}
+    try:
+        call = ast.parse(f"f({found[2]})", mode="eval").body
+        if call.args: raise ValueError
+        return found[1], {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, AttributeError):
+        raise ValueError(f"arch is {printable(repr(arch))}: give arguments as NAME(key=value, …)") from None
+
 @functools.lru_cache(32)
 def network_builder(
-    arch: str,   # `'timm/resnet18'`, `'torchvision/resnet18'` or `'package.module:function'`
+    arch: str,   # `'timm/resnet18'`, `'torchvision/resnet18'` or `'package.module:function'`, arguments in brackets
 ):               # called without arguments, or with `num_classes`, it returns the network
     "Return the function that builds a named network. Raises `ValueError` for other names, `ImportError` without timm"
-    kind, _, name = arch.partition("/")
+    plain, config = arch_arguments(arch)
+    if config: return functools.partial(network_builder(plain), **config)
+    kind, _, name = plain.partition("/")
     if kind == "timm" and name: return _timm_builder(name)
     if kind == "torchvision" and name: return _torchvision_builder(name)
-    module, _, function = arch.partition(":")
+    module, _, function = plain.partition(":")
     if module and function: return _own_builder(module, function)
     known = "timm/NAME, torchvision/NAME or package.module:function"
     raise ValueError(f"arch is {printable(repr(arch))}: give {known}")

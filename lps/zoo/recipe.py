@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..core.files import suggestion
 from ..core.jobs import seeded
 from ..nets.architectures import ARCHITECTURES, get_architecture
 from ..nets.resnet import check_depth
@@ -81,8 +82,8 @@ def get_recipe(
 ) -> Recipe:
     "Get a recipe by name; raises `ValueError` for an unknown one"
     if isinstance(recipe, Recipe): return recipe
-    if recipe not in recipes: raise ValueError(f"unknown recipe '{recipe}': known are {', '.join(recipes)}")
-    return recipes[recipe]
+    if recipe in recipes: return recipes[recipe]
+    raise ValueError(f"unknown recipe '{recipe}'{suggestion(recipe, recipes)}: known are {', '.join(recipes)}")
 
 def rate_factor(
     milestones: tuple, # of a recipe

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..core.files import printable
+from ..core.files import printable, suggestion
 
 # %% ../../nbs/zoo/00_tasks.ipynb #b61904bb
 @dataclass
@@ -466,7 +466,7 @@ def _image_folder(name):
     if folder.is_dir(): return folder
     known = ", ".join(f"'{dataset}'" for dataset in DATASETS)
     others = f"any folder with train/ and val/ (there is no folder {printable(folder)})"
-    raise ValueError(f"unknown images '{printable(name)}': known are {known}, and {others}")
+    raise ValueError(f"unknown images '{printable(name)}'{suggestion(name, DATASETS)}: known are {known}, and {others}")
 
 # %% ../../nbs/zoo/00_tasks.ipynb #4c166e81
 def load_splits(
