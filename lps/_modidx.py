@@ -1636,6 +1636,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lps.study.classes.areas': ('study/classes.html#areas', 'lps/study/classes.py'),
                                    'lps.study.classes.auc_measure': ('study/classes.html#auc_measure', 'lps/study/classes.py'),
                                    'lps.study.classes.both_figures': ('study/classes.html#both_figures', 'lps/study/classes.py'),
+                                   'lps.study.classes.chosen_networks': ('study/classes.html#chosen_networks', 'lps/study/classes.py'),
                                    'lps.study.classes.classes_fields': ('study/classes.html#classes_fields', 'lps/study/classes.py'),
                                    'lps.study.classes.classes_table': ('study/classes.html#classes_table', 'lps/study/classes.py'),
                                    'lps.study.classes.classes_text': ('study/classes.html#classes_text', 'lps/study/classes.py'),

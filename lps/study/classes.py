@@ -337,7 +337,7 @@ class ClassesRecord(Record):
     across: dict                # of two architectures: the same
     control: dict               # both with the images of one network shuffled
     variants: dict[str, dict]   # changed descriptors → areas for shared classes, within and across
-    kinds: dict                 # n_images; found: kind of image → the same
+    kinds: dict                 # n_images; networks; found: kind of image → the same, on the networks of the choice
     curve: dict[str, dict]      # number of images → the same
     number: dict[str, dict]     # within, across → result of `number_figures`
     names: dict                 # result of `naming_figures`
@@ -362,49 +362,53 @@ def described_by(networks, logits):
     "Describe networks by other logits, as small networks are described"
     return [network.changed(class_descriptors(z, .2, both=True)) for network, z in zip(networks, logits)]
 
-def variant_figures(networks, mixed):
+def variant_figures(networks):
     "Measure descriptors that lack one part of the method"
     def area(rows): return areas(all_pairs([network.changed(row) for network, row in zip(networks, rows)]))
     logits = [centred_logits(network.about.logits.float()) for network in networks]
-    of_mixed = [network.about.logits.float() for network in mixed]
     return {
         "cosine, no cohort": areas(all_pairs(networks, plain=True)),
         "logits alone": area([class_descriptors(z, .2) for z in logits]),
         "hardly whitened": area([network.about.graded for network in networks]),
-        "images of the other mixture": areas(all_pairs(described_by(networks, of_mixed))),
-        "other mixture, logits alone": areas(all_pairs(mixed)),
     }
 
-def image_figures(networks, several, n_images, seed, size):
-    "Compare kinds and numbers of images"
-    channels = next(iter(several.sets.values()))[0].channels
-    kinds = [*KINDS, *MIXTURES]
-    n = n_images//8
-    parts = [synthetic_images(n, seed + 1, size, channels, MIXTURES.get(kind, (kind,))) for kind in kinds]
-    many = synthetic_images(2*n_images, seed + 2, size, channels, MIXTURES["smooth"])
-    outputs = []
-    for models in several.sets.values():
-        for i in range(len(models)): outputs.append(class_logits(models[i], torch.cat([*parts, many])))
-    found = {}
-    for number, kind in enumerate(kinds):
-        found[kind] = areas(all_pairs(described_by(networks, [z[n*number:n*(number + 1)] for z in outputs])))
-    order = torch.randperm(len(many), generator=torch.Generator().manual_seed(seed)) + n*len(kinds)
-    curve = {}
-    count = 32
-    while count <= len(many):
-        curve[str(count)] = areas(all_pairs(described_by(networks, [z[order[:count]] for z in outputs])))
-        count *= 2
-    return dict(kinds=dict(n_images=n, found=found), curve=curve)
-
-def held_out_figures(networks, pairs, n_first, n_other, n_boot, seed):
-    "Measure pairs of networks that no choice was made on"
+def chosen_networks(networks, n_first, n_other):
+    "Return the places of the first networks of the reference set and of each other set"
     seen = {}
-    out = set()
+    found = []
     for i, network in enumerate(networks):
         seen[network.kind] = seen.get(network.kind, 0) + 1
         most = n_first if network.kind == networks[0].kind else n_other
-        if seen[network.kind] > most: out.add(i)
-    kept = [pair for pair in pairs if pair.i in out and pair.j in out]
+        if seen[network.kind] <= most: found.append(i)
+    return found
+
+def image_figures(networks, chosen, several, n_images, seed, size):
+    "Compare kinds of images on some networks, and numbers of images on all"
+    kinds = [*KINDS, *MIXTURES]
+    n = n_images//8
+    channels = next(iter(several.sets.values()))[0].channels
+    parts = [synthetic_images(n, seed + 1, size, channels, MIXTURES.get(kind, (kind,))) for kind in kinds]
+    models = []
+    for of_kind in several.sets.values(): models += [of_kind[i] for i in range(len(of_kind))]
+    outputs = [class_logits(models[i], torch.cat(parts)) for i in chosen]
+    some = [networks[i] for i in chosen]
+    found = {}
+    for number, kind in enumerate(kinds):
+        found[kind] = areas(all_pairs(described_by(some, [z[n*number:n*(number + 1)] for z in outputs])))
+    order = torch.randperm(n_images, generator=torch.Generator().manual_seed(seed))
+    logits = [network.about.logits.float() for network in networks]
+    curve = {}
+    count = 32
+    while count < n_images:
+        curve[str(count)] = areas(all_pairs(described_by(networks, [z[order[:count]] for z in logits])))
+        count *= 2
+    curve[str(n_images)] = areas(all_pairs(networks))
+    return dict(kinds=dict(n_images=n, networks=len(chosen), found=found), curve=curve)
+
+def held_out_figures(networks, pairs, n_first, n_other, n_boot, seed):
+    "Measure pairs of networks that no choice was made on"
+    chosen = chosen_networks(networks, n_first, n_other)
+    kept = [pair for pair in pairs if pair.i not in chosen and pair.j not in chosen]
     found = both_figures(kept, n_boot, seed)
     for name, figures in found.items():
         part = [pair for pair in kept if pair.within == (name == "within")]
@@ -422,7 +426,8 @@ def classes_fields(
 ) -> dict:                 # fields of `ClassesRecord`
     "Match the classes of all pairs of networks"
     networks = describe_networks(several, n_images, seed, size)
-    mixed = describe_networks(several, n_images, seed, size, "mixed")
+    kind, models = next(iter(several.sets.items()))
+    mixed = describe_networks(ModelSets({kind: models}), n_images, seed, size, "mixed")
     pairs = all_pairs(networks)
     figures = both_figures(pairs, n_boot, seed)
     graded = all_pairs([network.changed(network.about.graded) for network in networks])
@@ -437,12 +442,12 @@ def classes_fields(
         within=figures["within"],
         across=figures["across"],
         control=both_figures(all_pairs(networks, shuffle=True), n_boot, seed),
-        variants=variant_figures(networks, mixed),
+        variants=variant_figures(networks),
         number=number,
         names=naming_figures(networks, n_boot, seed),
         domains=domain_figures(mixed),
         held_out=held_out_figures(networks, pairs, n_first, n_other, n_boot, seed),
-        **image_figures(networks, several, n_images, seed, size),
+        **image_figures(networks, chosen_networks(networks, n_first, n_other), several, n_images, seed, size),
     )
 
 # %% ../../nbs/study/23_classes.ipynb #8d6fb918
