@@ -7,6 +7,7 @@ __all__ = ['N_COARSE', 'UNFIT', 'ModelIndex', 'BuildSettings', 'class_method', '
 
 # %% ../../nbs/index/03_index.ipynb #b92215d0
 import contextlib, itertools, json, tempfile, warnings
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -183,14 +184,17 @@ def _nearest(self: ModelIndex, queries, k, with_self, approximate=False):
         keep = np.flatnonzero(~np.isin(places, left_out))[:k]
         yield scores[keep], places[keep]
 
+MOST_SHOWN = 8  # names of classes in a table
+
 def _found_table(facts, similarity):
     "Make a table of models and their similarities; facts of an unexpected type count as unknown"
     columns = dict(similarity=np.asarray(similarity, float), task=[], classes=[], val_accuracy=[], file=[])
     for fact in facts:
         task = fact.get("task")
-        classes = fact.get("class_0"), fact.get("class_1")
-        columns["task"].append(task if isinstance(task, int) else -1)
-        columns["classes"].append("" if None in classes else printable(" / ".join(map(str, classes))))
+        classes = fact.get("classes") or [fact.get("class_0"), fact.get("class_1")]
+        columns["task"].append(task if isinstance(task, (int, str)) else -1)
+        known = isinstance(classes, list) and None not in classes
+        columns["classes"].append(printable(" / ".join(map(str, classes[:MOST_SHOWN]))) if known else "")
         columns["val_accuracy"].append(_number_or_nan(fact.get("val_accuracy")))
         columns["file"].append(str(fact.get("file", "")))
     return pd.DataFrame(columns, index=pd.RangeIndex(1, len(facts) + 1, name="rank"))
@@ -360,6 +364,7 @@ class BuildSettings:
     executor: Executor|None = None  # any `concurrent.futures.Executor` to use instead
     seed: int|None = None           # determines everything random; None: 0
     fit: dict = field(default_factory=dict)  # settings of the method that is fitted
+    progress: Callable|None = None  # called with the numbers of models done and in all
 
     @property
     def given(self): # dict
@@ -520,8 +525,11 @@ def _grow(self: ModelIndex, items, bad, reading, table, settings, path=None):
         self._check_tasks(items, table, files)
         unmatched = unmatched_rows(table, [*(item.path for item in items), *bad])
         bad |= dict.fromkeys(map(printable, unmatched), "in the table, but it matches no file")
+    count = 0
     for done in embed_all(self.fitted, new, reading, table, settings.workers, settings.executor):
         bad |= done.bad
+        count += len(done.rows) + len(done.bad)
+        if settings.progress: settings.progress(count, len(new))
         if not done.rows: continue
         if self.rows is None: self._start(len(done.rows[0]), path)
         self._take(done)
