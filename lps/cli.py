@@ -760,7 +760,8 @@ def show_relatives(found):
     if found is None or not len(found): return
     arrows = {"a → b": "it → query", "b → a": "query → it"}
     table = found.assign(direction=found.direction.replace(arrows)).set_axis(range(1, len(found) + 1))
-    show_table(table[["file", "verdict", "how", "direction"]].rename_axis("#"), "Copies and relatives of the query")
+    table = table[["file", "role", "verdict", "how", "direction"]].rename_axis("#")
+    show_table(table, "Copies and relatives of the query")
 
 # %% ../nbs/04_cli.ipynb #43fce39d
 INDEX = "An index, or with --method a model set; bundled: the one that comes with lps"

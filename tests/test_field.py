@@ -46,6 +46,13 @@ def test_the_network_that_a_file_names_is_built_with_its_arguments(tmp_path, for
     torch.testing.assert_close(model.outputs(images), net(images).detach())
 
 
+def test_arguments_that_a_network_does_not_take_are_left_out(tmp_path):
+    net = network("densenet121", growth_rate=8, block_config=(1, 1), num_classes=3)
+    arguments = dict(model="densenet121", img_size=32, growth_rate=8, block_config=(1, 1))
+    torch.save(dict(arch="densenet121", state_dict=net.state_dict(), args=arguments), tmp_path/"m.pt")
+    assert read_model(tmp_path/"m.pt").meta["size"] == [3, 32, 32]
+
+
 def test_arguments_of_a_file_build_no_large_network(tmp_path):
     net = network("vit_tiny_patch16_224", num_classes=3, **VIT)
     place = hub_folder(tmp_path/"m", net, "vit_tiny_patch16_224", model_args=VIT | dict(depth=10**9))
