@@ -253,7 +253,8 @@ def write_folder(folder):
     for family, kind in FAMILIES.items():
         variant = kind.variant(0)
         with seeded(FIRST_SEED): state = build(variant, 5).state_dict()
-        path, _ = write_model(folder/"models", 6*150 + 6*list(FAMILIES).index(family) + 4, state, variant, list("abcde"))
+        number = len(FORMS)*(150 + list(FAMILIES).index(family)) + FORMS.index("script")
+        path, _ = write_model(folder/"models", number, state, variant, list("abcde"))
         known.append(dict(file=str(path), family=family, task="", seed=-1, named=True, kind="untrained",
                           accuracy=None, parent=None, variant=variant))
     with_norms = next(path for path in (folder/"raw").glob("resnet-*"))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['field_fields']
 
-# %% ../../nbs/study/25_field.ipynb #9abfe3e2
+# %% ../../nbs/study/25_field.ipynb #edc1a712
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ from .figures import new_axes, plain_text
 from .records import MEASURED_BY, Record
 from .registry import Experiment, register_experiment
 
-# %% ../../nbs/study/25_field.ipynb #c5d69a55
+# %% ../../nbs/study/25_field.ipynb #0010fabf
 def with_truth(
     found: pd.DataFrame,  # query, file, shared, probability, …: models found, the best first
     known: pd.DataFrame,  # file, family, task, kind, chosen_on: was it used to choose settings?
@@ -67,7 +67,7 @@ def decision_figures(
         mean_truth=round(float(pairs.truth.mean()), 3),
     )
 
-# %% ../../nbs/study/25_field.ipynb #9dd114d9
+# %% ../../nbs/study/25_field.ipynb #bf321016
 def role_figures(
     roles: pd.DataFrame,  # query, file, role, verdict
     known: pd.DataFrame,  # file, family, seed, task, parent: name of the network it was fine-tuned from
@@ -136,7 +136,7 @@ def naming_figures(
         there=int(there),
     )
 
-# %% ../../nbs/study/25_field.ipynb #acf32c8a
+# %% ../../nbs/study/25_field.ipynb #500d7bf5
 def field_fields(
     known: pd.DataFrame,     # models: file, family, task, seed, named, kind, parent, chosen_on
     classes: dict,           # task → names of its classes
@@ -166,7 +166,7 @@ def field_fields(
         naming=naming_figures(named, by_class, known, classes),
     )
 
-# %% ../../nbs/study/25_field.ipynb #5473d686
+# %% ../../nbs/study/25_field.ipynb #ae93543c
 @dataclass(kw_only=True)
 class FieldRecord(Record):
     "Result of indexing a mixed folder"
@@ -230,8 +230,8 @@ def field_text(
 TEXT = """- **Reading**: {r.readable[indexed]} of {r.readable[files]} models are indexed by one command, and\
  {r.wrong[with_reason]} of {r.wrong[files]} wrong files are listed with a reason; {r.seconds:.2f} s of one core a model.
 - **Related or not**, {r.decision[pairs]:.0f} pairs of different families: AUC {r.decision[auc]:.3f}; mean squared\
- error of the probability {r.decision[brier]:.3f}, of a constant one {r.decision[constant_brier]:.3f}; expected and true\
- number of shared classes: ρ {r.decision[rho]:.2f}, means {r.decision[mean_expected]:.2f} and\
+ error of the probability {r.decision[brier]:.3f}, of a constant one {r.decision[constant_brier]:.3f}; expected and\
+ true number of shared classes: ρ {r.decision[rho]:.2f}, means {r.decision[mean_expected]:.2f} and\
  {r.decision[mean_truth]:.2f}.
 - **Lineage**: {roles} are named as such; {false} other pairs are called relatives.
 - **Untrained networks**: recommended {r.untrained[recommended]} times, of {r.untrained[networks]};\
@@ -241,7 +241,7 @@ TEXT = """- **Reading**: {r.readable[indexed]} of {r.readable[files]} models are
  {r.naming[there]:.0f} that do; the first one is right for {r.naming[first_right]:.0f} of {r.naming[lookups]:.0f}.
 """
 
-# %% ../../nbs/study/25_field.ipynb #6143742d
+# %% ../../nbs/study/25_field.ipynb #7b2655e5
 register_experiment(Experiment(
     kind="field",
     title="A mixed folder",
