@@ -10,7 +10,7 @@ from conftest import ROOT
 from nbclient import NotebookClient
 
 from lps.study.stats import at_chance, reaches, stays_below, verdict
-from lps.study.records import Record
+from lps.study.records import Record, record_text
 from lps.study.page import caption, claims_of, claims_table, outcomes_text, overview, same_networks
 from lps.study.registry import EXPERIMENTS, kind_of, result_files
 from made_up import base_record
@@ -35,10 +35,12 @@ def outputs(page) -> list[tuple[str, str]]:
     return shown
 
 
+def all_text(page) -> str: return "\n".join(text for _, text in outputs(page))
+
+
 def named(page) -> list[str]:
     "The result files that the page names"
-    text = "\n".join(text for kind, text in outputs(page) if kind == "text/markdown")
-    return re.findall(r"`results/(.+?\.json)`", text)
+    return re.findall(r'<th scope="row">results/(.+?\.json)</th>', all_text(page))
 
 
 def test_every_result_file_is_shown_once_and_no_other():
@@ -46,21 +48,31 @@ def test_every_result_file_is_shown_once_and_no_other():
     assert sorted(named(PAGE)) == sorted(p.name for p in FILES), stale
 
 
-def test_every_figure_follows_the_file_behind_it():
-    order = []
-    for kind, text in outputs(PAGE):
-        name = re.findall(r"`results/(.+?\.json)`", text)
-        if kind == "image/png" or name: order.append(name[0] if name else "figure")
-    wanted = []
-    for name in named(PAGE): wanted += [name, "figure"]
-    assert order == wanted
+def test_every_experiment_has_one_section_with_one_captioned_figure_and_its_files():
+    sections = re.split(r"^### ", all_text(PAGE), flags=re.M)[1:]
+    kinds = list(dict.fromkeys(map(kind_of, FILES)))
+    assert len(sections) == len(kinds)
+    for kind, section in zip(kinds, sections):
+        experiment = EXPERIMENTS[kind]
+        assert section.startswith(f"{experiment.title}\n"), kind
+        figure, = re.findall(r'<figure><img alt="(.+?)" src=".+?"><figcaption>(.+?)</figcaption>', section)
+        assert figure[0].startswith(experiment.title) and figure[1] == experiment.see, kind
+        files = re.findall(r'<th scope="row">results/(.+?\.json)</th>', section)
+        assert sorted(files) == sorted(p.name for p in FILES if kind_of(p) == kind)
+
+
+def test_sections_have_one_open_table_of_at_most_seven_columns():
+    for section in re.split(r"^### ", all_text(PAGE), flags=re.M)[1:]:
+        opened = re.sub(r"<details>.*?</details>", "", section, flags=re.S)
+        assert opened.count("<table") == 1, section[:40]
+        for table in re.findall(r"<thead>.*?</thead>", section): assert table.count("<th ") <= 7, section[:40]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_what_is_said_of_a_file_is_what_is_in_it(path):
-    text, record = "\n".join(text for _, text in outputs(PAGE)), FILES[path]
+    text, record = all_text(PAGE), FILES[path]
     claims = claims_table(path, record)
-    said = [text_of(path, record), caption(record).split(" *Marked")[0], *claims["found here"], *claims.verdict]
+    said = [text_of(path, record), record_text(record), *claims["found here"], *claims.verdict]
     stale = [t for t in said if t not in text]
     assert not stale, "the page is older than the file: run nbs/results.ipynb from top to bottom"
 
@@ -76,15 +88,16 @@ def test_page_opens_with_the_grid_of_all_claims():
     assert (kind, lines) == ("text/markdown", outcomes_text(ROOT/"results"))
     assert grid_kind == "text/html"
     grid = overview(ROOT/"results")
-    assert text.count("<tr>") == 1 + len(grid)
+    assert text.count("<tr>") == 1 + len(grid) and grid.columns[0] == "paper"
     for name in grid:
         for cell in grid[name]:
-            for entry in cell.splitlines(): assert entry in text
+            for entry in cell.splitlines():
+                for part in entry.split(", ", 1): assert part in text
 
 
 def test_grid_has_every_claim_once():
     claims = sum(len(claims_of(path, record)) for path, record in FILES.items())
-    cells = overview(ROOT/"results").to_numpy().ravel()
+    cells = overview(ROOT/"results").drop(columns="paper").to_numpy().ravel()
     assert sum(len(cell.splitlines()) for cell in cells) == claims
 
 
@@ -95,9 +108,9 @@ def test_no_number_is_typed_by_hand():
         assert not re.findall(r"\d" if markdown else r"\d+\.\d", text), text
 
 
-def test_code_on_the_page_is_folded():
+def test_code_on_the_page_is_hidden():
     for c in PAGE["cells"]:
-        if c["cell_type"] == "code": assert "".join(c["source"]).startswith("#| code-fold: true\n")
+        if c["cell_type"] == "code": assert re.match(r"#\| (hide|echo: false)\n", "".join(c["source"]))
 
 
 def test_every_record_is_whole():
@@ -117,8 +130,8 @@ def test_without_a_file_there_is_no_section(workdir, tmp_path, monkeypatch):
     nb = nbformat.read(ROOT/"nbs/results.ipynb", as_version=4)
     where = {"metadata": {"path": str(folder/"nbs")}}
     NotebookClient(nb, timeout=600, kernel_name="python3", resources=where).execute()
-    text = "\n".join(text for _, text in outputs(nb))
-    assert named(nb) == [kept.name] and sum(kind == "image/png" for kind, _ in outputs(nb)) == 1
+    text = all_text(nb)
+    assert named(nb) == [kept.name] and text.count("<figure>") == 1
     assert [e.kind for e in EXPERIMENTS.values() if f"### {e.title}" in text] == [kind_of(kept)]
 
 

@@ -136,3 +136,17 @@ def test_picture_of_classes_shows_the_result_file():
 def test_ruff_reads_everything():
     done = subprocess.run([BIN/"ruff", "check", "--output-format", "concise"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_readme_names_every_extra():
+    readme = (ROOT/"README.md").read_text(encoding="utf-8")
+    extras = [name.removesuffix("_requirements") for name in SETTINGS["DEFAULT"] if name.endswith("_requirements")]
+    assert sorted(re.findall(r"'\.\[(\w+)\]'", readme)) == sorted(extras)
+
+
+def test_readme_code_prints_what_it_shows(tmp_path):
+    readme = (ROOT/"README.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```$", readme, flags=re.M | re.S))
+    shown = "".join(re.findall(r"^```text\n(.*?)^```$", readme, flags=re.M | re.S))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == shown, done.stderr

@@ -105,5 +105,9 @@ register_experiment(Experiment(
     claims=alignment_claims,
     small=SMALL_FIT | dict(n_train=2),
     needs=ALL_LAYERS,
+    see=(
+        "Top-1 of each branch with both alignments, one of them, or neither. Compare the four markers of "
+        "a branch with each other and with chance, the dashed line."
+    ),
     order=12,
 ))

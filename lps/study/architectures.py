@@ -307,5 +307,9 @@ register_experiment(Experiment(
     words=architectures_text,
     small=SMALL_ACROSS,
     needs={"several architectures": has_sets},
+    see=(
+        "Queries of one architecture against networks of others. Blue: the nearest network solves the "
+        "same task. Red: the order of tasks is reversed. Good methods are long in blue and short in red."
+    ),
     order=6,
 ));

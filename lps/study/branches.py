@@ -183,5 +183,9 @@ register_experiment(Experiment(
     claims=branch_claims,
     small=SMALL_FIT | dict(n_train=2),
     needs=ALL_LAYERS,
+    see=(
+        "Top-1, top-5 and top-10 for one branch a layer, from the input to the output. The first branch "
+        "stands out; the dashed line is the chance of top-1."
+    ),
     order=11,
 ))

@@ -157,5 +157,9 @@ register_experiment(Experiment(
     words=copies_text,
     small=SMALL_ACROSS | dict(n_models=3),
     needs={"copies": has_copies},
+    see=(
+        "Cosine between a network and what was made from it. Copies on the left should stay near 1, "
+        "other tasks on the right near 0."
+    ),
     order=8,
 ));

@@ -12,7 +12,7 @@ from typing import ClassVar
 import pandas as pd
 
 from ..models.modelset import ModelSet
-from .records import MEASURED_BY, RunsRecord, runs_fields
+from .records import MEASURED_BY, RunsRecord, runs_fields, side_by_side
 from .registry import SMALL_FIT, Experiment, register_experiment
 from .splits import first_models
 from .table1 import plot_table, runs_table, table1
@@ -61,6 +61,11 @@ register_experiment(Experiment(
     record=InitialisationRecord,
     plot=plot_table,
     table=runs_table,
+    together=side_by_side,
     small=SMALL_FIT | dict(model_set="digits", others="", n_tasks=3, n_first=4, n_train=2),
+    see=(
+        "Top-1 to top-5 for networks of another initialisation. Compare the curves of one method across "
+        "the sets."
+    ),
     order=9,
 ));

@@ -17,7 +17,7 @@ from ..methods.combine import FUSIONS, fuse, learn_alpha
 from ..models.modelset import ModelSet
 from .branches import BranchRecord, branch_scores
 from .figures import draw_bars, error_points, plain_text
-from .records import MEASURED_BY, RunsRecord, runs_fields
+from .records import MEASURED_BY, RunsRecord, runs_fields, side_by_side
 from .registry import ALL_LAYERS, SMALL_FIT, Claim, Experiment, register_experiment
 from .splits import classification_splits
 from .stats import MOST_SPLITS, Verdict, mean_sd, signed, splits_to_decide, verdict
@@ -172,9 +172,14 @@ register_experiment(Experiment(
     record=FusionRecord,
     plot=plot_fusion,
     table=runs_table,
+    together=side_by_side,
     claims=fusion_claims,
     words=fusion_words,
     small=SMALL_FIT | dict(n_train=3, n_held=1),
     needs=ALL_LAYERS,
+    see=(
+        "Left: top-1 of single branches and of fusions of all branches; grey is the best branch in "
+        "hindsight. Right: the learned weight of each branch."
+    ),
     order=13,
 ))

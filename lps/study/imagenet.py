@@ -318,5 +318,9 @@ register_experiment(Experiment(
     words=imagenet_text,
     small=SMALL_IMAGENET,
     needs={"the networks of the extra imagenet": is_imagenet},
+    see=(
+        "Left: the share of classes matched between two networks, by the number of synthetic images. "
+        "Right: the same for each kind of image."
+    ),
     order=20,
 ));

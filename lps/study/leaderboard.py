@@ -16,8 +16,9 @@ import pandas as pd
 
 from ..methods.registry import METHODS, NEEDS, embed_models, fit_method, method_title, own_settings
 from ..models.modelset import ModelSet
+from .page import fold, table_html
 from .records import MEASURED_BY, RunsRecord
-from .registry import EXPERIMENTS, SMALL_FIT, Experiment, kind_of, register_experiment, result_files
+from .registry import SMALL_FIT, Experiment, register_experiment, result_files
 from .stats import mean_sd, spread
 from .table1 import plot_table
 
@@ -82,39 +83,45 @@ def measured(
 # %% ../../nbs/study/13_leaderboard.ipynb #816c0dcb
 def leaderboard(
     folder: str|Path, # with result files
-) -> pd.DataFrame:    # text, one row a method
-    "Show requirements, invariances, cost and accuracies of every method"
+) -> pd.DataFrame:    # text, one row a method; columns: measure and setting
+    "Show accuracies, requirements, invariances and cost of every method"
     found = measured(folder)
     if found.empty: return found
-    rows = {}
-    for method, seconds in found.groupby("method", sort=False).seconds:
-        known = METHODS.get(method)
-        rows[method] = {
-            ("", "needs"): known.needs if known else "",
-            ("", "exact invariances"): ", ".join(known.invariances) if known else "",
-            ("", "seconds a model"): "" if seconds.isna().all() else f"{seconds.mean():.2g}",
-            ("", "note"): known.caveat if known else "",
-        }
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    for (name, tasks, known), of_set in found.groupby(["set", "tasks", "known"], sort=False):
-        of_set = of_set.drop_duplicates("method", keep="last").set_index("method")
-        heading = f"{name}: {tasks} tasks, {known} known of each"
-        for column, values in (("top-1", "text"), ("rank-1", "rank-1"), ("mAP", "mAP")):
-            table[heading, column] = of_set[values]
-    order = found.groupby("method")["top-1"].mean().sort_values(ascending=False).index
-    table = table.loc[order].rename(index=method_title)
-    for columns in _other_tables(folder, table.index): table = table.join(columns)
-    return table.fillna("").rename_axis("method")
+    by_method = found.groupby("method")
+    order = by_method["top-1"].mean().sort_values(ascending=False).index
+    table = pd.DataFrame(index=order, columns=pd.MultiIndex.from_tuples([], names=[None, None]))
+    settings = list(found.groupby(["set", "tasks", "known"], sort=False))
+    settings.sort(key=lambda setting: (-setting[1].method.nunique(), -setting[0][1]))
+    for measure, column in (("top-1", "text"), ("rank-1", "rank-1"), ("mAP", "mAP")):
+        for (name, tasks, known), of_set in settings:
+            values = of_set.drop_duplicates("method", keep="last").set_index("method")[column]
+            table[measure, f"{name}, {tasks} tasks × {known}"] = values
+    rows = [METHODS.get(method) for method in order]
+    table["", "needs"] = [row.needs if row else "" for row in rows]
+    table["", "exact invariances"] = [", ".join(row.invariances) if row else "" for row in rows]
+    seconds = by_method.seconds.mean()[order]
+    table["", "seconds a model"] = ["" if np.isnan(value) else f"{value:.2g}" for value in seconds]
+    table["", "note"] = [row.caveat if row else "" for row in rows]
+    return table.fillna("").rename(index=method_title).rename_axis("method")
 
-def _other_tables(folder, titles):
-    "Yield rows of tables of other experiments, below the title of the experiment"
-    for path, record in result_files(folder).items():
-        experiment = EXPERIMENTS[kind_of(path)]
-        if experiment.kind in ("leaderboard", "table1", "table2", "triplet") or experiment.table is None: continue
-        table = experiment.table(record)
-        rows = table[table.index.isin(titles)] if table.index.nlevels == 1 else table[:0]
-        rows.columns = pd.MultiIndex.from_product([[f"{experiment.title}, {record.name}"], rows.columns])
-        if len(rows): yield rows
+# %% ../../nbs/study/13_leaderboard.ipynb #3a419222
+N_SETTINGS = 4  # of top-1 in the first table
+
+def show_leaderboard(
+    folder: str|Path, # with result files
+):                    # Markdown
+    "Show top-1 of every method, and the rest of the leaderboard in folds"
+    from IPython.display import Markdown
+    board = leaderboard(folder)
+    if board.empty: return Markdown("There is no result yet.")
+    needs = board["", "needs"].rename("needs")
+    parts = [table_html(board["top-1"].iloc[:, :N_SETTINGS].join(needs))]
+    further = board["top-1"].iloc[:, N_SETTINGS:]
+    if further.size: parts.append(fold("Top-1 on further model sets", table_html(further)))
+    parts.append(fold("Unseen tasks: rank-1", table_html(board["rank-1"])))
+    parts.append(fold("Unseen tasks: mAP", table_html(board["mAP"])))
+    parts.append(fold("Invariances, cost and notes", table_html(board[""].drop(columns="needs"))))
+    return Markdown("\n\n".join(parts))
 
 # %% ../../nbs/study/13_leaderboard.ipynb #8c26d8ac
 def best_for(
@@ -203,5 +210,9 @@ register_experiment(Experiment(
     plot=plot_table,
     table=leaderboard_table,
     small=SMALL_FIT | dict(model_set="digits", n_train=2, n_query=1, methods="lps,stem-signature,probes"),
+    see=(
+        "The share of test networks whose task is among the first k, for each method. Compare the curves "
+        "at k = 1; the dashed lines are chance."
+    ),
     order=5,
 ))

@@ -204,5 +204,9 @@ register_experiment(Experiment(
     table=curve_summary,
     words=curve_text,
     small=SMALL_FIT | dict(n_tasks="3", n_train="1,2", n_test=1, zoo_epochs=2, keep="1"),
+    see=(
+        "Top-1 of LPS, and how many times chance that is, by the number of tasks, of training networks "
+        "and of epochs. Watch whether each curve still rises at its right end."
+    ),
     order=3,
 ))

@@ -160,5 +160,9 @@ register_experiment(Experiment(
     table=overlap_table,
     small=SMALL_ACROSS,
     needs=ALL_LAYERS | {"shared classes": has_shared_classes},
+    see=(
+        "How well a similarity tells pairs that share a class from pairs that do not. Bars beyond the "
+        "dashed line are above chance; whiskers are intervals over classes."
+    ),
     order=7,
 ));

@@ -300,6 +300,21 @@ def runs_fields(
     by_method = {method: values.to_dict("list") for method, values in runs.groupby(level="method", sort=False)}
     return dict(runs=by_method, n_right=n_right, summary=summary(runs, n_right).to_dict("index"))
 
+# %% ../../nbs/study/03_records.ipynb #e663c725
+def side_by_side(
+    named: dict,            # heading → record with runs
+    paper: dict|None = None, # method → the paper's number, in percent
+) -> pd.DataFrame:          # text, one row a method, chance first
+    "Show the first measure of every method on several results"
+    columns = {}
+    if paper: columns["paper"] = {method_title(m): f"{value:.1f}" for m, value in paper.items()}
+    for heading, record in named.items():
+        measure = next(iter(record.frame))
+        of_methods = {method_title(m): mean_sd(record.percent(m, measure)) for m in record.runs}
+        columns[heading] = {"chance": f"{record.chance:.1f}"} | of_methods
+    table = pd.DataFrame(columns).fillna("").rename_axis(f"{measure}, %")
+    return table.loc[["chance", *(title for title in table.index if title != "chance")]]
+
 # %% ../../nbs/study/03_records.ipynb #8a063216
 @dataclass
 class Unseen:

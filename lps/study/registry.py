@@ -25,6 +25,7 @@ class Claim:
     verdict: str     # a `Verdict`
     number: str      # the one number that the grid shows
     of: str          # meaning of that number
+    paper_number: str = "" # the paper's value of that number, if it has one
 
 # %% ../../nbs/study/02_registry.ipynb #3656d6a3
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Experiment:
     words: Callable|None = None    # record → Markdown, shown below the claims
     small: dict = field(default_factory=dict) # parameters for the test of its notebook
     needs: dict = field(default_factory=dict) # requirement → function of model set and images that checks it
+    together: Callable|None = None # heading → record, of all results, → one DataFrame of text
+    see: str = ""                  # caption of its figure: what to see
     variant: str = ""              # distinguishes files of one model set; names of settings in braces
     order: int = 100               # position on pages and in runs
     notebook: str|Path = ""        # path of its notebook, if outside this project

@@ -572,6 +572,10 @@ register_experiment(Experiment(
         workers=1,
     ),
     needs=ALL_LAYERS | IMAGES,
+    see=(
+        "Left: points of accuracy lost against the best source, smaller is better. Right: rank "
+        "correlation with the accuracy that was measured. Colours say what an advice needs."
+    ),
     order=10,
 ));
 

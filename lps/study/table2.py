@@ -11,6 +11,7 @@ import pandas as pd
 from ..methods.registry import default_methods, embed_models, observations
 from ..models.modelset import ModelSet
 from ..second_order import similarity
+from .records import side_by_side
 from .registry import SMALL_FIT, Experiment, register_experiment
 from .splits import per_split, retrieval_splits, runs_frame
 from .stats import mean_average_precision, rank_k
@@ -58,8 +59,13 @@ register_experiment(Experiment(
     record=TableRecord,
     plot=plot_table,
     table=runs_table,
+    together=lambda named: side_by_side(named, PAPER_TABLE2.by_method),
     claims=lambda record: table_claims(record, PAPER_TABLE2),
     small=SMALL_FIT | dict(model_set="digits", n_query=1),
     variant="{n_test_tasks} unseen",
+    see=(
+        "Each curve is one method: the share of queries with a network of their task among the k "
+        "nearest. No method was fitted on these tasks. Bands are one standard deviation over splits."
+    ),
     order=2,
 ))

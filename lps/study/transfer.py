@@ -440,5 +440,9 @@ register_experiment(Experiment(
     words=transfer_text,
     small=SMALL_FIT | dict(n_init=2, n_boot=50),
     needs=ALL_LAYERS | IMAGES,
+    see=(
+        "Each point is a pair of tasks: a score against the transfer that was measured. A score that "
+        "predicts transfer rises from left to right."
+    ),
     order=4,
 ));

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..methods.registry import observations
 from ..models.modelset import ModelSet
 from .figures import draw_bars, plain_text
-from .records import Runs, RunsRecord, runs_fields
+from .records import Runs, RunsRecord, runs_fields, side_by_side
 from .registry import SMALL_FIT, Experiment, register_experiment
 from .splits import per_split
 from .stats import mean_sd
@@ -97,7 +97,12 @@ register_experiment(Experiment(
     record=TripletRecord,
     plot=plot_triplet,
     table=runs_table,
+    together=side_by_side,
     words=triplet_words,
     small=SMALL_FIT | dict(model_set="digits", n_train=2, n_query=1, bs=6, per_task=2),
+    see=(
+        "Left: retrieval of unseen tasks; right: classification of known tasks. Compare triplets with "
+        "cross-entropy on the same batches; the dashed line is chance."
+    ),
     order=14,
 ))
