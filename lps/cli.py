@@ -86,7 +86,7 @@ def counting(what: str):
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
     class Rate(ProgressColumn):
-        "How many are done in a second"
+        "Number of items done in a second"
         def render(self, task): return Text(f"{task.speed:.1f}/s" if task.speed else "")
 
     hidden = not log.isEnabledFor(logging.INFO)

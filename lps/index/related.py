@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/index/07_related.ipynb #79f923d7
-import base64
+import base64, itertools
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..core.files import load_tensors, printable
-from .answer import fit_logistic
 from lps.methods.classes import (
     Calibration, class_descriptors, class_logits, class_names, fit_calibration, nearest_mean, number_interval,
 )
@@ -196,7 +195,8 @@ def calibrate_pairs(
     networks: list, # descriptors, `(K, n)` each
     names: list,    # of their classes
 ) -> Scale:
-    "Fit probabilities on all pairs of networks"
+    "Fit probabilities on all pairs of networks, of which some share classes and some do not"
+    from sklearn.linear_model import LogisticRegression
     hubs = [hubness(rows) for rows in networks]
     scores = []
     truth = []
@@ -208,11 +208,18 @@ def calibrate_pairs(
     of_classes = fit_calibration(scores, truth)
     shared = [max(expected_shared(part, of_classes).sum(), FEW) for part in scores]
     common = np.array([bool((part >= 0).any()) for part in truth])
-    return Scale(of_classes.scale, of_classes.offset, *fit_logistic(np.log(shared), common), len(networks))
+    curve = LogisticRegression(C=1e6).fit(np.log(shared)[:, None], common)
+    return Scale(
+        scale=of_classes.scale,
+        offset=of_classes.offset,
+        slope=float(curve.coef_[0, 0]),
+        intercept=float(curve.intercept_[0]),
+        networks=len(networks),
+    )
 
 @dataclass
 class Relation:
-    "How the classes of a network are related to those of another"
+    "Relation of the classes of a network to those of another"
     shared: float      # expected number of shared classes
     low: int           # ends of an interval of 95 %
     high: int
@@ -291,7 +298,7 @@ def own_scale(
     kept = np.random.default_rng(0).permutation(len(networks))[:MOST_PAIRED]
     if len(kept) < FEWEST: return None
     names = [names[i] for i in kept]
-    common = [bool(set(a) & set(b)) for i, a in enumerate(names) for b in names[:i]]
+    common = [bool(set(a) & set(b)) for a, b in itertools.combinations(names, 2)]
     if min(sum(common), len(common) - sum(common)) < FEWEST: return None
     return calibrate_pairs([networks[i] for i in kept], names)
 

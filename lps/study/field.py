@@ -124,7 +124,8 @@ def naming_figures(
     first = by_class.groupby("name", sort=False).head(1)
     first_hits = [name in classes[tasks[file]] for name, file in zip(first.name, first.file)]
     holders = known[(known.kind == "trained") & ~known.named.astype(bool)].task
-    there = sum(name in classes[task] for task in holders for name in by_class.name.unique())
+    looked_up = set(by_class.name)
+    there = sum(len(looked_up & set(classes[task])) for task in holders)
     return dict(
         logits=len(right),
         right=int(sum(right)),
