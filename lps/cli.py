@@ -833,15 +833,15 @@ PHOTOGRAPHS = "Folder of unlabelled photographs to run the networks on, instead 
 
 IN_INDEX = "Choose names from the classes that the models of an index name"
 
-def classes_of(source: str, read, images: dict):
-    "Return class descriptors: of a model, from a file, or bundled ones"
-    from lps.methods.classes import BUNDLED, describe_classes, load_class_descriptors
+def classes_of(source: str, read):
+    "Return class descriptors from a file or bundled ones, or a model"
+    from lps.methods.classes import BUNDLED, load_class_descriptors
     if source in BUNDLED: return load_class_descriptors(source)
     if Path(source).suffix == ".safetensors" and Path(source).is_file():
         try: return load_class_descriptors(source)
         except ValueError: pass  # a model
     check_one_model(source)
-    return describe_classes(lps.read_model(source, read), **images)
+    return lps.read_model(source, read)
 
 def relation_text(relation: dict) -> str:
     "Return how two networks are related, in a sentence"
@@ -864,8 +864,8 @@ def classes(
         str | None, Option("--in", metavar="INDEX", help=IN_INDEX, rich_help_panel=METHOD)
     ] = None,
     images: Annotated[
-        int, Option(min=16, help="Synthetic images, a multiple of 16", rich_help_panel=METHOD)
-    ] = 768,
+        int | None, Option(min=16, help="Synthetic images, a multiple of 16; default: 768", rich_help_panel=METHOD)
+    ] = None,
     probe_images: Annotated[
         Path | None, Option(parser=path_of, metavar="FOLDER", help=PHOTOGRAPHS, rich_help_panel=METHOD)
     ] = None,
@@ -877,7 +877,7 @@ def classes(
     as_json: AsJson = False,
 ):
     "Match the classes of two networks, or find names for the classes of one, without data."
-    from lps.methods.classes import match_classes, name_classes, name_pair, relate_classes
+    from lps.methods.classes import describe_pair, match_classes, name_classes, name_pair, relate_classes
     check_out(save)
     if index is not None:
         if other is not None or save: raise ValueError("--in names the classes of A: leave out B and --save")
@@ -886,16 +886,15 @@ def classes(
         if as_json: return print_json(dict(classes=found.to_dict("records")))
         return show_table(found.set_index("class"), "Classes")
     how = dict(n_images=images, folder=probe_images)
-    with busy(f"running {model}"): own = classes_of(model, reading.settings(), how)
+    pair = [classes_of(source, reading.settings()) for source in (model, other or known)]
+    with busy(f"running {model}"): own, others = describe_pair(*pair, **how)
     if save:
         own.save(save)
         log.info("%s: descriptors of %d classes", save, len(own))
     if other is None:
-        others = classes_of(known, reading.settings(), how)
         table = name_pair(own, others, k) if len(own) == 2 else name_classes(own, others, k)
         sentence = ""
     else:
-        others = classes_of(other, reading.settings(), how)
         table = match_classes(own, others)
         relation = relate_classes(own, others)
         sentence = relation_text(relation)

@@ -26,7 +26,7 @@ def plain_names(signature: str) -> str:
 def with_source():
     """Return nbdev's processors, which keep the source of exported cells in a fold under the signature
 
-    The fold is open for short cells without a signature.
+    The fold is open for short public cells without a signature.
     """
     import ast
     from nbdev.process import Processor
@@ -41,12 +41,14 @@ def with_source():
             ):
                 return
             if all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in cell.parsed_() or []): return
+            cell.private = "exporti" in cell.directives_
             for name in ("export", "exporti"): cell.directives_.pop(name, None)
             cell.directives_["exports"] = ""
 
     def finish(cell):
         "Close folds that are long or have a signature, and simplify the signature's names"
-        closed = cell.cell_type == "code" and (_def_names(cell, ()) or cell.source.count("\n") > LONG)
+        private = getattr(cell, "private", False)
+        closed = cell.cell_type == "code" and (private or _def_names(cell, ()) or cell.source.count("\n") > LONG)
         cell.source = re.sub(
             r"^#\| code-fold: show\n#\| code-summary: .*",
             f'#| code-fold: {"true" if closed else "show"}\n#| code-summary: "Source"',
@@ -90,6 +92,59 @@ def mathml(page: str) -> str:
     return re.sub(r"<(?:link|script)[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(?:</script>)?", "", page)
 
 
+MOST = 4  # columns of a table that a narrow screen shows side by side
+
+
+LONG_WORD = r"[^\s<>]{17,}"  # a name of a file, or a hash
+
+
+def breakable(table):
+    "Mark where the long words of a table may break"
+    for text in table.find_all(string=re.compile(LONG_WORD)):
+        marked = re.sub(LONG_WORD, lambda word: re.sub(r"([_/.,-]+|\w{16}(?=\w))", "\\1\u200b", word[0]), text)
+        text.replace_with(marked)
+
+
+def labelled(table):
+    "Write each column's name into the cells of a wide table, so that a narrow screen shows a card a row"
+    heads = table.select("thead tr")
+    if not heads or table.select("[rowspan], [colspan]"): return
+    names = [cell.get_text(" ", strip=True) for cell in heads[0].find_all(["th", "td"], recursive=False)]
+    rows = [row.find_all(["th", "td"], recursive=False) for row in table.select("tbody tr")]
+    if len(names) <= MOST or any(len(row) != len(names) for row in rows): return
+    for row in rows:
+        for name, cell in zip(names[1:], row[1:]):
+            if cell.get_text(strip=True) or cell.find(): cell["data-label"] = name or " "
+            else: cell["class"] = "empty"
+    table["class"] = [*table.get("class", []), "cards"]
+
+
+def cards(page: str) -> str:
+    "Label the tables of an HTML page, and let their long words break"
+    from bs4 import BeautifulSoup
+    def replaced(found):
+        table = BeautifulSoup(found[0], "html.parser").table
+        labelled(table)
+        breakable(table)
+        return str(table).replace("\u200b", "<wbr>")
+    return re.sub(r"<table\b(?:(?!<table\b).)*?</table>", replaced, page, flags=re.S)
+
+
+def alt_texts(page: str) -> str:
+    "Describe each picture of an HTML page that has no alternative text by the paragraph or heading before it"
+    text = ""
+    def described(found):
+        nonlocal text
+        if found["words"] is not None:
+            text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", found["words"])).strip(" :") or text
+            return found[0]
+        if re.search(r'\balt="[^"]', found[0]): return found[0]
+        image = re.sub(r'\salt="[^"]*"', "", found[0])
+        return image.replace("<img ", f'<img alt="{html.escape(html.unescape(text), quote=True)}" ', 1)
+    blocks = r"<(?P<tag>p|h[1-6])\b[^>]*>(?P<words>.*?)</(?P=tag)>|<img [^>]*>"
+    return re.sub(blocks, described, page, flags=re.S)
+
+
 def draw_map(staged: Path):
     "Draw the map of the bundled models into the prepared folder, where pages link to it"
     from lps.index.map import bundled_map
@@ -101,7 +156,8 @@ def site():
     staged = prepare()
     draw_map(staged)
     built, warnings = render(staged)
-    for page in built.rglob("*.html"): page.write_text(mathml(page.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in built.rglob("*.html"):
+        page.write_text(alt_texts(cards(mathml(page.read_text(encoding="utf-8")))), encoding="utf-8")
     shutil.rmtree(ROOT/"_docs", ignore_errors=True)
     shutil.move(built, ROOT/"_docs")
     print(f"{len(list((ROOT/'_docs').rglob('*.html')))} pages in _docs: open _docs/index.html")

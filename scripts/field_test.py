@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from lps.core.files import load_tensors, provenance, save_tensors
+from lps.core.files import load_tensors, provenance, save_tensors, write_json
 from lps.core.jobs import one_thread, seeded
 from lps.index.family import relatives
 from lps.index.index import BuildSettings, ModelIndex
@@ -28,8 +28,7 @@ from lps.index.related import describe, models_with, name_by_gallery
 from lps.models.model import normalise
 from lps.models.read import Reading, read_model
 from lps.models.table import reading_with
-from lps.study.field import FieldRecord, field_fields
-from lps.study.records import sources_field
+from lps.study.field import field_fields
 from lps.zoo.tasks import augment, load_splits, task_images
 
 STATS = (.507, .487, .441), (.267, .256, .276)  # of CIFAR-100
@@ -335,9 +334,8 @@ def measure(folder, out):
                  seeds=sorted(set(trained.seed)), val_accuracy=dict(
                      mean=round(trained.accuracy.mean(), 4), sd=round(trained.accuracy.std(), 4)))
     how = f"{len(trained)} networks of {trained.family.nunique()} families, 32×32 pixels"
-    record = dict(model_set=about, settings=dict(name="cifar100", how=how)) | sources_field(FieldRecord) | fields
-    record |= provenance()
-    FieldRecord.from_dict(record).write(out)
+    record = dict(model_set=about, settings=dict(name="cifar100", how=how)) | fields
+    write_json(out, record | provenance())
 
 
 def main():

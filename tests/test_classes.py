@@ -7,7 +7,8 @@ from networks import CHANGES, some_net
 
 from lps.methods.classes import (
     ClassDescriptors, Calibration, class_descriptors, class_scores, cohort_for, describe_classes, fit_class_vectors,
-    load_class_descriptors, match_classes, name_classes, name_pair, number_interval, relate_classes,
+    describe_pair, load_class_descriptors, match_classes, name_classes, name_pair, number_interval, prototypes,
+    relate_classes,
 )
 from lps.methods.synthetic import KINDS, dead_leaves, kinds_of, synthetic_images
 from lps.models.model import Model
@@ -156,6 +157,34 @@ def test_a_network_of_the_set_shares_all_classes_with_itself():
 def test_descriptors_of_other_images_are_refused():
     with expect_fail(ValueError, regex="use the same images for both"):
         match_classes(describe_classes(network(0), 64, size=16), "imagenet-1k")
+
+
+def test_descriptors_decide_the_images_of_the_other_network():
+    known = describe_classes(network(0), kinds="mixed", **FEW)
+    own, other = describe_pair(network(1), known)
+    assert other is known and own.images == known.images == dict(FEW, seed=0, kinds="mixed")
+    assert describe_classes(network(0), **FEW).images["kinds"] == "smooth"
+    assert describe_classes(network(0, n_classes=50), **FEW).images["kinds"] == "mixed"
+    with expect_fail(ValueError, regex="choose from mixed, smooth"): describe_classes(network(0), kinds="rough", **FEW)
+
+
+def test_probabilities_are_appended_for_smooth_images():
+    about = describe_classes(network(0), **FEW)
+    assert about.rows.shape == (6, 128) and about.graded.shape == (6, 64)
+    torch.testing.assert_close(about.rows[:, :64].norm(dim=1), torch.full((6,), .5**.5))
+    doubled = ClassDescriptors(2*about.logits, about.names, about.images)
+    torch.testing.assert_close(doubled.rows, about.rows)
+
+
+def test_prototypes_are_means_that_outlive_the_file(tmp_path):
+    networks, _ = made_up()
+    fitted, _ = fit_class_vectors(networks)
+    of_three = [row for n in networks for name, row in zip(n.names, n.rows) if name == "3"]
+    mean = torch.nn.functional.normalize(torch.stack(of_three).mean(0), dim=0)
+    torch.testing.assert_close(prototypes(networks, fitted.names)[3], mean)
+    fitted.save(tmp_path/"fitted.safetensors")
+    torch.testing.assert_close(load_class_descriptors(tmp_path/"fitted.safetensors").rows, fitted.rows)
+    assert len(of_three) == 3
 
 
 def test_photographs_can_be_used(tmp_path):

@@ -4,6 +4,9 @@ import torch
 from torch import nn
 
 from lps.core.files import save_tensors
+from lps.index.index import ModelIndex
+from lps.methods.registry import fit_method
+from lps.models.inspect import inspect_model
 from lps.models.model import Model
 from lps.models.modelset import load_modelset
 from lps.nets.architectures import ARCHITECTURES, Architecture, register_architecture
@@ -105,3 +108,42 @@ def test_metadata_name_what_shapes_do_not(meta, kind):
 def test_channels_are_those_of_the_stem(state, stem, channels):
     model = Model(state)
     assert (model.stem, model.channels) == (stem, channels)
+
+
+def test_a_model_in_a_few_words():
+    meta = dict(task=3, classes=["<b>cat</b>", "dog"], val_accuracy=.9)
+    model = Model(ResNet(8, 4, n_classes=2).state_dict(), meta)
+    assert "architecture: resnet" in repr(model) and "task: 3" in repr(model) and "val accuracy: 0.900" in repr(model)
+    assert "&lt;b&gt;cat" in model._repr_html_() and "<b>cat" not in model._repr_html_()
+    many = Model(model.state, dict(classes=list("abcdef")))
+    assert "classes: a / b / c / d / … (6)" in repr(many)
+
+
+def test_sets_indexes_and_inspections_in_html(tmp_path):
+    for i in range(4): save_tensors(tmp_path/f"m{i}.safetensors", network(i).state_dict(), dict(task=i % 2, run=i//2))
+    models = load_modelset(tmp_path)
+    index = ModelIndex(fit_method(models, "stem-signature"), models)
+    for shown in (models, index):
+        assert shown._repr_html_().startswith(f"<p>{shown!r}</p>") and "m3.safetensors" in shown._repr_html_()
+    inspection = inspect_model(tmp_path/"m0.safetensors")
+    assert "source: m0.safetensors" in repr(inspection).splitlines() and "m0.safetensors" in inspection._repr_html_()
+
+
+class Fixed(Glance):
+    "A network that takes images of one size only"
+    def forward(self, x):
+        assert x.shape[2:] == (16, 16), f"height {x.shape[2]} is not 16"
+        return super().forward(x)
+
+
+def test_images_of_a_wrong_size_are_named():
+    fixed = Architecture("fixed", dict(width=6), Fixed, "retina", "answer", ["retina"], {"retina": "norm"})
+    model = Model(network(0).state_dict(), STATS, fixed)
+    assert model.outputs(torch.zeros(2, 3, 16, 16)).shape == (2, 2)
+    with pytest.raises(ValueError, match=r"images of 3 × 32 × 32 \(height 32 is not 16\): name its input"):
+        model.outputs(torch.zeros(2, 3, 32, 32))
+
+
+def test_a_model_without_filters_is_named():
+    with pytest.raises(ValueError, match="no layer 'conv1': the models have no layer with filters"):
+        Model({"weight": torch.zeros(2, 3)}).weights(["conv1"])

@@ -2,6 +2,7 @@
 import functools
 import http.server
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from conftest import ROOT, copy_of_repo
 
 BLANK_IMAGES = """[...document.images].filter(i => !(i.complete && i.naturalWidth))
                                  .map(i => document.title + ': ' + i.src.slice(0, 80))"""
-Page = namedtuple("Page", "links ids images")
+Page = namedtuple("Page", "links ids images undescribed")
 NOTEBOOKS = [p for p in sorted(ROOT.glob("nbs/**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 
 
@@ -35,7 +36,7 @@ class Reader(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.page = Page(set(), set(), [])
+        self.page = Page(set(), set(), [], [])
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
@@ -43,6 +44,7 @@ class Reader(HTMLParser):
         if tag in ("a", "link") and attrs.get("href"): self.page.links.add(attrs["href"])
         if tag in ("img", "script") and attrs.get("src"): self.page.links.add(attrs["src"])
         if tag == "img": self.page.images.append(attrs.get("src", ""))
+        if tag == "img" and not attrs.get("alt"): self.page.undescribed.append(attrs.get("src", "")[:60])
 
 
 @pytest.fixture(scope="session")
@@ -100,13 +102,18 @@ def served(site) -> str:
 
 
 WIDTHS = 1280, 390  # of screens
-Visits = namedtuple("Visits", "errors blank wide")
+BOXES = """() => [...document.querySelectorAll('main :is(table, figure, img, pre, .cell-output-display)')]
+    .filter(box => box.getClientRects().length)
+    .filter(box => box.scrollWidth > box.clientWidth + 1 && box.tagName != 'IMG' ||
+                   box.getBoundingClientRect().right > box.closest('main').getBoundingClientRect().right + 1)
+    .map(box => `${box.tagName}.${box.className} ${box.scrollWidth}`)"""  # that scroll sideways or stick out
+Visits = namedtuple("Visits", "errors blank wide boxes")
 
 
 @pytest.fixture(scope="session")
 def visits(browser, served, pages) -> Visits:
     "Visit all pages in a browser, on a wide and on a narrow screen; return its complaints"
-    found, tab = Visits([], [], []), browser.new_page()
+    found, tab = Visits([], [], [], []), browser.new_page()
     def note_message(message):
         if message.type == "error": found.errors.append(f"{tab.url}: {message.text}")
     def note_failure(request):
@@ -121,6 +128,7 @@ def visits(browser, served, pages) -> Visits:
         for width in WIDTHS:
             tab.set_viewport_size({"width": width, "height": 800})
             if tab.evaluate("document.documentElement.scrollWidth") > width: found.wide.append((name, width))
+            found.boxes.extend(f"{name} at {width}: {box}" for box in tab.evaluate(BOXES))
     tab.close()
     return found
 
@@ -137,11 +145,25 @@ def test_stored_pictures_are_on_the_pages(pages):
         assert len(page.images) >= drawn, path.name
 
 
+def test_every_picture_has_alternative_text(pages):
+    assert not {name: page.undescribed for name, page in pages.items() if page.undescribed}
+
+
+def test_every_figure_of_the_results_has_a_caption(site):
+    text = (site/"results.html").read_text(encoding="utf-8")
+    main = text[text.index("<main"):text.index("</main>")]
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", main, flags=re.S)
+    assert len(captions) == main.count("<img ") and all(map(str.strip, captions))
+
+
 def test_every_experiment_shows_figures(pages):
     assert not [name for name, page in pages.items() if name.startswith("experiments/") and not page.images]
 
 
 def test_no_page_is_wider_than_the_screen(visits): assert not visits.wide
+
+
+def test_no_table_figure_or_output_scrolls_sideways(visits): assert not visits.boxes
 
 
 def test_search_finds_align_layer(browser, served):

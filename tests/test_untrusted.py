@@ -260,7 +260,13 @@ def test_a_run_is_a_plain_number(tmp_path, cell):
 
 def test_a_slow_pattern_is_refused():
     names = [("(a|a)*$", "x")]
-    with pytest.raises(ValueError, match="more than a second for aaaa"): rename({"a"*60 + "b": 0}, names)
+    with pytest.raises(ValueError, match="takes too long, at aaaa"): rename({"a"*60 + "b": 0}, names)
+
+
+def test_names_that_are_each_a_bit_slow_are_refused_together(monkeypatch):
+    monkeypatch.setattr("lps.models.names.SECONDS", .5)
+    state = {"a"*16 + f"b{i}": 0 for i in range(20_000)}
+    with pytest.raises(ValueError, match="takes too long, at aaaa"): rename(state, [("(a|a)*$", "x")])
 
 
 # What a user gives is used or refused

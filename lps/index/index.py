@@ -6,7 +6,7 @@
 __all__ = ['N_COARSE', 'UNFIT', 'ModelIndex', 'BuildSettings', 'bundled_unseen']
 
 # %% ../../nbs/index/03_index.ipynb #b92215d0
-import contextlib, itertools, json, tempfile, warnings
+import contextlib, html, itertools, json, tempfile, warnings
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field
@@ -97,6 +97,10 @@ class ModelIndex:
         n_tasks = len(np.unique(labels[labels >= 0]))
         text = f"ModelIndex: {len(self)} models of {n_tasks} tasks, compared by {layers} ({self.fitted.method})"
         return printable(text)
+
+    def _repr_html_(self):
+        columns = [name for name in ("file", "task", "classes", "architecture") if name in self.manifest]
+        return f"<p>{html.escape(repr(self))}</p>{self.manifest[columns].to_html(max_rows=6)}"
 
 # %% ../../nbs/index/03_index.ipynb #2363d65c
 @patch

@@ -19,13 +19,13 @@ from ..core.files import load_tensors, printable
 from lps.methods.classes import (
     Calibration, class_descriptors, class_logits, class_names, fit_calibration, nearest_mean, number_interval,
 )
-from ..methods.synthetic import kinds_of, synthetic_images
+from ..methods.synthetic import MIXTURES, synthetic_images
 from ..models.model import Model
 from ..models.modelset import bundled
 
 # %% ../../nbs/index/07_related.ipynb #359fdb6b
 EVERY = 3       # every third of the images
-BANK = dict(n_images=768, seed=0, size=32)
+BANK = dict(n_images=768, seed=0, size=32, kinds="smooth")
 MOST_SIDE = 64  # pixels
 
 @lru_cache(2)
@@ -33,7 +33,8 @@ def bank(
     channels: int,  # of the images
 ) -> Tensor:        # float32 `(n, channels, 32, 32)`
     "Generate the images that class descriptors of an index are computed from"
-    return synthetic_images(BANK["n_images"], BANK["seed"], BANK["size"], channels)[::EVERY].contiguous()
+    images = synthetic_images(BANK["n_images"], BANK["seed"], BANK["size"], channels, MIXTURES[BANK["kinds"]])
+    return images[::EVERY].contiguous()
 
 def at_reduced_size(
     model: Model,
@@ -89,7 +90,7 @@ def why_untrained(
     return f"outputs hardly vary ({share:.1%} of their variance is due to the image)" if share < LEAST_VARIATION else ""
 
 # %% ../../nbs/index/07_related.ipynb #7ac6c770
-N_IMAGES = BANK["n_images"]//EVERY
+WIDTH = 2*(BANK["n_images"]//EVERY)  # numbers of a descriptor
 
 def encode_descriptors(
     rows: Tensor, # `(K, n)`
@@ -102,15 +103,23 @@ def decode_descriptors(
 ) -> Tensor:     # float32 `(K, n)`; no rows for anything else
     "Decode class descriptors"
     try: values = np.frombuffer(base64.b64decode(text, validate=True), np.float16)
-    except (TypeError, ValueError): return torch.empty(0, N_IMAGES)
+    except (TypeError, ValueError): return torch.empty(0, WIDTH)
     rows = torch.from_numpy(values.astype(np.float32))
-    fits = len(rows) and len(rows) % N_IMAGES == 0 and bool(rows.isfinite().all())
-    return rows.view(-1, N_IMAGES) if fits else torch.empty(0, N_IMAGES)
+    fits = len(rows) and len(rows) % WIDTH == 0 and bool(rows.isfinite().all())
+    return rows.view(-1, WIDTH) if fits else torch.empty(0, WIDTH)
+
+def described(
+    logits: Tensor, # on the images of `bank`, `(n, K)`
+) -> Tensor:        # float32 `(K, 2n)`
+    "Compute the descriptors that an index keeps: logits and probabilities, whitened"
+    return class_descriptors(logits, RIDGE, both=True)
+
+RIDGE = .2  # as for networks with few classes
 
 @dataclass
 class Described:
     "Class descriptors of one model"
-    rows: Tensor     # `(K, n)`
+    rows: Tensor     # `(K, 2n)`
     names: list      # of the classes; their numbers if they have no names
     untrained: str   # why it seems untrained; empty for a trained network
 
@@ -124,7 +133,7 @@ def describe(
     "Run a network and describe its classes. Raises `ValueError` for one that cannot be run or has no finite outputs"
     smaller = at_reduced_size(model)
     logits = class_logits(smaller, bank(model.channels))
-    rows = class_descriptors(logits, kinds=kinds_of(N_IMAGES))
+    rows = described(logits)
     known = Model({}, dict(classes=names)) if names else model
     return Described(rows, class_names(known, len(rows)), why_untrained(model.state, logits))
 
@@ -143,9 +152,8 @@ def cohort():
     "Return the descriptors of the bundled networks, `(K, n)` each, and the names of their classes"
     state, meta = load_tensors(bundled("classes-cifar100.safetensors"))
     if meta["images"] != BANK: raise ValueError("the bundled class descriptors are of other images: build them again")
-    kinds = kinds_of(N_IMAGES)
     parts = state["members"][::EVERY].float().split([len(names) for names in meta["members"]], 1)
-    return [class_descriptors(z, kinds=kinds) for z in parts], meta["members"]
+    return [described(z) for z in parts], meta["members"]
 
 def hubness(
     rows: Tensor, # descriptors, `(K, n)`
@@ -249,7 +257,7 @@ class Gallery:
     ):
         self.networks = [decode_descriptors(fact.get("descriptors")) for fact in facts]
         self.sizes = [len(rows) for rows in self.networks]
-        self.rows = torch.cat([*self.networks, torch.empty(0, N_IMAGES)])
+        self.rows = torch.cat([*self.networks, torch.empty(0, WIDTH)])
         self.hubs = hubness(self.rows) if len(self.rows) else torch.empty(0)
         self.files = [str(fact.get("file")) for fact in facts]
         self.untrained = [str(fact.get("untrained") or "") for fact in facts]

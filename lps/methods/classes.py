@@ -20,7 +20,7 @@ from torch import Tensor
 from ..core.files import load_tensors, printable, save_tensors
 from .probes import Probes, every_tensor, fit_probes, own_bank
 from .registry import INVARIANCES, Method, register_method
-from .synthetic import kinds_of, standardise, synthetic_images
+from .synthetic import MIXTURES, kinds_of, standardise, synthetic_images
 from ..models.model import Model
 from ..models.modelset import bundled
 from ..zoo.recipe import best_precision
@@ -50,6 +50,13 @@ def centred_logits(
     if z.abs().max() == 0: raise ValueError("all classes have the same logits: exclude this model")
     return z
 
+MANY = 50  # classes from which on a network is its partner's cohort
+
+def soft(z):
+    "Convert centred logits to centred probabilities, at a temperature that makes their scale irrelevant"
+    p = (z/z.square().mean().sqrt()).softmax(1)
+    return p - p.mean(1, keepdim=True) - p.mean(0) + p.mean()
+
 def whiten(z, ridge):
     "Whiten centred logits `(n, K)` over images; columns become rows of length 1"
     u, s, v = torch.linalg.svd(z, full_matrices=False)
@@ -63,8 +70,12 @@ def class_descriptors(
     ridge: float = 0.1,          # relative to the largest singular value
     kinds: Tensor | None = None, # kind of each image, `(n,)`; None: all are of one kind
     multilabel: bool = False,    # independent logits?
-) -> Tensor:                     # rows of length 1, `(K, n)`; two rows for a network with one logit
+    both: bool = False,          # append the probabilities? For small networks
+) -> Tensor:                     # rows of length 1, `(K, n)` or `(K, 2n)`; two rows for a network with one logit
     "Compute a descriptor of each class: its logits, centred, whitened and of length 1"
+    if both:
+        z = centred_logits(logits)
+        return F.normalize(torch.cat([whiten(z, ridge), whiten(soft(z), ridge)], 1), dim=1).float()
     z = centred_logits(logits, multilabel)
     few = kinds is None or kinds.unique(return_counts=True)[1].min() < PER_CLASS*z.shape[1]
     if few: return whiten(z, ridge).float()
@@ -81,27 +92,45 @@ class ClassDescriptors:
     "The classes of one network: their logits on synthetic images, and their names"
     logits: Tensor           # centred, float16 `(n, K)`
     names: list              # of the classes
-    images: dict             # n_images, seed and size of the synthetic images; or folder
+    images: dict             # n_images, seed, size and kinds of the synthetic images; or folder
     multilabel: bool = False # independent logits?
+    prototypes: Tensor | None = None # class descriptors as means over several networks, `(K, …)`
 
     @property
     def kinds(self): # kind of each image, `(n,)`; None for photographs
         "Kinds of the synthetic images"
-        return None if "folder" in self.images else kinds_of(len(self.logits))
+        if "folder" in self.images: return None
+        return kinds_of(len(self.logits), MIXTURES[self.images.get("kinds", "mixed")])
 
     @property
     def rows(self): # float32 `(K, n)`
         "The class descriptors"
-        return class_descriptors(self.logits.float(), kinds=self.kinds, multilabel=self.multilabel)
+        if self.prototypes is not None: return F.normalize(self.prototypes.float(), dim=1)
+        z = self.logits.float()
+        if self.images.get("kinds") == "smooth" and not self.multilabel: return class_descriptors(z, .2, both=True)
+        return class_descriptors(z, kinds=self.kinds, multilabel=self.multilabel)
+
+    @property
+    def graded(self): # float32 `(K, n)`
+        "Descriptors that are hardly whitened, for similar classes"
+        return whiten(centred_logits(self.logits.float(), self.multilabel), 1.).float()
 
     def __len__(self): return self.logits.shape[1]
 
     def save(self, path, **about):
         "Write a file"
         meta = dict(names=list(map(str, self.names)), images=self.images, multilabel=self.multilabel)
-        save_tensors(path, dict(logits=self.logits.half()), meta | about)
+        tensors = dict(logits=self.logits.half())
+        if self.prototypes is not None: tensors["prototypes"] = self.prototypes.half()
+        save_tensors(path, tensors, meta | about)
 
 # %% ../../nbs/methods/11_classes.ipynb #642a2db5
+def usual_kinds(model):
+    "Choose the mixture of synthetic images by the number of classes of a model"
+    n_classes = class_logits(model, synthetic_images(2, channels=model.channels, kinds=("1/f",))).shape[1]
+    return "mixed" if n_classes >= MANY else "smooth"
+
+# %% ../../nbs/methods/11_classes.ipynb #96fbe427
 def describe_classes(
     model,                     # a `Model`
     n_images: int = 768,       # synthetic images, a multiple of 16
@@ -109,11 +138,14 @@ def describe_classes(
     size: int = 32,            # side of synthetic images; the network's own size is interpolated
     folder: str | Path | None = None, # photographs to use instead
     multilabel: bool = False,  # independent logits?
+    kinds: str | None = None,  # mixture of synthetic images: mixed, or smooth; None: smooth for fewer than 50 classes
 ) -> ClassDescriptors:
     "Run a network on probe images and describe its classes. Raises `ValueError` for outputs that are not finite"
     if folder is None:
-        images = synthetic_images(n_images, seed, size, model.channels)
-        used = dict(n_images=n_images, seed=seed, size=size)
+        kinds = kinds or usual_kinds(model)
+        if kinds not in MIXTURES: raise ValueError(f"kinds is {kinds!r}: choose from {', '.join(MIXTURES)}")
+        images = synthetic_images(n_images, seed, size, model.channels, MIXTURES[kinds])
+        used = dict(n_images=n_images, seed=seed, size=size, kinds=kinds)
     else:
         images = standardise(own_bank(folder).float())
         if model.channels != 3: images = standardise(images.mean(1, keepdim=True).repeat(1, model.channels, 1, 1))
@@ -128,10 +160,26 @@ def load_class_descriptors(
     "Read class descriptors. Raises `ValueError` for another file"
     bundle = path in BUNDLED
     state, meta = load_tensors(bundled(f"classes-{path}.safetensors") if bundle else path)
-    try: return ClassDescriptors(state["logits"], meta["names"], meta["images"], meta["multilabel"])
+    images = meta.get("images")
+    if isinstance(images, dict) and "folder" not in images: images = dict(kinds="mixed") | images
+    rows = prototypes(members_of(state, meta), meta["names"]) if "members" in meta else state.get("prototypes")
+    try: return ClassDescriptors(state["logits"], meta["names"], images, meta["multilabel"], rows)
     except KeyError: raise ValueError(f"{printable(path)} holds no class descriptors: write it with save") from None
 
 BUNDLED = "imagenet-1k", "cifar100"
+
+# %% ../../nbs/methods/11_classes.ipynb #2873b88f
+def prototypes(networks, classes):
+    "Average the descriptors of each class over networks, `(C, n)`"
+    found = {name: [] for name in classes}
+    for network in networks:
+        for name, row in zip(network.names, network.rows): found[name].append(row)
+    return torch.stack([F.normalize(torch.stack(found[name]).mean(0), dim=0) for name in classes])
+
+def members_of(state, meta):
+    "Return the descriptors of each network of a gallery from its file"
+    parts = state["members"].split([len(names) for names in meta["members"]], 1)
+    return [ClassDescriptors(z, names, meta["images"]) for z, names in zip(parts, meta["members"])]
 
 # %% ../../nbs/methods/11_classes.ipynb #f76b826c
 def class_names(
@@ -142,23 +190,26 @@ def class_names(
     names = model.meta.get("classes") or []
     return [printable(name) for name in names] if len(names) == n else list(range(n))
 
-def as_descriptors(
-    model,     # a `Model`, `ClassDescriptors`, or what `load_class_descriptors` takes
-    **images,  # of `describe_classes`
-) -> ClassDescriptors:
-    "Describe the classes of a model; descriptors are returned as they are"
-    if isinstance(model, ClassDescriptors): return model
-    if isinstance(model, (str, Path)): return load_class_descriptors(model)
-    return describe_classes(model, **images)
-
 def check_same_images(a, b):
     "Raise `ValueError` for descriptors of different images"
     if a.images == b.images: return
     raise ValueError(f"descriptors of images {a.images} and {b.images}: use the same images for both")
 
-# %% ../../nbs/methods/11_classes.ipynb #1f73c505
-MANY = 50  # classes from which on a network is its partner's cohort
+def describe_pair(
+    a,         # a `Model`, `ClassDescriptors`, or what `load_class_descriptors` takes
+    b,         # the other
+    **images,  # of `describe_classes`; None, or not given: those of the other one's descriptors, or the usual ones
+) -> tuple:    # of `ClassDescriptors`
+    "Describe the classes of two models by the same images. Raises `ValueError` for descriptors of different images"
+    chosen = {name: value for name, value in images.items() if value is not None}
+    found = [load_class_descriptors(x) if isinstance(x, (str, Path)) else x for x in (a, b)]
+    for i in sorted((0, 1), key=lambda i: not isinstance(found[i], ClassDescriptors)):  # stored ones decide the images
+        if not isinstance(found[i], ClassDescriptors): found[i] = describe_classes(found[i], **chosen)
+        chosen = found[i].images | chosen
+    check_same_images(*found)
+    return tuple(found)
 
+# %% ../../nbs/methods/11_classes.ipynb #1f73c505
 def nearest_mean(
     rows: Tensor,    # descriptors `(K, n)`
     cohort: Tensor,  # `(C, n)`
@@ -182,9 +233,7 @@ def class_scores(
 def bundled_cohort():
     "Return the descriptors of the networks of the class-subset set, `(C, n)`, and the images they were computed from"
     state, meta = load_tensors(bundled("classes-cifar100.safetensors"))
-    parts = state["members"].split([len(names) for names in meta["members"]], 1)
-    rows = [ClassDescriptors(z, names, meta["images"]).rows for z, names in zip(parts, meta["members"])]
-    return torch.cat(rows), meta["images"]
+    return torch.cat([network.rows for network in members_of(state, meta)]), meta["images"]
 
 def cohort_for(a, b):
     "Return the bundled cohort for two sets of descriptors; None for many classes or other images"
@@ -233,13 +282,11 @@ def probabilities(scores, cohort):
 def match_classes(
     a,              # a `Model`, `ClassDescriptors`, a file of them, or 'imagenet-1k' or 'cifar100', which are bundled
     b,              # the other
-    **images,       # of `describe_classes`: n_images, seed, size, folder
+    **images,       # of `describe_classes`: n_images, seed, size, folder, kinds
 ) -> pd.DataFrame:  # one row a pair: class of a, class of b, cosine, score, probability
     "Match the classes of two models one to one, best pairs first. Raises `ValueError` for different images"
     from scipy.optimize import linear_sum_assignment
-    of_a = as_descriptors(a, **images)
-    of_b = as_descriptors(b, **images)
-    check_same_images(of_a, of_b)
+    of_a, of_b = describe_pair(a, b, **images)
     cohort = cohort_for(of_a, of_b)
     scores = class_scores(of_a.rows, of_b.rows, cohort)
     rows, columns = linear_sum_assignment(scores.numpy(), maximize=True)
@@ -270,9 +317,7 @@ def relate_classes(
     **images,  # of `describe_classes`
 ) -> dict:     # shared, low, high: expected number and interval, NaN if not calibrated; similarity; classes of both
     "Estimate how many classes two networks share"
-    of_a = as_descriptors(a, **images)
-    of_b = as_descriptors(b, **images)
-    check_same_images(of_a, of_b)
+    of_a, of_b = describe_pair(a, b, **images)
     if len(of_b) < len(of_a): of_a, of_b = of_b, of_a
     cohort = cohort_for(of_a, of_b)
     scores = class_scores(of_a.rows, of_b.rows, cohort)
@@ -329,7 +374,8 @@ def fit_class_vectors(
     reliability = [np.mean(agreement[name]) if agreement[name] else np.nan for name in classes]
     z = (vectors - vectors.mean(0)).T
     z = z/z.square().mean().sqrt()
-    return ClassDescriptors(z.half(), classes, networks[0].images), np.array(reliability)
+    means = prototypes(networks, classes).half()
+    return ClassDescriptors(z.half(), classes, networks[0].images, prototypes=means), np.array(reliability)
 
 # %% ../../nbs/methods/11_classes.ipynb #0d1818dc
 def name_classes(
@@ -339,11 +385,9 @@ def name_classes(
     **images,                # of `describe_classes`
 ) -> pd.DataFrame:           # one row a class and name: class, name, cosine, score, probability, none
     "Find names for the classes of a model. Raises `ValueError` for unnamed classes or different images"
-    own = as_descriptors(model, **images)
-    others = as_descriptors(known, **images)
+    own, others = describe_pair(model, known, **images)
     if others.names == list(range(len(others))):
         raise ValueError("known does not name its classes: set meta['classes'] of that model")
-    check_same_images(own, others)
     cohort = cohort_for(own, others)
     scores = class_scores(own.rows, others.rows, cohort)
     cosines = own.rows @ others.rows.T
@@ -364,10 +408,8 @@ def name_pair(
     **images,             # of `describe_classes`
 ) -> pd.DataFrame:        # first, second: names of the classes of logits 0 and 1; cosine
     "Find names for both classes of a model. Raises `ValueError` for more classes"
-    own = as_descriptors(model, **images)
+    own, others = describe_pair(model, known, **images)
     if len(own) != 2: raise ValueError(f"the model has {len(own)} classes, not 2: use name_classes")
-    others = as_descriptors(known, **images)
-    check_same_images(own, others)
     cosines = pair_cosines(own.logits.double(), others.logits.double())
     best = cosines.flatten().topk(min(k, cosines.numel())).indices
     n = len(others)

@@ -48,6 +48,9 @@ def table(self: Inspection): # DataFrame: column `found`
     return pd.DataFrame({"found": rows.values()}, index=pd.Index(rows.keys(), name="what"))
 
 @patch
+def __repr__(self: Inspection): return "\n".join(f"{name}: {text}" for name, text in self.table().found.items())
+
+@patch
 def _repr_html_(self: Inspection): return self.table().to_html()
 
 # %% ../../nbs/models/13_inspect.ipynb #e951204e

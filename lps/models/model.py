@@ -57,6 +57,7 @@ def check_layer(self: HasLayers,
     "Raise `ValueError` for a layer that is not there"
     if layer in self.shapes or f"{layer}.weight" in self.shapes: return
     known = self.layers
+    if not known: raise ValueError(f"no layer '{printable(layer)}': the models have no layer with filters")
     shown = ", ".join(known[:12]) + (f", … ({len(known)} layers)" if len(known) > 12 else "")
     raise ValueError(f"no layer '{printable(layer)}' in these models: known are {printable(shown)}")
 
@@ -122,9 +123,23 @@ class Model(HasLayers):
         "Kind of its shortcuts, if its metadata name it"
         return [self.meta.get("shortcut")]
 
-    def __repr__(self):
-        known = {key: self.meta.get(key) for key in ("task", "run", "classes", "val_accuracy")}
-        return printable(f"Model({', '.join(f'{key}={value}' for key, value in known.items())})")
+    @property
+    def about(self) -> dict: # text by name
+        "Describe the model in a few words"
+        known = dict(architecture=self.meta.get("architecture") or getattr(self.architecture, "name", "not known"))
+        known["layers"] = f"{len(self.layers)}, {sum(v.numel() for v in self.state.values()):,} values"
+        known |= {key: self.meta[key] for key in ("task", "run") if self.meta.get(key) is not None}
+        classes = [str(name) for name in self.meta.get("classes") or ()]
+        if classes: known["classes"] = " / ".join(classes[:4]) + (f" / … ({len(classes)})" if len(classes) > 4 else "")
+        accuracy = self.meta.get("val_accuracy")
+        if isinstance(accuracy, float): known["val accuracy"] = f"{accuracy:.3f}"
+        return {name: printable(str(value)) for name, value in known.items()}
+
+    def __repr__(self): return f"Model({', '.join(f'{name}: {text}' for name, text in self.about.items())})"
+
+    def _repr_html_(self):
+        import pandas as pd
+        return pd.DataFrame(self.about.items(), columns=["Model", ""]).to_html(index=False)
 
 # %% ../../nbs/models/00_model.ipynb #fd254a81
 @patch(as_prop=True)

@@ -6,7 +6,7 @@
 __all__ = ['bundled_sets', 'repository_sets', 'ModelSet', 'load_modelset', 'pack', 'join_sets']
 
 # %% ../../nbs/models/05_modelset.ipynb #7d3ae5f2
-import collections, importlib.resources, re, warnings
+import collections, html, importlib.resources, re, warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -232,6 +232,11 @@ class ModelSet(HasLayers):
         if len(self.rejected): text += f", {pluralise(len(self.rejected), 'file')} rejected"
         accuracy = self.manifest.val_accuracy.astype(float).mean()
         return f"{text}, mean val accuracy {accuracy:.3f}" if np.isfinite(accuracy) else text
+
+    def _repr_html_(self):
+        shown = "file", "task", "run", "class_0", "class_1", "val_accuracy"
+        columns = [name for name in shown if name in self.manifest]
+        return f"<p>{html.escape(repr(self))}</p>{self.manifest[columns].to_html(max_rows=6)}"
 
 # %% ../../nbs/models/05_modelset.ipynb #57f64d77
 @patch(as_prop=True)

@@ -6,7 +6,7 @@
 __all__ = ['FOREIGNZOO_NAMES']
 
 # %% ../../nbs/models/08_names.ipynb #e1362b13
-import re
+import re, time
 
 import regex
 
@@ -22,24 +22,29 @@ FOREIGNZOO_NAMES = [
 ]
 
 # %% ../../nbs/models/08_names.ipynb #08a96129
-def _renamed(name, names):
-    "Return the new name of a tensor"
+SECONDS = 10  # for the names of a file, at most one for each name: some patterns take forever
+
+def _renamed(name, names, end):
+    "Return the new name of a tensor. Raises `TimeoutError` after a second, or at the time `end`"
     if isinstance(names, dict): return names.get(name, name)
-    for pattern, replacement in names: name = regex.sub(pattern, replacement, name, timeout=1)
+    for pattern, replacement in names:
+        left = max(end - time.monotonic(), .001)
+        name = regex.sub(pattern, replacement, name, timeout=min(left, 1))
     return name
 
 def rename(
     state: dict, # tensors by name
     names,       # list of `(pattern, replacement)` applied in turn as `re.sub` does, or a dict old name → new name
 ) -> dict:       # the same tensors by new name
-    "Rename tensors. Raises `ValueError` for names that collide and for an invalid pattern"
+    "Rename tensors. Raises `ValueError` for names that collide, and for patterns that are invalid or slow"
     renamed = {}
+    end = time.monotonic() + SECONDS
     for name, tensor in state.items():
-        try: new = _renamed(name, names)
+        try: new = _renamed(name, names, end)
         except (regex.error, IndexError) as e:
             raise ValueError(printable(f"the name map has a wrong pattern: {e}")) from None
         except TimeoutError:
-            slow = f"the name map takes more than a second for {name[:60]}: use simpler patterns"
+            slow = f"the name map takes too long, at {name[:60]}: use simpler patterns"
             raise ValueError(printable(slow)) from None
         if new in renamed:
             raise ValueError(printable(f"two tensors are both named {new} after renaming, one of them is {name}"))

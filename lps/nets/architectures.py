@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.files import printable
 from ..core.jobs import seeded
 from ..core.optional import optional
 from ..order_chain import PermutationSpec
@@ -23,6 +24,14 @@ from .plain import PlainNet, plain_config, plain_convs, plain_norm, plain_spec
 from .resnet import ResNet, bn_of, branch_layers as resnet_branches, resnet_config, resnet_spec
 
 # %% ../../nbs/nets/02_architectures.ipynb #6ee48bc6
+def _outputs_of(net, images):
+    "Run a network. Raises `ValueError` for images that it cannot read"
+    try: return net(images)
+    except (AssertionError, RuntimeError) as e:
+        shape = " × ".join(map(str, images.shape[1:]))
+        why = printable(str(e).strip().partition("\n")[0][:200].rstrip("."))
+        raise ValueError(f"the network cannot be run on images of {shape} ({why}): name its input with size") from None
+
 @dataclass(frozen=True)
 class Architecture:
     "The layers of one network by their role, and how to build it"
@@ -52,13 +61,14 @@ class Architecture:
         net: nn.Module,  # of this architecture
         images: Tensor,  # normalised, `(B, C, H, W)`; resized if the network takes another size
     ) -> Tensor:         # logits, `(B, K)`
-        "Run a network on images"
+        "Run a network on images. Raises `ValueError` for images that it cannot read"
         classes = self.classes(net)
-        if self.size is None or tuple(images.shape[2:]) == tuple(self.size[1:]): return logits_of(net(images), classes)
+        if self.size is None or tuple(images.shape[2:]) == tuple(self.size[1:]):
+            return logits_of(_outputs_of(net, images), classes)
         outputs = []
         for xb in images.split(8):  # fits into the cache of a core
             xb = F.interpolate(xb, tuple(self.size[1:]), mode="bicubic")
-            outputs.append(logits_of(net(xb.contiguous(memory_format=torch.channels_last)), classes))
+            outputs.append(logits_of(_outputs_of(net, xb.contiguous(memory_format=torch.channels_last)), classes))
         return torch.cat(outputs)
 
     def classes(self,

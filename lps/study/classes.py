@@ -15,21 +15,14 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import spearmanr
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from ..advice.score import linear_cka, log_me
-from ..core.files import load_tensors
 from lps.methods.classes import (
-    ClassDescriptors, centred_logits, class_descriptors, class_logits, class_scores, fit_calibration,
-    describe_classes, fit_class_vectors, load_class_descriptors, number_interval, pair_cosines,
+    ClassDescriptors, centred_logits, class_descriptors, class_logits, class_scores, describe_classes,
+    fit_calibration, load_class_descriptors, names_of, number_interval, prototypes,
 )
-from ..methods.probes import probe_bank
-from ..methods.synthetic import MIXED
-from ..models.modelset import load_modelset
+from ..methods.synthetic import KINDS, MIXTURES, synthetic_images
 from .architectures import ModelSets, load_sets
 from .imagenet import hypernym_names
 from .records import MEASURED_BY, Record
@@ -49,17 +42,21 @@ class Described:
     @property
     def names(self): return self.about.names
 
+    def changed(self, rows): # with other descriptors
+        return Described(self.kind, self.about, rows)
+
 def describe_networks(
     several: ModelSets,
     n_images: int = 768,          # synthetic images, a multiple of 16
     seed: int = 0,                # of the images
     size: int = 32,               # side of the images
+    kinds: str = "smooth",        # mixture of images
 ) -> list:                        # of `Described`, in the order of the sets
     "Run all networks on synthetic images"
     found = []
     for kind, models in several.sets.items():
         for i in range(len(models)):
-            about = describe_classes(models[i], n_images, seed, size)
+            about = describe_classes(models[i], n_images, seed, size, kinds=kinds)
             found.append(Described(kind, about, about.rows))
     return found
 
@@ -174,14 +171,17 @@ def nearest_measure(pairs):
 def pair_figures(pairs, n_boot, seed):
     "Measure shared classes and superclasses"
     same = auc_measure(pairs, lambda pair: pair.same)
-    found = dict(
+    return dict(
         pairs=len(pairs),
         shared=with_interval(same, pairs, n_boot, seed),
         nearest=with_interval(nearest_measure(pairs), pairs, n_boot, seed),
     )
-    if not any(pair.near.any() for pair in pairs): return found
+
+def superclass_figures(pairs, n_boot, seed):
+    "Measure other classes of the same superclass against classes of other superclasses"
+    if not any(pair.near.any() for pair in pairs): return {}
     near = auc_measure(pairs, lambda pair: pair.near, lambda pair: ~pair.same)
-    return found | dict(superclass=with_interval(near, pairs, n_boot, seed))
+    return dict(superclass=with_interval(near, pairs, n_boot, seed))
 
 # %% ../../nbs/study/23_classes.ipynb #bab7a67b
 def expected_number(calibration, scores):
@@ -250,20 +250,20 @@ def reliability(p, right):
 def naming_ranks(
     networks: list,  # of `Described`
 ) -> pd.DataFrame:   # one row a class: network, rank (NaN if no other shows it), among; `attrs`: half of the names
-    "Look up the classes of each network among class vectors fitted on the others"
+    "Look up the classes of each network among the prototypes of the others"
     rows, scores, truth = [], [], []
     for i, network in enumerate(networks):
         rest = [other for other in networks if other is not network]
-        vectors, _ = fit_class_vectors([other.about for other in rest])
+        names = names_of(rest)
         cohort = torch.cat([other.rows for other in rest])
-        found = class_scores(network.rows, vectors.rows, cohort)
-        right = torch.tensor([vectors.names.index(n) if n in vectors.names else -1 for n in network.names])
+        found = class_scores(network.rows, prototypes(rest, names), cohort)
+        right = torch.tensor([names.index(n) if n in names else -1 for n in network.names])
         for s, place in zip(found, right.tolist()):
             rank = (s > s[place]).sum().item() if place >= 0 else np.nan
-            rows.append((i, rank, len(vectors)))
+            rows.append((i, rank, len(names)))
         draw = torch.Generator().manual_seed(i)
-        kept = torch.randperm(len(vectors), generator=draw)[:len(vectors)//2]  # the others have no name here
-        place = torch.full((len(vectors) + 1,), -1)
+        kept = torch.randperm(len(names), generator=draw)[:len(names)//2]  # the others have no name here
+        place = torch.full((len(names) + 1,), -1)
         place[kept] = torch.arange(len(kept))
         scores.append(found[:, kept])
         truth.append(place[right])
@@ -293,67 +293,23 @@ def naming_figures(networks, n_boot, seed):
     found["none"] = reliability(none, unnamed)
     return found
 
-# %% ../../nbs/study/23_classes.ipynb #c653d467
-def probe_descriptors(
-    several: ModelSets,
-) -> list:  # of `ClassDescriptors`
-    "Describe networks by the noise images that ModelSet500 was observed on"
-    bank = probe_bank(256, 0, 2)
-    found = []
-    for models in several.sets.values():
-        for i in range(len(models)):
-            z = centred_logits(class_logits(models[i], bank))
-            z = z/z.square().mean().sqrt()
-            found.append(ClassDescriptors(z.half(), models[i].meta["classes"], dict(n_images=256)))
-    return found
-
-def decode_pairs(
-    several: ModelSets,
-    packed: str,              # a packed set with classes in its manifest
-    observed: str | Path,     # file of its outputs on 256 probe images
-    ridge: float = 0.1,       # of the class vectors
-) -> dict:                    # tasks, pairs, first, within five, median rank, unordered, with those by chance
-    "Decode which two classes each network separates"
-    vectors, _ = fit_class_vectors(probe_descriptors(several), ridge)
-    manifest = load_modelset(packed).manifest
-    outputs = load_tensors(observed)[0]["outputs"].double()
-    ranks, best = [], []
-    for z, a, b in zip(outputs, manifest.class_0, manifest.class_1):
-        if a not in vectors.names or b not in vectors.names: continue
-        z = z if z.shape[1] == 2 else torch.cat([z, -z], 1)  # observed: the difference of logit 0 and logit 1
-        cosines = pair_cosines(centred_logits(z), vectors.logits.double())
-        i, j = vectors.names.index(a), vectors.names.index(b)
-        ranks.append((cosines > cosines[i, j]).sum().item())
-        top = divmod(int(cosines.argmax()), len(vectors))
-        best.append(len({i, j} & set(top)))
-    ranks = np.array(ranks)
-    n_pairs = len(vectors)*(len(vectors) - 1)
-    if not len(ranks): return dict(tasks=0, pairs=n_pairs)
-    return dict(
-        tasks=len(ranks),
-        pairs=n_pairs,
-        first=round(float((ranks == 0).mean()), 4),
-        within_five=round(float((ranks < 5).mean()), 4),
-        median_rank=float(np.median(ranks)),
-        classes_right=round(float(np.mean(best))/2, 4),
-    )
-
 # %% ../../nbs/study/23_classes.ipynb #6a0c1344
 def domain_figures(
     networks: list,  # of `Described`, for the images of the bundled descriptors
 ) -> dict:           # classes, area, and for classes with one right class the median rank; empty for other images
-    "Look up class vectors among the classes of ImageNet-1k"
+    "Look up prototypes among the classes of ImageNet-1k"
     known = load_class_descriptors("imagenet-1k")
-    vectors, _ = fit_class_vectors([network.about for network in networks])
-    if vectors.images != known.images: return {}
+    if networks[0].about.images != known.images: return {}
     above = hypernym_names()
-    scores = class_scores(vectors.rows, known.rows).numpy()
+    names = names_of(networks)
+    scores = class_scores(prototypes(networks, names), known.rows).numpy()
     areas, ranks = {}, {}
-    for name, row in zip(vectors.names, scores):
+    for name, row in zip(names, scores):
         right = np.array([name.replace("_", " ") in names for names in above])
         if not right.any(): continue
         areas[name] = round(float(roc_auc_score(right, row)), 3)
         if right.sum() == 1: ranks[name] = int((row > row[right]).sum()) + 1
+    if not areas: return {}
     drawn = bootstrap(len(areas), 1000)
     values = np.array(list(areas.values()))
     found = [values.mean(), *interval(values[drawn].mean(1))]
@@ -365,115 +321,27 @@ def domain_figures(
         areas=areas,
     )
 
-# %% ../../nbs/study/23_classes.ipynb #ea2bd766
-def target_features(model, images, n_images):
-    "Compute features of the first images of each class, `(classes, n_images, F)`"
-    chosen = [(images.labels == c).nonzero()[:n_images, 0] for c in range(len(images.classes))]
-    z = model.features(images.images[torch.cat(chosen)])
-    return z.unflatten(0, (len(images.classes), n_images))
-
-def linear_probe(z, n_labelled):
-    "Compute the accuracy of logistic regression on features `(classes, images, F)`, with some images labelled"
-    y = torch.arange(len(z))[:, None].expand(z.shape[:2])
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=.1, max_iter=300))
-    classifier.fit(z[:, :n_labelled].flatten(0, 1).numpy(), y[:, :n_labelled].flatten().numpy())
-    return classifier.score(z[:, n_labelled:].flatten(0, 1).numpy(), y[:, n_labelled:].flatten().numpy())
-
-def evidence(z):
-    "Compute the mean LogME of the classes, one against the others"
-    y = torch.arange(len(z))[:, None].expand(z.shape[:2]).flatten()
-    return np.mean([log_me(z.flatten(0, 1), (y == c).long()) for c in range(len(z))])
-
-def measure_sources(models, images, expected, n_labelled, n_images):
-    "Measure each source on each target: a row for each pair of different tasks"
-    names = [models[i].meta["classes"] for i in range(len(models))]
-    features = [target_features(models[i], images, n_images) for i in range(len(models))]
-    places = [list(map(images.classes.index, task)) for task in names]
-    rows = []
-    for target in range(len(models)):
-        own = features[target][places[target]][:, :n_labelled].flatten(0, 1)
-        for source in range(len(models)):
-            if set(names[source]) == set(names[target]): continue
-            z = features[source][places[target]]
-            labelled = z[:, :n_labelled]
-            rows.append(dict(
-                target=target,
-                source=source,
-                accuracy=linear_probe(z, n_labelled),
-                shared=len(set(names[source]) & set(names[target])),
-                expected=expected.get((min(source, target), max(source, target)), np.nan),
-                own=models[source].meta["val_accuracy"],
-                logme=evidence(labelled),
-                cka=linear_cka(own[None], labelled.flatten(0, 1)[None]).item(),
-            ))
-    return pd.DataFrame(rows)
-
-# %% ../../nbs/study/23_classes.ipynb #bcb3c06f
-def standard_scores(table, column):
-    "Scale a column to mean 0 and standard deviation 1 within each target"
-    grouped = table.groupby("target")[column]
-    return ((table[column] - grouped.transform("mean"))/grouped.transform("std").replace(0, 1)).fillna(0)
-
-def rank_sources(table, n_boot, seed):
-    "Compare ways to rank sources: ρ and regret within a target, each with its interval over targets"
-    total = table.groupby("source").accuracy.transform("sum")
-    count = table.groupby("source").accuracy.transform("size")
-    table["popular"] = (total - table.accuracy)/(count - 1).clip(lower=1)
-    table["expected and popular"] = standard_scores(table, "expected") + standard_scores(table, "popular")
-    table["random"] = np.random.default_rng(seed).random(len(table))
-    found = {}
-    for name in ("shared", "expected", "popular", "expected and popular", "own", "logme", "cka", "random"):
-        rho, regret = [], []
-        for _, part in table.groupby("target"):
-            agreement = spearmanr(part[name], part.accuracy).statistic if part[name].nunique() > 1 else 0.
-            rho.append(agreement)
-            best = part[part[name] == part[name].max()]
-            regret.append(100*(part.accuracy.max() - best.accuracy.mean()))
-        drawn = bootstrap(len(rho), n_boot, seed)
-        found[name] = {}
-        for measure, values in (("rho", np.array(rho)), ("regret", np.array(regret))):
-            ends = interval(values[drawn].mean(1))
-            found[name][measure] = [round(float(v), 3) for v in (values.mean(), *ends)]
-    return found
-
-def source_figures(several, pairs, images, n_boot, seed, n_labelled=20, n_images=50):
-    "Measure which source to take for a linear probe"
-    kind, models = next(iter(several.sets.items()))
-    within = [pair for pair in pairs if pair.within]
-    table, _ = leave_out(within, len(models))
-    expected = {(within[k].i, within[k].j): table.expected[k] for k in table.index}
-    n_images = min(n_images, int(images.labels.bincount().min()))
-    measured = measure_sources(models, images, expected, n_labelled, n_images)
-    measured["expected"] = measured.expected.fillna(measured.expected.mean())
-    return dict(
-        sources=len(models),
-        pairs=len(measured),
-        accuracy=round(float(measured.accuracy.mean()), 4),
-        ways=rank_sources(measured, n_boot, seed),
-    )
-
 # %% ../../nbs/study/23_classes.ipynb #ce5c2e27
 @dataclass(kw_only=True)
 class ClassesRecord(Record):
     "Result of networks that share classes"
     networks: dict[str, int]    # set → number of networks
-    within: dict                # of one architecture: result of `pair_figures`
+    accuracy: dict[str, float]  # set → mean validation accuracy
+    within: dict                # of one architecture: result of `pair_figures` and `superclass_figures`
     across: dict                # of two architectures: the same
-    cosines: dict               # both without a cohort
     control: dict               # both with the images of one network shuffled
-    kinds: dict                 # n_images; found: kind of image → areas for shared classes, within and across
+    variants: dict[str, dict]   # changed descriptors → areas for shared classes, within and across
+    kinds: dict                 # n_images; found: kind of image → the same
     curve: dict[str, dict]      # number of images → the same
     number: dict[str, dict]     # within, across → result of `number_figures`
     names: dict                 # result of `naming_figures`
-    two_class: dict[str, dict]  # packed set → result of `decode_pairs`
     domains: dict               # result of `domain_figures`
-    transfer: dict              # result of `source_figures`; empty without images
     measured_by: ClassVar = (*MEASURED_BY, "lps.methods.classes", "lps.methods.synthetic", "lps.study.classes")
 
-def both_figures(pairs, n_boot, seed):
+def both_figures(pairs, n_boot, seed, measure=pair_figures):
     "Measure pairs within and across architectures"
     parts = {"within": [p for p in pairs if p.within], "across": [p for p in pairs if not p.within]}
-    return {name: pair_figures(part, n_boot, seed) for name, part in parts.items() if part}
+    return {name: measure(part, n_boot, seed) for name, part in parts.items() if part}
 
 def areas(pairs):
     "Return the areas for shared classes, within and across"
@@ -483,62 +351,73 @@ def areas(pairs):
         if part: found[name] = round(float(auc_measure(part, lambda pair: pair.same)(np.ones(len(part)))), 4)
     return found
 
-def on_images(networks, chosen, kinds=None):
-    "Describe networks by some of their images"
-    found = []
-    for network in networks:
-        z = network.about.logits.float()[chosen]
-        rows = class_descriptors(z, kinds=None if kinds is None else kinds[chosen])
-        found.append(Described(network.kind, network.about, rows))
-    return found
+def described_by(networks, logits):
+    "Describe networks by other logits, as small networks are described"
+    return [network.changed(class_descriptors(z, .2, both=True)) for network, z in zip(networks, logits)]
 
-def image_figures(networks, seed):
+def variant_figures(networks, mixed):
+    "Measure descriptors that lack one part of the method"
+    def area(rows): return areas(all_pairs([network.changed(row) for network, row in zip(networks, rows)]))
+    logits = [centred_logits(network.about.logits.float()) for network in networks]
+    of_mixed = [network.about.logits.float() for network in mixed]
+    return {
+        "cosine, no cohort": areas(all_pairs(networks, plain=True)),
+        "logits alone": area([class_descriptors(z, .2) for z in logits]),
+        "hardly whitened": area([network.about.graded for network in networks]),
+        "images of the other mixture": areas(all_pairs(described_by(networks, of_mixed))),
+        "other mixture, logits alone": areas(all_pairs(mixed)),
+    }
+
+def image_figures(networks, several, n_images, seed, size):
     "Compare kinds and numbers of images"
-    kinds = networks[0].about.kinds
-    n = int(kinds.bincount().min())
-    generator = torch.Generator().manual_seed(seed)
-    of_kind, curve = {}, {}
-    for number, name in enumerate(dict.fromkeys(MIXED)):
-        chosen = (kinds == number).nonzero()[:n, 0]
-        of_kind[name] = areas(all_pairs(on_images(networks, chosen)))
-    every = torch.randperm(len(kinds), generator=generator)
-    of_kind["all"] = areas(all_pairs(on_images(networks, every[:n])))
-    count = 64
-    while count < len(kinds):
-        curve[str(count)] = areas(all_pairs(on_images(networks, every[:count].sort().values, kinds)))
+    channels = next(iter(several.sets.values()))[0].channels
+    kinds = [*KINDS, *MIXTURES]
+    n = n_images//4
+    parts = [synthetic_images(n, seed + 1, size, channels, MIXTURES.get(kind, (kind,))) for kind in kinds]
+    many = synthetic_images(4*n_images, seed + 2, size, channels, MIXTURES["smooth"])
+    outputs = []
+    for models in several.sets.values():
+        for i in range(len(models)): outputs.append(class_logits(models[i], torch.cat([*parts, many])))
+    found = {}
+    for number, kind in enumerate(kinds):
+        found[kind] = areas(all_pairs(described_by(networks, [z[n*number:n*(number + 1)] for z in outputs])))
+    order = torch.randperm(len(many), generator=torch.Generator().manual_seed(seed)) + n*len(kinds)
+    curve = {}
+    count = 32
+    while count <= len(many):
+        curve[str(count)] = areas(all_pairs(described_by(networks, [z[order[:count]] for z in outputs])))
         count *= 2
-    curve[str(len(kinds))] = areas(all_pairs(networks))
-    return dict(kinds=dict(n_images=n, found=of_kind), curve=curve)
+    return dict(kinds=dict(n_images=n, found=found), curve=curve)
 
 def classes_fields(
     several: ModelSets,
-    n_images: int = 768,   # synthetic images, a multiple of 16
+    n_images: int = 768,   # synthetic images, a multiple of 64
     n_boot: int = 200,     # bootstrap samples of the networks
     seed: int = 0,         # of images and bootstrap
     size: int = 32,        # side of the images
-    two_class: dict | None = None,  # packed set → file of its outputs
-    images=None,           # `ImageSet` that the networks were not trained on, to rank sources
 ) -> dict:                 # fields of `ClassesRecord`
     "Match the classes of all pairs of networks"
     networks = describe_networks(several, n_images, seed, size)
+    mixed = describe_networks(several, n_images, seed, size, "mixed")
     pairs = all_pairs(networks)
     figures = both_figures(pairs, n_boot, seed)
+    graded = all_pairs([network.changed(network.about.graded) for network in networks])
+    for name, found in both_figures(graded, n_boot, seed, superclass_figures).items(): figures[name] |= found
     number = {}
     for name, within in (("within", True), ("across", False)):
         number[name] = number_figures([p for p in pairs if p.within == within], len(networks), n_boot, seed)
-    decoded = {Path(name).name: decode_pairs(several, name, file) for name, file in (two_class or {}).items()}
+    accuracy = {name: float(models.manifest.val_accuracy.mean()) for name, models in several.sets.items()}
     return dict(
         networks={name: len(models) for name, models in several.sets.items()},
+        accuracy={name: round(value, 4) for name, value in accuracy.items()},
         within=figures["within"],
         across=figures["across"],
-        cosines=both_figures(all_pairs(networks, plain=True), n_boot, seed),
         control=both_figures(all_pairs(networks, shuffle=True), n_boot, seed),
+        variants=variant_figures(networks, mixed),
         number=number,
         names=naming_figures(networks, n_boot, seed),
-        two_class=decoded,
-        domains=domain_figures(networks),
-        transfer=source_figures(several, pairs, images, n_boot, seed) if images is not None else {},
-        **image_figures(networks, seed),
+        domains=domain_figures(mixed),
+        **image_figures(networks, several, n_images, seed, size),
     )
 
 # %% ../../nbs/study/23_classes.ipynb #8d6fb918
@@ -558,10 +437,10 @@ def plot_classes(
         axes[2].plot(list(map(int, by_true)), list(by_true.values()), "o", color=colour, label=name)
     axes[0].set_yticks(range(len(found)), list(found))
     axes[0].invert_yaxis()
-    axes[0].set_xlim(.5, 1)
+    axes[0].set_xlim(.8, 1)
     axes[0].set_xlabel(f"area, shared classes, {record.kinds['n_images']} images")
     axes[1].set_xscale("log", base=2)
-    axes[1].set_xlabel("synthetic images of all kinds")
+    axes[1].set_xlabel("synthetic images, smooth mixture")
     axes[1].set_ylabel("area, shared classes")
     axes[2].axline((0, 0), slope=1, color=".6", lw=.8)
     axes[2].set_xlabel("shared classes")
@@ -579,8 +458,10 @@ def classes_table(
         for name in ("within", "across"):
             found = getattr(record, name).get(measure)
             if found: rows.setdefault(title, {})[name] = interval_text(*found, digits=3)
-    for title, part in (("shared class, cosine alone", record.cosines), ("shared class, shuffled", record.control)):
-        rows[title] = {name: interval_text(*part[name]["shared"], digits=3) for name in ("within", "across")}
+    shuffled = {name: interval_text(*found["shared"], digits=3) for name, found in record.control.items()}
+    rows["shared class, images shuffled"] = shuffled
+    for title, found in record.variants.items():
+        rows[f"shared class, {title}"] = {name: f"{value:.3f}" for name, value in found.items()}
     texts = {name: found for name, found in record.number.items() if found}
     rows["ρ, number of shared classes"] = {name: interval_text(*found["rho"]) for name, found in texts.items()}
     rows["true number in the interval, %"] = {name: f"{100*found['inside']:.0f}" for name, found in texts.items()}
@@ -590,20 +471,14 @@ def classes_table(
 def classes_text(
     record: ClassesRecord,
 ) -> str:  # Markdown
-    "Describe names and two-class networks"
+    "Describe the networks, names and other domains"
     names = record.names
-    counts = ", ".join(f"{n} {name}" for name, n in record.networks.items())
+    counts = ", ".join(f"{n} {name} ({record.accuracy[name]:.2f})" for name, n in record.networks.items())
     parts = [
-        f"Networks: {counts}.",
-        f"Names from class vectors of the other networks: right for {100*names['first'][0]:.0f} % of "
+        f"Networks (mean accuracy): {counts}.",
+        f"Names from prototypes of the other networks: right for {100*names['first'][0]:.0f} % of "
         f"{names['classes']} classes among about {names['among']}, within five {100*names['within five'][0]:.0f} %.",
     ]
-    for name, found in record.two_class.items():
-        if not found["tasks"]: continue
-        parts.append(
-            f"Two-class networks ({name}, {found['tasks']} tasks): the right ordered pair is first among "
-            f"{found['pairs']} for {100*found['first']:.0f} %, median rank {found['median_rank']:.0f}."
-        )
     if record.domains:
         found = record.domains
         parts.append(
@@ -611,16 +486,7 @@ def classes_text(
             f"({found['classes']} classes); the median rank of a single right class is {found['median_rank']:.0f} "
             "of 1,000."
         )
-    return " ".join(parts) + sources_text(record.transfer)
-
-def sources_text(found):
-    "Describe which source to take"
-    if not found: return ""
-    rows = [f"{name} {interval_text(*way['rho'])} / {way['regret'][0]:.1f}" for name, way in found["ways"].items()]
-    return (
-        f"\n\nWhich network to take for a linear probe on 20 images a class ({found['sources']} sources and targets): "
-        f"ρ within a target / regret in points: {'; '.join(rows)}."
-    )
+    return " ".join(parts)
 
 def has_class_sets(model_set, images):
     "Check for folders of networks whose tasks have more than two classes"

@@ -6,16 +6,8 @@
 __all__ = ['field_fields']
 
 # %% ../../nbs/study/25_field.ipynb #edc1a712
-from dataclasses import dataclass
-from typing import ClassVar
-
-import numpy as np
 import pandas as pd
 from scipy.stats import mannwhitneyu, spearmanr
-
-from .figures import new_axes, plain_text
-from .records import MEASURED_BY, Record
-from .registry import Experiment, register_experiment
 
 # %% ../../nbs/study/25_field.ipynb #0010fabf
 def with_truth(
@@ -148,7 +140,7 @@ def field_fields(
     roles: pd.DataFrame,     # relatives of all queries: query, file, role, verdict
     named: pd.DataFrame,     # names for classes: query, class, name, truth
     by_class: pd.DataFrame,  # models that have a class and do not name it: name, file
-) -> dict:                   # fields of `FieldRecord`
+) -> dict:                   # of dicts of figures
     "Summarise the answers of an index"
     table = with_truth(found, known, classes)
     there = set(indexed)
@@ -166,91 +158,3 @@ def field_fields(
         untrained=untrained_figures(found, known),
         naming=naming_figures(named, by_class, known, classes),
     )
-
-# %% ../../nbs/study/25_field.ipynb #ae93543c
-@dataclass(kw_only=True)
-class FieldRecord(Record):
-    "Result of indexing a mixed folder"
-    readable: dict[str, int]       # files, indexed
-    wrong: dict[str, int]          # files, with_reason, indexed
-    nearest: dict[str, dict]       # family of the query → queries, related, same_task, chance
-    decision: dict[str, float]     # pairs, related, auc, brier, constant_brier, rho, mean_expected, mean_truth
-    roles: dict[str, dict]         # role → pairs, related, right
-    untrained: dict[str, int]      # networks, shown, recommended, sources_for_them, trained_without_source
-    naming: dict[str, float]       # logits, right, chance, lookups, first_right, found, found_right, there
-    seconds: float                 # of one core to index a model
-    memory: list[list[int]]        # number of models read, peak memory of the process in MB
-    measured_by: ClassVar = (
-        *MEASURED_BY, "lps.index.related", "lps.index.family", "lps.methods.classes", "lps.methods.synthetic",
-        "lps.study.field",
-    )
-
-def plot_field(
-    record: FieldRecord,
-):  # axes
-    "Show how often the nearest model of another family is related, by the family of the query"
-    table = pd.DataFrame(record.nearest).T
-    ax = new_axes(6, .32*len(table) + 1)
-    share = 100*table.related/table.queries
-    places = np.arange(len(table))[::-1]
-    ax.barh(places, share, color="tab:blue", height=.7)
-    ax.plot(100*table.chance, places, "|", color="black", markersize=12, label="chance")
-    for place, value in zip(places, share): ax.text(value + 1, place, f"{value:.0f}", va="center", fontsize=8)
-    ax.axvline(90, color="grey", linestyle=":", linewidth=1, label="goal")
-    ax.set_yticks(places, table.index)
-    ax.set_xlim(0, 110)
-    ax.set_xlabel("nearest model of another family is related, %")
-    ax.set_title(plain_text(record.name), fontsize=9)
-    ax.legend(fontsize=8, loc="lower left")
-    return ax
-
-def field_table(
-    record: FieldRecord,
-) -> pd.DataFrame:  # text, one row a family
-    "Tabulate what the nearest model of another family is"
-    rows = {}
-    for family, found in record.nearest.items():
-        rows[family] = {
-            "queries": str(found["queries"]),
-            "related": f"{100*found['related']/found['queries']:.1f} %",
-            "same task": f"{100*found['same_task']/found['queries']:.1f} %",
-            "chance of related": f"{100*found['chance']:.1f} %",
-        }
-    return pd.DataFrame(rows).T.rename_axis("family of the query")
-
-def field_text(
-    record: FieldRecord,
-) -> str:  # Markdown
-    "Describe reading, decisions, lineage, untrained networks and names"
-    roles = record.roles
-    words = dict(parent="parents", child="children", sibling="siblings")
-    named = [f"{roles[role]['right']} of {roles[role]['pairs']} {word}" for role, word in words.items()]
-    chance = 100*record.naming["chance"]
-    return TEXT.format(r=record, roles=", ".join(named), false=roles["false"]["pairs"], chance=chance)
-
-TEXT = """- **Reading**: {r.readable[indexed]} of {r.readable[files]} models are indexed by one command, and\
- {r.wrong[with_reason]} of {r.wrong[files]} wrong files are listed with a reason; {r.seconds:.2f} s of one core a model.
-- **Related or not**, {r.decision[pairs]:.0f} pairs of different families: AUC {r.decision[auc]:.3f}; mean squared\
- error of the probability {r.decision[brier]:.3f}, of a constant one {r.decision[constant_brier]:.3f}; expected and\
- true number of shared classes: ρ {r.decision[rho]:.2f}, means {r.decision[mean_expected]:.2f} and\
- {r.decision[mean_truth]:.2f}.
-- **Lineage**: {roles} are named as such; {false} other pairs are called relatives.
-- **Untrained networks**: recommended {r.untrained[recommended]} times, of {r.untrained[networks]};\
- {r.untrained[sources_for_them]} of them get a source, {r.untrained[trained_without_source]} trained networks get none.
-- **Names**: {r.naming[right]:.0f} of {r.naming[logits]:.0f} classes without a name get the right one (chance\
- {chance:.0f} %). Of the models found for a class, {r.naming[found_right]:.0f} of {r.naming[found]:.0f} have it, of\
- {r.naming[there]:.0f} that do; the first one is right for {r.naming[first_right]:.0f} of {r.naming[lookups]:.0f}.
-"""
-
-# %% ../../nbs/study/25_field.ipynb #7b2655e5
-register_experiment(Experiment(
-    kind="field",
-    title="A mixed folder",
-    where="not in the paper",
-    record=FieldRecord,
-    plot=plot_field,
-    table=field_table,
-    words=field_text,
-    small=dict(n_models=3, zoo_epochs=1, n_splits=1, workers=1),
-    order=21,
-));

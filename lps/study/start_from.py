@@ -353,7 +353,7 @@ def fine_tuned_accuracy(
     net = model.net
     head = model.architecture.head
     with seeded(seed), one_thread():
-        net.set_submodule(head, nn.Linear(net.get_submodule(head).in_features, 2))
+        net.set_submodule(head, nn.Linear(net.get_submodule(head).in_features, int(target.labels.max()) + 1))
         opt = torch.optim.SGD(net.train().parameters(), lr, momentum=.9, weight_decay=1e-4)
         for _ in range(epochs):
             for batch in torch.randperm(len(labelled)).split(20):
