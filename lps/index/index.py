@@ -772,7 +772,7 @@ def answer_by_classes(self: ModelIndex,
         table=shown,
         related=related,
         method=f"{self.fitted.method} ({method_title(self.fitted.method)})",
-        reads=f"outputs on {found.rows.shape[1]} synthetic images",
+        reads=f"outputs on {found.rows.shape[1]//2} synthetic images",
         recommended=sources.file.iloc[0] if related else "",
         expected=explained,
     )
