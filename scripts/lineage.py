@@ -1,7 +1,11 @@
 """Measure how reliably `lps compare` tells derived models from independent ones:
 
 python scripts/lineage.py train FOLDER                   trains on CIFAR-100 (about 8 minutes of one core); resumes
-python scripts/lineage.py measure FOLDER/confirm OUT.json
+python scripts/lineage.py measure FOLDER/confirm OUT.json [--more FOLDER …]
+
+Folders given with --more hold models that were trained on their own, as files or in folders of files; those that do
+not exist are skipped. They are compared with each other and with the set, and nothing is derived from them. Two models
+that record the same seed may share initial weights, so they are no independent pair.
 
 Thresholds were chosen on the set `explore`; `confirm` has other architectures, classes and seeds. Pairs that were
 measured are kept in tables beside OUT.json, and a second run continues from them.
@@ -23,6 +27,7 @@ from lps.lineage.benchmark import (
 )
 from lps.methods.synthetic import noise_images
 from lps.models.model import Model
+from lps.models.read import read_model
 from lps.nets.plain import PlainNet
 from lps.nets.resnet import ResNet
 from lps.order_chain import PermutationSpec, permute, random_perms
@@ -416,7 +421,7 @@ def subject_of(kind, state, meta, images):
         net.load_state_dict(state)
         outputs = net(images)
     except (KeyError, RuntimeError): outputs = None
-    return Subject(Model(state), outputs, kind, int(meta.get("task", -1)))
+    return Subject(Model(state), outputs, kind, str(meta.get("task", "")), meta.get("seed"))
 
 
 def uncounted(state):
@@ -467,13 +472,38 @@ def read_models(folder):
     return found
 
 
+def shapes_but_head(state):
+    return tuple(v.shape for v in state.values() if v.ndim > 1)[:-1]
+
+
+def more_subjects(folders, known):
+    "Read models that were trained elsewhere; those with the layers of a known architecture get its name"
+    kinds = {shapes_but_head(subject.model.state): subject.kind for subject in known}
+    found = {}
+    for folder in folders:
+        if not folder.exists(): print(f"skipped: {folder} does not exist", flush=True)
+        files = [path for path in sorted(folder.rglob("task*_run*")) if path.suffix in (".pt", ".safetensors")]
+        for path in files:
+            model = read_model(path)
+            task, run = [int("".join(filter(str.isdigit, word))) for word in path.stem.split("_")]
+            own = path.relative_to(folder.parent).with_suffix("").as_posix()
+            kind = kinds.setdefault(shapes_but_head(model.state), own.rpartition("/")[0])
+            found[own] = Subject(model, None, kind, f"{folder.name} {task}", model.meta.get("seed"))
+    return found
+
+
 def choose_pairs(subjects, n):
-    "Choose pairs of names: all of one architecture, then others at random; those of one seed share initial weights"
-    def seeds(name): return name.split("-")[-2:]
-    pairs = [(a, b) for a in subjects for b in subjects if a < b and seeds(a) != seeds(b)]
+    "Choose pairs of names: all of one architecture, then others at random; models of one seed are not independent"
+    names = list(subjects)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if not one_seed(subjects[a], subjects[b])]
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
     order.sort(key=lambda k: subjects[pairs[k][0]].kind != subjects[pairs[k][1]].kind)
     return [pairs[k] for k in order[:n]]
+
+
+def one_seed(a, b):
+    "Do two models record the same seed?"
+    return a.seed is not None and a.seed == b.seed
 
 
 def times(rows):
@@ -503,7 +533,7 @@ def measure_pairs(subjects, n, seconds, path):
     return rows
 
 
-def measure(folder, out, n_pairs, n_parents, seconds):
+def measure(folder, out, more, n_pairs, n_parents, seconds):
     "Measure a set and write its record"
     start = time.process_time()
     models = read_models(folder)
@@ -511,20 +541,23 @@ def measure(folder, out, n_pairs, n_parents, seconds):
     rows = kept(out.with_suffix(".related.csv"), lambda: measure_related(related_pairs(models, images, n_parents)))
     print(f"{len(rows)} related pairs, {time.process_time() - start:.0f} s", flush=True)
     by_name = {path.stem: subject_of(meta["kind"], state, meta, images) for path, (state, meta) in models.items()}
+    others = more_subjects(more, by_name.values())
+    by_name |= others
     independent = measure_pairs(by_name, n_pairs, seconds, out.with_suffix(".independent.csv"))
     print(f"{len(independent)} independent pairs, {time.process_time() - start:.0f} s", flush=True)
     subjects = list(by_name.values())
     kinds = {}
-    for subject in subjects: kinds[subject.kind] = kinds.get(subject.kind, 0) + 1
+    for subject in subjects[:len(models)]: kinds[subject.kind] = kinds.get(subject.kind, 0) + 1
+    for name in others: kinds[name.split("/")[0]] = kinds.get(name.split("/")[0], 0) + 1
     described = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
     about = dict(
         models=len(subjects),
         tasks=len({(subject.kind, subject.task) for subject in subjects}),
         data=["cifar100"],
         recipe=["brief"],
-        seeds=[meta["seed"] for _, meta in models.values()],
+        seeds=sorted({subject.seed for subject in subjects if subject.seed is not None}),
     )
-    how = f"{described}, {SIDE}×{SIDE} pixels; {len(rows)} related pairs"
+    how = f"{described}; {SIDE}×{SIDE} pixels in {folder.name}; {len(rows)} related pairs"
     settings = dict(name=folder.name, how=how, seed=0, n_parents=n_parents)
     fields = lineage_fields(rows, independent) | dict(seconds=times(rows))
     record = dict(model_set=about, settings=settings) | sources_field(LineageRecord) | fields | provenance()
@@ -536,13 +569,14 @@ def main():
     parser.add_argument("what", choices=["train", "measure"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--more", type=Path, nargs="+", default=[], help="folders of other independent models")
     parser.add_argument("--pairs", type=int, default=10_000, help="independent pairs")
     parser.add_argument("--parents", type=int, default=3, help="models of each kind that others are derived from")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop independent pairs after this time")
     args = parser.parse_args()
     with one_thread():
         if args.what == "train": return train(args.folder)
-        measure(args.folder, args.out, args.pairs, args.parents, 60*args.minutes)
+        measure(args.folder, args.out, args.more, args.pairs, args.parents, 60*args.minutes)
 
 
 if __name__ == "__main__": main()

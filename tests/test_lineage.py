@@ -12,8 +12,8 @@ from lps.cli import main
 from lps.core.files import save_tensors
 from lps.index.family import duplicates, families, relatives
 from lps.index.index import ModelIndex
-from lps.lineage.benchmark import DERIVATIONS, half, merged, noisy, pruned, renamed, reordered, rescaled
-from lps.lineage.compare import Aligner, balanced, compare, layers_of
+from lps.lineage.benchmark import DERIVATIONS, half, merged, noisy, pruned, renamed, reordered, rescaled, sliced
+from lps.lineage.compare import Aligner, balanced, channel_groups, compare, layers_of, parts_of
 from lps.lineage.sketch import DERIVED, sketch_similarity, weight_sketch
 from lps.models.model import Model
 from lps.nets.plain import PlainNet
@@ -124,6 +124,46 @@ def test_a_quarter_of_a_parent_is_found_in_another_order():
     assert compare(models[0], Model(other)).verdict == "independent"
 
 
+MADE = ["resnet18", "resnet26", "mobilenetv2_035", "mobilenetv3_small_050", "efficientnet_b0"]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_groups_that_are_guessed_from_shapes_have_channels_in_common(name):
+    "Permuting them leaves the outputs as they are"
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    net = timm.create_model(name).eval()
+    with torch.no_grad():
+        for v in net.parameters():
+            if v.ndim == 1: v.uniform_(.5, 1.5)
+        images = torch.randn(2, 3, 64, 64)
+        before = net(images)
+        parts = parts_of(net.state_dict())
+        rows, columns, _ = channel_groups(parts)
+        layers = {part.name: pair for part, *pair in zip(parts, rows, columns) if part.role != "vector"}
+        sizes = {row: len(part.weight) for part, row in zip(parts, rows) if part.role != "vector" and row >= 0}
+        orders = {row: torch.randperm(n) for row, n in sizes.items()}
+        n_moved = 0
+        row = None
+        for key, v in net.state_dict().items():
+            row, column = layers.get(key, (row, None))
+            old = v.clone()
+            if column in orders: v.copy_(v[:, orders[column]])
+            if row in orders and v.ndim: v.copy_(v[orders[row]])
+            n_moved += not v.equal(old)
+        assert n_moved > len(layers)
+        torch.testing.assert_close(net(images), before, rtol=1e-3, atol=1e-3*float(before.abs().max()))
+
+
+def test_a_merge_of_a_network_without_shortcuts_is_found_in_another_order():
+    models = [network(seed, lambda: PlainNet(8, 16)) for seed in range(2)]
+    b = reordered(merged(models[0].state, models[1].state, .25), models[0].architecture.spec, 3)
+    found = compare(models[0], Model(b))
+    assert found.verdict == "derived" and found.how == ["merged"] and found.direction == ""
+    other = reordered(models[1].state, models[1].architecture.spec, 3)
+    assert compare(models[0], Model(other)).verdict == "independent"
+
+
 def test_networks_of_one_task_and_one_data_set_are_independent(trained_twice):
     a, b, tuned = trained_twice
     assert compare(a, b).verdict == "independent"
@@ -177,6 +217,19 @@ def test_an_index_finds_copies_and_families(shelf):
     found = relatives(index, network(0))
     assert found.verdict.tolist()[0] == "same weights" and set(found.verdict) == {"same weights", same, "derived"}
     assert "gone" not in str(duplicates(index)) and duplicates(index) == []
+
+
+def test_families_include_slices_and_disguised_merges(tmp_path):
+    a, other = network(0), network(1)
+    spec = a.architecture.spec
+    states = dict(net=a.state, slice=sliced(a.state, spec, .5))
+    states["merge"] = moved(Model(merged(a.state, other.state, .5)), 4)
+    for i, (name, state) in enumerate(states.items()):
+        meta = dict(task=i % 2, classes=[f"{i % 2}a", f"{i % 2}b"])
+        save_tensors(tmp_path/"models"/f"{name}.safetensors", state, meta)
+    index = ModelIndex.build(tmp_path/"models", None, "probes")
+    family = families(index)
+    assert sorted(Path(file).stem for file in family.file) == ["merge", "net", "slice"]
 
 
 def test_lineage_on_the_command_line(shelf, monkeypatch, capsys):

@@ -8,6 +8,7 @@ __all__ = ['RELATED', 'Comparison', 'related', 'compare']
 # %% ../../nbs/lineage/01_compare.ipynb #2020dcef
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -192,51 +193,6 @@ class Aligner:
         if self.matches: return likely
         return list(dict.fromkeys([*likely[:N_NEAREST], *near[:N_NEAREST]]))
 
-# %% ../../nbs/lineage/01_compare.ipynb #73d0b794
-def first_stage(
-    layers: list,  # of `Layer`
-) -> list:         # the stem, then an even number of layers; empty for another kind of network
-    "Return the stem of a network and the layers after it that keep its number of channels"
-    stems = [i for i, layer in enumerate(layers) if layer.shape[1] <= MAX_CHANNELS and layer.shape[2] > 1]
-    if not stems: return []
-    n = len(layers[stems[0]].weight)
-    found = [layers[stems[0]]]
-    for layer in layers[stems[0] + 1:]:
-        if layer.shape[:2] != (n, n) or layer.shape[2] == 1: break
-        found.append(layer)
-    n_blocks = (len(found) - 1)//2
-    return found[:1 + 2*n_blocks] if n_blocks and n <= MAX_ROWS else []
-
-def unit_variance(
-    layers: list,  # of `Layer`
-) -> list:         # tensors
-    "Scale balanced weights to a mean square of 1"
-    return [layer.balanced*layer.balanced[0].numel()**.5 for layer in layers]
-
-def align_stage(
-    a: list,             # layers from `first_stage`, with numbers of variance 1
-    b: list,             # those of the other model
-    n_starts: int = 8,   # the first is the map of the stem, others are disturbed
-    n_steps: int = 10,
-):                       # yields a map of the stem's channels for each start
-    "Align the stem and the blocks after it together"
-    g = torch.Generator().manual_seed(0)
-    first = torch.einsum("nct,mct->nm", a[0], b[0])
-    pairs = list(zip(a[1::2], b[1::2], a[2::2], b[2::2]))
-    for start in range(n_starts):
-        found = first + torch.randn(first.shape, generator=g)*first.std()*(start > 0)
-        for _ in range(n_steps):
-            stream = best_map(found)
-            found = first.clone()
-            for a_in, b_in, a_out, b_out in pairs:
-                inner = torch.einsum("hct,kct->hk", a_in[:, stream], b_in)
-                inner += torch.einsum("nht,nkt->hk", a_out[stream], b_out)
-                inner = best_map(inner)
-                found += torch.einsum("hct,hdt->cd", a_in[inner], b_in)
-                found += torch.einsum("nht,mht->nm", a_out[:, inner], b_out)
-            if best_map(found).equal(stream): break
-        yield stream
-
 # %% ../../nbs/lineage/01_compare.ipynb #776f86bd
 def spread(
     n: int,     # how many there are
@@ -256,17 +212,6 @@ def add_stems(self: Aligner):
             if a.shape[1] != b.shape[1]: one, two = one.sum(1, keepdim=True), two.sum(1, keepdim=True)
             found = cosines(one, two)
             for similar in (found, found.abs()): self.add(a.shape[0], b.shape[0], best_map(similar), (b.name,))
-
-@patch
-def add_blocks(self: Aligner):
-    "Add the maps of the first stage of a residual network, from its stem and all of its blocks together"
-    one = first_stage(self.a)
-    two = first_stage(self.b)
-    if not one or [layer.shape for layer in one] != [layer.shape for layer in two]: return
-    names = tuple(layer.name for layer in two)
-    n = len(one[0].weight)
-    maps = {tuple(found.tolist()) for found in align_stage(unit_variance(one), unit_variance(two))}
-    for rows in sorted(maps): self.add(n, n, torch.tensor(rows), names)
 
 @patch
 def tests(self: Aligner, a, b):
@@ -318,8 +263,7 @@ def accept(self: Aligner, match):
 @patch
 def run(self: Aligner):
     "Match layers until no known map gives another match"
-    self.add_stems()
-    self.add_blocks()
+    if not self.matches: self.add_stems()
     found = True
     while found:
         found = False
@@ -328,6 +272,337 @@ def run(self: Aligner):
             if match is None: continue
             self.accept(match)
             found = True
+    return self
+
+# %% ../../nbs/lineage/01_compare.ipynb #7b0de33c
+@dataclass(eq=False)
+class Part:
+    "A layer or a vector of channels, as the joint alignment reads it"
+    name: str
+    weight: Tensor  # kernels `(N, C, taps)`, or vectors `(n, channels)`
+    role: str = ""  # `vector`; `query`, `key` or `value` of an attention layer; empty for other layers
+    balanced: Tensor | None = None
+    flipped: bool = False  # have some rows the other sign than in the file?
+
+    @property
+    def shape(self): return tuple(self.weight.shape)
+
+ROLES = "query", "key", "value"
+
+def batch_norm(
+    vectors: list,  # of `(name, tensor)`, those after a layer
+    n: int,         # rows of the layer
+):                  # weight, bias, mean and variance, or None
+    "Return the batch normalisation after a layer"
+    found = [v.float() for _, v in vectors[:4]]
+    if len(found) < 4 or any(v.shape != (n,) for v in found) or (found[3] < 0).any(): return None
+    return found
+
+def parts_of(
+    state: dict,  # tensors by name
+) -> list:        # of `Part`, in the order of the state dict
+    "List layers and vectors; rows before batch normalisation get the sign that it gives them"
+    tensors = [(name, v) for name, v in state.items() if v.is_floating_point() and v.ndim]
+    layers = [v.shape for _, v in tensors if 2 <= v.ndim <= 5 and len(v) > 1]
+    found = []
+    skipped = 0
+    for i, (name, v) in enumerate(tensors):
+        if skipped:
+            skipped -= 1
+            continue
+        v = v.float()
+        if v.ndim < 2 or len(v) < 2:
+            if v.ndim <= 3: found.append(Part(name, v.reshape(-1, v.shape[-1]), "vector"))
+            continue
+        weight = v.reshape(*v.shape[:2], -1)
+        layers = layers[1:]
+        n, c, n_taps = weight.shape
+        vectors = tensors[i + 1:i + 5]
+        norm = batch_norm(vectors, n)
+        if n == 3*c and n_taps == 1 and layers and tuple(layers[0]) == (c, c):
+            for role, part in zip(ROLES, weight.split(c)): found.append(Part(name, part, role, balanced(part)))
+            skipped = int(len(vectors) > 0 and vectors[0][1].shape == (n,))
+        elif norm:
+            scale, bias, mean, variance = norm
+            signs = torch.where(scale < 0, -1., 1.)
+            weight = weight*signs[:, None, None]
+            found.append(Part(name, weight, "", balanced(weight), bool((signs < 0).any())))
+            found.append(Part(name, (bias/scale.abs().clamp_min(1e-6))[None], "vector"))
+            found.append(Part(name, (mean*signs/variance.clamp_min(1e-12).sqrt())[None], "vector"))
+            skipped = 4
+        else: found.append(Part(name, weight, "", balanced(weight)))
+    return found
+
+# %% ../../nbs/lineage/01_compare.ipynb #7ac23ef8
+def is_depthwise(shape): return shape[1] == 1 and shape[2] > 1
+
+def is_squeeze(
+    shapes: list,  # `(N, C, taps)` of the layers
+    p: int,        # a layer
+) -> bool:
+    "Return whether a layer and the next one are a squeeze-and-excitation block"
+    if p < 1 or p + 2 >= len(shapes) or not is_depthwise(shapes[p - 1]): return False
+    n, c, n_taps = shapes[p]
+    return n_taps == 1 and n < c and shapes[p + 1] == (c, n, 1) and shapes[p + 2][1] == c
+
+def block_end(
+    shapes: list,  # `(N, C, taps)` of the layers
+    p: int,        # a layer
+):                 # number of a layer, or None
+    "Return the layer that writes the channels which a layer reads, if a residual block begins there"
+    n, c, _ = shapes[p]
+    if is_squeeze(shapes, p) or p and is_depthwise(shapes[p - 1]) and n < c: return None
+    chain = [p]
+    for q in range(p + 1, min(p + 6, len(shapes))):
+        if is_squeeze(shapes, q) or is_squeeze(shapes, q - 1): continue
+        n_last = shapes[chain[-1]][0]
+        reads = shapes[q][0] if is_depthwise(shapes[q]) else shapes[q][1]
+        if reads != n_last: break
+        chain.append(q)
+    is_bottleneck = [shapes[q][2] > 1 for q in chain[:3]] == [False, True, False]
+    last = chain[2] if is_bottleneck else chain[min(1, len(chain) - 1)]
+    return last if last > p and shapes[last][0] == c else None
+
+MIN_CHANNELS = 8  # of a group that a vector is assigned to by its length
+IMAGE = -1        # columns of the first layer, whose order is known
+CLASSES = -2      # rows of the last layer, likewise
+
+def channel_groups(
+    parts: list,  # of `Part`
+) -> tuple:       # for each part the group of its rows and of its columns, or None; layers that may end a block
+    "Conclude from the shapes of layers which of them have channels in common"
+    places = [i for i, part in enumerate(parts) if part.role != "vector"]
+    shapes = [parts[i].shape for i in places]
+    sizes = []
+    written = []     # groups in the order in which layers write them
+    ends = {}        # layer → group that it returns to
+    guessed = set()
+    busy = -1        # last layer of the current block
+    rows = [None]*len(parts)
+    columns = [None]*len(parts)
+    def last_of_size(n): return next((group for group in reversed(written) if sizes[group] == n), None)
+    for p, (i, (n, c, _)) in enumerate(zip(places, shapes)):
+        role = parts[i].role
+        before = places[p - 1]
+        if p == 0: columns[i] = IMAGE
+        elif role in ("key", "value"): columns[i] = columns[before]
+        elif not is_depthwise(shapes[p]): columns[i] = last_of_size(c)
+        latest = written[-1] if written else None
+        if p > 2 and sizes[latest] == n != c:
+            first = columns[places[p - (3 if shapes[p - 1][2] == 1 else 2)]]
+            if first is not None and first >= 0 and sizes[first] == c: columns[i] = first
+        read = columns[i]
+        end = None
+        if p and is_depthwise(shapes[p]): group = last_of_size(n)
+        elif role == "key": group = rows[before]
+        elif is_squeeze(shapes, p - 1): group = columns[before]
+        elif p in ends: group = ends[p]
+        elif p == len(places) - 1: group = CLASSES
+        elif p and read is not None and read != latest and sizes[latest] == n and not role: group = latest
+        else:
+            group = None
+            if role == "query": ends[p + 3] = read
+            elif p > busy and p and not role: end = block_end(shapes, p)
+            if end is not None:
+                ends[end] = read
+                guessed.add(places[end])
+                busy = end
+        if group is None:
+            group = len(sizes)
+            sizes.append(n)
+        rows[i] = group
+        if group != CLASSES: written.append(group)
+    for i, part in enumerate(parts):
+        if part.role != "vector": continue
+        n = part.shape[1]
+        earlier = [rows[j] for j in places if j < i]
+        if earlier and earlier[-1] >= 0 and sizes[earlier[-1]] == n: rows[i] = earlier[-1]
+        elif n >= MIN_CHANNELS:
+            known = earlier or [rows[j] for j in places[:1]]
+            rows[i] = next((group for group in reversed(known) if group >= 0 and sizes[group] == n), None)
+    return rows, columns, guessed
+
+# %% ../../nbs/lineage/01_compare.ipynb #e34fa923
+CORRELATION = .3   # of weights in a weak merge
+N_RECENT = 4       # layers whose maps are updated with a new one
+N_SINKHORN = 8     # alternations between rows and columns
+RETURNED = 2       # z score from which a block is believed to return to the channels that it has read
+MAX_WORK = 5e8     # multiplications for one pass; later layers are matched one by one
+
+def sinkhorn(
+    logits: Tensor,  # `(N, M)`, with N at least M
+) -> Tensor:         # the same shape
+    "Return probabilities whose columns sum to 1, and whose rows to 1 or less"
+    p = (logits - logits.max(0).values).exp()
+    for _ in range(N_SINKHORN):
+        p = p/p.sum(0).clamp_min(1e-30)
+        rows = p.sum(1, keepdim=True)
+        p = p/(rows.clamp_min(1e-30) if p.shape[0] == p.shape[1] else rows.clamp_min(1))
+    return p/p.sum(0).clamp_min(1e-30)
+
+def soft_z(
+    p: Tensor,           # soft map of rows, `(N, M)`
+    similarity: Tensor,  # of rows, `(N, M)`
+) -> float:
+    "Return the z score of a soft map"
+    assigned = standardised((similarity @ p.T).numpy())
+    return float(z_score(assigned, np.arange(len(assigned))))
+
+def whitening(
+    *samples: Tensor,  # `(n, d)` each
+) -> Tensor:           # `(d, d)`
+    "Return a matrix that makes the second moments of samples equal, shrunk by a tenth"
+    moments = sum(sample.T @ sample for sample in samples)
+    moments = .9*moments + .1*moments.diagonal().mean()*torch.eye(len(moments))
+    values, vectors = torch.linalg.eigh(moments)
+    return vectors/values.clamp_min(1e-12).sqrt() @ vectors.T
+
+def whitened(
+    a: Tensor,       # kernels of one layer, `(N, C, taps)`
+    b: Tensor,       # those of the other, `(M, D, taps)`
+    is_first: bool,  # are columns the channels of the image?
+) -> list:           # of two tensors of the same shapes
+    "Whiten taps, and the channels of an image, and scale to a mean square of 1"
+    pair = [a, b]
+    if a.shape[2] > 1:
+        taps = whitening(*[weight.flatten(0, 1) for weight in pair])
+        pair = [weight @ taps for weight in pair]
+    if is_first:
+        channels = whitening(*[weight.transpose(1, 2).flatten(0, 1) for weight in pair])
+        pair = [torch.einsum("nct,cd->ndt", weight, channels) for weight in pair]
+    return [weight/weight.square().mean().sqrt().clamp_min(1e-12) for weight in pair]
+
+def unit_vectors(
+    v: Tensor,  # `(n, channels)`
+) -> Tensor:    # the same shape
+    "Scale vectors to mean 0 and variance 1"
+    v = v - v.mean(1, keepdim=True)
+    return v/v.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
+
+class JointAligner:
+    "Estimate the maps of all groups of channels of two networks of the same structure together"
+    def __init__(
+        self,
+        a: list,  # of `Part`, those of the larger network
+        b: list,  # those of the other
+    ):
+        self.a = a
+        self.b = b
+        self.rows, self.columns, self.guessed = channel_groups(a)
+        self.layers = []   # numbers of layers in use
+        self.maps = {}     # group → soft map `(N, M)`
+        self.prior = {}    # group → similarity by vectors
+        self.found = {}    # (layer, is it by its rows?) → similarity
+        self.weights = {}
+        self.scores = {}   # layer → z score
+
+    @property
+    def fits(self):
+        "Are all layers of `b` parts of those of `a`, in the same order?"
+        if len(self.a) != len(self.b): return False
+        for i, (a, b) in enumerate(zip(self.a, self.b)):
+            if a.role != b.role or any(n < m for n, m in zip(a.shape, b.shape)): return False
+            if not a.role == "vector" and a.shape[2] != b.shape[2]: return False
+            if self.columns[i] == IMAGE and a.shape[1] != b.shape[1]: return False
+        return True
+
+# %% ../../nbs/lineage/01_compare.ipynb #5bf40c75
+@patch
+def row_similarity(self: JointAligner, i, half=slice(None)):
+    "Compare the rows of a layer under the map of its columns"
+    a, b = self.weights[i]
+    if self.columns[i] in self.maps: a = torch.einsum("nct,cd->ndt", a, self.maps[self.columns[i]])
+    return a[:, half].flatten(1) @ b[:, half].flatten(1).T
+
+@patch
+def column_similarity(self: JointAligner, i):
+    "Compare the columns of a layer under the map of its rows"
+    a, b = self.weights[i]
+    rows = self.map_of_rows(i)
+    a = (rows.T @ a.flatten(1)).view(len(b), *a.shape[1:])
+    return a.transpose(0, 1).flatten(1) @ b.transpose(0, 1).flatten(1).T
+
+@patch
+def map_of_rows(self: JointAligner, i):
+    "Return the map of the rows of a layer; None if it is not known yet"
+    a, b = self.weights[i]
+    return torch.eye(len(a), len(b)) if self.rows[i] == CLASSES else self.maps.get(self.rows[i])
+
+@patch
+def update(self: JointAligner, group, recent):
+    "Estimate the map of a group anew; the similarities of layers that are not recent are kept"
+    total = self.prior[group].clone()
+    for i in self.layers:
+        for is_row, groups, similarity in ((True, self.rows, self.row_similarity),
+                                           (False, self.columns, self.column_similarity)):
+            if groups[i] != group: continue
+            if i in recent or (i, is_row) not in self.found: self.found[i, is_row] = similarity(i)
+            total += self.found[i, is_row]
+    self.maps[group] = sinkhorn(total*CORRELATION/(1 - CORRELATION**2))
+
+@patch
+def sweep(self: JointAligner, recent):
+    "Update the maps of some layers, the last first, and back"
+    groups = []
+    for i in reversed(recent): groups += [self.rows[i], self.columns[i]]
+    groups = [group for group in dict.fromkeys(groups) if group in self.maps]
+    for group in groups + groups[::-1]: self.update(group, recent)
+
+@patch
+def add_vectors(self: JointAligner):
+    "Compare all groups by their vectors"
+    self.prior = {}
+    for i, (a, b) in enumerate(zip(self.a, self.b)):
+        group = self.rows[i]
+        if group is None or group == CLASSES: continue
+        n, m = (a.shape[1], b.shape[1]) if a.role == "vector" else (len(a.weight), len(b.weight))
+        prior = self.prior.setdefault(group, torch.zeros(n, m))
+        if a.role == "vector" and len(a.weight) == len(b.weight) and prior.shape == (n, m):
+            prior += unit_vectors(a.weight).T @ unit_vectors(b.weight)
+
+@patch
+def separate(self: JointAligner, i):
+    "Give the rows of a layer, and all later uses of their group, a group of their own"
+    old = self.rows[i]
+    new = max(group for group in self.rows if group is not None) + 1
+    for groups, first in ((self.rows, i), (self.columns, i + 1)):
+        for j in range(first, len(groups)):
+            if groups[j] == old: groups[j] = new
+    self.add_vectors()
+
+@patch
+def score(self: JointAligner, i):
+    "Compute the z score of a layer from the maps of those before it; None for one that is not scored"
+    a, b = self.weights[i]
+    prior = self.prior.get(self.rows[i])
+    rows = self.map_of_rows(i)
+    if self.columns[i] in (None, IMAGE): return None
+    if rows is not None: return soft_z(rows, self.row_similarity(i))
+    if b.shape[1] < 4 or b.shape[2] == 1: return None
+    halves = [self.row_similarity(i, slice(start, None, 2)) for start in range(2)]
+    maps = [sinkhorn((half + prior)*CORRELATION/(1 - CORRELATION**2)) for half in halves]
+    return (soft_z(maps[0], halves[1]) + soft_z(maps[1], halves[0]))/2**.5
+
+@patch
+def run(self: JointAligner):
+    "Add the layers one by one, up to a limit of work"
+    self.add_vectors()
+    work = 0
+    for i, (a, b) in enumerate(zip(self.a, self.b)):
+        if a.role == "vector": continue
+        n, c, n_taps = a.shape
+        work += n*c*n_taps*(len(b.weight) + b.shape[1])
+        if work > MAX_WORK: break
+        group = self.columns[i]
+        if not is_depthwise(a.shape) and group != IMAGE and group not in self.maps: continue
+        self.weights[i] = whitened(a.balanced, b.balanced, group == IMAGE)
+        z = self.score(i)
+        if z is not None: self.scores[i] = z
+        if i in self.guessed and z is not None and z < RETURNED: self.separate(i)
+        self.layers.append(i)
+        group = self.rows[i]
+        if group != CLASSES and group not in self.maps: self.update(group, (i,))
+        self.sweep(self.layers[-N_RECENT:])
     return self
 
 # %% ../../nbs/lineage/01_compare.ipynb #7d790ccb
@@ -380,6 +655,79 @@ def log_p(self: Aligner) -> float:
     if total == 0: return 0.
     terms = np.arange(n)  # survival function of chi-squared with 2n degrees of freedom at 2 total
     return float(logsumexp(terms*math.log(total) - gammaln(terms + 1)) - total)
+
+@patch(as_prop=True)
+def log10_p(self: Aligner) -> float:
+    "Logarithm of the same probability to base 10"
+    return self.log_p/math.log(10)
+
+# %% ../../nbs/lineage/01_compare.ipynb #c4688fc8
+class Weights:
+    "The weights of a model, prepared for comparisons"
+    def __init__(
+        self,
+        state: dict,  # tensors by name
+    ):
+        self.state = state
+
+    @cached_property
+    def layers(self): return layers_of(self.state)
+
+    @cached_property
+    def parts(self): return parts_of(self.state)
+
+@patch
+def channel_map(self: JointAligner, aligner, i, is_row):
+    "Return the map of the rows or columns of a layer, as one of an `Aligner`"
+    group = (self.rows if is_row else self.columns)[i]
+    axis = 0 if is_row else 1
+    n = self.a[i].shape[axis]
+    m = self.b[i].shape[axis]
+    if group not in self.maps: return aligner.known(n, m)[0]
+    names = tuple(self.b[j].name for j in self.layers)
+    return aligner.add(n, m, best_map(self.maps[group]), names)
+
+@patch
+def aligner(self: JointAligner, a, b):
+    "Return an `Aligner` of layers `a` and `b` with the scores, and with the matches if they relate the models"
+    found = Aligner(a, b)
+    by_name = {}
+    for i in self.layers: by_name.setdefault(self.b[i].name, []).append(i)
+    for name, numbers in by_name.items():
+        scores = [self.scores[i] for i in numbers if i in self.scores]
+        if not scores: continue
+        found.scores[name] = sum(scores)/len(scores)**.5
+        found.n_tests[name] = 2
+    if not related(found.log10_p): return found
+    for _ in range(2): self.sweep(self.layers)
+    names_a = {self.b[i].name: self.a[i].name for i in self.layers}
+    one = {layer.name: layer for layer in a}
+    two = {layer.name: layer for layer in b}
+    for name, numbers in by_name.items():
+        z = found.scores[name]
+        if self.rows[numbers[0]] == CLASSES and z < MATCHED: continue
+        maps = [self.channel_map(found, i, True) for i in numbers]
+        rows = maps[0]
+        if len(numbers) > 1:
+            n = self.a[numbers[0]].shape[0]
+            shifted = [part.rows + n*k for k, part in enumerate(maps)]
+            rows = found.add(n*len(maps), len(two[name].weight), torch.cat(shifted), rows.sources)
+        columns = self.channel_map(found, numbers[0], False)
+        unsigned = any(self.a[i].flipped or self.b[i].flipped for i in numbers)
+        found.accept(Match(one[names_a[name]], two[name], z, columns, rows, unsigned))
+    return found.run()
+
+def align(
+    a: Weights,  # those of the larger model
+    b: Weights,
+) -> Aligner:
+    "Align the layers of two models one by one; jointly, if that does not relate them and they have the same structure"
+    found = Aligner(a.layers, b.layers).run()
+    if related(found.log10_p): return found
+    joint = JointAligner(a.parts, b.parts)
+    if not joint.fits: return found
+    other = joint.run().aligner(a.layers, b.layers)
+    return other if other.log_p < found.log_p else found
 
 # %% ../../nbs/lineage/01_compare.ipynb #0264fd27
 ROUNDING = 2**-8  # relative error of bfloat16
@@ -579,8 +927,8 @@ def compare(
     if _size(b) > _size(a): return _swapped(compare(b, a))
     if a.digest == b.digest: return Comparison("same weights")
     if equal_values(a.state, b.state): return Comparison("same weights in another precision or under other names")
-    aligner = Aligner(layers_of(a.state), layers_of(b.state)).run()
-    log10_p = aligner.log_p/math.log(10)
+    aligner = align(Weights(a.state), Weights(b.state))
+    log10_p = aligner.log10_p
     if related(log10_p): aligner.complete()
     rows = [[match.a.name, name, match.z, match.cosine] for name, match in aligner.matches.items()]
     layers = pd.DataFrame(rows, columns=["a", "b", "z", "cosine"])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.files import pluralise
 from ..lineage.benchmark import DERIVATIONS
-from ..lineage.compare import MAX_CHANNELS, Aligner, best_map, compare, cosines, layers_of, related
+from ..lineage.compare import MAX_CHANNELS, Weights, align, best_map, compare, cosines, related
 from ..lineage.sketch import sketch_similarity, weight_sketch
 from ..models.model import Model
 from .figures import new_axes, plain_text
@@ -33,10 +33,14 @@ class Subject:
     model: Model
     outputs: Tensor | None = None # on images that all subjects have in common, `(n, K)`
     kind: str = ""                # architecture
-    task: int = -1
+    task: str = ""               # name
+    seed: int | None = None      # of its training, if that is known
 
     @cached_property
-    def layers(self): return layers_of(self.model.state)
+    def weights(self): return Weights(self.model.state)
+
+    @property
+    def layers(self): return self.weights.layers
 
     @cached_property
     def matrices(self): return [v.float() for v in self.model.state.values() if v.ndim > 1 and v.is_floating_point()]
@@ -167,8 +171,9 @@ def measure_independent(
         a, b = sorted((subjects[i], subjects[j]), key=lambda s: -sum(v.numel() for v in s.matrices))
         group = "other architecture"
         if a.kind == b.kind: group = "same task" if a.task == b.task else "same architecture"
-        log10_p = Aligner(a.layers, b.layers).run().log_p/np.log(10)
+        log10_p = align(a.weights, b.weights).log10_p
         scores = {name: score(a, b) for name, score in PEERS.items()}
+        if a.outputs is None or b.outputs is None: scores["CKA of outputs"] = np.nan
         rows.append(dict(group=group, compare=-log10_p, **scores))
     return pd.DataFrame(rows)
 
@@ -200,8 +205,10 @@ def lineage_fields(
     right = counts_as_related(rows)
     aucs = {}
     for name in METHODS:
-        u = mannwhitneyu(rows[name][right], independent[name]).statistic
-        aucs[name] = round(float(u/right.sum()/len(independent)), 5)
+        others = independent[name].dropna()
+        if not len(others): continue
+        u = mannwhitneyu(rows[name][right], others).statistic
+        aucs[name] = round(float(u/right.sum()/len(others)), 5)
     groups = {}
     for name, found in independent.groupby("group", sort=False):
         alarms = int(related(-found["compare"]).sum())
