@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from scipy.stats import mannwhitneyu, spearmanr
 
 from lps.core.files import load_tensors, provenance, save_tensors, write_json
 from lps.core.jobs import one_thread, seeded
@@ -28,7 +29,6 @@ from lps.index.related import describe, models_with, name_by_gallery
 from lps.models.model import normalise
 from lps.models.read import Reading, read_model
 from lps.models.table import reading_with
-from lps.study.field import field_fields
 from lps.zoo.tasks import augment, load_splits, task_images
 
 STATS = (.507, .487, .441), (.267, .256, .276)  # of CIFAR-100
@@ -305,6 +305,160 @@ def with_classes(index, known):
         except ValueError: continue  # no model names it
         rows.append(found[~found.named.astype(bool)].assign(name=name))
     return pd.concat(rows)
+
+
+def with_truth(
+    found: pd.DataFrame,  # query, file, shared, probability, …: models found, the best first
+    known: pd.DataFrame,  # file, family, task, kind, chosen_on: was it used to choose settings?
+    classes: dict,        # task → names of its classes
+) -> pd.DataFrame:        # for trained queries, without copies; truth: number of shared classes
+    "Add what is known of queries and of models found"
+    facts = known.set_index("file")[["family", "task", "kind", "chosen_on"]]
+    table = found[found.note != "copy"].join(facts, on="query").join(facts, on="file", rsuffix="_found")
+    table = table[(table.kind == "trained") & (table.kind_found == "trained")].copy()
+    pairs = zip(table.task, table.task_found)
+    table["truth"] = [len(set(classes[a]) & set(classes[b])) for a, b in pairs]
+    return table
+
+
+def nearest_figures(
+    table: pd.DataFrame, # from `with_truth`
+) -> dict:               # family → queries, related, same_task, chance
+    "Count how often the nearest model of another family is related, by the family of the query"
+    others = table[table.family != table.family_found]
+    first = others.groupby("query", sort=False).first()
+    chance = others.assign(related=others.truth > 0).groupby("query").related.mean()
+    found = {}
+    held_out = first[~first.chosen_on.astype(bool)]
+    for family, rows in [*first.groupby("family"), ("all", first), ("all, held out", held_out)]:
+        found[family] = dict(
+            queries=len(rows),
+            related=int((rows.truth > 0).sum()),
+            same_task=int((rows.task == rows.task_found).sum()),
+            chance=round(float(chance[rows.index].mean()), 4),
+        )
+    return found
+
+
+def decision_figures(
+    table: pd.DataFrame, # from `with_truth`
+) -> dict:               # of pairs of different families: auc, brier, rho, mean_expected, mean_truth
+    "Compare probabilities and expected numbers with the truth"
+    pairs = table[table.family != table.family_found].dropna(subset=["probability"])
+    related = pairs.truth > 0
+    u = mannwhitneyu(pairs.shared[related], pairs.shared[~related]).statistic
+    return dict(
+        pairs=len(pairs),
+        related=int(related.sum()),
+        auc=round(float(u/related.sum()/(~related).sum()), 4),
+        brier=round(float(((pairs.probability - related)**2).mean()), 4),
+        constant_brier=round(float(related.mean()*(1 - related.mean())), 4),
+        rho=round(float(spearmanr(pairs.shared, pairs.truth).statistic), 4),
+        mean_expected=round(float(pairs.shared.mean()), 3),
+        mean_truth=round(float(pairs.truth.mean()), 3),
+    )
+
+
+def role_figures(
+    roles: pd.DataFrame,  # query, file, role, verdict
+    known: pd.DataFrame,  # file, family, seed, task, parent: name of the network it was fine-tuned from
+) -> dict:                # role → pairs, right; and false: independent models that are called relatives
+    "Count how many relatives are named as what they are"
+    trained = known[known.kind == "trained"]
+    by_name = {f"{row.family}-{row.task}-{row.seed}": row.file for row in trained.itertuples()}
+    parents = {row.file: by_name.get(row.parent) for row in trained.itertuples()}
+    wanted = {}
+    for child, parent in parents.items():
+        if parent is None: continue
+        wanted[child, parent] = "parent"
+        wanted[parent, child] = "child"
+        for other, of_other in parents.items():
+            if other != child and of_other == parent: wanted[child, other] = "sibling"
+    named = {}
+    for row in roles[roles.verdict != "same weights"].itertuples(): named[row.query, row.file] = row.role
+    found = {}
+    for role in ("parent", "child", "sibling"):
+        pairs = [pair for pair, what in wanted.items() if what == role]
+        right = sum(named.get(pair) == role for pair in pairs)
+        related = sum(pair in named for pair in pairs)
+        found[role] = dict(pairs=len(pairs), related=related, right=right)
+    return found | dict(false=dict(pairs=sum(pair not in wanted for pair in named), related=0, right=0))
+
+
+def untrained_figures(
+    found: pd.DataFrame, # query, file, recommended, note
+    known: pd.DataFrame,
+) -> dict:
+    "Count how often an untrained network is recommended, or anything for one"
+    untrained = set(known.file[known.kind == "untrained"])
+    first = found.groupby("query", sort=False).first()
+    recommended = first.recommended.fillna("")
+    of_untrained = recommended[recommended.index.isin(untrained)]
+    return dict(
+        networks=len(untrained),
+        shown=int(found.file.isin(untrained).sum() - sum(query in untrained for query in found["query"].unique())),
+        recommended=int(recommended.isin(untrained).sum()),
+        sources_for_them=int((of_untrained != "").sum()),
+        trained_without_source=int((recommended[~recommended.index.isin(untrained)] == "").sum()),
+    )
+
+
+def naming_figures(
+    named: pd.DataFrame,    # query, class: number, name, truth: names of the classes in order
+    by_class: pd.DataFrame, # name, file, class: number, probability: models that do not name their classes
+    known: pd.DataFrame,
+    classes: dict,
+) -> dict:
+    "Count how many classes without a name get the right one, and how many models with a class are found"
+    right = [row.name_ == row.truth[int(row.number)] for row in named.rename(
+        columns={"name": "name_", "class": "number"}).itertuples()]
+    tasks = known.set_index("file").task
+    hits = [name in classes[tasks[file]] for name, file in zip(by_class.name, by_class.file)]
+    first = by_class.groupby("name", sort=False).head(1)
+    first_hits = [name in classes[tasks[file]] for name, file in zip(first.name, first.file)]
+    holders = known[(known.kind == "trained") & ~known.named.astype(bool)].task
+    looked_up = set(by_class.name)
+    there = sum(len(looked_up & set(classes[task])) for task in holders)
+    return dict(
+        logits=len(right),
+        right=int(sum(right)),
+        chance=round(1/max(1, named.name.nunique()), 4),
+        lookups=int(by_class.name.nunique()),
+        first_right=int(sum(first_hits)),
+        found=len(hits),
+        found_right=int(sum(hits)),
+        there=int(there),
+    )
+
+
+def field_fields(
+    known: pd.DataFrame,     # models: file, family, task, seed, named, kind, parent, chosen_on
+    classes: dict,           # task → names of its classes
+    indexed: list,           # files in the index
+    rejected: pd.DataFrame,  # file, reason
+    wrong: list,             # names of files that cannot be indexed
+    found: pd.DataFrame,     # answers to all queries: query, file, shared, probability, note, recommended
+    roles: pd.DataFrame,     # relatives of all queries: query, file, role, verdict
+    named: pd.DataFrame,     # names for classes: query, class, name, truth
+    by_class: pd.DataFrame,  # models that have a class and do not name it: name, file
+) -> dict:                   # of dicts of figures
+    "Summarise the answers of an index"
+    table = with_truth(found, known, classes)
+    there = set(indexed)
+    refused = {file.rstrip("/").rpartition("/")[2]: why for file, why in zip(rejected.file, rejected.reason)}
+    return dict(
+        readable=dict(files=len(known), indexed=sum(file in there for file in known.file)),
+        wrong=dict(
+            files=len(wrong),
+            with_reason=sum(bool(refused.get(name)) for name in wrong),
+            indexed=sum(file.rpartition("/")[2] in wrong for file in indexed),
+        ),
+        nearest=nearest_figures(table),
+        decision=decision_figures(table),
+        roles=role_figures(roles, known),
+        untrained=untrained_figures(found, known),
+        naming=naming_figures(named, by_class, known, classes),
+    )
 
 
 def measure(folder, out):
