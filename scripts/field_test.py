@@ -251,7 +251,7 @@ def write_folder(folder):
                           accuracy=meta["accuracy"], parent=meta["parent"], variant=variant))
     for family, kind in FAMILIES.items():
         variant = kind.variant(0)
-        with seeded(FIRST_SEED): state = build(variant, 5).state_dict()
+        with seeded(FIRST_SEED + 900 + list(FAMILIES).index(family)): state = build(variant, 5).state_dict()
         number = len(FORMS)*(150 + list(FAMILIES).index(family)) + FORMS.index("script")
         path, _ = write_model(folder/"models", number, state, variant, list("abcde"))
         known.append(dict(file=str(path), family=family, task="", seed=-1, named=True, kind="untrained",
@@ -314,7 +314,7 @@ def with_truth(
 ) -> pd.DataFrame:        # for trained queries, without copies; truth: number of shared classes
     "Add what is known of queries and of models found"
     facts = known.set_index("file")[["family", "task", "kind", "chosen_on"]]
-    table = found[found.note != "copy"].join(facts, on="query").join(facts, on="file", rsuffix="_found")
+    table = found[found.note != "copy"].drop(columns=["task", "classes"], errors="ignore").join(facts, on="query").join(facts, on="file", rsuffix="_found")
     table = table[(table.kind == "trained") & (table.kind_found == "trained")].copy()
     pairs = zip(table.task, table.task_found)
     table["truth"] = [len(set(classes[a]) & set(classes[b])) for a, b in pairs]
@@ -404,14 +404,13 @@ def untrained_figures(
 
 
 def naming_figures(
-    named: pd.DataFrame,    # query, class: number, name, truth: names of the classes in order
+    named: pd.DataFrame,    # query, class, name, truth
     by_class: pd.DataFrame, # name, file, class: number, probability: models that do not name their classes
     known: pd.DataFrame,
     classes: dict,
 ) -> dict:
     "Count how many classes without a name get the right one, and how many models with a class are found"
-    right = [row.name_ == row.truth[int(row.number)] for row in named.rename(
-        columns={"name": "name_", "class": "number"}).itertuples()]
+    right = (named.name == named.truth).tolist()
     tasks = known.set_index("file").task
     hits = [name in classes[tasks[file]] for name, file in zip(by_class.name, by_class.file)]
     first = by_class.groupby("name", sort=False).head(1)
