@@ -314,7 +314,8 @@ def with_truth(
 ) -> pd.DataFrame:        # for trained queries, without copies; truth: number of shared classes
     "Add what is known of queries and of models found"
     facts = known.set_index("file")[["family", "task", "kind", "chosen_on"]]
-    table = found[found.note != "copy"].drop(columns=["task", "classes"], errors="ignore").join(facts, on="query").join(facts, on="file", rsuffix="_found")
+    table = found[found.note != "copy"].drop(columns=["task", "classes"], errors="ignore")
+    table = table.join(facts, on="query").join(facts, on="file", rsuffix="_found")
     table = table[(table.kind == "trained") & (table.kind_found == "trained")].copy()
     pairs = zip(table.task, table.task_found)
     table["truth"] = [len(set(classes[a]) & set(classes[b])) for a, b in pairs]
