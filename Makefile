@@ -16,7 +16,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
-demo: $(RUN_STAMP) ## run Tables 1 and 2 on bundled networks and on networks trained here, and write a report
+demo: $(RUN_STAMP) ## classify bundled networks, look some up, train a few here, and write a report
 	@$(BIN)/lps demo $(ARGS)
 
 test: $(DEV_STAMP) ## run ruff and all tests, notebooks included, in two processes (ARGS goes to pytest)

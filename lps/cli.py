@@ -951,67 +951,65 @@ def index_map(
 
 # %% ../nbs/04_cli.ipynb #113615cf
 REPORT_TITLE = "Learnable Parameter Similarity: demo"
-HEADINGS = {"bundled": "Networks trained on photographs", "digits": "Networks trained here, on digits"}
-
-FIGURES = "similarity", "embedding", "rank_k"
+STEPS = "photographs", "query", "digits"
 
 def is_report(file: Path) -> bool:
     "Return whether `lps demo` wrote a file"
     if file.suffix == ".png": return f"Software\0{REPORT_TITLE}".encode() in file.read_bytes()
     if file.suffix == ".html": return f"<title>{REPORT_TITLE}</title>" in file.read_text(encoding="utf-8")
-    record = json.loads(file.read_bytes())
-    return all(set(tables) == {"table1", "table2"} for tables in record.values())
+    return bool(set(json.loads(file.read_bytes())) & {*STEPS, "bundled"})
 
-def show_part(part, folder: Path):
-    "Print a part of the demo and save its figures"
-    console.print("\n" + " ".join(part.about))
-    for table, title, _ in part.tables: show_table(table, title)
-    console.print(part.asked)
-    columns = "similarity", "classes", "task", "val_accuracy", "models", "file"
-    for (table, _), title in zip(part.answers, ("Most similar models", "Most similar tasks")):
-        show_table(table[[column for column in columns if column in table]].head(5), title)
-    for name, figure in part.figures.items():
-        file = folder/f"{part.name.lower()}-{name}.png"
+def show_step(number: int, step, folder: Path):
+    "Print a step of the demo and save its figures"
+    console.print(f"\n{number}. {step.title}", style="bold")
+    console.print(step.finding)
+    for table, _ in step.tables: show_table(table)
+    for name, (figure, _) in step.figures.items():
+        file = folder/f"{step.name}-{name}.png"
         figure.savefig(file, dpi=150, bbox_inches="tight", metadata=dict(Software=REPORT_TITLE))
 
 # %% ../nbs/04_cli.ipynb #1db95efd
 @app.command(epilog="Example: lps demo --out runs/demo")
 def demo(
     models: Annotated[int, Option(min=6, help="Models of each task to train")] = 8,
-    splits: Annotated[int, Option(min=2, help="Random splits; at most 2 for the bundled models")] = 5,
+    splits: Annotated[int, Option(min=2, help="Random splits")] = 5,
     epochs: Epochs = 100,
     workers: Annotated[int, Option(min=1, help="Processes that train and fit")] = 2,
     seed: Seed = 0,
     live: Annotated[bool, Option(help="Also train networks here, on digits")] = True,
     out: OutFolder = Path("runs/demo"),
 ):
-    "Run Tables 1 and 2 and a query, on the bundled models and on models trained here, and write a report."
+    "Classify bundled networks, look some up, train a few on digits, and write a report."
     from lps.core.files import write_json
     from lps.core.jobs import worker_pool
-    from lps.demo import DemoSettings, digits, photographs, report_section
+    from lps.demo import DemoSettings, digits, photographs, query_step, report_sections
     from lps.study.report import html_report
     start = time.perf_counter()
     settings = DemoSettings(splits=splits, seed=seed, epochs=epochs, n_models=models)
-    written = ["report.html", "results.json"]
-    for part in ("photographs", "digits"): written += [f"{part}-{name}.png" for name in FIGURES]
+    written = ["report.html", "results.json", *(f"{name}-rank_k.png" for name in ("photographs", "digits"))]
     for name in written: check_out(out/name, is_report, "a file that lps demo wrote")
     out.mkdir(parents=True, exist_ok=True)
 
-    parts = {}
+    progress = console.is_terminal and log.isEnabledFor(logging.INFO)
+    steps = []
+    def finish(step):
+        steps.append(step)
+        show_step(len(steps), step, out)
+
     with worker_pool(workers) as executor:
-        with busy("fitting LPS and its baselines on the bundled models"):
-            parts["bundled"] = photographs(settings, executor)
-        show_part(parts["bundled"], out)
-        log.info("%.0f s so far", time.perf_counter() - start)
+        log.info("Fitting LPS, its baselines and another method on bundled networks, %d splits", splits)
+        finish(photographs(settings, executor, progress))
+        with busy("looking up networks by their outputs"): found = query_step()
+        finish(found)
         if live:
             log.info("Training %d networks for each of 5 pairs of digits in %s", models, out/"digits")
-            parts["digits"] = digits(out/"digits", settings, executor)
-            show_part(parts["digits"], out)
+            finish(digits(out/"digits", settings, executor, progress))
 
-    write_json(out/"results.json", {name: part.record for name, part in parts.items()})
-    sections = [report_section(part, HEADINGS[name]) for name, part in parts.items()]
-    report = html_report(out/"report.html", REPORT_TITLE, sections)
-    log.info("%s: all tables and figures (%.0f s)", report, time.perf_counter() - start)
+    write_json(out/"results.json", {step.name: step.record for step in steps if step.record})
+    html_report(out/"report.html", REPORT_TITLE, report_sections(steps))
+    console.print(f"\n{len(steps) + 1}. The report", style="bold")
+    console.print(f"Findings, tables and figures in one file: {out/'report.html'}")
+    log.info("%.0f s", time.perf_counter() - start)
 
 # %% ../nbs/04_cli.ipynb #0a79ed9b
 def error_text(error: Exception) -> str:

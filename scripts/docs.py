@@ -1,5 +1,5 @@
 """Build the documentation without Quarto: `docs.py site` writes _docs/, `docs.py readme` writes README.md,
-`docs.py sidebar` writes the lists of notebooks and modules in _quarto.yml
+`docs.py sidebar` writes the lists of notebooks and modules in _quarto.yml, and the reference of commands
 
 nbdev prepares the notebooks in _proc/: it runs imports and exported cells and adds signatures. smalldocs renders
 _proc/ by _quarto.yml. Formulas become MathML, so that a page loads nothing from elsewhere.
@@ -145,6 +145,42 @@ def alt_texts(page: str) -> str:
     return re.sub(blocks, described, page, flags=re.S)
 
 
+def notebooks_of_api() -> dict[str, Path]:
+    "Return the notebook of each API page"
+    paths = [path for path in sorted(ROOT.glob("lps/**/*.py")) if not path.name.startswith("_")]
+    found = {}
+    for name, path in zip(api_names(), paths):
+        source = re.search(r"File to edit: (?:\.\./)+nbs/(.+\.ipynb)", path.read_text(encoding="utf-8"))
+        if source: found[name] = ROOT/"nbs"/source[1]
+    return found
+
+
+def example_of(name: str, cells: list) -> str:
+    "Return the first cell of a notebook that uses a name after its definition, without checks; empty if there is none"
+    defined = False
+    for cell in cells:
+        source = as_text(cell["source"])
+        if cell["cell_type"] != "code": continue
+        if re.search(r"^#\|\s*exporti?\b", source, flags=re.M):
+            defined |= bool(re.search(rf"^(?:class|def) {name}\b|^{name} = ", source, flags=re.M))
+        elif defined and re.search(rf"\b{name}\b", source) and "#| hide" not in source:
+            lines = [line for line in source.splitlines() if not re.match(r"#\||\s*(assert|test_eq|with expect)", line)]
+            text = "\n".join(lines).strip()
+            if re.search(rf"\b{name}\b", text): return text
+    return ""
+
+
+def with_examples(page: str, notebook: Path) -> str:
+    "Add an example and a link to its notebook to each entry of an API page"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    link = notebook.relative_to(ROOT/"nbs").with_suffix(".html").as_posix()
+    def added(found):
+        example = example_of(found["name"], cells)
+        code = f"<pre><code>{html.escape(example)}</code></pre>" if example else ""
+        return f'{found[0]}{code}<p><a href="../{link}">Notebook with examples and source</a></p>'
+    return re.sub(r'<h2 class="anchored" data-anchor-id="(?P<name>\w+)">.*?</h2>', added, page, flags=re.S)
+
+
 def draw_map(staged: Path):
     "Draw the map of the bundled models into the prepared folder, where pages link to it"
     from lps.index.map import bundled_map
@@ -158,6 +194,9 @@ def site():
     built, warnings = render(staged)
     for page in built.rglob("*.html"):
         page.write_text(alt_texts(cards(mathml(page.read_text(encoding="utf-8")))), encoding="utf-8")
+    for name, notebook in notebooks_of_api().items():
+        page = built/f"api/{name}.html"
+        page.write_text(with_examples(page.read_text(encoding="utf-8"), notebook), encoding="utf-8")
     shutil.rmtree(ROOT/"_docs", ignore_errors=True)
     shutil.move(built, ROOT/"_docs")
     print(f"{len(list((ROOT/'_docs').rglob('*.html')))} pages in _docs: open _docs/index.html")
@@ -196,7 +235,7 @@ def api_pages() -> str:
 
 
 def sidebar():
-    "Write the lists of notebooks and modules into _quarto.yml, between their two comments"
+    "Write the lists of notebooks and modules into _quarto.yml, between their two comments, and the commands' page"
     config = ROOT/"_quarto.yml"
     text = config.read_text(encoding="utf-8")
     for name, lists in dict(library=library_sections(), api=api_pages()).items():
@@ -206,6 +245,70 @@ def sidebar():
             text,
         )
     config.write_text(text, encoding="utf-8")
+    commands()
+
+
+COMMANDS = ROOT/"nbs/commands.md"
+
+
+def walk(command, words: tuple = ("lps",)):
+    "Yield the words and the click command of every command that does something"
+    if not hasattr(command, "commands"): yield words, command
+    for name, child in getattr(command, "commands", {}).items():
+        if not child.hidden: yield from walk(child, (*words, name))
+
+
+def one_cell(text) -> str:
+    "Return text as a cell of a Markdown table"
+    plain = " ".join(str(text or "").split()).replace(r"\[", "[").replace("|", r"\|").replace("<", "&lt;")
+    return re.sub(r"(?<![\w`-])--[a-z][\w-]*", r"`\g<0>`", plain)
+
+
+def placeholder(option) -> str:
+    "Return an argument as the usage shows it"
+    name = (option.metavar or option.name.upper()).strip("[]")
+    return name if option.required else f"[{name}]"
+
+
+def option_row(option) -> str:
+    "Describe an argument or option of a command in one row of a table"
+    argument = option.param_type_name == "argument"
+    name = placeholder(option) if argument else ", ".join([*option.opts, *option.secondary_opts])
+    default = "" if option.required or callable(option.default) else option.default
+    shown = "on" if default is True else "" if default in (None, False, "", ()) else default
+    needed = "required" if option.required else one_cell(shown)
+    return f"| `{name}` | {needed} | {one_cell(option.help)} |"
+
+
+def commands_text() -> str:
+    "Return the reference of the command line: a table of commands, then a section for each"
+    import typer.main
+    from lps.cli import app
+    found = list(walk(typer.main.get_command(app)))
+    lines = [
+        "# Commands", "",
+        "All commands of `lps`, with their options. `lps COMMAND --help` prints the same.",
+        "Messages go to stderr, and results to stdout.", "",
+        "| command | purpose |", "|---|---|",
+    ]
+    for words, command in found:
+        anchor = "-".join(words)
+        lines.append(f"| [`{' '.join(words)}`](#{anchor}) | {one_cell(command.help).split('. ')[0].rstrip('.')} |")
+    for words, command in found:
+        usage = [placeholder(option) for option in command.params if option.param_type_name == "argument"]
+        shown = [option for option in command.params if not getattr(option, "hidden", False)]
+        rows = [option_row(option) for option in shown if "--help" not in option.opts]
+        lines += ["", f"## {' '.join(words)}", "", one_cell(command.help), "", "```sh"]
+        lines += [" ".join([*words, *usage, "[OPTIONS]"]), "```", ""]
+        if rows: lines += ["| argument or option | default | meaning |", "|---|---|---|", *rows]
+        example = " ".join(str(command.epilog or "").split()).removeprefix("Example: ")
+        if example: lines += ["", "Example:", "", "```sh", example, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def commands():
+    "Write the reference of the command line from the Typer app"
+    COMMANDS.write_text(commands_text(), encoding="utf-8")
 
 
 def as_text(source) -> str: return source if isinstance(source, str) else "".join(source)
@@ -251,6 +354,6 @@ def readme():
 
 
 if __name__ == "__main__":
-    commands = dict(site=site, readme=readme, sidebar=sidebar)
-    if sys.argv[1:2] and sys.argv[1] in commands: commands[sys.argv[1]]()
-    else: sys.exit(f"usage: docs.py {'|'.join(commands)}")
+    targets = dict(site=site, readme=readme, sidebar=sidebar, commands=commands)
+    if sys.argv[1:2] and sys.argv[1] in targets: targets[sys.argv[1]]()
+    else: sys.exit(f"usage: docs.py {'|'.join(targets)}")

@@ -422,10 +422,9 @@ def test_import_lists_what_it_refuses_and_takes_the_rest(world, tmp_path, monkey
 
 
 DEMO_SHOWS = (
-    "Photographs, Table 1", "Photographs, Table 2", "Digits, Table 1", "Digits, Table 2", "over 2 splits",
-    "Query: task", "Most similar models",
+    "1. Which task does a network solve?", "2. Which networks are related to mine?", "3. The same on networks",
+    "4. The report", "LPS classifies", "✓ right", "✗ wrong", "✓ no relative",
 )
-FIGURES = "embedding", "rank_k", "similarity"
 MEASURED = "versions", "machine", "time", "runs", "settings"
 
 
@@ -438,26 +437,27 @@ def test_demo_from_start_to_end_and_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lps.demo.digits", partial(digits, recipe=TINY))
     monkeypatch.setattr("lps.demo.photographs", kept_photographs)
     args = "demo", "--models", 6, "--splits", 2, "--epochs", 2, "--workers", 1
-    out, log = run(capsys, *args)
-    assert out.index("Photographs, Table 1") < out.index("Digits, Table 1")
-    assert not [text for text in DEMO_SHOWS if text not in out] and "runs/demo/report.html" in log
+    out, _ = run(capsys, *args)
+    said = " ".join(re.sub("[│┃]", " ", out).split())
+    assert not [text for text in DEMO_SHOWS if text not in said] and "runs/demo/report.html" in out
     demo = tmp_path/"runs/demo"
     models = sorted((demo/"digits").glob("*.safetensors"))
     html = (demo/"report.html").read_text()
-    assert len(models) == 30 and html.count("<table") >= 8 and html.count("data:image/") >= 6
+    assert len(models) == 30 and html.count("<table") == 3
+    assert html.count("data:image/") == html.count("<figcaption>") - 3  # every table and figure has a caption
+    assert html.index("Findings") < html.index("<figure>") and html.count("✗ wrong") >= 1
     assert not re.search(r'(src|href)=(?!["\']?(data:|#))', html) and str(tmp_path) not in html
     pictures = sorted(file.name for file in demo.glob("*.png") if file.read_bytes()[:4] == b"\x89PNG")
-    assert pictures == [f"{part}-{figure}.png" for part in ("digits", "photographs") for figure in FIGURES]
+    assert pictures == ["digits-rank_k.png", "photographs-rank_k.png"]
     record = json.loads((demo/"results.json").read_text())
-    assert set(record) == {"bundled", "digits"}
-    for tables in record.values():
-        for table in ("table1", "table2"): assert all(tables[table][key] for key in MEASURED)
+    assert set(record) == {"photographs", "digits"}
+    for step in record.values(): assert all(step[key] for key in MEASURED)
     before = {file: file.stat().st_mtime_ns for file in models}
     monkeypatch.setattr("lps.demo.photographs", lambda *given: made["photographs"])  # only the live part is repeated
     run(capsys, *args)
     assert {file: file.stat().st_mtime_ns for file in demo.glob("digits/*.safetensors")} == before
     again = json.loads((demo/"results.json").read_text())
-    assert again["digits"]["table1"]["runs"] == record["digits"]["table1"]["runs"]
+    assert again["digits"]["runs"] == record["digits"]["runs"]
 
 
 def running(group):

@@ -90,6 +90,14 @@ def test_api_page_shows_shapes(site):
     assert "align_layer" in text and "(P, Q, k, k)" in text
 
 
+def test_api_entries_have_an_example_and_a_link_to_their_notebook(site):
+    text = (site/"api/align.html").read_text(encoding="utf-8")
+    for name in ("frobenius_scores", "align_layer"):
+        entry = text[text.index(f'data-anchor-id="{name}"'):]
+        example, link = entry.index("<pre><code>"), entry.index('href="../01_align.html"')
+        assert name in entry[example:link]
+
+
 @pytest.fixture(scope="session")
 def served(site) -> str:
     "Serve the site; return its address"

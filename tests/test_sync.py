@@ -73,6 +73,12 @@ def test_readme_is_the_front_page():
     assert readme == docs["readme_text"](), "README.md is older than nbs/index.ipynb: run `make readme`"
 
 
+def test_page_of_commands_comes_from_the_app():
+    docs = runpy.run_path(str(ROOT/"scripts/docs.py"))
+    page = (ROOT/"nbs/commands.md").read_text(encoding="utf-8")
+    assert page == docs["commands_text"](), "nbs/commands.md is older than lps/cli.py: run `make sync`"
+
+
 def test_readme_links_exist():
     links = re.findall(r"\]\(([^)#:]+)\)", (ROOT/"README.md").read_text(encoding="utf-8"))
     assert links and not [link for link in links if not (ROOT/link).exists()]

@@ -259,10 +259,12 @@ def fit_calibration(
 ) -> Calibration:
     "Fit scale and offset by maximum likelihood"
     from scipy.optimize import minimize
-    targets = [torch.where(t < 0, s.shape[1], t) for s, t in zip(scores, truth)]
+    of_width = {}  # rows of equal length are computed together
+    for s, t in zip(scores, truth): of_width.setdefault(s.shape[1], []).append((s, torch.where(t < 0, s.shape[1], t)))
+    together = [tuple(map(torch.cat, zip(*parts))) for parts in of_width.values()]
     def loss(x):
         total = 0.
-        for s, t in zip(scores, targets): total -= Calibration(*x)(s).gather(1, t[:, None]).log().clamp(-50).sum()
+        for s, t in together: total -= Calibration(*x)(s).gather(1, t[:, None]).log().clamp(-50).sum()
         return float(total)
     return Calibration(*map(float, minimize(loss, (10., -5.), method="Nelder-Mead").x))
 

@@ -122,13 +122,19 @@ def all_pairs(
     sizes = torch.tensor([len(network.names) for network in networks])
     owner = torch.arange(len(networks)).repeat_interleave(sizes)
     order = torch.randperm(stacked.shape[1], generator=torch.Generator().manual_seed(0))
+    cosines = stacked @ stacked.T
+    with_second = stacked @ stacked[:, order].T if shuffle else cosines
     pairs = []
     for i, j in combinations(range(len(networks)), 2):
         a, b = networks[i], networks[j]
         if a.kind == b.kind != first: continue
-        rows = b.rows[:, order] if shuffle else b.rows
-        cohort = stacked[(owner != i) & (owner != j)]
-        scores = a.rows @ rows.T if plain else class_scores(a.rows, rows, cohort)
+        scores = with_second[owner == i][:, owner == j]
+        if not plain:  # as `class_scores`, from cosines that are computed once
+            cohort = (owner != i) & (owner != j)
+            k = min(5, max(1, int(cohort.sum())//4))
+            of_a = cosines[owner == i][:, cohort].topk(k, 1).values.mean(1)
+            of_b = with_second[cohort][:, owner == j].topk(k, 0).values.mean(0)
+            scores = 2*scores - of_a[:, None] - of_b
         pairs.append(Pair(i, j, a.kind == b.kind, scores, *related(a.names, b.names)))
     return pairs
 
@@ -331,11 +337,12 @@ class ClassesRecord(Record):
     across: dict                # of two architectures: the same
     control: dict               # both with the images of one network shuffled
     variants: dict[str, dict]   # changed descriptors → areas for shared classes, within and across
-    kinds: dict                 # n_images; found: kind of image → the same
+    kinds: dict                 # n_images; networks; found: kind of image → the same, on the networks of the choice
     curve: dict[str, dict]      # number of images → the same
     number: dict[str, dict]     # within, across → result of `number_figures`
     names: dict                 # result of `naming_figures`
     domains: dict               # result of `domain_figures`
+    held_out: dict              # within, across: `pair_figures` and rho, on networks that no choice was made on
     measured_by: ClassVar = (*MEASURED_BY, "lps.methods.classes", "lps.methods.synthetic", "lps.study.classes")
 
 def both_figures(pairs, n_boot, seed, measure=pair_figures):
@@ -355,50 +362,72 @@ def described_by(networks, logits):
     "Describe networks by other logits, as small networks are described"
     return [network.changed(class_descriptors(z, .2, both=True)) for network, z in zip(networks, logits)]
 
-def variant_figures(networks, mixed):
+def variant_figures(networks):
     "Measure descriptors that lack one part of the method"
     def area(rows): return areas(all_pairs([network.changed(row) for network, row in zip(networks, rows)]))
     logits = [centred_logits(network.about.logits.float()) for network in networks]
-    of_mixed = [network.about.logits.float() for network in mixed]
     return {
         "cosine, no cohort": areas(all_pairs(networks, plain=True)),
         "logits alone": area([class_descriptors(z, .2) for z in logits]),
         "hardly whitened": area([network.about.graded for network in networks]),
-        "images of the other mixture": areas(all_pairs(described_by(networks, of_mixed))),
-        "other mixture, logits alone": areas(all_pairs(mixed)),
     }
 
-def image_figures(networks, several, n_images, seed, size):
-    "Compare kinds and numbers of images"
-    channels = next(iter(several.sets.values()))[0].channels
+def chosen_networks(networks, n_first, n_other):
+    "Return the places of the first networks of the reference set and of each other set"
+    seen = {}
+    found = []
+    for i, network in enumerate(networks):
+        seen[network.kind] = seen.get(network.kind, 0) + 1
+        most = n_first if network.kind == networks[0].kind else n_other
+        if seen[network.kind] <= most: found.append(i)
+    return found
+
+def image_figures(networks, chosen, several, n_images, seed, size):
+    "Compare kinds of images on some networks, and numbers of images on all"
     kinds = [*KINDS, *MIXTURES]
-    n = n_images//4
+    n = n_images//8
+    channels = next(iter(several.sets.values()))[0].channels
     parts = [synthetic_images(n, seed + 1, size, channels, MIXTURES.get(kind, (kind,))) for kind in kinds]
-    many = synthetic_images(4*n_images, seed + 2, size, channels, MIXTURES["smooth"])
-    outputs = []
-    for models in several.sets.values():
-        for i in range(len(models)): outputs.append(class_logits(models[i], torch.cat([*parts, many])))
+    models = []
+    for of_kind in several.sets.values(): models += [of_kind[i] for i in range(len(of_kind))]
+    outputs = [class_logits(models[i], torch.cat(parts)) for i in chosen]
+    some = [networks[i] for i in chosen]
     found = {}
     for number, kind in enumerate(kinds):
-        found[kind] = areas(all_pairs(described_by(networks, [z[n*number:n*(number + 1)] for z in outputs])))
-    order = torch.randperm(len(many), generator=torch.Generator().manual_seed(seed)) + n*len(kinds)
+        found[kind] = areas(all_pairs(described_by(some, [z[n*number:n*(number + 1)] for z in outputs])))
+    order = torch.randperm(n_images, generator=torch.Generator().manual_seed(seed))
+    logits = [network.about.logits.float() for network in networks]
     curve = {}
     count = 32
-    while count <= len(many):
-        curve[str(count)] = areas(all_pairs(described_by(networks, [z[order[:count]] for z in outputs])))
+    while count < n_images:
+        curve[str(count)] = areas(all_pairs(described_by(networks, [z[order[:count]] for z in logits])))
         count *= 2
-    return dict(kinds=dict(n_images=n, found=found), curve=curve)
+    curve[str(n_images)] = areas(all_pairs(networks))
+    return dict(kinds=dict(n_images=n, networks=len(chosen), found=found), curve=curve)
+
+def held_out_figures(networks, pairs, n_first, n_other, n_boot, seed):
+    "Measure pairs of networks that no choice was made on"
+    chosen = chosen_networks(networks, n_first, n_other)
+    kept = [pair for pair in pairs if pair.i not in chosen and pair.j not in chosen]
+    found = both_figures(kept, n_boot, seed)
+    for name, figures in found.items():
+        part = [pair for pair in kept if pair.within == (name == "within")]
+        figures["rho"] = number_figures(part, len(networks), n_boot, seed).get("rho")
+    return found
 
 def classes_fields(
     several: ModelSets,
-    n_images: int = 768,   # synthetic images, a multiple of 64
+    n_images: int = 768,   # synthetic images, a multiple of 128
     n_boot: int = 200,     # bootstrap samples of the networks
     seed: int = 0,         # of images and bootstrap
     size: int = 32,        # side of the images
+    n_first: int = 11,     # networks of the reference set that choices were made on, the first ones
+    n_other: int = 2,      # of each other set
 ) -> dict:                 # fields of `ClassesRecord`
     "Match the classes of all pairs of networks"
     networks = describe_networks(several, n_images, seed, size)
-    mixed = describe_networks(several, n_images, seed, size, "mixed")
+    kind, models = next(iter(several.sets.items()))
+    mixed = describe_networks(ModelSets({kind: models}), n_images, seed, size, "mixed")
     pairs = all_pairs(networks)
     figures = both_figures(pairs, n_boot, seed)
     graded = all_pairs([network.changed(network.about.graded) for network in networks])
@@ -413,11 +442,12 @@ def classes_fields(
         within=figures["within"],
         across=figures["across"],
         control=both_figures(all_pairs(networks, shuffle=True), n_boot, seed),
-        variants=variant_figures(networks, mixed),
+        variants=variant_figures(networks),
         number=number,
         names=naming_figures(networks, n_boot, seed),
         domains=domain_figures(mixed),
-        **image_figures(networks, several, n_images, seed, size),
+        held_out=held_out_figures(networks, pairs, n_first, n_other, n_boot, seed),
+        **image_figures(networks, chosen_networks(networks, n_first, n_other), several, n_images, seed, size),
     )
 
 # %% ../../nbs/study/23_classes.ipynb #8d6fb918
@@ -458,6 +488,9 @@ def classes_table(
         for name in ("within", "across"):
             found = getattr(record, name).get(measure)
             if found: rows.setdefault(title, {})[name] = interval_text(*found, digits=3)
+    for name, found in record.held_out.items():
+        rows.setdefault("shared class, held-out networks", {})[name] = interval_text(*found["shared"], digits=3)
+        if found["rho"]: rows.setdefault("ρ, held-out networks", {})[name] = interval_text(*found["rho"])
     shuffled = {name: interval_text(*found["shared"], digits=3) for name, found in record.control.items()}
     rows["shared class, images shuffled"] = shuffled
     for title, found in record.variants.items():

@@ -149,7 +149,7 @@ def measure_tuning(
 # %% ../../nbs/study/26_sources.ipynb #08f439cc
 def data_free_scores(
     trial: Trial,
-    networks: list,  # of `Described`: all networks, the reference set first
+    networks: list,  # of `Described`: the reference set
     seed: int = 0,
     size: int = 32,
 ) -> pd.DataFrame:   # target, source, shared, expected, similarity, readout, own
@@ -257,8 +257,9 @@ def sources_fields(
     cache: str | Path = "../../runs/sources-tuned.json",  # file for accuracies after fine-tuning
 ) -> dict:                 # fields of `SourcesRecord`
     "Rank sources for targets and measure them"
-    trial = open_trial(next(iter(several.sets.values())), images, n_sources, n_targets)
-    networks = describe_networks(several, n_images, seed, size)
+    kind, models = next(iter(several.sets.items()))
+    trial = open_trial(models, images, n_sources, n_targets)
+    networks = describe_networks(ModelSets({kind: models}), n_images, seed, size)
     keys = ["target", "source"]
     probed = data_free_scores(trial, networks, seed, size).merge(measure_probes(trial), on=keys)
     tuned = measure_tuning(trial, n_tuned, epochs, seed, cache) if n_tuned else pd.DataFrame(columns=[*keys, "tuned"])
@@ -362,5 +363,9 @@ register_experiment(Experiment(
         workers=1,
     ),
     needs={"tasks of several classes": has_class_sets} | IMAGES,
+    see=(
+        "Left: rank correlation of each score with the accuracy that was measured, 0 at the dotted line. Right: points "
+        "that its first choice loses against the best source, fewer are better."
+    ),
     order=23,
 ));
