@@ -631,6 +631,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'lps/lineage/compare.py'),
                                      'lps.lineage.compare.sinkhorn': ('lineage/compare.html#sinkhorn', 'lps/lineage/compare.py'),
                                      'lps.lineage.compare.soft_z': ('lineage/compare.html#soft_z', 'lps/lineage/compare.py'),
+                                     'lps.lineage.compare.split_scores': ('lineage/compare.html#split_scores', 'lps/lineage/compare.py'),
                                      'lps.lineage.compare.spread': ('lineage/compare.html#spread', 'lps/lineage/compare.py'),
                                      'lps.lineage.compare.standardised': ('lineage/compare.html#standardised', 'lps/lineage/compare.py'),
                                      'lps.lineage.compare.unit_vectors': ('lineage/compare.html#unit_vectors', 'lps/lineage/compare.py'),

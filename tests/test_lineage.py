@@ -13,7 +13,9 @@ from lps.core.files import save_tensors
 from lps.index.family import duplicates, families, relatives
 from lps.index.index import ModelIndex
 from lps.lineage.benchmark import DERIVATIONS, half, merged, noisy, pruned, renamed, reordered, rescaled, sliced
-from lps.lineage.compare import Aligner, balanced, channel_groups, compare, layers_of, parts_of
+from lps.lineage.compare import (
+    Aligner, balanced, channel_groups, compare, held_out_scores, layers_of, parts_of, split_scores,
+)
 from lps.lineage.sketch import DERIVED, sketch_similarity, weight_sketch
 from lps.models.model import Model
 from lps.nets.plain import PlainNet
@@ -259,3 +261,16 @@ def test_sketches_of_independent_networks_are_not_similar():
     sketches = [weight_sketch(network(seed).state) for seed in range(6)]
     assert max(sketch_similarity(a, b) for i, a in enumerate(sketches) for b in sketches[:i]) < DERIVED
     assert sketch_similarity(sketches[0], weight_sketch(noisy(network(0).state, .3))) > DERIVED
+
+
+def test_layers_with_one_dominant_direction_are_not_related():
+    scores = []
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        gains = torch.randn(2, 64, 1, generator=g)*torch.randn(2, 1, 64, generator=g)
+        a, b = (3*gains + torch.randn(2, 64, 64, generator=g))[..., None]
+        scores.append((split_scores(a, b).max(), held_out_scores(a, b).max()))
+    raw, corrected = map(max, zip(*scores))
+    assert raw > 5 and corrected < 4
+    copy = (a + torch.randn(64, 64, 1, generator=g))[torch.randperm(64, generator=g)]
+    assert held_out_scores(a, copy).max() > 10

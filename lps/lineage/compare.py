@@ -82,18 +82,37 @@ def best_map(
     rows[torch.from_numpy(j)] = torch.from_numpy(i)
     return rows
 
-def held_out_scores(
+def split_scores(
     a: Tensor,  # rows of one layer, `(N, C, taps)`
     b: Tensor,  # rows of the other, `(M, C, taps)`
-):              # with the sign of rows and without it, `(2,)`; -inf for fewer than 4 columns
+):              # with the sign of rows and without it, `(2,)`
     "Score the map of rows chosen on half of the columns by the other half: the sum of both z scores over √2"
-    if a.shape[1] < 4: return np.full(2, -math.inf)
     even = torch.arange(a.shape[1]) % 2 == 0
     one = standardised(with_and_without_sign(cosines(a[:, even], b[:, even])))
     two = standardised(with_and_without_sign(cosines(a[:, ~even], b[:, ~even])))
     places = np.arange(2)[:, None], np.arange(b.shape[0])
     scores = [chosen[places[0], best.argmax(1), places[1]].sum(1) for best, chosen in ((one, two), (two, one))]
     return sum(scores)/2**.5
+
+HIGH = 4       # score that is compared with those for random orders of the columns
+N_ORDERS = 16
+USUAL = 1, 1.5 # largest mean and standard deviation of these scores; rows without structure have 0 and 1
+
+def held_out_scores(
+    a: Tensor,  # rows of one layer, `(N, C, taps)`
+    b: Tensor,  # rows of the other, `(M, C, taps)`
+):              # with the sign of rows and without it, `(2,)`; -inf for fewer than 4 columns
+    "Score a map of rows by `split_scores`; relative to random orders of the columns, if their scores are unusual"
+    if a.shape[1] < 4: return np.full(2, -math.inf)
+    scores = split_scores(a, b)
+    if scores.max() < HIGH: return scores
+    g = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(b.shape[1], generator=g) for _ in range(N_ORDERS)]
+    found = np.stack([split_scores(a, b[:, order]) for order in orders])
+    mean = found.mean(0)
+    deviation = found.std(0)
+    usual = (np.abs(mean) < USUAL[0]) & (deviation < USUAL[1])
+    return np.where(usual, scores, (scores - mean)/np.maximum(deviation, 1))
 
 # %% ../../nbs/lineage/01_compare.ipynb #630cae58
 MAX_CHANNELS = 4  # of an image
