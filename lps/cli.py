@@ -80,6 +80,23 @@ def busy(text: str):
     return Console(stderr=True, quiet=hidden, force_jupyter=False).status(Text(one_line(text)))
 
 # %% ../nbs/04_cli.ipynb #6a677199
+@contextlib.contextmanager
+def counting(what: str):
+    "Show a bar with count, rate and time left on stderr; yields a function of how many are done, and of how many"
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+    class Rate(ProgressColumn):
+        "Number of items done in a second"
+        def render(self, task): return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+    hidden = not log.isEnabledFor(logging.INFO)
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn()
+    err = Console(stderr=True, force_jupyter=False)
+    with Progress(*columns, console=err, transient=True, disable=hidden or not err.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        def show(done, total): bar.update(task, completed=done, total=total)
+        yield show
+
 def counted(items, what: str):
     "Iterate over items with a progress bar on stderr, with their number and the time left, unless messages are hidden"
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -278,7 +295,7 @@ def check_out(file: Path | None, is_ours=None, kind: str = ""):
     if not ours: raise ValueError(f"{file} exists and is not {kind}: choose another --out, or move it away")
 
 # %% ../nbs/04_cli.ipynb #d6ba3896
-TABLE = "csv or tsv file with columns file, task and, if known, run, class_0, class_1, val_accuracy"
+TABLE = "csv or tsv file: column file (name, path or pattern), and any of task, classes, arch, size, mean, std, …"
 Folder = Annotated[Path, Argument(parser=path_of, metavar="FOLDER", help="Folder for the models")]
 TaskTable = Annotated[Path | None, Option(parser=path_of, metavar="FILE", help=TABLE, rich_help_panel=READING)]
 OutFile = Annotated[
@@ -519,11 +536,22 @@ def log_index(index, path: Path):
     "Log what an index holds and which files could not be read"
     from lps.core.files import pluralise
     log.info("%s: %s", path, str(index).removeprefix("ModelIndex: "))
-    if len(index.rejected): log.info("%s could not be read:", pluralise(len(index.rejected), "file"))
+    if not len(index.rejected): return
+    log.info("%s could not be read:", pluralise(len(index.rejected), "file"))
     for row in index.rejected.itertuples(): log.info("  %s: %s", row.file, row.reason)
+    kinds = index.rejected.reason.map(kind_of_reason).value_counts()
+    log.info("By reason: %s.", "; ".join(f"{kind} ({n})" for kind, n in kinds.items()))
+
+def kind_of_reason(reason: str) -> str:
+    "Return what many reasons have in common: their beginning, without names and numbers"
+    plain = re.sub(r"'[^']*'|\S*\d\S*", "…", reason)
+    return " ".join(re.split(r"[:;,(]| such as ", plain)[0].split()[:9])
 
 def calibration_text(index) -> str:
     "Return how the probabilities of an index were measured, in a sentence"
+    from lps.index.gather import BY_CLASSES
+    if index.fitted.method == BY_CLASSES:
+        return f"Probabilities of shared classes are calibrated on pairs of {index.scale.networks} networks."
     return str(index.calibration or NOT_CALIBRATED)
 
 # %% ../nbs/04_cli.ipynb #e490b367
@@ -549,7 +577,8 @@ def index_build(
     if not is_given["epochs"]: del fit["epochs"], fit["milestones"]
     if not is_given["folded"]: del fit["folded"]
     settings = BuildSettings(workers=workers, seed=seed if is_given["seed"] else None, fit=fit)
-    with busy(f"reading models into {path}"):
+    with counting("reading models") as progress:
+        settings = dataclasses.replace(settings, progress=progress)
         index = lps.ModelIndex.build(sources, path, method, table, reading.settings(), settings)
     log_index(index, path)
     log.info(calibration_text(index))
@@ -566,8 +595,8 @@ def index_add(
 ):
     "Add models that the index does not hold yet, or whose files have changed."
     from lps.index.index import BuildSettings
-    settings = BuildSettings(workers=workers)
-    with changed_index(path) as index, busy(f"reading models into {path}"):
+    with changed_index(path) as index, counting("reading models") as progress:
+        settings = BuildSettings(workers=workers, progress=progress)
         n = index.add(sources, table, reading.settings(), settings)
     log.info("%d added", n)
     log_index(index, path)
@@ -715,10 +744,13 @@ def interval_texts(table) -> list[str]:
 
 def show_answer(answer):
     "Print the nearest models, and the sentences of an answer"
-    columns = "similarity", "probability", "expected accuracy", "task", "note", "file"
+    columns = "shared", "similarity", "probability", "expected accuracy", "task", "note", "file"
     table = answer.table
+    if "shared" in table:
+        texts = [f"{row.shared:.1f} [{row.low}, {row.high}]" for row in table.itertuples()]
+        table = table.assign(shared=texts).drop(columns="similarity")
     if "expected_accuracy" in table: table = table.assign(**{"expected accuracy": interval_texts(table)})
-    number = table.task.astype(str).where(table.task >= 0, "")
+    number = table.task.astype(str).where(table.task != -1, "")
     table = table.assign(task=table.classes.where(table.classes != "", number))
     show_table(table[[column for column in columns if column in table]], "Most similar models")
     for sentence in answer.sentences: console.print(sentence, soft_wrap=True)
@@ -728,7 +760,8 @@ def show_relatives(found):
     if found is None or not len(found): return
     arrows = {"a → b": "it → query", "b → a": "query → it"}
     table = found.assign(direction=found.direction.replace(arrows)).set_axis(range(1, len(found) + 1))
-    show_table(table[["file", "verdict", "how", "direction"]].rename_axis("#"), "Copies and relatives of the query")
+    table = table[["file", "role", "verdict", "how", "direction"]].rename_axis("#")
+    show_table(table, "Copies and relatives of the query")
 
 # %% ../nbs/04_cli.ipynb #43fce39d
 INDEX = "An index, or with --method a model set; bundled: the one that comes with lps"
@@ -746,11 +779,25 @@ def ask_index(index, model, source: str, read, **how) -> dict:
         log.warning("compared with copies and relatives only: %s", error)
         return dict(relatives=related)
 
+WITH_CLASS = "List the models that have this class, also those that do not name it"
+
+def query_class(index: str, name: str, as_json: bool):
+    "Print the models of an index that have a class"
+    found = open_index(index).with_class(name)
+    if as_json: return print_json(dict(models=found.to_dict("records")))
+    table = found.assign(named=found.named.map({True: "yes", False: ""})).set_axis(range(1, len(found) + 1))
+    show_table(table[["probability", "named", "class", "file"]].rename_axis("#"), f"Models with {one_line(name)}")
+
 @app.command(cls=RegistryHelp, epilog="Example: lps query market my-model.pth -k 5")
 @with_groups
 def query(
     index: Annotated[str, Argument(metavar="INDEX", help=INDEX)],
-    models: Annotated[list[str], Argument(parser=source_of, metavar="MODELS", help=f"{MODEL}; one or several")],
+    models: Annotated[
+        list[str] | None, Argument(parser=source_of, metavar="[MODELS]", help=f"{MODEL}; one or several")
+    ] = None,
+    with_class: Annotated[
+        str | None, Option("--class", metavar="NAME", help=WITH_CLASS, rich_help_panel=METHOD)
+    ] = None,
     method: Annotated[str | None, Option(help=QUERY_METHOD, rich_help_panel=METHOD)] = None,
     approximate: Annotated[bool, Option("--approximate", help=APPROXIMATE, rich_help_panel=METHOD)] = False,
     reading: ReadingOptions = None,
@@ -759,6 +806,8 @@ def query(
     as_json: AsJson = False,
 ):
     "Find the models of an index that are most similar to a model, its copies and its relatives."
+    if bool(models) == (with_class is not None): raise ValueError("give models, or the name of a class with --class")
+    if with_class is not None: return query_class(index, with_class, as_json)
     if index.endswith(".safetensors") and len(models) == 2:
         cure = f"to compare by a fitted method, run lps query {models[0]} {models[1]} --method {index}"
         raise ValueError(f"{index} is no index: {cure}")
@@ -781,6 +830,8 @@ def query(
 CLASSES_MODEL = f"{MODEL}; a file that --save wrote; imagenet-1k or cifar100, which come with lps"
 KNOWN = "Classes to choose names from: a model that names its classes; a file that --save wrote; imagenet-1k; cifar100"
 PHOTOGRAPHS = "Folder of unlabelled photographs to run the networks on, instead of synthetic images"
+
+IN_INDEX = "Choose names from the classes that the models of an index name"
 
 def classes_of(source: str, read):
     "Return class descriptors from a file or bundled ones, or a model"
@@ -809,6 +860,9 @@ def classes(
         str | None, Argument(parser=source_of, metavar="[B]", help="Another one, to match; without it, A is named")
     ] = None,
     known: Annotated[str, Option(help=KNOWN, rich_help_panel=METHOD)] = "imagenet-1k",
+    index: Annotated[
+        str | None, Option("--in", metavar="INDEX", help=IN_INDEX, rich_help_panel=METHOD)
+    ] = None,
     images: Annotated[
         int | None, Option(min=16, help="Synthetic images, a multiple of 16; default: 768", rich_help_panel=METHOD)
     ] = None,
@@ -825,6 +879,12 @@ def classes(
     "Match the classes of two networks, or find names for the classes of one, without data."
     from lps.methods.classes import describe_pair, match_classes, name_classes, name_pair, relate_classes
     check_out(save)
+    if index is not None:
+        if other is not None or save: raise ValueError("--in names the classes of A: leave out B and --save")
+        check_one_model(model)
+        found = open_index(index).name_classes(model, k, reading.settings())
+        if as_json: return print_json(dict(classes=found.to_dict("records")))
+        return show_table(found.set_index("class"), "Classes")
     how = dict(n_images=images, folder=probe_images)
     pair = [classes_of(source, reading.settings()) for source in (model, other or known)]
     with busy(f"running {model}"): own, others = describe_pair(*pair, **how)

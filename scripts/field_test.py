@@ -1,17 +1,34 @@
 """Try the index on a folder as practitioners have it: networks of timm and torchvision in several formats.
 
-python scripts/field_test.py train FOLDER    trains 144 networks on CIFAR-100 (about 25 minutes of one core); resumes
+python scripts/field_test.py train FOLDER                  trains 144 networks on CIFAR-100 (about 15 minutes of one
+                                                           core); resumes
+python scripts/field_test.py measure FOLDER OUT    writes the networks as a folder, indexes it, queries it, and writes
+                                                   a result file
+
+Settings were chosen on 15 networks of the first seed and of the tasks in CHOSEN_ON; the others were not looked at.
 """
 import argparse
+import json
+import resource
+import shutil
 import time
+import warnings
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
+from scipy.stats import mannwhitneyu, spearmanr
 
-from lps.core.files import load_tensors, save_tensors
-from lps.core.jobs import seeded
+from lps.core.files import load_tensors, provenance, save_tensors, write_json
+from lps.core.jobs import one_thread, seeded
+from lps.index.family import relatives
+from lps.index.index import BuildSettings, ModelIndex
+from lps.index.related import describe, models_with, name_by_gallery
 from lps.models.model import normalise
+from lps.models.read import Reading, read_model
+from lps.models.table import reading_with
 from lps.zoo.tasks import augment, load_splits, task_images
 
 STATS = (.507, .487, .441), (.267, .256, .276)  # of CIFAR-100
@@ -55,7 +72,8 @@ FAMILIES = {  # (package, name, arguments) of each variant
         )), lr=1e-3,
     ),
 }
-SEEDS = {"explore": (0,), "confirm": (1, 2)}
+SEEDS = 0, 1, 2
+CHOSEN_ON = "kitchen", "vehicles"
 
 
 def build(variant, n_classes):
@@ -131,7 +149,7 @@ def train_one(path, family, task, seed, splits):
 def names():
     "List family, task and seed of all networks; parents first"
     tasks = sorted(TASKS, key=lambda task: (task != PARENT, task in CHILDREN))
-    return [(f, t, s) for seeds in SEEDS.values() for s in seeds for t in tasks for f in FAMILIES]
+    return [(f, t, s) for s in SEEDS for t in tasks for f in FAMILIES]
 
 
 def train(folder):
@@ -144,9 +162,345 @@ def train(folder):
         if not path.exists(): train_one(path, family, task, seed, splits)
 
 
-if __name__ == "__main__":
+FORMS = "plain", "hub", "lightning", "safetensors", "script", "timm-train"
+NAMED = "hub", "script"  # forms that name their classes
+
+
+def as_hub(folder, net_state, variant, classes):
+    "Write a folder as timm pushes it to the Hub"
+    package, name, config = variant
+    folder.mkdir(parents=True)
+    save_file(net_state, folder/"model.safetensors")
+    stats = dict(input_size=[3, 32, 32], mean=STATS[0], std=STATS[1])
+    about = dict(architecture=f"{package}/{name}" if package != "timm" else name, num_classes=len(classes))
+    about |= dict(model_args=config, pretrained_cfg=stats, label_names=classes)
+    (folder/"config.json").write_text(json.dumps(about))
+
+
+def write_model(folder, number, state, variant, classes):
+    "Write a network in one of the forms; return its path and whether it names its classes"
+    package, name, config = variant
+    form = FORMS[number % len(FORMS)]
+    folder = folder/form
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"run{number:03}"
+    plain = {k: v.clone() for k, v in state.items()}
+    if form == "hub":
+        as_hub(folder/stem, plain, variant, classes)
+        return folder/stem, True
+    if form == "plain": torch.save(plain, path := folder/f"{stem}.pt")
+    if form == "safetensors": save_file(plain, path := folder/f"{stem}.safetensors")
+    if form == "lightning":
+        arguments = dict(arch=name, num_classes=len(classes), image_size=32, lr=.003) | config
+        body = {f"model.{k}": v for k, v in plain.items()}
+        torch.save({"state_dict": body, "hyper_parameters": arguments, "epoch": 3}, path := folder/f"{stem}.ckpt")
+    if form == "script":
+        about = dict(arch=name, epoch=3, best_acc1=.7, classes=classes) | config
+        torch.save(about | dict(state_dict=plain), path := folder/f"{stem}.pth.tar")
+    if form == "timm-train":
+        arguments = dict(model=name, num_classes=len(classes), img_size=32) | config
+        torch.save(dict(arch=name, state_dict=plain, args=arguments, version=2), path := folder/f"{stem}.pth.tar")
+    return path, form in NAMED
+
+
+def write_wrong_files(folder, state):
+    "Write files that are no models or cannot be used; return their names"
+    folder.mkdir(parents=True)
+    key = next(iter(state))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), folder/"scripted.pt")
+    lora = {f"base_model.model.q.lora_{part}.weight": torch.zeros(8, 8) for part in "AB"}
+    norms = [k for k in state if k.endswith("running_var")]
+    files = {
+        "optimizer.pt": dict(state={0: dict(exp_avg=torch.zeros(3))}, param_groups=[dict(lr=.1)]),
+        "nan.pt": state | {key: torch.full_like(state[key], torch.nan)},
+        "negative.pt": state | {norms[0]: -state[norms[0]].abs() - 1},
+        "zero3.pt": dict(module={k: torch.zeros(1) for k in state}, ds_version="0.14"),
+        "lora.pt": lora,
+        "labels.pt": dict(labels=[1, 2, 3], names=["a", "b"]),
+    }
+    for name, content in files.items(): torch.save(content, folder/name)
+    whole = (folder/"nan.pt").read_bytes()
+    (folder/"truncated.pth").write_bytes(whole[:len(whole)//2])
+    (folder/"empty.pt").touch()
+    (folder/"page.safetensors").write_text("<!DOCTYPE html><html>Not found</html>")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64*"0" + "\nsize 44000000\n"
+    (folder/"pointer.safetensors").write_text(pointer)
+    (folder/"gone.pt").symlink_to(folder/"nowhere.pt")
+    shard = folder/"sharded"
+    shard.mkdir()
+    index = dict(weight_map={key: "model-00001-of-00002.safetensors"})
+    (shard/"model.safetensors.index.json").write_text(json.dumps(index))
+    packed = {f"layer.q{part}": torch.zeros(4, 4, dtype=torch.int32) for part in ("weight", "zeros")}
+    save_file(packed | {"layer.scales": torch.ones(1, 4)}, folder/"gptq.safetensors")
+    return [*files, "scripted.pt", "truncated.pth", "empty.pt", "page.safetensors", "pointer.safetensors", "gone.pt",
+            "sharded", "gptq.safetensors"]
+
+
+def write_folder(folder):
+    "Write the networks as a folder; return what each is, a table for what no file names, and wrong files"
+    known = []
+    for number, (family, task, seed) in enumerate(names()):
+        raw = folder/"raw"/f"{family}-{task}-{seed}.safetensors"
+        if not raw.exists(): continue
+        state, meta = load_tensors(raw)
+        variant = FAMILIES[family].variant(seed)
+        path, named = write_model(folder/"models", number, state, variant, TASKS[task])
+        known.append(dict(file=str(path), family=family, task=task, seed=seed, named=named, kind="trained",
+                          accuracy=meta["accuracy"], parent=meta["parent"], variant=variant))
+    for family, kind in FAMILIES.items():
+        variant = kind.variant(0)
+        with seeded(FIRST_SEED + 900 + list(FAMILIES).index(family)): state = build(variant, 5).state_dict()
+        number = len(FORMS)*(150 + list(FAMILIES).index(family)) + FORMS.index("script")
+        path, _ = write_model(folder/"models", number, state, variant, list("abcde"))
+        known.append(dict(file=str(path), family=family, task="", seed=-1, named=True, kind="untrained",
+                          accuracy=None, parent=None, variant=variant))
+    with_norms = next(path for path in (folder/"raw").glob("resnet-*"))
+    wrong = write_wrong_files(folder/"models/wrong", {k: v.clone() for k, v in load_tensors(with_norms)[0].items()})
+    return pd.DataFrame(known), wrong
+
+
+def table_for(known, root):
+    "Make the table that a user adds: architecture and size where no file has them"
+    rows = []
+    for row in known.itertuples():
+        form = Path(row.file).relative_to(root).parts[0]
+        if form not in ("plain", "safetensors"): continue
+        package, name, config = row.variant
+        arguments = ", ".join(f"{key}={value!r}" for key, value in config.items())
+        path = Path(row.file).relative_to(root).as_posix()
+        rows.append(dict(file=path, arch=f"{package}/{name}({arguments})" if config else None, size=32))
+    return pd.DataFrame(rows)
+
+
+def query_all(index, known, table, root):
+    "Query the index with each of its models; return a row for each query and each model found"
+    of_file = {}
+    for row in table.to_dict("records"):
+        told = {key: row[key] for key in ("arch", "size") if pd.notna(row[key])}
+        of_file[root/row["file"]] = reading_with(told, Reading())
+    rows = []
+    roles = []
+    named = []
+    scale = index.scale
+    for row in known[known.file.isin(index.manifest.file)].itertuples():
+        reading = of_file.get(Path(row.file), Reading())
+        answer = index.answer(row.file, k=len(index), reading=reading)
+        found = answer.table.assign(query=row.file, recommended=answer.recommended, related=answer.related)
+        rows.append(found)
+        model = read_model(row.file, reading)
+        roles.append(relatives(index, model).assign(query=row.file))
+        if row.kind == "trained" and not row.named:
+            names_found = name_by_gallery(describe(model), index.gallery, scale)
+            named.append(names_found.assign(query=row.file, truth=TASKS[row.task]))
+    return pd.concat(rows), pd.concat(roles), pd.concat(named)
+
+
+def with_classes(index, known):
+    "Look up each class; return a row for each model found that does not name its classes"
+    rows = []
+    for name in sorted({name for names in TASKS.values() for name in names}):
+        try: found = models_with(index.gallery, name, index.scale)
+        except ValueError: continue  # no model names it
+        rows.append(found[~found.named.astype(bool)].assign(name=name))
+    return pd.concat(rows)
+
+
+def with_truth(
+    found: pd.DataFrame,  # query, file, shared, probability, …: models found, the best first
+    known: pd.DataFrame,  # file, family, task, kind, chosen_on: was it used to choose settings?
+    classes: dict,        # task → names of its classes
+) -> pd.DataFrame:        # for trained queries, without copies; truth: number of shared classes
+    "Add what is known of queries and of models found"
+    facts = known.set_index("file")[["family", "task", "kind", "chosen_on"]]
+    table = found[found.note != "copy"].drop(columns=["task", "classes"], errors="ignore")
+    table = table.join(facts, on="query").join(facts, on="file", rsuffix="_found")
+    table = table[(table.kind == "trained") & (table.kind_found == "trained")].copy()
+    pairs = zip(table.task, table.task_found)
+    table["truth"] = [len(set(classes[a]) & set(classes[b])) for a, b in pairs]
+    return table
+
+
+def nearest_figures(
+    table: pd.DataFrame, # from `with_truth`
+) -> dict:               # family → queries, related, same_task, chance
+    "Count how often the nearest model of another family is related, by the family of the query"
+    others = table[table.family != table.family_found]
+    first = others.groupby("query", sort=False).first()
+    chance = others.assign(related=others.truth > 0).groupby("query").related.mean()
+    found = {}
+    held_out = first[~first.chosen_on.astype(bool)]
+    for family, rows in [*first.groupby("family"), ("all", first), ("all, held out", held_out)]:
+        found[family] = dict(
+            queries=len(rows),
+            related=int((rows.truth > 0).sum()),
+            same_task=int((rows.task == rows.task_found).sum()),
+            chance=round(float(chance[rows.index].mean()), 4),
+        )
+    return found
+
+
+def decision_figures(
+    table: pd.DataFrame, # from `with_truth`
+) -> dict:               # of pairs of different families: auc, brier, rho, mean_expected, mean_truth
+    "Compare probabilities and expected numbers with the truth"
+    pairs = table[table.family != table.family_found].dropna(subset=["probability"])
+    related = pairs.truth > 0
+    u = mannwhitneyu(pairs.shared[related], pairs.shared[~related]).statistic
+    return dict(
+        pairs=len(pairs),
+        related=int(related.sum()),
+        auc=round(float(u/related.sum()/(~related).sum()), 4),
+        brier=round(float(((pairs.probability - related)**2).mean()), 4),
+        constant_brier=round(float(related.mean()*(1 - related.mean())), 4),
+        rho=round(float(spearmanr(pairs.shared, pairs.truth).statistic), 4),
+        mean_expected=round(float(pairs.shared.mean()), 3),
+        mean_truth=round(float(pairs.truth.mean()), 3),
+    )
+
+
+def role_figures(
+    roles: pd.DataFrame,  # query, file, role, verdict
+    known: pd.DataFrame,  # file, family, seed, task, parent: name of the network it was fine-tuned from
+) -> dict:                # role → pairs, right; and false: independent models that are called relatives
+    "Count how many relatives are named as what they are"
+    trained = known[known.kind == "trained"]
+    by_name = {f"{row.family}-{row.task}-{row.seed}": row.file for row in trained.itertuples()}
+    parents = {row.file: by_name.get(row.parent) for row in trained.itertuples()}
+    wanted = {}
+    for child, parent in parents.items():
+        if parent is None: continue
+        wanted[child, parent] = "parent"
+        wanted[parent, child] = "child"
+        for other, of_other in parents.items():
+            if other != child and of_other == parent: wanted[child, other] = "sibling"
+    named = {}
+    for row in roles[roles.verdict != "same weights"].itertuples(): named[row.query, row.file] = row.role
+    found = {}
+    for role in ("parent", "child", "sibling"):
+        pairs = [pair for pair, what in wanted.items() if what == role]
+        right = sum(named.get(pair) == role for pair in pairs)
+        related = sum(pair in named for pair in pairs)
+        found[role] = dict(pairs=len(pairs), related=related, right=right)
+    return found | dict(false=dict(pairs=sum(pair not in wanted for pair in named), related=0, right=0))
+
+
+def untrained_figures(
+    found: pd.DataFrame, # query, file, recommended, note
+    known: pd.DataFrame,
+) -> dict:
+    "Count how often an untrained network is recommended, or anything for one"
+    untrained = set(known.file[known.kind == "untrained"])
+    first = found.groupby("query", sort=False).first()
+    recommended = first.recommended.fillna("")
+    of_untrained = recommended[recommended.index.isin(untrained)]
+    return dict(
+        networks=len(untrained),
+        shown=int(found.file.isin(untrained).sum() - sum(query in untrained for query in found["query"].unique())),
+        recommended=int(recommended.isin(untrained).sum()),
+        sources_for_them=int((of_untrained != "").sum()),
+        trained_without_source=int((recommended[~recommended.index.isin(untrained)] == "").sum()),
+    )
+
+
+def naming_figures(
+    named: pd.DataFrame,    # query, class, name, truth
+    by_class: pd.DataFrame, # name, file, class: number, probability: models that do not name their classes
+    known: pd.DataFrame,
+    classes: dict,
+) -> dict:
+    "Count how many classes without a name get the right one, and how many models with a class are found"
+    right = (named.name == named.truth).tolist()
+    tasks = known.set_index("file").task
+    hits = [name in classes[tasks[file]] for name, file in zip(by_class.name, by_class.file)]
+    first = by_class.groupby("name", sort=False).head(1)
+    first_hits = [name in classes[tasks[file]] for name, file in zip(first.name, first.file)]
+    holders = known[(known.kind == "trained") & ~known.named.astype(bool)].task
+    looked_up = set(by_class.name)
+    there = sum(len(looked_up & set(classes[task])) for task in holders)
+    return dict(
+        logits=len(right),
+        right=int(sum(right)),
+        chance=round(1/max(1, named.name.nunique()), 4),
+        lookups=int(by_class.name.nunique()),
+        first_right=int(sum(first_hits)),
+        found=len(hits),
+        found_right=int(sum(hits)),
+        there=int(there),
+    )
+
+
+def field_fields(
+    known: pd.DataFrame,     # models: file, family, task, seed, named, kind, parent, chosen_on
+    classes: dict,           # task → names of its classes
+    indexed: list,           # files in the index
+    rejected: pd.DataFrame,  # file, reason
+    wrong: list,             # names of files that cannot be indexed
+    found: pd.DataFrame,     # answers to all queries: query, file, shared, probability, note, recommended
+    roles: pd.DataFrame,     # relatives of all queries: query, file, role, verdict
+    named: pd.DataFrame,     # names for classes: query, class, name, truth
+    by_class: pd.DataFrame,  # models that have a class and do not name it: name, file
+) -> dict:                   # of dicts of figures
+    "Summarise the answers of an index"
+    table = with_truth(found, known, classes)
+    there = set(indexed)
+    refused = {file.rstrip("/").rpartition("/")[2]: why for file, why in zip(rejected.file, rejected.reason)}
+    return dict(
+        readable=dict(files=len(known), indexed=sum(file in there for file in known.file)),
+        wrong=dict(
+            files=len(wrong),
+            with_reason=sum(bool(refused.get(name)) for name in wrong),
+            indexed=sum(file.rpartition("/")[2] in wrong for file in indexed),
+        ),
+        nearest=nearest_figures(table),
+        decision=decision_figures(table),
+        roles=role_figures(roles, known),
+        untrained=untrained_figures(found, known),
+        naming=naming_figures(named, by_class, known, classes),
+    )
+
+
+def measure(folder, out):
+    "Index the folder by one command, query it with each of its models, and write a record"
+    for name in ("models", "index"): shutil.rmtree(folder/name, ignore_errors=True)
+    known, wrong = write_folder(folder)
+    root = folder/"models"
+    start = time.process_time()
+    rss = []
+    def progress(done, total): rss.append((done, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024))
+    settings = BuildSettings(progress=progress)
+    table = table_for(known, root)
+    index = ModelIndex.build(root, folder/"index", table=table, settings=settings)
+    seconds = (time.process_time() - start)/len(index)
+    print(index, f"{seconds:.2f} s a model, {rss[-1][1]:.0f} MB", flush=True)
+    found, roles, named = query_all(index, known, table, root)
+    by_class = with_classes(index, known)
+    for name, rows in dict(known=known, found=found, roles=roles, named=named, by_class=by_class).items():
+        rows.to_csv(folder/f"{name}.csv", index=False)
+    index.rejected.to_csv(folder/"rejected.csv", index=False)
+    indexed = index.manifest.file.tolist()
+    known["chosen_on"] = known.task.isin(CHOSEN_ON) & (known.seed == 0)
+    fields = field_fields(known, TASKS, indexed, index.rejected, wrong, found, roles, named, by_class)
+    fields |= dict(seconds=round(seconds, 3), memory=[[int(n), round(mb)] for n, mb in rss])
+    trained = known[known.kind == "trained"]
+    about = dict(models=len(trained), tasks=len(TASKS), data=["cifar100"], recipe=["brief"],
+                 seeds=sorted(set(trained.seed)), val_accuracy=dict(
+                     mean=round(trained.accuracy.mean(), 4), sd=round(trained.accuracy.std(), 4)))
+    how = f"{len(trained)} networks of {trained.family.nunique()} families, 32×32 pixels"
+    record = dict(model_set=about, settings=dict(name="cifar100", how=how)) | fields
+    write_json(out, record | provenance())
+
+
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train"])
+    parser.add_argument("what", choices=["train", "measure"])
     parser.add_argument("folder", type=Path)
-    given = parser.parse_args()
-    globals()[given.what](given.folder)
+    parser.add_argument("out", type=Path, nargs="?")
+    args = parser.parse_args()
+    with one_thread():
+        if args.what == "train": return train(args.folder)
+        measure(args.folder, args.out)
+
+
+if __name__ == "__main__": main()

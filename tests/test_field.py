@@ -1,13 +1,20 @@
 "A mixed folder as practitioners have it: what is read of it, and what an index answers"
 import json
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pandas as pd
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
+from lps.cli import main
 from lps.core.jobs import seeded
+from lps.index.gather import BY_CLASSES
+from lps.index.index import BuildSettings, ModelIndex
+from lps.index.related import initial_norms, variation
+from lps.methods.synthetic import synthetic_images
 from lps.models.table import read_table, table_row, unmatched_rows
 from lps.models.read import Reading, read_model
 
@@ -38,6 +45,13 @@ def test_the_network_that_a_file_names_is_built_with_its_arguments(tmp_path, for
     model = read_model(place)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model.outputs(images), net(images).detach())
+
+
+def test_arguments_that_a_network_does_not_take_are_left_out(tmp_path):
+    net = network("densenet121", growth_rate=8, block_config=(1, 1), num_classes=3)
+    arguments = dict(model="densenet121", img_size=32, growth_rate=8, block_config=(1, 1))
+    torch.save(dict(arch="densenet121", state_dict=net.state_dict(), args=arguments), tmp_path/"m.pt")
+    assert read_model(tmp_path/"m.pt").meta["size"] == [3, 32, 32]
 
 
 def test_arguments_of_a_file_build_no_large_network(tmp_path):
@@ -74,3 +88,109 @@ def test_rows_of_a_table_are_matched_by_name_path_and_pattern():
     paths = ["/x/a.pt", "/x/cars/c.pt", "/x/cars/b.pt", "/x/birds/1/2/d.pt"]
     assert [table_row(table, path)["task"] for path in paths] == ["exact", "pattern", "path", "deep"]
     assert unmatched_rows(table, paths) == ["gone.pt"]
+
+
+NAMES = {"a.pt": ["cat", "dog", "cow", "hen"], "b.pt": ["hen", "cow", "dog", "cat"], "c.pt": ["bus", "car", "van"]}
+
+
+def trained(seed, n_classes, name="test_resnet"):
+    "Make a network whose norms are not those before training, and whose outputs depend on the image"
+    net = network(name, seed, num_classes=n_classes)
+    g = torch.Generator().manual_seed(seed)
+    for key, v in net.state_dict().items():
+        if v.ndim == 1 and v.is_floating_point(): v.copy_(v + .3*torch.rand(v.shape, generator=g))
+        if v.ndim == 2: v.copy_(torch.randn(v.shape, generator=g))
+    side = 160 if name == "test_vit" else 32
+    with torch.no_grad(): net.get_classifier().bias -= net(synthetic_images(16, size=side)).mean(0)
+    return net
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "Two networks with the same classes in another order, one of other classes, an untrained one, a ViT, a text"
+    place = tmp_path_factory.mktemp("folder")
+    net = trained(0, 4)
+    torch.save(dict(state_dict=net.state_dict(), img_size=32), place/"a.pt")
+    state = net.state_dict()
+    for key in ("fc.weight", "fc.bias"): state[key] = state[key].flip(0)
+    noisy = {k: v + .02*v.std()*torch.randn(v.shape) if v.ndim > 1 else v for k, v in state.items()}
+    torch.save(dict(state_dict=noisy, img_size=32), place/"b.pt")
+    torch.save(dict(state_dict=trained(1, 3).state_dict(), img_size=32), place/"c.pt")
+    torch.save(dict(state_dict=network(seed=5, num_classes=4).state_dict(), img_size=32), place/"fresh.pt")
+    hub_folder(place/"vit", trained(2, 5, "test_vit"), "test_vit")
+    (place/"notes.pt").write_text("no weights here")
+    return place
+
+
+@pytest.fixture(scope="module")
+def index(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("index")/"market"
+    rows = [dict(file=name, task="animals" if len(names) == 4 else "vehicles", classes="|".join(names))
+            for name, names in NAMES.items()]
+    table = pd.DataFrame([*rows, dict(file="gone/*.pt", task="gone")])
+    ModelIndex.build(folder, path, table=table)
+    return path
+
+
+def test_a_mixed_folder_is_indexed_by_one_command(index, folder):
+    opened = ModelIndex.load(index)
+    assert opened.fitted.method == BY_CLASSES and len(opened) == 5
+    rejected = opened.rejected.set_index("file").reason.to_dict()
+    assert rejected.pop("gone/*.pt") == "in the table, but it matches no file"
+    assert set(rejected) == {str(folder/"notes.pt")}
+    labels = opened.manifest.set_index("file").label
+    assert labels[str(folder/"a.pt")] == labels[str(folder/"b.pt")] != labels[str(folder/"c.pt")]
+
+
+def test_models_with_the_same_classes_come_first(index, folder):
+    answer = ModelIndex.load(index).answer(folder/"a.pt", k=9)
+    assert answer.related and answer.recommended == str(folder/"b.pt")
+    assert answer.table.file.tolist()[:2] == [str(folder/"a.pt"), str(folder/"b.pt")]
+    assert answer.table.note.tolist()[:2] == ["copy", ""]
+    assert answer.table.shared.iloc[1] > 3 > answer.table.shared.iloc[2]
+
+
+def test_untrained_networks_are_never_recommended(index, folder):
+    opened = ModelIndex.load(index)
+    assert str(folder/"fresh.pt") not in opened.answer(folder/"c.pt", k=9).table.file.tolist()
+    answer = opened.answer(network(seed=6, num_classes=4))
+    assert answer.recommended == "" and "seems untrained" in str(answer)
+
+
+def test_copies_alone_are_no_related_models(folder):
+    assert ModelIndex.build(folder/"b.pt", method=BY_CLASSES).answer(folder/"a.pt").related
+    answer = ModelIndex.build(folder/"a.pt", method=BY_CLASSES).answer(folder/"a.pt")
+    assert answer.related is False and answer.recommended == ""
+
+
+def test_classes_are_named_and_found(index, folder, capsys):
+    assert main(["classes", str(folder/"b.pt"), "--in", str(index), "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)["classes"]] == NAMES["b.pt"]
+    assert main(["query", str(index), "--class", "hen", "--json"]) == 0
+    found = [row["file"] for row in json.loads(capsys.readouterr().out)["models"]]
+    assert set(found[:2]) == {str(folder/"a.pt"), str(folder/"b.pt")}
+    assert main(["query", str(index), "--class", "tram"]) == 2
+    assert "known are bus, car" in capsys.readouterr().err
+
+
+def test_models_that_do_not_name_a_class_are_found(folder):
+    table = pd.DataFrame([dict(file=name, classes=NAMES[name]) for name in ("a.pt", "c.pt")])
+    found = ModelIndex.build(folder, method=BY_CLASSES, table=table).with_class("hen")
+    assert found.named.tolist()[:2] == [True, False] and found.file.iloc[1] == str(folder/"b.pt")
+    assert found["class"].iloc[1] == 0
+
+
+def test_any_executor_gives_the_same_index(folder):
+    told = []
+    with ThreadPoolExecutor(2) as executor:
+        settings = BuildSettings(executor=executor, progress=lambda done, total: told.append((done, total)))
+        by_threads = ModelIndex.build(folder, settings=settings)
+    here = ModelIndex.build(folder)
+    assert sorted(by_threads.digests) == sorted(here.digests) and told[-1] == (6, 6)
+
+
+def test_untrained_networks_are_recognised():
+    assert "batch normalisation" in initial_norms(network().state_dict())
+    assert "norms" in initial_norms(network("test_vit").state_dict())
+    assert initial_norms(trained(0, 3).state_dict()) == ""
+    assert variation(torch.tensor([[1., 2], [1, 2.001]])) < .001 < variation(torch.tensor([[1., 2], [3, 0]]))

@@ -262,6 +262,7 @@ class Answer:
         elif self.related is False: first = "No related model was found."
         elif self.recommended: first = f"Recommended source: {self.recommended}."
         calibrated = "Not calibrated: too few models have known tasks, so no probabilities are given."
+        if "shared" in self.table: calibrated = ""  # explained with the method
         if self.calibration: calibrated = str(self.calibration)
         method = f"Method: {self.method}, from {self.reads}; no images of yours were needed."
         return [printable(sentence) for sentence in (first, method, calibrated, self.expected) if sentence]

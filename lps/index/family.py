@@ -19,6 +19,7 @@ from ..lineage.compare import compare
 from ..lineage.sketch import Sketches, weight_sketch
 from ..models.model import Model
 from ..models.read import Reading
+from ..models.table import reading_with
 
 # %% ../../nbs/index/06_family.ipynb #9fc6a9b2
 LIKELY = .6  # similarity of sketches from which models are compared
@@ -35,19 +36,21 @@ def read_row(
 ) -> Model:
     "Read a model of an index from its file; raises `ValueError` if it has changed, `OSError` if it is gone"
     fact = index.rows.facts([place])[0]
+    own = fact.get("reading")  # as its table had it
+    if isinstance(own, dict): reading = reading_with(own, Reading())
     model = read_item(stored_item(fact, hub=False), reading, EVERYTHING)
     if model.digest != index.rows.digests([place])[0]: raise ValueError("its file has changed")
     return model
 
 # %% ../../nbs/index/06_family.ipynb #a87a3880
-COLUMNS = ["file", "verdict", "how", "direction", "sketch", "log10_p"]
+COLUMNS = ["file", "role", "verdict", "how", "direction", "sketch", "log10_p"]
 
 def relatives(
     index: ModelIndex,
     model: Model,          # the query, all layers
     k: int = 10,           # number of models to compare, the likeliest first
     reading: Reading | None = None, # what files do not record
-) -> pd.DataFrame:         # file, verdict, how, direction (a: in the index, b: the query), sketch, log10_p
+) -> pd.DataFrame:         # file, role, verdict, how, direction (a: in the index, b: the query), sketch, log10_p
     "Find models of an index that are copies of a model or related to it"
     places = index.rows.places
     similar = np.nan_to_num(sketches_of(index).similarities(weight_sketch(model.state)))
@@ -55,18 +58,42 @@ def relatives(
     similar[equal] = 2
     likely = np.argsort(-similar, kind="stable")[:k]
     rows = []
+    compared = []  # number of a row, model, comparison
     for i in likely[similar[likely] >= LIKELY]:
         name = index.rows.facts(places[i:i + 1])[0].get("file")
         if equal[i]:
-            rows.append([name, "same weights", "", "", 1., -np.inf])
+            rows.append([name, "copy", "same weights", "", "", 1., -np.inf])
             continue
-        try: found = compare(read_row(index, places[i], reading), model)
+        try:
+            other = read_row(index, places[i], reading)
+            found = compare(other, model)
         except (ValueError, OSError) as e:
-            rows.append([name, "not compared", printable(e), "", similar[i], np.nan])
+            rows.append([name, "", "not compared", printable(e), "", similar[i], np.nan])
             continue
         if found.verdict == "independent": continue
-        rows.append([name, found.verdict, ", ".join(found.how), found.direction, similar[i], found.log10_p])
+        compared.append((len(rows), other, found))
+        rows.append([name, "", found.verdict, ", ".join(found.how), found.direction, similar[i], found.log10_p])
+    for number, role in _roles(compared): rows[number][1] = role
     return pd.DataFrame(rows, columns=COLUMNS)
+
+def _roles(compared):
+    "Yield the number of a row and the role of its model: copy, parent, ancestor, child, sibling, relative"
+    above = [(other, found) for _, other, found in compared if found.direction == "a → b" and _is_derived(found)]
+    nearest = max((found.similarity for _, found in above), default=0)
+    for number, model, found in compared:
+        nearer = [other for other, of_other in above if of_other.similarity > found.similarity]
+        if not _is_derived(found): role = "copy"
+        elif any(_is_child(model, other, found.similarity) for other in nearer): role = "sibling"
+        elif found.direction == "a → b": role = "parent" if found.similarity == nearest else "ancestor"
+        else: role = "child" if found.direction == "b → a" else "relative"
+        yield number, role
+
+def _is_derived(found): return not found.verdict.startswith("same")
+
+def _is_child(model, parent, least):
+    "Tell whether a model is derived from another, and more similar to it than a number"
+    found = compare(parent, model)
+    return _is_derived(found) and found.direction == "a → b" and found.similarity > least
 
 # %% ../../nbs/index/06_family.ipynb #2a0c2878
 def _pairs(index, least):

@@ -20,6 +20,7 @@ import torch
 from ..core.files import checked, printable, read_header
 from ..core.jobs import each_done
 from ..lineage.sketch import weight_sketch
+from .related import at_reduced_size, class_facts, describe
 from .store import HEADER_FILE, digest_numbers, fact_line
 from ..methods.registry import embed_models
 from ..models.table import reading_with, table_row
@@ -157,6 +158,11 @@ class _Known:
 
 FIRST_LAYERS = "first layers only"
 
+def _are_names(names):
+    "Tell whether something may be the names of classes; some of two may be unknown"
+    if not isinstance(names, list): return False
+    return all(isinstance(name, str) or name is None and len(names) == 2 for name in names)
+
 def _label(known, folder):
     "Compute a number that identifies a task across folders; a task from a table is the same in all; -1: unknown"
     if known.task is None or isinstance(known.task, int) and known.task < 0: return -1
@@ -174,7 +180,8 @@ def model_facts(
     meta = dict(model.meta)
     row = table_row(table, item.path)
     pair = [row.get("class_0"), row.get("class_1")]
-    meta |= {**row, "classes": row.get("classes") or (pair if any(pair) else meta.get("classes"))}
+    names = row.get("classes") or (pair if any(pair) else meta.get("classes"))
+    meta |= {**row, "classes": names if _are_names(names) else None}
     known = checked(meta, _Known, item.file)
     first, second = [*(known.classes or []), None, None][:2]
     of_table = "" if "task" in row else str(Path(item.path).parent)
@@ -197,6 +204,9 @@ def model_facts(
         sketch=weight_sketch(model.state),
         key=list(item.key),
     )
+    if len(known.classes or ()) > 2: facts["classes"] = known.classes
+    given = {key: row[key] for key in ("arch", "size", "mean", "std") if key in row}
+    if given: facts["reading"] = given
     fact_line(facts)  # raises `ValueError` for facts that are too long
     return facts
 
@@ -282,8 +292,9 @@ def embed_items(
     for item in items:
         try:
             model = read_item(item, reading_with(table_row(table, item.path), reading or Reading()), fitted)
-            row = embed_models(fitted, model, [item.file])[0].numpy()
+            row = embed_models(fitted, as_embedded(model, fitted), [item.file])[0].numpy()
             facts = model_facts(item, model, table)
+            if fitted.method == BY_CLASSES: facts |= _class_facts(model, facts)
             digest_numbers([model.digest])  # raises `ValueError` for what is none
         except Exception as e:
             done.bad[printable(item.file)] = _reason(item, e)
@@ -292,6 +303,22 @@ def embed_items(
         done.digests.append(model.digest)
         done.facts.append(facts)
     return done
+
+BY_CLASSES = "class-descriptors"  # method of an index that keeps the descriptors of each class
+
+def as_embedded(
+    model: Model,
+    fitted,       # method of an index
+) -> Model:
+    "Return the model that a method embeds: at a reduced size for class descriptors"
+    return at_reduced_size(model) if fitted.method == BY_CLASSES else model
+
+def _class_facts(model, facts):
+    "Describe the classes of a model; raises `ValueError` for more than fit into a row"
+    names = facts.get("classes") or [facts["class_0"], facts["class_1"]]
+    found = class_facts(describe(model, names if all(names) else None))
+    fact_line(facts | found)
+    return found
 
 def _reason(item, error):
     "Format an error without the name of the file"

@@ -52,7 +52,7 @@ def nearest(
 
 # %% ../../nbs/index/00_store.ipynb #6c293206
 RECORD = np.dtype([("digest", "<u8", 2), ("label", "<i8"), ("end", "<u8")])
-MAX_FACTS = 1_000_000  # bytes of one row
+MAX_FACTS = 4_000_000  # bytes of one row
 
 def digest_numbers(digests):
     "Convert digests of 32 hexadecimal digits to two integers each, `(M, 2)`"

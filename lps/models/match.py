@@ -225,9 +225,16 @@ def part_by_name(
     for name, arguments in named_networks(configs):
         package, _, plain = name.rpartition("/")
         for known in [package] if package in PACKAGES else PACKAGES:
-            for config in [arguments, {}] if arguments else [{}]:
-                try: return named_part(with_arguments(f"{known}/{plain}", config), [state])
-                except (ValueError, ImportError): continue
+            found = _built(f"{known}/{plain}", dict(arguments), state) or _built(f"{known}/{plain}", {}, state)
+            if found: return found
+
+def _built(arch, arguments, state):
+    "Build a network without the arguments that it does not take; None if it has other tensors"
+    while True:
+        try: return named_part(with_arguments(arch, arguments), [state])
+        except ImportError: return None
+        except ValueError as e: refused = re.search(r"unexpected keyword argument '(\w+)'", str(e))
+        if not refused or arguments.pop(refused[1], None) is None: return None
 
 PACKAGES = "timm", "torchvision"
 
