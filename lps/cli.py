@@ -806,7 +806,8 @@ def query(
     as_json: AsJson = False,
 ):
     "Find the models of an index that are most similar to a model, its copies and its relatives."
-    if bool(models) == (with_class is not None): raise ValueError("give models, or the name of a class with --class")
+    if not models and with_class is None: raise ValueError("Missing argument 'MODELS': give models, or --class")
+    if models and with_class is not None: raise ValueError("give models or --class, not both")
     if with_class is not None: return query_class(index, with_class, as_json)
     if index.endswith(".safetensors") and len(models) == 2:
         cure = f"to compare by a fitted method, run lps query {models[0]} {models[1]} --method {index}"

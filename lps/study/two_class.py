@@ -308,7 +308,7 @@ def two_class_table(
     rows = {}
     for title, figures in found.items():
         if not figures.get("networks"): continue
-        row = {"networks": str(figures["networks"]), "ordered pairs": str(figures["pairs"])}
+        row = {"networks, pairs": f"{figures['networks']}, {figures['pairs']}"}
         for name in ("first", "within five", "classes right"): row[name] = interval_text(*figures[name])
         row["median rank"] = f"{figures['median_rank'] + 1:.0f}"
         row["area, one shared class"] = interval_text(*figures["overlap"]) if "overlap" in figures else ""
