@@ -7,6 +7,7 @@ For each epoch, OUT/epochNN.safetensors is a packed model set: the first layer w
 it. OUT/observed/epochNN.safetensors has what two methods observe of the same networks in the same order, in float16:
 `outputs`, the centred logits on the probe images of two-spectra-probes without the last class, which is minus the sum
 of the others; and `layers`, the signature of all layers. `lps zoo build BUILD … --packed OUT` trains the rest.
+Networks that OUT has and BUILD has not are kept.
 """
 import argparse
 import os
@@ -14,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from lps.core.files import pluralise, save_tensors
+from lps.core.files import load_tensors, pluralise, save_tensors
 from lps.methods.probes import probe_outputs
 from lps.methods.signatures import all_layer_signature
-from lps.models.modelset import ModelSet, load_modelset, pack
+from lps.models.modelset import ModelSet, join_sets, load_modelset, pack
 from lps.zoo.datasheet import datasheet
 
 METHODS = {"outputs": "two-spectra-probes", "layers": "all-layer-signature"}
@@ -32,14 +33,31 @@ def observe(models: ModelSet) -> dict[str, torch.Tensor]:
     return dict(outputs=outputs.half().contiguous(), layers=layers.half().contiguous())
 
 
+def with_earlier(models: ModelSet, tensors: dict, file: Path, observed: Path) -> tuple:
+    "Add the networks that were packed before and are not in this build; returns models, observations and digests"
+    own = models.manifest.file.tolist()
+    rows = dict(zip(own, zip(models.digests, zip(*tensors.values()))))
+    if not file.exists(): return models, tensors, models.digests
+    earlier = load_modelset(file)
+    known, meta = load_tensors(observed)
+    about = meta["observed"]
+    values = zip(*(known[name] for name in tensors))
+    rows = dict(zip(about["files"], zip(about["digests"], values))) | rows
+    others = earlier[(~earlier.manifest.file.isin(own)).to_numpy()]
+    if not len(others): return models, tensors, models.digests
+    joined = join_sets([others, models])
+    digests, values = zip(*(rows[name] for name in joined.manifest.file))
+    return joined, dict(zip(tensors, map(torch.stack, zip(*values)))), list(digests)
+
+
 def pack_epoch(models: ModelSet, out: Path, epoch: int, name: str) -> str:
     "Write both files of one epoch; returns a line about them"
     file = out/f"epoch{epoch}.safetensors"
     observed = out/"observed"/file.name
     out.mkdir(parents=True, exist_ok=True)
+    models, tensors, digests = with_earlier(models, observe(models), file, observed)
     pack(models, file, datasheet=datasheet(models, f"{name}, after {epoch} epochs"))
-    tensors = observe(models)
-    about = dict(methods=METHODS, files=models.manifest.file.tolist(), digests=models.digests)
+    about = dict(methods=METHODS, files=models.manifest.file.tolist(), digests=digests)
     save_tensors(observed, tensors, dict(observed=about))
     size = (os.path.getsize(file) + os.path.getsize(observed))/1e6
     count = f"{pluralise(len(models), 'network')} of {pluralise(len(models.tasks), 'task')}"

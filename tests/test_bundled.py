@@ -412,3 +412,29 @@ def test_packing_keeps_what_methods_observe(tmp_path):
     observed = observations(whole, fit_method(whole, "two-spectra-probes"))["outputs"]
     z = torch.cat([tensors["outputs"], -tensors["outputs"].sum(-1, keepdim=True)], -1).float()
     torch.testing.assert_close(z, observed, rtol=2e-3, atol=2e-3)
+
+
+def test_packing_again_keeps_networks_of_earlier_builds(tmp_path):
+    "Those of another machine, with their observations and digests; a network that was trained again is replaced"
+    script = runpy.run_path(str(ROOT/"scripts/pack_zoo.py"))
+    def build(name, files):
+        for i, file in enumerate(files):
+            torch.manual_seed(len(name) + i)
+            task, run = int(file[4:6]), int(file[-1])
+            about = dict(task=task, run=run, epoch=3, recipe=dict(name="tiny", epochs=6), shortcut="conv")
+            save_tensors(tmp_path/name/f"{file}.safetensors", ResNet(8, 4).state_dict(), about)
+        return load_modelset(tmp_path/name)
+
+    first = build("first", ["task00_run0", "task01_run0", "task02_run0"])
+    again = build("again, elsewhere", ["task01_run0", "task03_run0"])
+    script["pack_epoch"](first, tmp_path/"out", 3, "toys")
+    before, _ = load_tensors(tmp_path/"out/observed/epoch3.safetensors")
+    assert "4 networks of 4 tasks" in script["pack_epoch"](again, tmp_path/"out", 3, "toys")
+    packed = load_modelset(tmp_path/"out/epoch3.safetensors")
+    tensors, meta = load_tensors(tmp_path/"out/observed/epoch3.safetensors")
+    wanted = [first[0], again[0], first[2], again[1]]
+    assert [model.meta["digest"] for model in packed] == [model.digest for model in wanted]
+    assert meta["observed"]["digests"] == [model.digest for model in wanted]
+    assert all(torch.equal(a.state["conv1.weight"], b.state["conv1.weight"]) for a, b in zip(packed, wanted))
+    assert all(torch.equal(tensors[name][[0, 2]], before[name][[0, 2]]) for name in tensors)
+    assert not torch.equal(tensors["outputs"][1], before["outputs"][1])
