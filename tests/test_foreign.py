@@ -238,14 +238,14 @@ def test_weights_that_are_no_floating_point_numbers_are_no_query(tmp_path, dtype
     ([dict(file="good.pt", task=0), dict(file="good.pt", task=1)], "the table has good.pt twice, again in row 2"),
     ([dict(file="good.pt", task=0, val_accuracy=93.5)], "row 1 of the table: val_accuracy is 93.5"),
     ([dict(file="good.pt", task=0, val_accuracy="good")], "row 1 of the table: val_accuracy is 'good'"),
-    ([dict(file="good.pt", task=None)], "row 1 of the table: task is"),
+    ([dict(file="good.pt", task=None)], "the table gives no task for good.pt"),
     ([dict(file="good.pt", task=float("inf"))], "row 1 of the table: task is inf"),
     ([dict(file="good.pt", task=1e19)], "row 1 of the table: task is 1e+19"),
     ([dict(file="good.pt", task=.5)], "row 1 of the table: task is 0.5"),
     ([dict(file="good.pt", task=0, lacks="conv1")], "the table has an unknown column 'lacks': known are file, task"),
     ([dict(file="good.pt", task=0, versions="x")], "the table has an unknown column 'versions'"),
     ([dict(file=None, task=0)], "row 1 of the table names no file"),
-    ([dict(file="good.pt")], "the table has no column task"),
+    ([dict(file="good.pt")], "the table gives no task for good.pt"),
 ])
 def test_a_wrong_table_is_refused_before_anything_is_written(src, rows, words):
     with pytest.raises(ValueError) as said: import_models(src, src.parent/"dst", table=pd.DataFrame(rows))

@@ -341,11 +341,11 @@ def test_a_row_that_is_there_twice_is_found(market):
 
 
 def test_long_metadata_do_not_spoil_an_index(models, market, tmp_path):
-    "What is written can be read again; a text of more than a megabyte is a reason to reject a model"
-    save_tensors(tmp_path/"more/long.safetensors", network(1, 7), dict(task=1, data="x"*1_100_000))
+    "What is written can be read again; a text of more than four megabytes is a reason to reject a model"
+    save_tensors(tmp_path/"more/long.safetensors", network(1, 7), dict(task=1, data="x"*4_100_000))
     index = ModelIndex.load(market)
     assert index.add(tmp_path/"more") == 0
-    assert "the limit is 1000000" in index.rejected.reason[0]
+    assert "the limit is 4000000" in index.rejected.reason[0]
     assert len(ModelIndex.load(market).manifest) == 9
 
 
@@ -421,7 +421,7 @@ def unfit(kind):
     return dict(state) if kind != "no layers" else {"conv1.weight": torch.zeros(0, 3, 3, 3)}
 
 
-FEW = BuildSettings(fit=dict(n_images=8))
+FEW = BuildSettings(fit=dict(n_images=16))
 
 
 @pytest.mark.parametrize("kind", ["zero", "huge", "negative variance", "no layers"])

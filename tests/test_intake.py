@@ -441,7 +441,7 @@ def test_an_index_takes_in_what_is_not_a_file(net, small, tmp_path, monkeypatch)
     torch.save(ResNet(depth=8, width=4, n_classes=3).state_dict(), tmp_path/"models/plain.pt")
     reading = Reading(arch=Small, hub=True)
     index = ModelIndex.build([tmp_path/"models", "timm/none"], reading=reading, settings=FEW_IMAGES)
-    assert index.fitted.method == "two-spectra-probes" and len(index) == 3, index.rejected
+    assert index.fitted.method == "class-descriptors" and len(index) == 3, index.rejected
     assert dict(zip([Path(file).name for file in index.manifest.file], index.manifest.architecture)) == {
         "hub": "resnet", "plain.pt": "resnet", "small.pt": "test_intake:Small(num_classes=3)"}
     reasons = dict(zip(index.rejected.file, index.rejected.reason))

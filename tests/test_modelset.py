@@ -209,7 +209,7 @@ def test_import_refuses_what_cannot_end_well(tmp_path):
     with pytest.raises(ValueError, match="no model could be imported"): import_models(src, tmp_path/"dst")
     with pytest.raises(ValueError, match="choose another folder"): import_models(src, src)
     with pytest.raises(FileNotFoundError, match="not a folder"): import_models(tmp_path/"x", tmp_path/"dst")
-    with pytest.raises(ValueError, match="no column task"):
+    with pytest.raises(ValueError, match="gives no task for a"):
         import_models(src, tmp_path / "dst", table=pd.DataFrame(dict(file=["a"])))
 
 

@@ -99,8 +99,9 @@ class ModelIndex:
         return printable(text)
 
     def _repr_html_(self):
-        columns = [name for name in ("file", "task", "classes", "architecture") if name in self.manifest]
-        return f"<p>{html.escape(repr(self))}</p>{self.manifest[columns].to_html(max_rows=6)}"
+        table = self.manifest[[name for name in ("file", "task", "classes", "architecture") if name in self.manifest]]
+        table = table.assign(file=[Path(file).name for file in table.file])
+        return f"<p>{html.escape(repr(self))}</p>{table.to_html(max_rows=6)}"
 
 # %% ../../nbs/index/03_index.ipynb #2363d65c
 @patch

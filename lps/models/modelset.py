@@ -235,8 +235,9 @@ class ModelSet(HasLayers):
 
     def _repr_html_(self):
         shown = "file", "task", "run", "class_0", "class_1", "val_accuracy"
-        columns = [name for name in shown if name in self.manifest]
-        return f"<p>{html.escape(repr(self))}</p>{self.manifest[columns].to_html(max_rows=6)}"
+        table = self.manifest[[name for name in shown if name in self.manifest]]
+        table = table.assign(file=[Path(file).name for file in table.file])
+        return f"<p>{html.escape(repr(self))}</p>{table.to_html(max_rows=6)}"
 
 # %% ../../nbs/models/05_modelset.ipynb #57f64d77
 @patch(as_prop=True)

@@ -330,7 +330,7 @@ register_experiment(Experiment(
     record=TwoClassRecord,
     plot=plot_two_class,
     table=two_class_table,
-    small=dict(model_set="digits", n_models=1, zoo_epochs=2, n_images=64, size=8, n_boot=10, n_splits=1, workers=1),
+    small=dict(model_set="digits", n_models=1, zoo_epochs=1, n_images=64, size=8, n_boot=10, n_splits=1, workers=1),
     needs={"two-class tasks that share classes": has_two_classes},
     see=(
         "Left: how often the right ordered pair of classes comes first. Right: how well a pair of networks that "
