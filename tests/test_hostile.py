@@ -56,10 +56,12 @@ class Watch:
 
 
 def is_ours():
-    "Is a kernel of ours compiled or read from numba's cache, or a process started that reads pickles?"
+    """Is a kernel of ours compiled or read from numba's cache, a process started that reads pickles, or torchvision
+    imported, which loads its own library? timm imports it when a network is first built by name"""
     frame = sys._getframe()
     while frame is not None:
         if "/numba/" in frame.f_code.co_filename or frame.f_code is _Process.__init__.__code__: return True
+        if frame.f_code.co_filename.endswith("torchvision/extension.py"): return True
         frame = frame.f_back
     return False
 
