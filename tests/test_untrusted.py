@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lps.core.files import check_name, digest, read_header, read_json, save_tensors, write_json
+from lps.index.family import read_row
+from lps.index.index import ModelIndex
 from lps.index.share import from_pretrained, save_pretrained
 from lps.models import pickles
 from lps.models.checkpoint import read_checkpoint
@@ -23,6 +25,7 @@ from lps.models.table import read_table
 from lps.models.modelset import load_modelset, pack
 from lps.models.read import Reading, read_model
 from lps.models.web import open_model
+from lps.nets.named import network_builder
 from lps.zoo.tasks import images_below, read_image
 
 
@@ -368,3 +371,26 @@ def test_any_name_is_a_single_part_or_refused(name):
     except ValueError: return
     root = Path("/root/of/all").resolve()
     assert found == name and (root/found).parent == root and Path(os.path.normpath(root/found)).parent == root
+
+
+# A name in a file builds a network, and loads nothing
+
+@pytest.mark.parametrize("arguments", ["pretrained=True", "checkpoint_path='x.pth'", "weights='DEFAULT'"])
+def test_a_name_loads_no_weights(tmp_path, monkeypatch, arguments):
+    def refuse(*args, **kwargs): raise AssertionError("a request to the network")
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    for name in (f"timm/resnet18({arguments})", f"torchvision/resnet18({arguments})"):
+        with pytest.raises(ValueError, match="must not name weights to load"): network_builder(name)
+        state = {f"x{key}": tensor for key, tensor in tiny().items()}
+        torch.save(dict(state_dict=state, arch=name.partition("/")[2]), tmp_path/"m.pt")
+        assert read_model(tmp_path/"m.pt").architecture is None
+
+
+def test_an_index_names_no_code_that_is_run(tmp_path, monkeypatch):
+    for i in range(4): save_tensors(tmp_path/f"zoo/m{i}.safetensors", tiny(i), dict(task=i % 2))
+    index = ModelIndex.build(tmp_path/"zoo", None, "frobenius")
+    fact, = index.rows.facts([0])
+    fact["reading"] = dict(arch="lps_canary:f")
+    monkeypatch.setattr(index.rows, "facts", lambda places: [fact for _ in places])
+    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} was imported"))
+    assert read_row(index, 0, None).digest == index.rows.digests([0])[0]

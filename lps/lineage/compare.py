@@ -517,7 +517,7 @@ class JointAligner:
 
     @property
     def fits(self):
-        "Are all layers of `b` parts of those of `a`, in the same order?"
+        "Return whether all layers of `b` are parts of those of `a`, in the same order"
         if len(self.a) != len(self.b): return False
         for i, (a, b) in enumerate(zip(self.a, self.b)):
             if a.role != b.role or any(n < m for n, m in zip(a.shape, b.shape)): return False

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/models/03_config.ipynb #902abb9e
-import math
+import math, re
 
 # %% ../../nbs/models/03_config.ipynb #da6c2098
 NESTED = (
@@ -143,7 +143,7 @@ def named_networks(
     for _, values in places(configs):
         for key in ("architecture", "arch", "model_name", "model"):
             name = values.get(key)
-            if not isinstance(name, str) or not 1 <= len(name) <= 100: continue
+            if not isinstance(name, str) or not re.fullmatch(r"[\w./-]{1,100}", name): continue
             inner = values.get("model_args")
             given = values | inner if isinstance(inner, dict) else values
             arguments = {}

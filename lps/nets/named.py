@@ -52,12 +52,18 @@ def arch_arguments(
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError, AttributeError):
         raise ValueError(f"arch is {printable(repr(arch))}: give arguments as NAME(key=value, …)") from None
 
+LOADING = {  # arguments of timm and torchvision that read files or the web
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "weights",
+    "weights_backbone",
+}
+
 @functools.lru_cache(32)
 def network_builder(
     arch: str,   # `'timm/resnet18'`, `'torchvision/resnet18'` or `'package.module:function'`, arguments in brackets
 ):               # called without arguments, or with `num_classes`, it returns the network
     "Return the function that builds a named network. Raises `ValueError` for other names, `ImportError` without timm"
     plain, config = arch_arguments(arch)
+    if config.keys() & LOADING: raise ValueError(f"arch is {printable(repr(arch))}: it must not name weights to load")
     if config: return functools.partial(network_builder(plain), **config)
     kind, _, name = plain.partition("/")
     if kind == "timm" and name: return _timm_builder(name)
