@@ -50,6 +50,13 @@ def test_experiment_declares_its_small_parameters(kind):
     assert set(EXPERIMENTS[kind].small) <= set(declared)
 
 
+@pytest.mark.parametrize("folder", [["classes", "sources", "two_class"]])
+def test_small_experiments_of_one_folder_train_the_same_networks(folder):
+    "Their networks are trained once, by the experiment that runs first, and in any order"
+    trained = {kind: EXPERIMENTS[kind].small["zoo_epochs"] for kind in folder}
+    assert len(set(trained.values())) == 1, trained
+
+
 @pytest.mark.parametrize("kind", EXPERIMENTS)
 def test_experiment_runs_small(kind, workdir):
     folder, small = workdir/"nbs/experiments", EXPERIMENTS[kind].small

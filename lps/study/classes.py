@@ -535,7 +535,7 @@ register_experiment(Experiment(
     plot=plot_classes,
     table=classes_table,
     words=classes_text,
-    small=dict(model_set="digits", zoo_epochs=2, n_images=128, size=8, n_boot=10, n_splits=1, workers=1),
+    small=dict(model_set="digits", zoo_epochs=1, n_images=128, size=8, n_boot=10, n_splits=1, workers=1),
     needs={"tasks of several classes": has_class_sets},
     see=(
         "Left and middle: how well class descriptors tell shared classes from others. Right: the "

@@ -351,7 +351,7 @@ register_experiment(Experiment(
     small=dict(
         model_set="digits",
         images="digits",
-        zoo_epochs=2,
+        zoo_epochs=1,
         n_sources=4,
         n_targets=2,
         n_tuned=1,
