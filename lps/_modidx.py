@@ -711,6 +711,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'lps.methods.classes.describe_classes': ( 'methods/classes.html#describe_classes',
                                                                                'lps/methods/classes.py'),
                                      'lps.methods.classes.describe_pair': ('methods/classes.html#describe_pair', 'lps/methods/classes.py'),
+                                     'lps.methods.classes.descriptors_or_model': ( 'methods/classes.html#descriptors_or_model',
+                                                                                   'lps/methods/classes.py'),
                                      'lps.methods.classes.fit_calibration': ( 'methods/classes.html#fit_calibration',
                                                                               'lps/methods/classes.py'),
                                      'lps.methods.classes.fit_class_vectors': ( 'methods/classes.html#fit_class_vectors',

@@ -23,6 +23,7 @@ from .registry import INVARIANCES, Method, register_method
 from .synthetic import MIXTURES, kinds_of, standardise, synthetic_images
 from ..models.model import Model
 from ..models.modelset import bundled
+from ..models.read import Reading, read_model
 from ..zoo.recipe import best_precision
 
 # %% ../../nbs/methods/11_classes.ipynb #385d8371
@@ -52,10 +53,10 @@ def centred_logits(
 
 MANY = 50  # classes from which on a network is its partner's cohort
 
-def soft(z):
+def soft(z, multilabel=False):
     "Convert centred logits to centred probabilities, at a temperature that makes their scale irrelevant"
-    p = (z/z.square().mean().sqrt()).softmax(1)
-    return p - p.mean(1, keepdim=True) - p.mean(0) + p.mean()
+    z = z/z.square().mean().sqrt()
+    return centred_logits(z.sigmoid() if multilabel else z.softmax(1), multilabel)
 
 def whiten(z, ridge):
     "Whiten centred logits `(n, K)` over images; columns become rows of length 1"
@@ -73,10 +74,10 @@ def class_descriptors(
     both: bool = False,          # append the probabilities? For small networks
 ) -> Tensor:                     # rows of length 1, `(K, n)` or `(K, 2n)`; two rows for a network with one logit
     "Compute a descriptor of each class: its logits, centred, whitened and of length 1"
-    if both:
-        z = centred_logits(logits)
-        return F.normalize(torch.cat([whiten(z, ridge), whiten(soft(z), ridge)], 1), dim=1).float()
     z = centred_logits(logits, multilabel)
+    if both:
+        parts = whiten(z, ridge), whiten(soft(z, multilabel), ridge)
+        return F.normalize(torch.cat(parts, 1), dim=1).float()
     few = kinds is None or kinds.unique(return_counts=True)[1].min() < PER_CLASS*z.shape[1]
     if few: return whiten(z, ridge).float()
     rows = z.new_zeros(z.shape[1], len(z))
@@ -107,7 +108,8 @@ class ClassDescriptors:
         "The class descriptors"
         if self.prototypes is not None: return F.normalize(self.prototypes.float(), dim=1)
         z = self.logits.float()
-        if self.images.get("kinds") == "smooth" and not self.multilabel: return class_descriptors(z, .2, both=True)
+        if self.images.get("kinds") == "smooth":
+            return class_descriptors(z, .2, multilabel=self.multilabel, both=True)
         return class_descriptors(z, kinds=self.kinds, multilabel=self.multilabel)
 
     @property
@@ -132,7 +134,7 @@ def usual_kinds(model):
 
 # %% ../../nbs/methods/11_classes.ipynb #96fbe427
 def describe_classes(
-    model,                     # a `Model`
+    model,                     # a `Model`, or what `read_model` takes
     n_images: int = 768,       # synthetic images, a multiple of 16
     seed: int = 0,             # of synthetic images
     size: int = 32,            # side of synthetic images; the network's own size is interpolated
@@ -141,6 +143,7 @@ def describe_classes(
     kinds: str | None = None,  # mixture of synthetic images: mixed, or smooth; None: smooth for fewer than 50 classes
 ) -> ClassDescriptors:
     "Run a network on probe images and describe its classes. Raises `ValueError` for outputs that are not finite"
+    model = read_model(model)
     if folder is None:
         kinds = kinds or usual_kinds(model)
         if kinds not in MIXTURES: raise ValueError(f"kinds is {kinds!r}: choose from {', '.join(MIXTURES)}")
@@ -195,14 +198,27 @@ def check_same_images(a, b):
     if a.images == b.images: return
     raise ValueError(f"descriptors of images {a.images} and {b.images}: use the same images for both")
 
+def descriptors_or_model(
+    source,                        # `ClassDescriptors`, a file of them, a name in `BUNDLED`, or what `read_model` takes
+    reading: Reading = Reading(),  # of a model
+):  # `ClassDescriptors`, or a `Model`
+    "Open class descriptors or a model. Raises as `read_model` does"
+    if isinstance(source, (ClassDescriptors, Model)): return source
+    if isinstance(source, (str, Path)):
+        if str(source) in BUNDLED: return load_class_descriptors(str(source))
+        if Path(source).suffix == ".safetensors" and Path(source).is_file():
+            try: return load_class_descriptors(source)
+            except ValueError: pass  # a model
+    return read_model(source, reading)
+
 def describe_pair(
-    a,         # a `Model`, `ClassDescriptors`, or what `load_class_descriptors` takes
+    a,         # as for `descriptors_or_model`
     b,         # the other
     **images,  # of `describe_classes`; None, or not given: those of the other one's descriptors, or the usual ones
 ) -> tuple:    # of `ClassDescriptors`
     "Describe the classes of two models by the same images. Raises `ValueError` for descriptors of different images"
     chosen = {name: value for name, value in images.items() if value is not None}
-    found = [load_class_descriptors(x) if isinstance(x, (str, Path)) else x for x in (a, b)]
+    found = [descriptors_or_model(x) for x in (a, b)]
     for i in sorted((0, 1), key=lambda i: not isinstance(found[i], ClassDescriptors)):  # stored ones decide the images
         if not isinstance(found[i], ClassDescriptors): found[i] = describe_classes(found[i], **chosen)
         chosen = found[i].images | chosen
@@ -282,7 +298,7 @@ def probabilities(scores, cohort):
 
 # %% ../../nbs/methods/11_classes.ipynb #9656050c
 def match_classes(
-    a,              # a `Model`, `ClassDescriptors`, a file of them, or 'imagenet-1k' or 'cifar100', which are bundled
+    a,              # `Model`, module, file, `ClassDescriptors`, or 'imagenet-1k' or 'cifar100', which are bundled
     b,              # the other
     **images,       # of `describe_classes`: n_images, seed, size, folder, kinds
 ) -> pd.DataFrame:  # one row a pair: class of a, class of b, cosine, score, probability
