@@ -22,7 +22,7 @@ from .probes import Probes, every_tensor, fit_probes, own_bank
 from .registry import INVARIANCES, Method, register_method
 from .synthetic import MIXTURES, kinds_of, standardise, synthetic_images
 from ..models.model import Model
-from ..models.modelset import bundled
+from ..models.modelset import bundled, repository_sets
 from ..models.read import Reading, read_model
 from ..zoo.recipe import best_precision
 
@@ -52,6 +52,7 @@ def centred_logits(
     return z
 
 MANY = 50  # classes from which on a network is its partner's cohort
+FOR_FEW = "smooth objects"  # images for networks with fewer classes
 
 def soft(z, multilabel=False):
     "Convert centred logits to centred probabilities, at a temperature that makes their scale irrelevant"
@@ -108,7 +109,7 @@ class ClassDescriptors:
         "The class descriptors"
         if self.prototypes is not None: return F.normalize(self.prototypes.float(), dim=1)
         z = self.logits.float()
-        if self.images.get("kinds") == "smooth":
+        if self.images.get("kinds") == FOR_FEW:
             return class_descriptors(z, .2, multilabel=self.multilabel, both=True)
         return class_descriptors(z, kinds=self.kinds, multilabel=self.multilabel)
 
@@ -130,7 +131,7 @@ class ClassDescriptors:
 def usual_kinds(model):
     "Choose the mixture of synthetic images by the number of classes of a model"
     n_classes = class_logits(model, synthetic_images(2, channels=model.channels, kinds=("1/f",))).shape[1]
-    return "mixed" if n_classes >= MANY else "smooth"
+    return "mixed" if n_classes >= MANY else FOR_FEW
 
 # %% ../../nbs/methods/11_classes.ipynb #96fbe427
 def describe_classes(
@@ -140,7 +141,7 @@ def describe_classes(
     size: int = 32,            # side of synthetic images; the network's own size is interpolated
     folder: str | Path | None = None, # photographs to use instead
     multilabel: bool = False,  # independent logits?
-    kinds: str | None = None,  # mixture of synthetic images: mixed, or smooth; None: smooth for fewer than 50 classes
+    kinds: str | None = None,  # mixed, or smooth objects; None: smooth objects for fewer than 50 classes
 ) -> ClassDescriptors:
     "Run a network on probe images and describe its classes. Raises `ValueError` for outputs that are not finite"
     model = read_model(model)
@@ -158,13 +159,21 @@ def describe_classes(
     return ClassDescriptors(z.half(), class_names(model, z.shape[1]), used, multilabel)
 
 def load_class_descriptors(
-    path: str | Path,    # a file that `ClassDescriptors.save` wrote, or 'imagenet-1k' or 'cifar100', which are bundled
+    path: str | Path,    # a file that `save` wrote; 'imagenet-1k' or 'cifar100', which are bundled; a key of `packed_classes`
 ) -> ClassDescriptors:
     "Read class descriptors. Raises `ValueError` for another file"
+    packed = packed_classes()
+    if str(path) in packed:
+        networks = packed_networks(packed[str(path)])
+        classes = names_of(networks)
+        return from_vectors(solve_vectors(networks, classes, RIDGE), classes, networks)
     bundle = path in BUNDLED
     state, meta = load_tensors(bundled(f"classes-{path}.safetensors") if bundle else path)
     images = meta.get("images")
-    if isinstance(images, dict) and "folder" not in images: images = dict(kinds="mixed") | images
+    if isinstance(images, dict) and "folder" not in images:
+        images = dict(kinds="mixed") | images
+        if images["kinds"] not in MIXTURES:
+            raise ValueError(f"{printable(path)} is of images {printable(images['kinds'])}, which are no longer used")
     rows = prototypes(members_of(state, meta), meta["names"]) if "members" in meta else state.get("prototypes")
     try: return ClassDescriptors(state["logits"], meta["names"], images, meta["multilabel"], rows)
     except KeyError: raise ValueError(f"{printable(path)} holds no class descriptors: write it with save") from None
@@ -205,7 +214,7 @@ def descriptors_or_model(
     "Open class descriptors or a model. Raises as `read_model` does"
     if isinstance(source, (ClassDescriptors, Model)): return source
     if isinstance(source, (str, Path)):
-        if str(source) in BUNDLED: return load_class_descriptors(str(source))
+        if str(source) in BUNDLED or str(source) in packed_classes(): return load_class_descriptors(str(source))
         if Path(source).suffix == ".safetensors" and Path(source).is_file():
             try: return load_class_descriptors(source)
             except ValueError: pass  # a model
@@ -245,17 +254,56 @@ def class_scores(
     of_b = nearest_mean(b, a if cohort is None else cohort, k)
     return 2*a @ b.T - of_a[:, None] - of_b
 
-@lru_cache(1)
-def bundled_cohort():
-    "Return the descriptors of the networks of the class-subset set, `(C, n)`, and the images they were computed from"
-    state, meta = load_tensors(bundled("classes-cifar100.safetensors"))
-    return torch.cat([network.rows for network in members_of(state, meta)]), meta["images"]
+# %% ../../nbs/methods/11_classes.ipynb #7cc087a1
+SHARPNESS = 12  # of the probabilities of known classes
+FLOOR = .03     # of the agreement
+WEIGHT = .2     # of its logarithm; all three were chosen on 38 networks, see the page of the experiment
 
-def cohort_for(a, b):
-    "Return the bundled cohort for two sets of descriptors; None for many classes or other images"
+@dataclass
+class Gallery:
+    "Networks with known classes"
+    rows: Tensor        # descriptors of all classes of all networks, `(M, n)`
+    prototypes: Tensor  # of each class, `(C, n)`
+    images: dict        # of all descriptors
+
+    def known(self,
+        rows: Tensor,  # descriptors `(K, n)`
+    ) -> Tensor:       # `(K, C)`
+        "Compute the probability of each known class, as if there were no other"
+        return (SHARPNESS*class_scores(rows, self.prototypes, self.rows).double()).softmax(1)
+
+def with_agreement(
+    scores: Tensor,   # from `class_scores`, `(A, B)`
+    known_a: Tensor,  # probabilities of known classes, `(A, C)`
+    known_b: Tensor,  # `(B, C)`
+) -> Tensor:          # `(A, B)`
+    "Add the logarithm of the probability that both are the same known class"
+    return scores + (WEIGHT*(known_a @ known_b.T + FLOOR).log()).to(scores.dtype)
+
+@lru_cache(1)
+def bundled_gallery():
+    "Return the class-subset set as a gallery"
+    state, meta = load_tensors(bundled("classes-cifar100.safetensors"))
+    networks = members_of(state, meta)
+    rows = torch.cat([network.rows for network in networks])
+    return Gallery(rows, prototypes(networks, meta["names"]), meta["images"])
+
+def gallery_for(a, b):
+    "Return the bundled gallery for two sets of descriptors; None for many classes or other images"
     if min(len(a), len(b)) >= MANY: return None
-    rows, images = bundled_cohort()
-    return rows if images == a.images == b.images else None
+    gallery = bundled_gallery()
+    return gallery if gallery.images == a.images == b.images else None
+
+def pair_scores(
+    a: ClassDescriptors,
+    b: ClassDescriptors,
+    gallery: Gallery | None,
+) -> Tensor:  # `(A, B)`
+    "Score all pairs of classes of two networks, with the agreement if both have few classes"
+    if gallery is None: return class_scores(a.rows, b.rows)
+    scores = class_scores(a.rows, b.rows, gallery.rows)
+    if max(len(a), len(b)) >= MANY: return scores
+    return with_agreement(scores, gallery.known(a.rows), gallery.known(b.rows))
 
 # %% ../../nbs/methods/11_classes.ipynb #ec5645bc
 @dataclass
@@ -290,10 +338,10 @@ def calibrations():
     _, meta = load_tensors(bundled("classes-cifar100.safetensors"))
     return {name: Calibration(*values) for name, values in meta["calibrations"].items()}
 
-def probabilities(scores, cohort):
-    "Compute probabilities, where they were measured: NaN for few classes without the bundled cohort"
+def probabilities(scores, gallery):
+    "Compute probabilities, where they were measured: NaN for few classes without the bundled gallery"
     sizes = ["many" if n >= MANY else "few" for n in sorted(scores.shape)]
-    if sizes[0] == "few" and cohort is None: return torch.full((scores.shape[0], scores.shape[1] + 1), torch.nan)
+    if sizes[0] == "few" and gallery is None: return torch.full((scores.shape[0], scores.shape[1] + 1), torch.nan)
     return calibrations()[" and ".join(sizes)](scores)
 
 # %% ../../nbs/methods/11_classes.ipynb #9656050c
@@ -305,10 +353,10 @@ def match_classes(
     "Match the classes of two models one to one, best pairs first. Raises `ValueError` for different images"
     from scipy.optimize import linear_sum_assignment
     of_a, of_b = describe_pair(a, b, **images)
-    cohort = cohort_for(of_a, of_b)
-    scores = class_scores(of_a.rows, of_b.rows, cohort)
+    gallery = gallery_for(of_a, of_b)
+    scores = pair_scores(of_a, of_b, gallery)
     rows, columns = linear_sum_assignment(scores.numpy(), maximize=True)
-    likely = probabilities(scores, cohort)
+    likely = probabilities(scores, gallery)
     table = pd.DataFrame({
         "a": [of_a.names[i] for i in rows],
         "b": [of_b.names[j] for j in columns],
@@ -337,9 +385,9 @@ def relate_classes(
     "Estimate how many classes two networks share"
     of_a, of_b = describe_pair(a, b, **images)
     if len(of_b) < len(of_a): of_a, of_b = of_b, of_a
-    cohort = cohort_for(of_a, of_b)
-    scores = class_scores(of_a.rows, of_b.rows, cohort)
-    shared = 1 - probabilities(scores, cohort)[:, -1].numpy()
+    gallery = gallery_for(of_a, of_b)
+    scores = pair_scores(of_a, of_b, gallery)
+    shared = 1 - probabilities(scores, gallery)[:, -1].numpy()
     matched = match_classes(of_a, of_b)
     known = bool(np.isfinite(shared).all())
     low, high = number_interval(shared) if known else (np.nan, np.nan)
@@ -352,6 +400,8 @@ def relate_classes(
     )
 
 # %% ../../nbs/methods/11_classes.ipynb #6434bb7c
+RIDGE = .1  # of class vectors
+
 def names_of(networks):
     "Return the names of the classes of several networks, sorted"
     return sorted(set().union(*(network.names for network in networks)))
@@ -370,11 +420,33 @@ def solve_vectors(networks, classes, ridge):
     design = torch.cat(designs)
     seen = torch.cat([network.logits.double().T for network in networks])
     return torch.linalg.solve(design.T @ design + ridge*torch.eye(len(classes), dtype=torch.double), design.T @ seen)
+def from_vectors(vectors, classes, networks):
+    "Return class vectors `(C, n)` of networks as `ClassDescriptors`"
+    z = (vectors - vectors.mean(0)).T
+    z = z/z.square().mean().sqrt()
+    means = prototypes(networks, classes).half()
+    return ClassDescriptors(z.half(), classes, networks[0].images, prototypes=means)
+
+def packed_networks(
+    path: str | Path,  # file of two-class networks that `scripts/pack_zoo.py` wrote
+) -> list:             # of `ClassDescriptors`
+    "Read the descriptors of two-class networks"
+    state, meta = load_tensors(path)
+    about = meta["described"]
+    found = []
+    for z, names in zip(state["first"], about["classes"]):
+        found.append(ClassDescriptors(torch.stack([z, -z], 1), names, about["images"]))
+    return found
+
+def packed_classes() -> dict:  # name, such as 'modelset500-cifar100/epoch80' → file
+    "List the model sets in a checkout of the repository whose classes are described"
+    found = {name: file.parent/"classes"/file.name for name, file in repository_sets().items()}
+    return {name: file for name, file in found.items() if file.exists()}
 
 # %% ../../nbs/methods/11_classes.ipynb #abb14751
 def fit_class_vectors(
     networks: list,      # `ClassDescriptors` with names, of the same images
-    ridge: float = 0.1,  # relative to one network that shows a class
+    ridge: float = RIDGE,  # relative to one network that shows a class
 ) -> tuple:              # `ClassDescriptors` of all classes, and the reliability of each, `(C,)`
     "Fit a vector for each class from networks that show some of them. Raises `ValueError` for different images"
     for other in networks: check_same_images(networks[0], other)
@@ -390,10 +462,7 @@ def fit_class_vectors(
         cosines = F.cosine_similarity(predicted, network.logits.double().T)
         for name, cosine in zip(network.names, cosines.tolist()): agreement[name].append(cosine)
     reliability = [np.mean(agreement[name]) if agreement[name] else np.nan for name in classes]
-    z = (vectors - vectors.mean(0)).T
-    z = z/z.square().mean().sqrt()
-    means = prototypes(networks, classes).half()
-    return ClassDescriptors(z.half(), classes, networks[0].images, prototypes=means), np.array(reliability)
+    return from_vectors(vectors, classes, networks), np.array(reliability)
 
 # %% ../../nbs/methods/11_classes.ipynb #0d1818dc
 def name_classes(
@@ -406,10 +475,10 @@ def name_classes(
     own, others = describe_pair(model, known, **images)
     if others.names == list(range(len(others))):
         raise ValueError("known does not name its classes: set meta['classes'] of that model")
-    cohort = cohort_for(own, others)
-    scores = class_scores(own.rows, others.rows, cohort)
+    gallery = gallery_for(own, others)
+    scores = pair_scores(own, others, gallery)
     cosines = own.rows @ others.rows.T
-    likely = probabilities(scores, cohort)
+    likely = probabilities(scores, gallery)
     best = scores.topk(min(k, len(others)), 1).indices
     found = []
     for i, name in enumerate(own.names):
