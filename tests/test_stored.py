@@ -1,5 +1,7 @@
 """Packed first layers with stored observations: methods that read whole networks give what the networks give"""
 import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -60,3 +62,19 @@ def test_observations_of_other_models_are_refused(folder, tmp_path, spoil, why):
     save_tensors(tmp_path/"observed/epoch3.safetensors", tensors, dict(observed=about))
     with pytest.raises(ValueError, match=rf"observed/epoch3\.safetensors: .*{why}"):
         load_modelset(tmp_path/"epoch3.safetensors")
+
+
+def test_a_build_in_parts_packs_what_is_finished(tmp_path):
+    "Nothing if the time is over at once; the next part packs all networks"
+    script = ROOT/"scripts/build_part.py"
+    options = "--images digits --recipe digits --models 1 --until 2 --keep 1 --device cpu --packed none".split()
+    def part(seconds):
+        command = [sys.executable, str(script), str(tmp_path/"build"), str(tmp_path/"out"), *options]
+        done = subprocess.run([*command, "--seconds", str(seconds)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "time is over after 0 s" in part(0) and not (tmp_path/"out").exists()
+    assert "all networks are packed" in part(250)
+    packed = load_modelset(tmp_path/"out/epoch2.safetensors")
+    assert len(packed) == 5 and set(packed.stored) == {"two-spectra-probes", "all-layer-signature"}
