@@ -1771,7 +1771,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lps.study.classes.naming_figures': ('study/classes.html#naming_figures', 'lps/study/classes.py'),
                                    'lps.study.classes.naming_ranks': ('study/classes.html#naming_ranks', 'lps/study/classes.py'),
                                    'lps.study.classes.nearest_measure': ('study/classes.html#nearest_measure', 'lps/study/classes.py'),
-                                   'lps.study.classes.new_figures': ('study/classes.html#new_figures', 'lps/study/classes.py'),
                                    'lps.study.classes.number_figures': ('study/classes.html#number_figures', 'lps/study/classes.py'),
                                    'lps.study.classes.open_class_sets': ('study/classes.html#open_class_sets', 'lps/study/classes.py'),
                                    'lps.study.classes.pair_figures': ('study/classes.html#pair_figures', 'lps/study/classes.py'),

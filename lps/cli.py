@@ -867,7 +867,7 @@ def classes(
         Path | None, Option(parser=path_of, metavar="FOLDER", help=PHOTOGRAPHS, rich_help_panel=METHOD)
     ] = None,
     multilabel: Annotated[
-        bool, Option("--multilabel", help="The classes of the networks do not exclude each other", rich_help_panel=METHOD)
+        bool, Option("--multilabel", help="Classes of a network do not exclude each other", rich_help_panel=METHOD)
     ] = False,
     reading: ReadingOptions = None,
     k: Annotated[int, Option("-k", min=1, help="Names for each class", rich_help_panel=OUTPUT)] = 1,

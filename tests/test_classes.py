@@ -167,7 +167,8 @@ def test_descriptors_decide_the_images_of_the_other_network():
     assert other is known and own.images == known.images == dict(FEW, seed=0, kinds="mixed")
     assert describe_classes(network(0), **FEW).images["kinds"] == "smooth objects"
     assert describe_classes(network(0, n_classes=50), **FEW).images["kinds"] == "mixed"
-    with expect_fail(ValueError, regex="choose from mixed, smooth objects"): describe_classes(network(0), kinds="rough", **FEW)
+    with expect_fail(ValueError, regex="choose from mixed, smooth objects"):
+        describe_classes(network(0), kinds="rough", **FEW)
 
 
 def test_probabilities_are_appended_for_smooth_images():

@@ -133,6 +133,23 @@ def usual_kinds(model):
     n_classes = class_logits(model, synthetic_images(2, channels=model.channels, kinds=("1/f",))).shape[1]
     return "mixed" if n_classes >= MANY else FOR_FEW
 
+# %% ../../nbs/methods/11_classes.ipynb #942b2bbd
+def packed_networks(
+    path: str | Path,  # file of two-class networks that `scripts/pack_zoo.py` wrote
+) -> list:             # of `ClassDescriptors`
+    "Read the descriptors of two-class networks"
+    state, meta = load_tensors(path)
+    about = meta["described"]
+    found = []
+    for z, names in zip(state["first"], about["classes"]):
+        found.append(ClassDescriptors(torch.stack([z, -z], 1), names, about["images"]))
+    return found
+
+def packed_classes() -> dict:  # name, such as 'modelset500-cifar100/epoch80' → file
+    "List the model sets in a checkout of the repository whose classes are described"
+    found = {name: file.parent/"classes"/file.name for name, file in repository_sets().items()}
+    return {name: file for name, file in found.items() if file.exists()}
+
 # %% ../../nbs/methods/11_classes.ipynb #96fbe427
 def describe_classes(
     model,                     # a `Model`, or what `read_model` takes
@@ -159,7 +176,7 @@ def describe_classes(
     return ClassDescriptors(z.half(), class_names(model, z.shape[1]), used, multilabel)
 
 def load_class_descriptors(
-    path: str | Path,    # a file that `save` wrote; 'imagenet-1k' or 'cifar100', which are bundled; a key of `packed_classes`
+    path: str | Path,    # a file that `save` wrote; imagenet-1k or cifar100, which are bundled; or a packed set
 ) -> ClassDescriptors:
     "Read class descriptors. Raises `ValueError` for another file"
     packed = packed_classes()
@@ -208,8 +225,8 @@ def check_same_images(a, b):
     raise ValueError(f"descriptors of images {a.images} and {b.images}: use the same images for both")
 
 def descriptors_or_model(
-    source,                        # `ClassDescriptors`, a file of them, a name in `BUNDLED`, or what `read_model` takes
-    reading: Reading = Reading(),  # of a model
+    source,                         # `ClassDescriptors`, a file or a name of them, or what `read_model` takes
+    reading: Reading | None = None, # of a model
 ):  # `ClassDescriptors`, or a `Model`
     "Open class descriptors or a model. Raises as `read_model` does"
     if isinstance(source, (ClassDescriptors, Model)): return source
@@ -218,7 +235,7 @@ def descriptors_or_model(
         if Path(source).suffix == ".safetensors" and Path(source).is_file():
             try: return load_class_descriptors(source)
             except ValueError: pass  # a model
-    return read_model(source, reading)
+    return read_model(source, reading or Reading())
 
 def describe_pair(
     a,         # as for `descriptors_or_model`
@@ -427,22 +444,6 @@ def from_vectors(vectors, classes, networks):
     means = prototypes(networks, classes).half()
     return ClassDescriptors(z.half(), classes, networks[0].images, prototypes=means)
 
-def packed_networks(
-    path: str | Path,  # file of two-class networks that `scripts/pack_zoo.py` wrote
-) -> list:             # of `ClassDescriptors`
-    "Read the descriptors of two-class networks"
-    state, meta = load_tensors(path)
-    about = meta["described"]
-    found = []
-    for z, names in zip(state["first"], about["classes"]):
-        found.append(ClassDescriptors(torch.stack([z, -z], 1), names, about["images"]))
-    return found
-
-def packed_classes() -> dict:  # name, such as 'modelset500-cifar100/epoch80' → file
-    "List the model sets in a checkout of the repository whose classes are described"
-    found = {name: file.parent/"classes"/file.name for name, file in repository_sets().items()}
-    return {name: file for name, file in found.items() if file.exists()}
-
 # %% ../../nbs/methods/11_classes.ipynb #abb14751
 def fit_class_vectors(
     networks: list,      # `ClassDescriptors` with names, of the same images
@@ -507,7 +508,7 @@ def name_pair(
 def pair_cosines(
     z: Tensor,            # centred logits of two classes, `(n, 2)`
     known: Tensor,        # of C classes, `(n, C)`
-    ridge: float = 0.2,   # of the whitening by the known classes
+    ridge: float = 0.4,   # of the whitening by the known classes
 ) -> Tensor:              # `(C, C)`: first class, second class; -inf on the diagonal
     "Compute the cosine of a difference with the differences of all pairs of known classes, whitened by these"
     u, s, _ = torch.linalg.svd(known - known.mean(1, keepdim=True), full_matrices=False)

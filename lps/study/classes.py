@@ -20,9 +20,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from lps.methods.classes import (
-    FOR_FEW, SHARPNESS, ClassDescriptors, bundled_gallery, centred_logits, class_descriptors, class_logits,
-    class_scores, describe_classes, fit_calibration, load_class_descriptors, names_of, number_interval, pair_scores,
-    prototypes, relate_classes, with_agreement,
+    FOR_FEW, SHARPNESS, ClassDescriptors, centred_logits, class_descriptors, class_logits, class_scores,
+    describe_classes, fit_calibration, load_class_descriptors, names_of, number_interval, prototypes, with_agreement,
 )
 from ..methods.synthetic import KINDS, MIXTURES, synthetic_images
 from .architectures import ModelSets, load_sets
@@ -386,7 +385,6 @@ class ClassesRecord(Record):
     names: dict                 # result of `naming_figures`
     domains: dict               # result of `domain_figures`
     held_out: dict              # within, across: `pair_figures` and rho, on networks that no choice was made on
-    new: dict                   # result of `new_figures`; empty without new networks
     measured_by: ClassVar = (*MEASURED_BY, "lps.methods.classes", "lps.methods.synthetic", "lps.study.classes")
 
 def both_figures(pairs, n_boot, seed, measure=pair_figures):
@@ -462,31 +460,6 @@ def held_out_figures(networks, pairs, chosen, n_boot, seed):
         figures["rho"] = number_figures(part, len(networks), n_boot, seed).get("rho")
     return found
 
-def new_figures(several, n_images, n_boot, seed, size):
-    "Measure networks that are in no gallery, as `match_classes` and `relate_classes` compare them"
-    networks = describe_networks(several, n_images, seed, size)
-    gallery = bundled_gallery()
-    if networks[0].about.images != gallery.images: return {}
-    pairs = []
-    relations = []
-    for i, j in combinations(range(len(networks)), 2):
-        a, b = networks[i], networks[j]
-        if a.kind == b.kind != networks[0].kind: continue
-        scores = pair_scores(a.about, b.about, gallery)
-        pairs.append(Pair(i, j, a.kind == b.kind, scores, *related(a.names, b.names)))
-        relations.append(relate_classes(a.about, b.about))
-    found = both_figures(pairs, n_boot, seed)
-    for name, figures in found.items():
-        chosen = [(p, r) for p, r in zip(pairs, relations) if p.within == (name == "within")]
-        true = np.array([pair.shared for pair, _ in chosen])
-        expected = np.array([relation["shared"] for _, relation in chosen])
-        def measure(weight): return rank_correlation(expected, true, weight)
-        figures["rho"] = with_interval(measure, [pair for pair, _ in chosen], n_boot, seed)
-        figures["error"] = round(float(np.abs(expected - true).mean()), 3)
-        inside = [relation["low"] <= pair.shared <= relation["high"] for pair, relation in chosen]
-        figures["inside"] = round(float(np.mean(inside)), 3)
-    return dict(networks=len(networks), accuracy=mean_accuracy(several)) | found
-
 def mean_accuracy(several):
     "Return the mean validation accuracy of each set"
     return {name: round(float(models.manifest.val_accuracy.mean()), 4) for name, models in several.sets.items()}
@@ -499,7 +472,6 @@ def classes_fields(
     size: int = 32,        # side of the images
     n_first: int = 20,     # networks of the reference set that choices were made on, the first ones
     n_other: int = 3,      # of each other set
-    new: ModelSets | None = None, # networks that are in no gallery, to confirm the choices
 ) -> dict:                 # fields of `ClassesRecord`
     "Match the classes of all pairs of networks"
     networks = describe_networks(several, n_images, seed, size)
@@ -527,7 +499,6 @@ def classes_fields(
         names=naming_figures(networks, n_boot, seed),
         domains=domain_figures(mixed),
         held_out=held_out_figures(networks, pairs, chosen, n_boot, seed),
-        new=new_figures(new, n_images, n_boot, seed, size) if new else {},
         **image_figures(networks, chosen, several, n_images, seed, size, n_boot),
     )
 
@@ -579,11 +550,6 @@ def classes_table(
     for name, found in record.held_out.items():
         rows.setdefault("shared class, held-out networks", {})[name] = interval_text(*found["shared"], digits=3)
         if found["rho"]: rows.setdefault("ρ, held-out networks", {})[name] = interval_text(*found["rho"])
-    for name in ("within", "across"):
-        found = record.new.get(name)
-        if not found: continue
-        rows.setdefault("shared class, new networks", {})[name] = interval_text(*found["shared"], digits=3)
-        rows.setdefault("ρ, new networks", {})[name] = interval_text(*found["rho"])
     shuffled = {name: interval_text(*found["shared"], digits=3) for name, found in record.control.items()}
     rows["shared class, images shuffled"] = shuffled
     for title, found in record.variants.items():

@@ -63,7 +63,7 @@ def decode(
     network,             # `ClassDescriptors` of two classes
     vectors: Tensor,     # class vectors `(n, C)`
     names: list,         # of the known classes
-    ridge: float = 0.2,  # of `pair_cosines`
+    ridge: float = 0.4,  # of `pair_cosines`
 ) -> Decoded:
     "Compare the difference of two logits with the differences of known classes"
     cosines = pair_cosines(network.logits.double(), vectors, ridge)
