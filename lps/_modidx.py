@@ -1921,6 +1921,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lps.study.page.overview': ('study/page.html#overview', 'lps/study/page.py'),
                                 'lps.study.page.same_networks': ('study/page.html#same_networks', 'lps/study/page.py'),
                                 'lps.study.page.set_titles': ('study/page.html#set_titles', 'lps/study/page.py'),
+                                'lps.study.page.shortened': ('study/page.html#shortened', 'lps/study/page.py'),
                                 'lps.study.page.show_overview': ('study/page.html#show_overview', 'lps/study/page.py'),
                                 'lps.study.page.show_result': ('study/page.html#show_result', 'lps/study/page.py'),
                                 'lps.study.page.show_results': ('study/page.html#show_results', 'lps/study/page.py'),
