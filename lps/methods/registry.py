@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.files import checked, digest, load_tensors, printable, save_tensors, suggestion
-from ..core.jobs import each_done, one_thread, usual_torch
+from ..core.jobs import counting, each_done, one_thread, usual_torch
 from .fitted import Fitted
 
 # %% ../../nbs/methods/01_registry.ipynb #fb518099
@@ -273,8 +273,9 @@ def fit_many(
     progress: str = "",        # text of a progress bar; empty: no bar
 ) -> list:                     # fitted methods, in the order of `jobs`
     "Run many fits, one thread each. Each gives what `fit_method(models[train], …)` gives"
-    from rich.progress import track
+    from rich.console import Console
     prepared = {}
+    finished = {}
 
     def units():
         for i, job in enumerate(jobs):
@@ -287,8 +288,11 @@ def fit_many(
 
     at_once = 2*workers if executor is None else None
     done = each_done(_fit_numbered, units(), len(jobs), workers, executor, at_once)
-    with one_thread(): fitted = dict(track(done, progress, total=len(jobs), disable=not progress, transient=True))
-    return [prepared[i].finish(fitted[i]) for i in range(len(jobs))]
+    with one_thread(), counting(progress, Console(stderr=True, quiet=not progress)) as update:
+        for i, fitted in done:
+            finished[i] = fitted
+            update(len(finished), len(jobs))
+    return [prepared[i].finish(finished[i]) for i in range(len(jobs))]
 
 # %% ../../nbs/methods/01_registry.ipynb #b00f5e08
 @usual_torch()
