@@ -128,6 +128,8 @@ class ClassDescriptors:
         save_tensors(path, tensors, meta | about)
 
 # %% ../../nbs/methods/11_classes.ipynb #642a2db5
+cached_images = lru_cache(2)(synthetic_images)  # many networks are run on the same
+
 def usual_kinds(model):
     "Choose the mixture of synthetic images by the number of classes of a model"
     n_classes = class_logits(model, synthetic_images(2, channels=model.channels, kinds=("1/f",))).shape[1]
@@ -165,7 +167,7 @@ def describe_classes(
     if folder is None:
         kinds = kinds or usual_kinds(model)
         if kinds not in MIXTURES: raise ValueError(f"kinds is {kinds!r}: choose from {', '.join(MIXTURES)}")
-        images = synthetic_images(n_images, seed, size, model.channels, MIXTURES[kinds])
+        images = cached_images(n_images, seed, size, model.channels, MIXTURES[kinds])
         used = dict(n_images=n_images, seed=seed, size=size, kinds=kinds)
     else:
         images = standardise(own_bank(folder).float())
