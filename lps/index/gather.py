@@ -292,9 +292,10 @@ def embed_items(
     for item in items:
         try:
             model = read_item(item, reading_with(table_row(table, item.path), reading or Reading()), fitted)
-            row = embed_models(fitted, as_embedded(model, fitted), [item.file])[0].numpy()
             facts = model_facts(item, model, table)
-            if fitted.method == BY_CLASSES: facts |= _class_facts(model, facts)
+            run = as_embedded(model, fitted)
+            row = embed_models(fitted, run, [item.file])[0].numpy()
+            if fitted.method == BY_CLASSES: facts |= _class_facts(run, facts)
             digest_numbers([model.digest])  # raises `ValueError` for what is none
         except Exception as e:
             done.bad[printable(item.file)] = _reason(item, e)

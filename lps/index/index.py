@@ -402,7 +402,7 @@ def _fit(method, items, reading, table, settings):
         if not 0 < len(sound) < len(known): raise
         return _fit_on(known[sound], method, settings)
 
-N_COARSE = 64  # images of the embedding of an index that keeps class descriptors
+N_COARSE = 32  # images of the embedding of an index that keeps class descriptors
 
 def _class_method(
     n_images: int = N_COARSE,  # of the embedding, a multiple of 16

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..core.files import load_tensors, printable
 from lps.methods.classes import (
-    Calibration, class_descriptors, class_logits, class_names, fit_calibration, nearest_mean, number_interval,
+    Calibration, class_descriptors, class_names, fit_calibration, nearest_mean, number_interval,
 )
 from ..methods.synthetic import MIXTURES, synthetic_images
 from ..models.model import Model
 from ..models.modelset import bundled
+from ..zoo.recipe import best_precision
 
 # %% ../../nbs/index/07_related.ipynb #359fdb6b
 EVERY = 3       # every third of the images
@@ -47,6 +48,17 @@ def at_reduced_size(
     try: smaller.outputs(bank(model.channels)[:2])
     except (ValueError, RuntimeError, AssertionError): return model
     return smaller
+
+def logits_on_bank(
+    model: Model,
+) -> Tensor:  # float32 `(n, K)`
+    "Compute logits, in bfloat16 if the processor has it. Raises `ValueError` as `Model.outputs` does"
+    images = bank(model.channels)
+    precision = best_precision()
+    try: return model.outputs(images, precision=precision)
+    except (ValueError, RuntimeError):
+        if precision == "float32": raise
+    return model.outputs(images)
 
 # %% ../../nbs/index/07_related.ipynb #01eac4d7
 LEAST_VARIATION = .01  # share of the variance of centred logits that is due to images
@@ -131,8 +143,7 @@ def describe(
     names=None,  # of its classes; None: those of its metadata
 ) -> Described:
     "Run a network and describe its classes. Raises `ValueError` for one that cannot be run or has no finite outputs"
-    smaller = at_reduced_size(model)
-    logits = class_logits(smaller, bank(model.channels))
+    logits = logits_on_bank(at_reduced_size(model))
     rows = described(logits)
     known = Model({}, dict(classes=names)) if names else model
     return Described(rows, class_names(known, len(rows)), why_untrained(model.state, logits))

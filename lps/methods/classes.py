@@ -437,6 +437,9 @@ def pair_cosines(
     return cosines.fill_diagonal_(-torch.inf)
 
 # %% ../../nbs/methods/11_classes.ipynb #a5ea3d9e
+@lru_cache(2)
+def observed_images(n, seed, channels): return synthetic_images(n, seed, channels=channels)
+
 def whitened_outputs(
     weights: dict,         # tensors of M whole networks by full name, `(M, …)` each
     architectures: list,   # `Architecture` of each model
@@ -447,7 +450,7 @@ def whitened_outputs(
     outputs = []
     for i, architecture in enumerate(architectures):
         model = Model({name: v[i] for name, v in weights.items()}, {}, architecture)
-        images = synthetic_images(n_images, probe_seed, channels=model.channels)
+        images = observed_images(n_images, probe_seed, model.channels)
         outputs.append(class_descriptors(model.outputs(images)).T)  # float32: exact invariances
     return dict(outputs=torch.stack(outputs))
 
