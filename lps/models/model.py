@@ -196,7 +196,7 @@ def features_and_outputs(self: Model,
     images: Tensor,             # uint8, or float and already normalised, `(n, C, H, W)`
     stats: tuple | None = None, # mean and standard deviation of each channel, if the metadata have none
     bs: int = 250,              # images at once
-    precision: str = "float32", # bfloat16: of convolutions and matrix products, about twice as fast where it is built in
+    precision: str = "float32", # or bfloat16, for convolutions and matrix products: faster where it is built in
 ) -> tuple:                     # features `(n, F)` and logits `(n, K)`, float32
     "Run the network on images. Raises `ValueError` without a head, a normalisation or finite outputs"
     if bs < 1: raise ValueError(f"bs is {bs}: take one image at once at least")
