@@ -16,7 +16,7 @@ from lps.core.jobs import seeded
 from lps.index.family import relatives
 from lps.index.gather import BY_CLASSES
 from lps.index.index import BuildSettings, ModelIndex
-from lps.index.related import initial_norms, variation
+from lps.index.related import at_reduced_size, information, initial_norms, variation
 from lps.methods.synthetic import synthetic_images
 from lps.models.table import read_table, table_row, unmatched_rows
 from lps.models.read import Reading, read_model
@@ -190,6 +190,22 @@ def test_any_executor_gives_the_same_index(folder):
         by_threads = ModelIndex.build(folder, settings=settings)
     here = ModelIndex.build(folder)
     assert sorted(by_threads.digests) == sorted(here.digests) and told[-1] == (6, 6)
+
+
+def test_the_size_of_images_is_chosen_if_no_file_names_it(folder, tmp_path):
+    state = trained(0, 4).state_dict()
+    torch.save(dict(arch="test_resnet", state_dict=state), tmp_path/"m.pt")
+    model = read_model(tmp_path/"m.pt")
+    assert model.meta["size_is_usual"] and model.meta["size"] == [3, 160, 160]
+    chosen = at_reduced_size(model)
+    assert chosen.architecture.size[1] in (32, 64) and at_reduced_size(chosen) is chosen
+    named = read_model(folder/"a.pt")
+    assert "size_is_usual" not in named.meta and at_reduced_size(named) is named
+
+
+def test_information_of_outputs_about_images():
+    assert abs(information(torch.zeros(8, 4))) < 1e-9
+    assert abs(information(20*torch.eye(4)) - torch.log(torch.tensor(4.))) < 1e-3
 
 
 def test_what_is_given_later_about_a_file_is_used(folder, tmp_path):

@@ -548,7 +548,7 @@ def _grow(self: ModelIndex, items, bad, reading, table, settings, path=None):
     if self.rows is None:
         raise ValueError(f"no model can be read: {rejection_summary(bad) or 'there are no model files'}")
     if isinstance(self.rows, Store): write_json(self.rows.path/REJECTED_FILE, bad)
-    if self.fitted.method == BY_CLASSES: self.rows.note(scale=asdict(own_scale(self.gallery) or bundled_scale()))
+    if self.fitted.method == BY_CLASSES: self.rows.note(scale=asdict(own_scale(self.gallery, bundled_scale())))
     elif self.calibration is None and self.calibrate(): self.rows.note(calibration=asdict(self.calibration))
 
 @patch

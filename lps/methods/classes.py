@@ -256,6 +256,7 @@ class Calibration:
 def fit_calibration(
     scores: list,  # of pairs of networks, `(A, B)` each
     truth: list,   # for each pair the column of each row's class, `(A,)`; -1: none of these
+    scale: float | None = None,  # None: it is fitted too
 ) -> Calibration:
     "Fit scale and offset by maximum likelihood"
     from scipy.optimize import minimize
@@ -266,7 +267,8 @@ def fit_calibration(
         total = 0.
         for s, t in together: total -= Calibration(*x)(s).gather(1, t[:, None]).log().clamp(-50).sum()
         return float(total)
-    return Calibration(*map(float, minimize(loss, (10., -5.), method="Nelder-Mead").x))
+    if scale is None: return Calibration(*map(float, minimize(loss, (10., -5.), method="Nelder-Mead").x))
+    return Calibration(scale, float(minimize(lambda x: loss((scale, x[0])), (1.,), method="Nelder-Mead").x[0]))
 
 @lru_cache(1)
 def calibrations():
