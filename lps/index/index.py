@@ -95,7 +95,8 @@ class ModelIndex:
         layers = ", ".join(self.fitted.layers) or "all layers"
         labels = self.rows.labels(self.rows.places)
         n_tasks = len(np.unique(labels[labels >= 0]))
-        text = f"ModelIndex: {len(self)} models of {n_tasks} tasks, compared by {layers} ({self.fitted.method})"
+        compared = f"compared by {layers} ({self.fitted.method})"
+        text = f"ModelIndex: {len(self)} models of {pluralise(n_tasks, 'task')}, {compared}"
         return printable(text)
 
     def _repr_html_(self):
