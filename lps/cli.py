@@ -80,31 +80,19 @@ def busy(text: str):
     return Console(stderr=True, quiet=hidden, force_jupyter=False).status(Text(one_line(text)))
 
 # %% ../nbs/04_cli.ipynb #6a677199
-@contextlib.contextmanager
 def counting(what: str):
-    "Show a bar with count, rate and time left on stderr; yields a function of how many are done, and of how many"
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
-
-    class Rate(ProgressColumn):
-        "Number of items done in a second"
-        def render(self, task): return Text(f"{task.speed:.1f}/s" if task.speed else "")
-
+    "Return a context that shows a bar on stderr, unless messages are hidden; its function takes what is done, of what"
+    from lps.core.jobs import counting
     hidden = not log.isEnabledFor(logging.INFO)
-    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn()
-    err = Console(stderr=True, force_jupyter=False)
-    with Progress(*columns, console=err, transient=True, disable=hidden or not err.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        def show(done, total): bar.update(task, completed=done, total=total)
-        yield show
+    return counting(what, Console(stderr=True, quiet=hidden, force_jupyter=False))
 
 def counted(items, what: str):
-    "Iterate over items with a progress bar on stderr, with their number and the time left, unless messages are hidden"
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    hidden = len(items) < 2 or not log.isEnabledFor(logging.INFO)
-    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    err = Console(stderr=True, force_jupyter=False)
-    bar = Progress(*columns, console=err, transient=True, disable=hidden or not err.is_terminal)
-    with bar: yield from bar.track(items)
+    "Iterate over two or more items with a bar on stderr"
+    if len(items) < 2: return (yield from items)
+    with counting(what) as update:
+        for n_done, item in enumerate(items):
+            update(n_done, len(items))
+            yield item
 
 # %% ../nbs/04_cli.ipynb #75a2881a
 def cell_text(value) -> str:
@@ -483,7 +471,7 @@ def evaluate(
 
     settings = dict(seed=seed, **options.settings())
     if method: settings["methods"] = tuple(method)
-    progress = console.is_terminal and not as_json
+    progress = log.isEnabledFor(logging.INFO) and Console(stderr=True, force_jupyter=False).is_terminal
     n_right = count_right(models)
     classified = table1(models, splits, train, progress=progress, **settings)
     retrieved = table2(models, splits, test_tasks, progress=progress, **settings)

@@ -187,10 +187,20 @@ def draw_map(staged: Path):
     bundled_map(staged/"images/market-map.html", inline=False)
 
 
+def dark_theme(staged: Path):
+    "Write the dark theme, which _quarto.yml names: Bootstrap in its dark mode"
+    import smalldocs
+    vendor = Path(smalldocs.__file__).parent/"assets/vendor"
+    css = (vendor/"bootstrap/bootstrap.min.css").read_text(encoding="utf-8")
+    dark = css.replace("[data-bs-theme=dark]{", ":root,[data-bs-theme=dark]{")
+    (staged/"dark.css").write_text(dark, encoding="utf-8")
+
+
 def site():
     "Write the site into _docs/; a warning of smalldocs is an error"
     staged = prepare()
     draw_map(staged)
+    dark_theme(staged)
     built, warnings = render(staged)
     for page in built.rglob("*.html"):
         page.write_text(alt_texts(cards(mathml(page.read_text(encoding="utf-8")))), encoding="utf-8")

@@ -11,6 +11,7 @@ Networks that OUT has and BUILD has not are kept.
 """
 import argparse
 import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -56,9 +57,13 @@ def pack_epoch(models: ModelSet, out: Path, epoch: int, name: str) -> str:
     observed = out/"observed"/file.name
     out.mkdir(parents=True, exist_ok=True)
     models, tensors, digests = with_earlier(models, observe(models), file, observed)
-    pack(models, file, datasheet=datasheet(models, f"{name}, after {epoch} epochs"))
     about = dict(methods=METHODS, files=models.manifest.file.tolist(), digests=digests)
-    save_tensors(observed, tensors, dict(observed=about))
+    with tempfile.TemporaryDirectory(dir=out) as new:  # a set is read with what lies beside it: replace both at once
+        pack(models, Path(new)/file.name, datasheet=datasheet(models, f"{name}, after {epoch} epochs"))
+        save_tensors(Path(new)/"observed.safetensors", tensors, dict(observed=about))
+        observed.parent.mkdir(exist_ok=True)
+        os.replace(Path(new)/"observed.safetensors", observed)
+        os.replace(Path(new)/file.name, file)
     size = (os.path.getsize(file) + os.path.getsize(observed))/1e6
     count = f"{pluralise(len(models), 'network')} of {pluralise(len(models.tasks), 'task')}"
     return f"epoch {epoch}: {count}, {size:.2f} MB"

@@ -115,6 +115,41 @@ BOXES = """() => [...document.querySelectorAll('main :is(table, figure, img, pre
     .filter(box => box.scrollWidth > box.clientWidth + 1 && box.tagName != 'IMG' ||
                    box.getBoundingClientRect().right > box.closest('main').getBoundingClientRect().right + 1)
     .map(box => `${box.tagName}.${box.className} ${box.scrollWidth}`)"""  # that scroll sideways or stick out
+IS_DARK = "wanted => document.documentElement.classList.contains('quarto-dark') == wanted"
+CONTRAST = """least => {
+    const parse = text => {
+        const numbers = text.match(/[\\d.]+/g).map(Number)
+        return text.startsWith('color(') ? numbers.map((v, i) => i < 3 ? 255*v : v) : numbers
+    }
+    const over = (top, below) => {
+        const a = top.length > 3 ? top[3] : 1
+        return [0, 1, 2].map(i => top[i]*a + below[i]*(1 - a))
+    }
+    const grounds = new Map([[null, [255, 255, 255]]])
+    const ground = node => {
+        if (!grounds.has(node))
+            grounds.set(node, over(parse(getComputedStyle(node).backgroundColor), ground(node.parentElement)))
+        return grounds.get(node)
+    }
+    const luminance = rgb => {
+        const [r, g, b] = rgb.map(v => v/255 <= .03928 ? v/255/12.92 : ((v/255 + .055)/1.055)**2.4)
+        return .2126*r + .7152*g + .0722*b
+    }
+    const low = new Set()
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT)
+    while (walker.nextNode()) {
+        const box = walker.currentNode.parentElement
+        if (!walker.currentNode.data.trim() || !box.checkVisibility({visibilityProperty: true})) continue
+        if (box.closest('script, style, iframe, svg')) continue
+        const below = ground(box)
+        const [a, b] = [luminance(below), luminance(over(parse(getComputedStyle(box).color), below))]
+        const ratio = (Math.max(a, b) + .05)/(Math.min(a, b) + .05)
+        if (ratio < least) low.add(`${box.tagName}.${box.className} ${ratio.toFixed(1)}`)
+    }
+    return [...low]
+}"""
+LEAST = 4.5  # contrast of text with its background, as WCAG 2.2 AA asks
+SCHEMES = "light", "dark"
 Visits = namedtuple("Visits", "errors blank wide boxes")
 
 
@@ -172,6 +207,53 @@ def test_no_page_is_wider_than_the_screen(visits): assert not visits.wide
 
 
 def test_no_table_figure_or_output_scrolls_sideways(visits): assert not visits.boxes
+
+
+PAGES_OF_EACH_KIND = [
+    "index", "results", "commands", "modelset500", "promises", "01_align", "tutorials/quickstart", "index/05_map",
+    "methods/03_signatures", "experiments/leaderboard", "experiments/table1", "api/align", "images/market-map",
+]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_text_is_readable_in_light_and_dark(browser, served, scheme):
+    tab = browser.new_page(color_scheme=scheme, reduced_motion="reduce")
+    faint = []
+    for name in PAGES_OF_EACH_KIND:
+        tab.goto(f"{served}/{name}.html", wait_until="load")
+        if "images/" not in name: tab.wait_for_function(IS_DARK, arg=scheme == "dark")
+        ground = tab.evaluate("parseInt(getComputedStyle(document.body).backgroundColor.split('(')[1])")
+        assert (ground < 128) == (scheme == "dark"), f"{name} has no {scheme} colours"
+        faint += [f"{name}: {text}" for text in tab.evaluate(CONTRAST, LEAST)]
+    tab.close()
+    assert not faint
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_keyboard_reaches_links_in_order_and_shows_where_it_is(browser, served, scheme):
+    tab = browser.new_page(color_scheme=scheme)
+    tab.goto(f"{served}/results.html", wait_until="load")
+    tops = []
+    for _ in range(12):
+        tab.keyboard.press("Tab")
+        where, style, width, top = tab.evaluate("""() => {
+            const node = document.activeElement, look = getComputedStyle(node)
+            return [node.outerHTML.slice(0, 80), look.outlineStyle, parseFloat(look.outlineWidth),
+                    node.closest('header') ? 0 : 1]
+        }""")
+        assert style == "solid" and width >= 2, where
+        tops.append(top)
+    assert tops == sorted(tops), "the header's links come first"
+    tab.close()
+
+
+def test_folds_open_with_the_keyboard(browser, served):
+    tab = browser.new_page()
+    tab.goto(f"{served}/results.html", wait_until="load")
+    tab.locator("main details > summary").first.focus()
+    tab.keyboard.press("Enter")
+    assert tab.evaluate("document.querySelector('main details').open")
+    tab.close()
 
 
 def test_search_finds_align_layer(browser, served):

@@ -129,14 +129,7 @@ def test_front_picture_shows_the_result_file():
     script = runpy.run_path(str(ROOT/"scripts/picture.py"))
     with Image.open(script["PICTURE"]) as picture: shown = picture.info["Fingerprint"]
     assert shown == script["fingerprint"](), "the front page's picture is older than its result: run scripts/picture.py"
-    assert "images/similarity.png" in (ROOT/"README.md").read_text(encoding="utf-8")
-
-
-def test_picture_of_classes_shows_the_result_file():
-    script = runpy.run_path(str(ROOT/"scripts/class_picture.py"))
-    with Image.open(script["PICTURE"]) as picture: shown = picture.info["Fingerprint"]
-    assert shown == script["fingerprint"](), "the picture of classes is older than its result: scripts/class_picture.py"
-    assert "images/classes.png" in (ROOT/"README.md").read_text(encoding="utf-8")
+    assert "images/front.png" in (ROOT/"README.md").read_text(encoding="utf-8")
 
 
 def test_ruff_reads_everything():

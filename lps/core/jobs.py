@@ -40,6 +40,26 @@ def tracking(
     try: yield
     finally: _show.reset(before)
 
+@contextlib.contextmanager
+def counting(
+    what: str, # that is counted
+    console,   # of rich, to show it on
+):             # function of how many are done, and of how many
+    "Show a bar with count, rate and time left, if the console is a terminal or a notebook"
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        "Number of items done in a second"
+        def render(self, task): return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn()
+    seen = console.is_terminal or console.is_jupyter
+    with Progress(*columns, console=console, transient=True, disable=console.quiet or not seen) as bar:
+        task = bar.add_task(what, total=None)
+        def update(done, total): bar.update(task, completed=done, total=total)
+        yield update
+
 # %% ../../nbs/core/01_jobs.ipynb #a9d3f5aa
 @contextlib.contextmanager
 def usual_torch():

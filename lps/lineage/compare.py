@@ -937,12 +937,22 @@ def _swapped(result):
     if result.layers is not None: result.layers = result.layers.rename(columns=dict(a="b", b="a"))
     return result
 
+def _as_model(
+    source, # `Model` or `nn.Module`
+) -> Model:
+    "Return the model to compare"
+    if isinstance(source, torch.nn.Module): return Model(source.state_dict())
+    if isinstance(source, Model): return source
+    raise TypeError(f"{source!r:.60} is not a model that is in memory: pass read_model of it")
+
 @usual_torch()
 def compare(
-    a: Model,
-    b: Model,
+    a, # `Model` or `nn.Module`
+    b, # the same
 ) -> Comparison:
-    "Decide from the weights whether two models are the same, derived from each other, or independent"
+    "Decide from the weights whether two models are the same, derived or independent. Raises `TypeError` for others"
+    a = _as_model(a)
+    b = _as_model(b)
     if _size(b) > _size(a): return _swapped(compare(b, a))
     if a.digest == b.digest: return Comparison("same weights")
     if equal_values(a.state, b.state): return Comparison("same weights in another precision or under other names")

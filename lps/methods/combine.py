@@ -44,6 +44,7 @@ def observe_members(
     weights: dict,              # tensors of M networks, or of their stems, by name, `(M, …)` each
     shortcut: str = "pad_end",  # kind of shortcut, if it has no weights
     members: tuple = tuple(MEMBERS),  # names of methods
+    stored: dict | None = None,       # observations that lie beside the weights, by method
 ) -> dict:                      # observations of all available members, by name
     "Compute what each member reads of models"
     shapes = shapes_of(weights, 1)
@@ -53,6 +54,7 @@ def observe_members(
     for name in available_members(shapes, members):
         observe = get_method(name).observe
         observed |= observe(weights, shortcut=shortcut) if name == "all-layer-signature" else observe(of_stem)
+    for name in members: observed |= (stored or {}).get(name, {})
     return observed
 
 # %% ../../nbs/methods/08_combine.ipynb #a46c7dc8
@@ -226,6 +228,7 @@ def _register(name, title, members, caveat="", **settings):
         fitted=Product,
         observe=partial(observe_members, members=members),
         observing=dict(shortcut="pad_end"),
+        observe_facts=("stored",),
         invariances=OF_STEM,
         caveat=caveat,
     ))

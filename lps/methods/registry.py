@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.files import checked, digest, load_tensors, printable, save_tensors, suggestion
-from ..core.jobs import each_done, one_thread, usual_torch
+from ..core.jobs import counting, each_done, one_thread, usual_torch
 from .fitted import Fitted
 
 # %% ../../nbs/methods/01_registry.ipynb #fb518099
@@ -126,9 +126,20 @@ def leading_method(
     models,  # a `ModelSet` or `Model`
 ) -> str:
     "Return the name of the best method for models such as these"
-    return LEADERS["first layers" if models.architecture is None else "whole networks"]
+    whole = models.architecture is not None or LEADERS["whole networks"] in models.stored
+    return LEADERS["whole networks" if whole else "first layers"]
 
 # %% ../../nbs/methods/01_registry.ipynb #8ca6ab5e
+def stored_observations(
+    models,          # a `ModelSet` or a `Model`
+    method: Method,
+    folded: bool,
+    observing: dict, # settings of the method's `observe`
+) -> dict:           # tensors by name, `(M, …)`; empty if there are none, or if the settings are not the defaults
+    "Return what lies beside a packed set, such as outputs of networks whose first layers alone were kept"
+    usual = not folded and observing == method.observing
+    return models.stored.get(method.name, {}) if usual else {}
+
 def observe_models(
     models,              # a `ModelSet` or a `Model`
     method: str | Method,
@@ -138,9 +149,11 @@ def observe_models(
 ) -> dict:               # tensors by name, `(M, …)`
     "Compute what `fit` and `embed` get of some models: observations, or weights. A set keeps its observations"
     method = get_method(method)
+    observing = method.observing | (observing or {})
+    stored = stored_observations(models, method, folded, observing)
+    if stored: return stored
     read = list(method.reads(models) if read is None else read)
     if method.observe is None: return models.weights(read, folded)
-    observing = method.observing | (observing or {})
     facts = {name: getattr(models, name) for name in method.observe_facts}
     def compute(): return method.observe(models.weights(read, folded), **facts, **observing)
     if not hasattr(models, "remember"): return compute()
@@ -195,8 +208,9 @@ def prepare_fit(
         raise ValueError(f"{why}: its settings are {', '.join(known)}")
     reading = {name: settings[name] for name in ("layers", "folded") if name in settings}
     observing = method.observing | {name: settings[name] for name in method.observing if name in settings}
-    layers = list(method.reads(models, **reading))
     folded = settings.get("folded", False)
+    stored = stored_observations(models, method, folded, observing)
+    layers = [] if stored else list(method.reads(models, **reading))
     observed = observe_models(models, method, layers, folded, observing)
     own = {name: settings[name] for name in method.settings if name in settings}
     own |= {name: getattr(models, name) for name in method.fit_facts}
@@ -259,8 +273,9 @@ def fit_many(
     progress: str = "",        # text of a progress bar; empty: no bar
 ) -> list:                     # fitted methods, in the order of `jobs`
     "Run many fits, one thread each. Each gives what `fit_method(models[train], …)` gives"
-    from rich.progress import track
+    from rich.console import Console
     prepared = {}
+    finished = {}
 
     def units():
         for i, job in enumerate(jobs):
@@ -273,8 +288,11 @@ def fit_many(
 
     at_once = 2*workers if executor is None else None
     done = each_done(_fit_numbered, units(), len(jobs), workers, executor, at_once)
-    with one_thread(): fitted = dict(track(done, progress, total=len(jobs), disable=not progress, transient=True))
-    return [prepared[i].finish(fitted[i]) for i in range(len(jobs))]
+    with one_thread(), counting(progress, Console(stderr=True, quiet=not progress)) as update:
+        for i, fitted in done:
+            finished[i] = fitted
+            update(len(finished), len(jobs))
+    return [prepared[i].finish(finished[i]) for i in range(len(jobs))]
 
 # %% ../../nbs/methods/01_registry.ipynb #b00f5e08
 @usual_torch()

@@ -87,6 +87,7 @@ def layer_weight(
 class Model(HasLayers):
     "A trained network: its tensors by name, and its metadata"
     unchecked = False  # are there weights of a large file that were not checked when it was read?
+    stored = {}        # observations beside its weights: only a packed set has them
 
     def __init__(self,
         state: dict,             # tensors by name, in forward order

@@ -205,6 +205,7 @@ class ModelSet(HasLayers):
         self.shapes = shapes
         self.source = source or FolderSource(self.path)
         self.given = architecture
+        self.stored = {}  # name of a method → its observations `(M, …)` by name, where they lie beside a packed set
         self._cache = {}
 
     @cached_property
@@ -336,6 +337,8 @@ def __getitem__(self: ModelSet,
     places = np.arange(len(self))[i]
     sub = ModelSet(self.path, self.manifest.iloc[places], self.rejected, self.shapes, self.source, self.given)
     sub._cache = {key: weights[torch.from_numpy(places)] for key, weights in self._cache.items()}
+    for method, observed in self.stored.items():
+        sub.stored[method] = {name: v[torch.from_numpy(places)] for name, v in observed.items()}
     return sub
 
 # %% ../../nbs/models/05_modelset.ipynb #7930e15f
@@ -521,6 +524,29 @@ def _packed_metas(file, header):
     check_weights(file.state)
     return metas
 
+@dataclass
+class _Observed:
+    "Metadata of observations beside a packed set"
+    methods: dict[str, str]  # name of a tensor → method that observes it
+    files: list[str]
+    digests: list[str]
+
+def _read_observed(path, metas):
+    "Read observations of the models of a packed set. Raises `ValueError` for those of other models"
+    file = read_tensor_file(path)
+    about = checked(file.meta.get("observed"), _Observed, "observed")
+    if list(zip(about.files, about.digests)) != [(meta["file"], meta["digest"]) for meta in metas]:
+        raise ValueError("it is of other models: pack both files again")
+    found = {}
+    for name, method in about.methods.items():
+        v = file.state.get(name)
+        if v is None or v.ndim < 2 or len(v) != len(metas) or not v.isfinite().all():
+            raise ValueError(f"{printable(repr(name))} does not fit {pluralise(len(metas), 'model')}: pack it again")
+        v = v.float()
+        if name == "outputs": v = torch.cat([v, -v.sum(-1, keepdim=True)], -1)  # centred: the last logit is not stored
+        found.setdefault(method, {})[name] = v
+    return found
+
 def _load_packed(path):
     "Open a packed file. Raises `ValueError` with the reason for any other file"
     file = read_tensor_file(path)
@@ -536,7 +562,12 @@ def _load_packed(path):
     shapes = {name: tuple(v.shape[1:]) for name, v in file.state.items()}
     about = file.meta.get("about")
     source = PackedSource(file.state, metas, about if isinstance(about, dict) else {}, header.stem)
-    return ModelSet(path, pd.DataFrame(rows), rejected_table({}), shapes, source)
+    models = ModelSet(path, pd.DataFrame(rows), rejected_table({}), shapes, source)
+    observed = path.parent/"observed"/path.name
+    if not observed.is_file(): return models
+    try: models.stored = _read_observed(observed, metas)
+    except ValueError as e: raise ValueError(f"observed/{printable(path.name)}: {e}") from None
+    return models
 
 # %% ../../nbs/models/05_modelset.ipynb #27e3d26b
 class _JoinedSource:

@@ -19,7 +19,7 @@ from ..core.files import printable
 from ..methods.registry import embed_models, fit_observed, get_method, method_title, observe_models
 from ..models.modelset import ModelSet, load_modelset
 from ..second_order import similarity
-from .figures import new_axes, plain_text
+from .figures import COLOURS, new_axes, plain_text
 from .records import MEASURED_BY, Record
 from .registry import Experiment, register_experiment
 from .sets import open_models
@@ -249,10 +249,10 @@ def plot_architectures(
 ):  # axes
     "Plot rank-1 and the share of reversals of each method, with their intervals"
     ax = methods_axes(list(record.across), record.name, "% of queries, bootstrap over tasks")
-    for row, column, colour in ((-.2, "rank-1", "C0"), (.2, "reversed", "C3")):
+    for row, column, colour in ((-.2, "rank-1", COLOURS[0]), (.2, "reversed", COLOURS[1])):
         draw_intervals(ax, row, [found[column] for found in record.across.values()], colour, column)
     ax.axvline(record.chance, color=".5", lw=.8, ls=":", label="chance of rank-1")
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, .5), frameon=False)
     return ax
 
 # %% ../../nbs/study/15_architectures.ipynb #a22cf25c
@@ -309,7 +309,7 @@ register_experiment(Experiment(
     needs={"several architectures": has_sets},
     see=(
         "Queries of one architecture against networks of others. Blue: the nearest network solves the "
-        "same task. Red: the order of tasks is reversed. Good methods are long in blue and short in red."
+        "same task. Orange: the order of tasks is reversed. Good methods are long in blue and short in orange."
     ),
     order=6,
 ));

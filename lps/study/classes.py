@@ -25,6 +25,7 @@ from lps.methods.classes import (
 from ..methods.synthetic import KINDS, MIXTURES, synthetic_images
 from .architectures import ModelSets, load_sets
 from .imagenet import hypernym_names
+from .figures import COLOURS
 from .records import MEASURED_BY, Record
 from .registry import Experiment, register_experiment
 from .sets import digits_recipe
@@ -458,7 +459,7 @@ def plot_classes(
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
     found = record.kinds["found"]
-    for row, (name, colour) in enumerate((("within", "C0"), ("across", "C1"))):
+    for row, (name, colour) in enumerate((("within", COLOURS[0]), ("across", COLOURS[1]))):
         places = np.arange(len(found)) + .4*row - .2
         axes[0].barh(places, [v.get(name, np.nan) for v in found.values()], height=.38, color=colour, label=name)
         values = [v.get(name, np.nan) for v in record.curve.values()]
@@ -468,14 +469,14 @@ def plot_classes(
     axes[0].set_yticks(range(len(found)), list(found))
     axes[0].invert_yaxis()
     axes[0].set_xlim(.8, 1)
-    axes[0].set_xlabel(f"area, shared classes, {record.kinds['n_images']} images")
+    axes[0].set_xlabel(f"area, {record.kinds['n_images']} images")
     axes[1].set_xscale("log", base=2)
-    axes[1].set_xlabel("synthetic images, smooth mixture")
+    axes[1].set_xlabel("synthetic images")
     axes[1].set_ylabel("area, shared classes")
     axes[2].axline((0, 0), slope=1, color=".6", lw=.8)
     axes[2].set_xlabel("shared classes")
     axes[2].set_ylabel("expected number, mean")
-    for ax in axes: ax.legend(fontsize=7)
+    axes[2].legend(fontsize=7)
     return fig
 
 def classes_table(
@@ -537,6 +538,14 @@ register_experiment(Experiment(
     words=classes_text,
     small=dict(model_set="digits", zoo_epochs=1, n_images=128, size=8, n_boot=10, n_splits=1, workers=1),
     needs={"tasks of several classes": has_class_sets},
+    key_rows=(
+        "shared class",
+        "superclass, other class",
+        "nearest is the same",
+        "shared class, held-out networks",
+        "ρ, number of shared classes",
+        "true number in the interval, %",
+    ),
     see=(
         "Left and middle: how well class descriptors tell shared classes from others. Right: the "
         "expected number of shared classes against the true one."

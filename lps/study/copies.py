@@ -18,7 +18,7 @@ from ..methods.registry import embed_models, fit_method, method_title, own_setti
 from ..models.modelset import ModelSet, load_modelset
 from ..second_order import similarity
 from .architectures import SMALL_ACROSS, ModelSets, load_sets, small_set
-from .figures import new_axes, plain_text
+from .figures import COLOURS, SHAPES, new_axes, plain_text
 from .records import MEASURED_BY, Record
 from .registry import Experiment, register_experiment
 
@@ -110,12 +110,13 @@ def plot_copies(
     "Plot the cosine of each kind of copy to its original, one line a method"
     ax = new_axes(7.5, 3.6)
     kinds = next(iter(record.copies.values()))["kind"]
-    for method, rows in record.copies.items():
-        ax.plot(range(len(kinds)), rows["cosine"], marker="o", ms=3, lw=1, label=method_title(method))
+    for colour, shape, (method, rows) in zip(COLOURS, SHAPES, record.copies.items()):
+        look = dict(color=colour, marker=shape, ms=4, lw=1)
+        ax.plot(range(len(kinds)), rows["cosine"], label=method_title(method), **look)
     ax.set_xticks(range(len(kinds)), kinds, rotation=40, ha="right", fontsize=8)
     ax.set_ylabel("cosine to the original", fontsize=8)
     ax.set_title(plain_text(record.name), fontsize=9)
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, .5), frameon=False)
     return ax
 
 def copies_table(
@@ -157,6 +158,14 @@ register_experiment(Experiment(
     words=copies_text,
     small=SMALL_ACROSS | dict(n_models=3),
     needs={"copies": has_copies},
+    key_rows=(
+        "eight-bits",
+        "noise-10",
+        "fine-tuned",
+        "distilled",
+        "other-task",
+        "another of the task",
+    ),
     see=(
         "Cosine between a network and what was made from it. Copies on the left should stay near 1, "
         "other tasks on the right near 0."

@@ -218,7 +218,7 @@ def plot_rank_k(
     if not len(curves) or k_max < 1:
         raise ValueError(f"{len(curves)} curves up to k = {k_max}: there is nothing to draw")
     k_max = min(k_max, max(np.shape(shares)[-1] for shares in curves.values()))
-    ax = ax or new_axes(6.4, 4.6)
+    ax = ax or new_axes(8, 3.6)
     for i, (name, shares) in enumerate(curves.items()): _draw_curve(ax, i, name, shares, k_max)
     for (name, share), style in zip((chance or {}).items(), ("--", ":", "-.")):
         share = 100*np.asarray(share)[:k_max]
@@ -228,7 +228,7 @@ def plot_rank_k(
     ax.set(xlabel="k", ylabel="right among the first k, %", xticks=sorted({1, *range(step, k_max + 1, step)}))
     ax.set(xlim=(0.5, k_max + 0.5), ylim=(0, 101))
     ax.grid(alpha=.25)
-    legend_below(ax, 9, .13)
+    ax.legend(loc="center left", bbox_to_anchor=(1.01, .5), frameon=False, fontsize=8)
     ax.set_title(plain_text(title), fontsize=11)
     return ax
 

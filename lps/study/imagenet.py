@@ -23,6 +23,7 @@ from ..methods.synthetic import MIXED, kinds_of, synthetic_images
 from ..models.model import Model
 from ..models.modelset import bundled
 from ..nets.named import module_architecture
+from .figures import COLOURS
 from .records import MEASURED_BY, Record
 from .registry import Experiment, register_experiment
 from .sets import digits_recipe
@@ -248,7 +249,8 @@ def plot_imagenet(
     for i, pair in enumerate(record.pairs):
         for name, style in (("one to one", "o-"), ("nearest", "s--")):
             values = [found[pair][name][0] for found in record.curve.values()] + [record.pairs[pair][name][0]]
-            axes[0].plot(counts, values, style, ms=3, lw=1, color=f"C{i}", label=f"{short(pair)}, {name}")
+            look = dict(ms=3, lw=1, color=COLOURS[i % len(COLOURS)], label=f"{short(pair)}, {name}")
+            axes[0].plot(counts, values, style, **look)
     axes[0].set_xscale("log", base=2)
     axes[0].set_xlabel("synthetic images")
     axes[0].set_ylabel("% of the classes")
@@ -256,7 +258,7 @@ def plot_imagenet(
     found = record.kinds["found"]
     values = np.array([of_kind["nearest"] for of_kind in found.values()])
     error = [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]
-    axes[1].barh(list(found), values[:, 0], xerr=error, color="C0", error_kw=dict(lw=.8, capsize=2))
+    axes[1].barh(list(found), values[:, 0], xerr=error, color=COLOURS[0], error_kw=dict(lw=.8, capsize=2))
     axes[1].invert_yaxis()
     axes[1].set_xlabel(f"% nearest, {record.kinds['n_images']} images, {short(next(iter(record.pairs)))}")
     return fig

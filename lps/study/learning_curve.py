@@ -151,7 +151,7 @@ def plot_curves(
     import matplotlib.pyplot as plt
     t = curve_table(record)
     curves = [curve for curve in CURVES if (t.curve == curve).any()]
-    size = dict(figsize=(3.4*len(curves), 5.2), squeeze=False, layout="constrained")
+    size = dict(figsize=(3.4*len(curves), 4.4), squeeze=False, layout="constrained")
     fig, axs = plt.subplots(2, len(curves), sharex="col", sharey="row", **size)
     look = dict(color=COLOURS[0], marker="o", ms=4, capsize=3)
     for (top, low), curve in zip(axs.T, curves):
@@ -159,7 +159,7 @@ def plot_curves(
         top.errorbar(points.x, 100*points["mean"], 100*points.sd, label="LPS, mean ± sd over splits", **look)
         top.plot(points.x, 100*points.chance, color="0.45", ls="--", label="chance")
         if curve == "epochs" and points.val_accuracy.notna().all():
-            own = dict(color=COLOURS[2], ls=":", marker="s", ms=3, label="accuracy of the networks\non their own task")
+            own = dict(color=COLOURS[2], ls=":", marker="s", ms=3, label="accuracy of the networks on their own task")
             top.plot(points.x, 100*points.val_accuracy.astype(float), **own)
         low.errorbar(points.x, points.times, points.sd/points.chance, **look)
         low.axhline(1, color="0.45", ls="--")
@@ -167,7 +167,8 @@ def plot_curves(
         for ax in (top, low): ax.grid(alpha=.25)
     axs[0, 0].set(ylabel="top-1, %", ylim=(0, None))
     axs[1, 0].set(ylabel="times chance", ylim=(0, None))
-    axs[0, -1].legend(fontsize=8, frameon=False)
+    handles, labels = axs[0, -1].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     fig.suptitle(plain_text(record.name), fontsize=11)
     return fig
 
@@ -204,6 +205,14 @@ register_experiment(Experiment(
     table=curve_summary,
     words=curve_text,
     small=SMALL_FIT | dict(n_tasks="3", n_train="1,2", n_test=1, zoo_epochs=2, keep="1"),
+    key_rows=(
+        ("tasks", 10),
+        ("tasks", 50),
+        ("training models of each task", 2),
+        ("training models of each task", 8),
+        ("epochs of each network", 10),
+        ("epochs of each network", 80),
+    ),
     see=(
         "Top-1 of LPS, and how many times chance that is, by the number of tasks, of training networks "
         "and of epochs. Watch whether each curve still rises at its right end."

@@ -21,6 +21,7 @@ from ..methods.registry import embed_models, fit_method, method_title, own_setti
 from ..models.modelset import ModelSet
 from ..second_order import similarity
 from .architectures import SMALL_ACROSS, draw_intervals, methods_axes
+from .figures import COLOURS
 from .records import MEASURED_BY, Record
 from .registry import ALL_LAYERS, Experiment, register_experiment
 from .stats import bootstrap, interval, interval_text
@@ -123,12 +124,12 @@ def plot_overlap(
 ):  # axes
     "Plot both areas of each method, with their intervals"
     ax = methods_axes(list(record.overlap), record.name, "area under the ROC curve, bootstrap over classes")
-    for row, column, colour in ((-.2, "one against none", "C0"), (.2, "two against one", "C2")):
+    for row, column, colour in ((-.2, "one against none", COLOURS[0]), (.2, "two against one", COLOURS[1])):
         values = [found[column] for found in record.overlap.values()]
         draw_intervals(ax, row, values, colour, f"{column} shared")
     ax.axvline(.5, color=".5", lw=.8, ls=":", label="chance")
     ax.set_xlim(0, 1)
-    ax.legend(fontsize=7, loc="lower right")
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, .5), frameon=False)
     return ax
 
 def overlap_table(

@@ -9,6 +9,7 @@ __all__ = ['show_results', 'show_overview', 'experiment_section']
 import base64, html, io
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..core.files import printable
@@ -132,7 +133,8 @@ def grid_entries(
         experiment = EXPERIMENTS[kind_of(path)]
         variant = experiment.variant.format(**record.settings)
         for claim in claims_of(path, record):
-            entry = f"{SIGNS[claim.verdict]} {claim.number}" + (f", {variant}" if variant else "")
+            remark = f", {variant}" if variant and "chance" not in claim.number else ""
+            entry = f"{SIGNS[claim.verdict]} {claim.number}{remark}"
             paper = claim.paper_number or claim.paper
             entries.append([experiment.where, claim.statement, claim.of, paper, titles[record.name], entry])
     return pd.DataFrame(entries, columns=["where", "claim", "number", "paper", "model set", "entry"])
@@ -189,7 +191,9 @@ def outcomes_text(
     )
 
 # %% ../../nbs/study/05_page.ipynb #28bdcf9e
-MAX_COLUMNS = 7  # of a table on a page
+MAX_COLUMNS = 7  # of a table on the page of results
+MAX_ROWS = 8
+SIZE = 8.5, 3.4    # inches of a figure on the page of results, at most
 
 def table_html(
     table: pd.DataFrame, # text
@@ -204,19 +208,30 @@ def table_html(
         lines.append(f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in rest) + "</tr>")
     return f'<table class="dataframe"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
+def shortened(
+    table: pd.DataFrame, # text
+    rows: tuple,         # labels of the rows to keep, if it has more than `MAX_ROWS`
+) -> pd.DataFrame:
+    "Keep the declared rows of a long table; without them the first"
+    if len(table) <= MAX_ROWS: return table
+    found = [label in rows for label in table.index]
+    return table[found] if any(found) else table[:MAX_ROWS]
+
 def figure_html(
-    figure,       # matplotlib figure
-    alt: str,     # text in place of the picture
-    caption: str, # what to see
-) -> str:         # HTML on one line
+    figure,          # matplotlib figure
+    alt: str,        # text in place of the picture
+    caption: str,    # what to see
+    more: str = "",  # HTML below the caption
+) -> str:            # HTML on one line
     "Write a figure with its caption, and close it"
     import matplotlib.pyplot as plt
     file = io.BytesIO()
-    figure.savefig(file, dpi=100, bbox_inches="tight", metadata={"Software": None})
+    figure.set_size_inches(np.minimum(figure.get_size_inches(), SIZE))
+    figure.savefig(file, dpi=110, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
     data = base64.b64encode(file.getvalue()).decode()
     image = f'<img alt="{html.escape(printable(alt))}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{escaped(caption)}</figcaption></figure>"
+    return f'<figure class="result">{image}<figcaption>{escaped(caption)}{more}</figcaption></figure>'
 
 def fold(
     title: str,   # always visible
@@ -265,7 +280,7 @@ def experiment_section(
     kind: str,        # of a registered experiment
     folder: str|Path, # with result files
 ) -> str:             # Markdown; empty without results
-    "Write the section of an experiment: figure, table, comparison with the paper, provenance"
+    "Write the section of an experiment: figure, table and provenance"
     experiment = EXPERIMENTS[kind]
     found = result_files(folder, kind)
     if not found: return ""
@@ -273,19 +288,18 @@ def experiment_section(
     heading, main = next(iter(named.items()))
     drawn = experiment.plot(main)
     axes = drawn[0] if isinstance(drawn, list) else drawn
-    where = experiment.where
+    if experiment.together: table = experiment.together(named)
+    elif experiment.table: table = experiment.table(main)
+    else: table = comparison({path: record for path, record in found.items() if record is main})
+    shown = shortened(table, experiment.key_rows)
+    where = f"{experiment.where[0].upper()}{experiment.where[1:]}."
+    rest = f" Rows of the table: {len(shown)} of {len(table)}." if len(shown) < len(table) else ""
+    link = f'<a href="experiments/{kind}.html">Claim, protocol, all figures and tables</a>'
+    more = f"<br><small>{where} On {escaped(heading)}.{rest} {link}</small>"
     parts = [
         f"### {experiment.title}",
-        f"{where[0].upper()}{where[1:]}. [Claim, protocol and all figures](experiments/{kind}.html)",
-        figure_html(getattr(axes, "figure", axes), f"{experiment.title} on {heading}", experiment.see),
+        figure_html(getattr(axes, "figure", axes), f"{experiment.title} on {heading}", experiment.see, more),
+        table_html(shown),
+        fold("Provenance", table_html(origins(found))),
     ]
-    claims = comparison(found)
-    if experiment.together: parts.append(table_html(experiment.together(named)))
-    elif experiment.table: parts.append(f"On {escaped(heading)}:\n\n{table_html(experiment.table(main))}")
-    else: parts.append(table_html(claims))
-    if len(claims) and (experiment.together or experiment.table):
-        parts.append(fold("Claims, on each model set", table_html(claims)))
-    words = [experiment.words(record) for record in named.values()] if experiment.words else []
-    if any(words): parts.append(fold("Figures in words", "\n\n".join(words)))
-    parts.append(fold("Provenance", table_html(origins(found))))
     return "\n\n".join(parts)

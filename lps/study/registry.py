@@ -42,6 +42,7 @@ class Experiment:
     small: dict = field(default_factory=dict) # parameters for the test of its notebook
     needs: dict = field(default_factory=dict) # requirement → function of model set and images that checks it
     together: Callable|None = None # heading → record, of all results, → one DataFrame of text
+    key_rows: tuple = ()           # rows of its table that the page of results shows, if it is long
     see: str = ""                  # caption of its figure: what to see
     variant: str = ""              # distinguishes files of one model set; names of settings in braces
     order: int = 100               # position on pages and in runs

@@ -26,6 +26,7 @@ from lps.methods.synthetic import synthetic_images
 from lps.models.modelset import ModelSet
 from lps.study.architectures import ModelSets
 from lps.study.classes import all_pairs, describe_networks, has_class_sets, leave_out
+from lps.study.figures import COLOURS
 from lps.study.records import MEASURED_BY, Record
 from lps.study.registry import IMAGES, Experiment, register_experiment
 from lps.study.start_from import Target, fine_tuned_accuracy
@@ -306,7 +307,7 @@ def plot_sources(
             values = np.array([found[name][measure] for name in TITLES])
             places = np.arange(len(TITLES)) + .3*row - .15
             error = [values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]]
-            ax.errorbar(values[:, 0], places, xerr=error, fmt="o", ms=4, lw=1, color=f"C{row}", label=label)
+            ax.errorbar(values[:, 0], places, xerr=error, fmt="o", ms=4, lw=1, color=COLOURS[row], label=label)
         ax.set_xlabel(title)
     axes[0].axvline(0, color=".5", lw=.8, ls=":")
     axes[0].set_yticks(range(len(TITLES)), TITLES.values(), fontsize=8)
@@ -363,6 +364,14 @@ register_experiment(Experiment(
         workers=1,
     ),
     needs={"tasks of several classes": has_class_sets} | IMAGES,
+    key_rows=(
+        "random",
+        "popular: record on other targets",
+        "expected number of shared classes",
+        "expected + read-out + popular",
+        "LogME, labelled images",
+        "CKA, images of the target",
+    ),
     see=(
         "Left: rank correlation of each score with the accuracy that was measured, 0 at the dotted line. Right: points "
         "that its first choice loses against the best source, fewer are better."

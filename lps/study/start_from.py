@@ -511,7 +511,7 @@ def plot_start_from(
     draw_measure(left, worth, "regret", 100)
     draw_measure(right, worth, "rho", 1)
     left.set_yticklabels([ADVISERS[name].title for name in worth], fontsize=9)
-    left.set(xlabel="points of accuracy below the best source", xlim=(0, None))
+    left.set(xlabel="regret, points of accuracy", xlim=(0, None))
     right.set_xlabel("Spearman's ρ within targets")
     right.axvline(0, color="0.45", ls="--", lw=1.3)
     labels = {}
@@ -572,6 +572,14 @@ register_experiment(Experiment(
         workers=1,
     ),
     needs=ALL_LAYERS | IMAGES,
+    key_rows=(
+        "random",
+        "best on the other targets",
+        "transfer score: mean of the two",
+        "transfer score, photographs",
+        "nearest neighbours",
+        "LogME",
+    ),
     see=(
         "Left: points of accuracy lost against the best source, smaller is better. Right: rank "
         "correlation with the accuracy that was measured. Colours say what an advice needs."

@@ -26,6 +26,7 @@ from lps.methods.classes import (
 from lps.methods.probes import probe_bank
 from lps.models.modelset import ModelSet, load_modelset
 from lps.study.architectures import ModelSets
+from lps.study.figures import COLOURS
 from lps.study.records import MEASURED_BY, Record
 from lps.study.registry import Experiment, register_experiment
 from lps.study.stats import bootstrap, interval, interval_text
@@ -291,7 +292,7 @@ def plot_two_class(
         for row, found in enumerate(values):
             if not found: continue
             error = [[found[0] - found[1]], [found[2] - found[0]]]
-            ax.barh(row, found[0], xerr=error, color=f"C{row}", error_kw=dict(lw=.8, capsize=2))
+            ax.barh(row, found[0], xerr=error, color=COLOURS[row], error_kw=dict(lw=.8, capsize=2))
         ax.set_xlim(0, 1)
         ax.set_xlabel(title)
     axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
