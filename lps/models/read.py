@@ -310,7 +310,7 @@ def read_parts(
     architecture = architecture_of(part, size) if named else recognise(shapes_of(part.state), **hints)
     stats = normalisation(configs, channels)
     meta = _metadata(found, architecture, size, stats, named)
-    if size and input_size(configs) is None: meta["size_is_usual"] = True  # of such networks; no file names it
+    if size and input_size(configs) is None: meta["size_is_usual"] = True  # of such networks; none is recorded
     model = _model(part, meta, architecture, named)
     model.unchecked = large
     return Read(model, found, part, architecture, integers, words, stats, notes, candidates)

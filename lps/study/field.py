@@ -25,7 +25,7 @@ def with_truth(
     "Add what is known of queries and of models found"
     facts = known.set_index("file")[["family", "task", "kind"]]
     table = found[found.note != "copy"].drop(columns=["task", "classes"], errors="ignore")
-    table = table.join(facts, on="query").join(facts, on="file", rsuffix="_found")
+    table = table.join(facts, on="query").join(facts.add_suffix("_found"), on="file")
     table = table[(table.kind == "trained") & (table.kind_found == "trained")].copy()
     pairs = zip(table.task, table.task_found)
     table["truth"] = [len(set(classes[a]) & set(classes[b])) for a, b in pairs]
