@@ -23,7 +23,6 @@ from .registry import INVARIANCES, Method, register_method
 from .synthetic import MIXTURES, kinds_of, standardise, synthetic_images
 from ..models.model import Model
 from ..models.modelset import bundled, repository_sets
-from ..models.read import Reading, read_model
 from ..zoo.recipe import best_precision
 
 # %% ../../nbs/methods/11_classes.ipynb #385d8371
@@ -163,7 +162,7 @@ def describe_classes(
     kinds: str | None = None,  # mixed, or smooth objects; None: smooth objects for fewer than 50 classes
 ) -> ClassDescriptors:
     "Run a network on probe images and describe its classes. Raises `ValueError` for outputs that are not finite"
-    model = read_model(model)
+    model = descriptors_or_model(model)
     if folder is None:
         kinds = kinds or usual_kinds(model)
         if kinds not in MIXTURES: raise ValueError(f"kinds is {kinds!r}: choose from {', '.join(MIXTURES)}")
@@ -228,16 +227,17 @@ def check_same_images(a, b):
 
 def descriptors_or_model(
     source,                         # `ClassDescriptors`, a file or a name of them, or what `read_model` takes
-    reading: Reading | None = None, # of a model
+    reading=None,                   # `Reading` of a model
 ):  # `ClassDescriptors`, or a `Model`
     "Open class descriptors or a model. Raises as `read_model` does"
+    import lps  # reading models is a long chain of imports, and descriptors need none of it
     if isinstance(source, (ClassDescriptors, Model)): return source
     if isinstance(source, (str, Path)):
         if str(source) in BUNDLED or str(source) in packed_classes(): return load_class_descriptors(str(source))
         if Path(source).suffix == ".safetensors" and Path(source).is_file():
             try: return load_class_descriptors(source)
             except ValueError: pass  # a model
-    return read_model(source, reading or Reading())
+    return lps.read_model(source, reading or lps.Reading())
 
 def describe_pair(
     a,         # as for `descriptors_or_model`
