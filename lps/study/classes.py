@@ -157,7 +157,9 @@ def all_pairs(
     sizes = torch.tensor([len(network.names) for network in networks])
     owner = torch.arange(len(networks)).repeat_interleave(sizes)
     every = names_of(networks)
-    labels = torch.tensor([every.index(name) for network in networks for name in network.names])
+    shown = []
+    for network in networks: shown += network.names
+    labels = torch.tensor([every.index(name) for name in shown])
     tasks = [frozenset(network.names) for network in networks]
     order = torch.randperm(stacked.shape[1], generator=torch.Generator().manual_seed(0))
     cosines = stacked @ stacked.T
