@@ -109,7 +109,7 @@ def with_source():
         closed = cell.cell_type == "code" and (private or _def_names(cell, ()) or cell.source.count("\n") > LONG)
         names = ", ".join(_def_names(cell, ())) if cell.cell_type == "code" and private else ""
         fold = "true" if closed else "show"
-        summary = f"Helpers: {names}" if names else "Source"
+        summary = f"Helpers: {names}" if names else "Helpers" if private else "Source"
         cell.source = re.sub(
             r"^#\| code-fold: show\n#\| code-summary: .*",
             f'#| code-fold: {fold}\n#| code-summary: "{summary}"',
