@@ -532,8 +532,9 @@ def log_index(index, path: Path):
 
 def kind_of_reason(reason: str) -> str:
     "Return what many reasons have in common: their beginning, without names and numbers"
-    plain = re.sub(r"'[^']*'|\S*\d\S*", "…", reason)
-    return " ".join(re.split(r"[:;,(]| such as ", plain)[0].split()[:9])
+    plain = re.split(r"[:;,(]| such as ", re.sub(r"'[^']*'", "…", reason))[0]
+    words = re.sub(r"(?<!\S)\d\S*|\S+[./]\S+", "…", plain).split()
+    return " ".join(words[:12] if words[:1] != ["…"] else ["a tensor", *words[1:12]])
 
 def calibration_text(index) -> str:
     "Return how the probabilities of an index were measured, in a sentence"

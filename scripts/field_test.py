@@ -3,9 +3,9 @@
 python scripts/field_test.py train FOLDER                  trains 144 networks on CIFAR-100 (about 15 minutes of one
                                                            core); resumes
 python scripts/field_test.py measure FOLDER OUT    writes the networks as a folder, indexes it, queries it, and writes
-                                                   a result file
+                                                   a result file; --seeds 0 takes the exploring part only
 
-Settings were chosen on 15 networks of the first seed and of the tasks in CHOSEN_ON; the others were not looked at.
+Settings are chosen on the networks of seed 0. Those of seeds 1 and 2 confirm: they are measured once.
 """
 import argparse
 import json
@@ -15,20 +15,23 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from scipy.stats import mannwhitneyu, spearmanr
 
-from lps.core.files import load_tensors, provenance, save_tensors, write_json
+from lps.core.files import load_tensors, provenance, save_tensors
 from lps.core.jobs import one_thread, seeded
 from lps.index.family import relatives
+from lps.index.gather import BY_CLASSES
 from lps.index.index import BuildSettings, ModelIndex
 from lps.index.related import describe, models_with, name_by_gallery
 from lps.models.model import normalise
 from lps.models.read import Reading, read_model
 from lps.models.table import reading_with
+from lps.study.field import FieldRecord, field_fields
+from lps.study.records import sources_field
 from lps.zoo.tasks import augment, load_splits, task_images
 
 STATS = (.507, .487, .441), (.267, .256, .276)  # of CIFAR-100
@@ -73,7 +76,7 @@ FAMILIES = {  # (package, name, arguments) of each variant
     ),
 }
 SEEDS = 0, 1, 2
-CHOSEN_ON = "kitchen", "vehicles"
+EXPLORE = 0  # seed of the networks that settings may be chosen on; the others confirm, and are measured once
 
 
 def build(variant, n_classes):
@@ -238,26 +241,27 @@ def write_wrong_files(folder, state):
             "sharded", "gptq.safetensors"]
 
 
-def write_folder(folder):
+def write_folder(folder, seeds):
     "Write the networks as a folder; return what each is, a table for what no file names, and wrong files"
     known = []
     for number, (family, task, seed) in enumerate(names()):
         raw = folder/"raw"/f"{family}-{task}-{seed}.safetensors"
-        if not raw.exists(): continue
+        if seed not in seeds: continue
         state, meta = load_tensors(raw)
         variant = FAMILIES[family].variant(seed)
         path, named = write_model(folder/"models", number, state, variant, TASKS[task])
         known.append(dict(file=str(path), family=family, task=task, seed=seed, named=named, kind="trained",
-                          accuracy=meta["accuracy"], parent=meta["parent"], variant=variant))
+                          accuracy=meta["accuracy"], parent=meta["parent"], variant=variant,
+                          part="explore" if seed == EXPLORE else "confirm"))
     for family, kind in FAMILIES.items():
         variant = kind.variant(0)
         with seeded(FIRST_SEED + 900 + list(FAMILIES).index(family)): state = build(variant, 5).state_dict()
         number = len(FORMS)*(150 + list(FAMILIES).index(family)) + FORMS.index("script")
         path, _ = write_model(folder/"models", number, state, variant, list("abcde"))
         known.append(dict(file=str(path), family=family, task="", seed=-1, named=True, kind="untrained",
-                          accuracy=None, parent=None, variant=variant))
-    with_norms = next(path for path in (folder/"raw").glob("resnet-*"))
-    wrong = write_wrong_files(folder/"models/wrong", {k: v.clone() for k, v in load_tensors(with_norms)[0].items()})
+                          accuracy=None, parent=None, variant=variant, part=""))
+    state, _ = load_tensors(folder/f"raw/resnet-{PARENT}-{EXPLORE}.safetensors")
+    wrong = write_wrong_files(folder/"models/wrong", {k: v.clone() for k, v in state.items()})
     return pd.DataFrame(known), wrong
 
 
@@ -297,7 +301,7 @@ def query_all(index, known, table, root):
     return pd.concat(rows), pd.concat(roles), pd.concat(named)
 
 
-def with_classes(index, known):
+def with_classes(index):
     "Look up each class; return a row for each model found that does not name its classes"
     rows = []
     for name in sorted({name for names in TASKS.values() for name in names}):
@@ -307,189 +311,62 @@ def with_classes(index, known):
     return pd.concat(rows)
 
 
-def with_truth(
-    found: pd.DataFrame,  # query, file, shared, probability, …: models found, the best first
-    known: pd.DataFrame,  # file, family, task, kind, chosen_on: was it used to choose settings?
-    classes: dict,        # task → names of its classes
-) -> pd.DataFrame:        # for trained queries, without copies; truth: number of shared classes
-    "Add what is known of queries and of models found"
-    facts = known.set_index("file")[["family", "task", "kind", "chosen_on"]]
-    table = found[found.note != "copy"].drop(columns=["task", "classes"], errors="ignore")
-    table = table.join(facts, on="query").join(facts, on="file", rsuffix="_found")
-    table = table[(table.kind == "trained") & (table.kind_found == "trained")].copy()
-    pairs = zip(table.task, table.task_found)
-    table["truth"] = [len(set(classes[a]) & set(classes[b])) for a, b in pairs]
-    return table
+def seconds_of_resnet18(folder, n=5):
+    "Return the median processor time in which an index reads a ResNet-18 with 1,000 classes"
+    import timm
+    folder.mkdir()
+    for i in range(n + 1):
+        with seeded(FIRST_SEED + 990 + i): net = timm.create_model("resnet18")
+        for v in net.state_dict().values():
+            if v.ndim == 1 and v.is_floating_point(): v += .1*torch.rand(v.shape)
+        torch.save(net.state_dict(), folder/f"m{i}.pt")
+    times = []
+    def progress(done, total): times.append(time.process_time())
+    for i in range(n + 1):
+        ModelIndex.build(folder/f"m{i}.pt", method=BY_CLASSES, settings=BuildSettings(progress=progress))
+        times.append(time.process_time())
+    return float(np.median(np.diff(times)[1::2]))
 
 
-def nearest_figures(
-    table: pd.DataFrame, # from `with_truth`
-) -> dict:               # family → queries, related, same_task, chance
-    "Count how often the nearest model of another family is related, by the family of the query"
-    others = table[table.family != table.family_found]
-    first = others.groupby("query", sort=False).first()
-    chance = others.assign(related=others.truth > 0).groupby("query").related.mean()
-    found = {}
-    held_out = first[~first.chosen_on.astype(bool)]
-    for family, rows in [*first.groupby("family"), ("all", first), ("all, held out", held_out)]:
-        found[family] = dict(
-            queries=len(rows),
-            related=int((rows.truth > 0).sum()),
-            same_task=int((rows.task == rows.task_found).sum()),
-            chance=round(float(chance[rows.index].mean()), 4),
-        )
-    return found
-
-
-def decision_figures(
-    table: pd.DataFrame, # from `with_truth`
-) -> dict:               # of pairs of different families: auc, brier, rho, mean_expected, mean_truth
-    "Compare probabilities and expected numbers with the truth"
-    pairs = table[table.family != table.family_found].dropna(subset=["probability"])
-    related = pairs.truth > 0
-    u = mannwhitneyu(pairs.shared[related], pairs.shared[~related]).statistic
-    return dict(
-        pairs=len(pairs),
-        related=int(related.sum()),
-        auc=round(float(u/related.sum()/(~related).sum()), 4),
-        brier=round(float(((pairs.probability - related)**2).mean()), 4),
-        constant_brier=round(float(related.mean()*(1 - related.mean())), 4),
-        rho=round(float(spearmanr(pairs.shared, pairs.truth).statistic), 4),
-        mean_expected=round(float(pairs.shared.mean()), 3),
-        mean_truth=round(float(pairs.truth.mean()), 3),
-    )
-
-
-def role_figures(
-    roles: pd.DataFrame,  # query, file, role, verdict
-    known: pd.DataFrame,  # file, family, seed, task, parent: name of the network it was fine-tuned from
-) -> dict:                # role → pairs, right; and false: independent models that are called relatives
-    "Count how many relatives are named as what they are"
-    trained = known[known.kind == "trained"]
-    by_name = {f"{row.family}-{row.task}-{row.seed}": row.file for row in trained.itertuples()}
-    parents = {row.file: by_name.get(row.parent) for row in trained.itertuples()}
-    wanted = {}
-    for child, parent in parents.items():
-        if parent is None: continue
-        wanted[child, parent] = "parent"
-        wanted[parent, child] = "child"
-        for other, of_other in parents.items():
-            if other != child and of_other == parent: wanted[child, other] = "sibling"
-    named = {}
-    for row in roles[roles.verdict != "same weights"].itertuples(): named[row.query, row.file] = row.role
-    found = {}
-    for role in ("parent", "child", "sibling"):
-        pairs = [pair for pair, what in wanted.items() if what == role]
-        right = sum(named.get(pair) == role for pair in pairs)
-        related = sum(pair in named for pair in pairs)
-        found[role] = dict(pairs=len(pairs), related=related, right=right)
-    return found | dict(false=dict(pairs=sum(pair not in wanted for pair in named), related=0, right=0))
-
-
-def untrained_figures(
-    found: pd.DataFrame, # query, file, recommended, note
-    known: pd.DataFrame,
-) -> dict:
-    "Count how often an untrained network is recommended, or anything for one"
-    untrained = set(known.file[known.kind == "untrained"])
-    first = found.groupby("query", sort=False).first()
-    recommended = first.recommended.fillna("")
-    of_untrained = recommended[recommended.index.isin(untrained)]
-    return dict(
-        networks=len(untrained),
-        shown=int(found.file.isin(untrained).sum() - sum(query in untrained for query in found["query"].unique())),
-        recommended=int(recommended.isin(untrained).sum()),
-        sources_for_them=int((of_untrained != "").sum()),
-        trained_without_source=int((recommended[~recommended.index.isin(untrained)] == "").sum()),
-    )
-
-
-def naming_figures(
-    named: pd.DataFrame,    # query, class, name, truth
-    by_class: pd.DataFrame, # name, file, class: number, probability: models that do not name their classes
-    known: pd.DataFrame,
-    classes: dict,
-) -> dict:
-    "Count how many classes without a name get the right one, and how many models with a class are found"
-    right = (named.name == named.truth).tolist()
-    tasks = known.set_index("file").task
-    hits = [name in classes[tasks[file]] for name, file in zip(by_class.name, by_class.file)]
-    first = by_class.groupby("name", sort=False).head(1)
-    first_hits = [name in classes[tasks[file]] for name, file in zip(first.name, first.file)]
-    holders = known[(known.kind == "trained") & ~known.named.astype(bool)].task
-    looked_up = set(by_class.name)
-    there = sum(len(looked_up & set(classes[task])) for task in holders)
-    return dict(
-        logits=len(right),
-        right=int(sum(right)),
-        chance=round(1/max(1, named.name.nunique()), 4),
-        lookups=int(by_class.name.nunique()),
-        first_right=int(sum(first_hits)),
-        found=len(hits),
-        found_right=int(sum(hits)),
-        there=int(there),
-    )
-
-
-def field_fields(
-    known: pd.DataFrame,     # models: file, family, task, seed, named, kind, parent, chosen_on
-    classes: dict,           # task → names of its classes
-    indexed: list,           # files in the index
-    rejected: pd.DataFrame,  # file, reason
-    wrong: list,             # names of files that cannot be indexed
-    found: pd.DataFrame,     # answers to all queries: query, file, shared, probability, note, recommended
-    roles: pd.DataFrame,     # relatives of all queries: query, file, role, verdict
-    named: pd.DataFrame,     # names for classes: query, class, name, truth
-    by_class: pd.DataFrame,  # models that have a class and do not name it: name, file
-) -> dict:                   # of dicts of figures
-    "Summarise the answers of an index"
-    table = with_truth(found, known, classes)
-    there = set(indexed)
-    refused = {file.rstrip("/").rpartition("/")[2]: why for file, why in zip(rejected.file, rejected.reason)}
-    return dict(
-        readable=dict(files=len(known), indexed=sum(file in there for file in known.file)),
-        wrong=dict(
-            files=len(wrong),
-            with_reason=sum(bool(refused.get(name)) for name in wrong),
-            indexed=sum(file.rpartition("/")[2] in wrong for file in indexed),
-        ),
-        nearest=nearest_figures(table),
-        decision=decision_figures(table),
-        roles=role_figures(roles, known),
-        untrained=untrained_figures(found, known),
-        naming=naming_figures(named, by_class, known, classes),
-    )
-
-
-def measure(folder, out):
+def measure(folder, out, seeds):
     "Index the folder by one command, query it with each of its models, and write a record"
-    for name in ("models", "index"): shutil.rmtree(folder/name, ignore_errors=True)
-    known, wrong = write_folder(folder)
+    for name in ("models", "index", "speed"): shutil.rmtree(folder/name, ignore_errors=True)
+    known, wrong = write_folder(folder, seeds)
     root = folder/"models"
     start = time.process_time()
     rss = []
-    def progress(done, total): rss.append((done, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024))
-    settings = BuildSettings(progress=progress)
+    def progress(done, total): rss.append([done, round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)])
     table = table_for(known, root)
-    index = ModelIndex.build(root, folder/"index", table=table, settings=settings)
-    seconds = (time.process_time() - start)/len(index)
-    print(index, f"{seconds:.2f} s a model, {rss[-1][1]:.0f} MB", flush=True)
+    index = ModelIndex.build(root, folder/"index", table=table, settings=BuildSettings(progress=progress))
+    seconds = (time.process_time() - start)/rss[-1][0]
+    print(index, f"{seconds:.2f} s a file, {rss[-1][1]} MB", flush=True)
     found, roles, named = query_all(index, known, table, root)
-    by_class = with_classes(index, known)
+    by_class = with_classes(index)
     for name, rows in dict(known=known, found=found, roles=roles, named=named, by_class=by_class).items():
         rows.to_csv(folder/f"{name}.csv", index=False)
     index.rejected.to_csv(folder/"rejected.csv", index=False)
     indexed = index.manifest.file.tolist()
-    known["chosen_on"] = known.task.isin(CHOSEN_ON) & (known.seed == 0)
     fields = field_fields(known, TASKS, indexed, index.rejected, wrong, found, roles, named, by_class)
-    fields |= dict(seconds=round(seconds, 3), memory=[[int(n), round(mb)] for n, mb in rss])
+    times = {"a file of the folder": round(seconds, 3), RESNET18: round(seconds_of_resnet18(folder/"speed"), 3)}
+    fields |= dict(seconds=times, memory=[rss[0], rss[len(rss)//2], rss[-1]])
     trained = known[known.kind == "trained"]
-    about = dict(models=len(trained), tasks=len(TASKS), data=["cifar100"], recipe=["brief"],
-                 seeds=sorted(set(trained.seed)), val_accuracy=dict(
-                     mean=round(trained.accuracy.mean(), 4), sd=round(trained.accuracy.std(), 4)))
-    how = f"{len(trained)} networks of {trained.family.nunique()} families, 32×32 pixels"
-    record = dict(model_set=about, settings=dict(name="cifar100", how=how)) | fields
-    write_json(out, record | provenance())
+    accuracy = dict(mean=round(trained.accuracy.mean(), 4), sd=round(trained.accuracy.std(), 4))
+    about = dict(
+        models=len(trained),
+        tasks=len(TASKS),
+        data=["cifar100"],
+        recipe=["brief"],
+        seeds=sorted(set(trained.seed)),
+        val_accuracy=accuracy,
+    )
+    n = trained.part.value_counts().to_dict()
+    how = f"{trained.family.nunique()} families, 32×32 pixels; {', '.join(f'{v} in part {k}' for k, v in n.items())}"
+    settings = dict(name="cifar100", how=how, seed=FIRST_SEED)
+    record = dict(model_set=about, settings=settings) | sources_field(FieldRecord) | fields | provenance()
+    FieldRecord.from_dict(record).write(out)
+
+
+RESNET18 = "a ResNet-18 with 1,000 classes"
 
 
 def main():
@@ -497,10 +374,11 @@ def main():
     parser.add_argument("what", choices=["train", "measure"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help=f"of the networks; {EXPLORE}: exploring")
     args = parser.parse_args()
     with one_thread():
         if args.what == "train": return train(args.folder)
-        measure(args.folder, args.out)
+        measure(args.folder, args.out, args.seeds)
 
 
 if __name__ == "__main__": main()

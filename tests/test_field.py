@@ -1,7 +1,8 @@
 "A mixed folder as practitioners have it: what is read of it, and what an index answers"
 import json
-
+import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -10,10 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from lps.cli import main
+from lps.core.files import save_tensors
 from lps.core.jobs import seeded
+from lps.index.family import relatives
 from lps.index.gather import BY_CLASSES
 from lps.index.index import BuildSettings, ModelIndex
-from lps.index.related import initial_norms, variation
+from lps.index.related import at_reduced_size, information, initial_norms, variation
 from lps.methods.synthetic import synthetic_images
 from lps.models.table import read_table, table_row, unmatched_rows
 from lps.models.read import Reading, read_model
@@ -187,6 +190,65 @@ def test_any_executor_gives_the_same_index(folder):
         by_threads = ModelIndex.build(folder, settings=settings)
     here = ModelIndex.build(folder)
     assert sorted(by_threads.digests) == sorted(here.digests) and told[-1] == (6, 6)
+
+
+def test_the_size_of_images_is_chosen_if_no_file_names_it(folder, tmp_path):
+    state = trained(0, 4).state_dict()
+    torch.save(dict(arch="test_resnet", state_dict=state), tmp_path/"m.pt")
+    model = read_model(tmp_path/"m.pt")
+    assert model.meta["size_is_usual"] and model.meta["size"] == [3, 160, 160]
+    chosen = at_reduced_size(model)
+    assert chosen.architecture.size[1] in (32, 64) and at_reduced_size(chosen) is chosen
+    named = read_model(folder/"a.pt")
+    assert "size_is_usual" not in named.meta and at_reduced_size(named) is named
+
+
+def test_information_of_outputs_about_images():
+    assert abs(information(torch.zeros(8, 4))) < 1e-9
+    assert abs(information(20*torch.eye(4)) - torch.log(torch.tensor(4.))) < 1e-3
+
+
+def test_what_is_given_later_about_a_file_is_used(folder, tmp_path):
+    "Names of classes and an architecture, by a table or for all files; what was given before is kept"
+    shutil.copytree(folder, tmp_path/"models")
+    net = trained(3, 3, "test_vit")
+    place = tmp_path/"models/renamed.pt"
+    torch.save({key.replace("blocks", "steps"): v for key, v in net.state_dict().items()}, place)
+    index = ModelIndex.build(tmp_path/"models", tmp_path/"market")
+    assert len(index) == 5 and str(place) in index.rejected.file.tolist()
+
+    reading = Reading(arch="timm/test_vit", names=[("^steps", "blocks")], size=160)
+    assert index.add(place, reading=reading) == 1
+    table = pd.DataFrame([dict(file="renamed.pt", classes="bus|car|van"), dict(file="c.pt", classes="bus|car|van")])
+    assert index.add(tmp_path/"models", table=table) == 0
+    again = ModelIndex.load(tmp_path/"market")
+    facts = {Path(fact["file"]).name: fact for fact in again.rows.facts(again.rows.places)}
+    assert facts["renamed.pt"]["classes"] == facts["c.pt"]["classes"] == ["bus", "car", "van"]
+    assert facts["renamed.pt"]["given"]["arch"] == "timm/test_vit" and len(again) == 6
+    assert relatives(again, read_model(place, reading)).verdict.tolist()[:1] == ["same weights"]
+
+
+def test_an_architecture_that_does_not_fit_leaves_the_row(folder, tmp_path):
+    index = ModelIndex.build(folder, tmp_path/"market")
+    assert index.add(folder/"a.pt", reading=Reading(arch="timm/test_vit")) == 0
+    assert "not the weights of timm/test_vit" in index.rejected.reason[0]
+    assert index.rejected.reason[0].endswith("its row is kept") and len(ModelIndex.load(tmp_path/"market")) == 5
+
+
+def test_states_of_optimisers_are_listed(folder, tmp_path):
+    shutil.copytree(folder, tmp_path/"models")
+    torch.save(dict(state={}, param_groups=[]), tmp_path/"models/optimizer.pt")
+    rejected = ModelIndex.build(tmp_path/"models").rejected
+    assert any(file.endswith("optimizer.pt") for file in rejected.file)
+
+
+def test_subfolders_do_not_change_the_number_of_tasks(tmp_path):
+    for i in range(6):
+        save_tensors(tmp_path/f"flat/m{i}.safetensors", trained(i, 3).state_dict(), dict(task=i % 2))
+        save_tensors(tmp_path/f"deep/{i//3}/m{i}.safetensors", trained(i, 3).state_dict(), dict(task=i % 2))
+    for name in ("flat", "deep"):
+        index = ModelIndex.build(tmp_path/name, method=BY_CLASSES)
+        assert "6 models of 2 tasks" in str(index)
 
 
 def test_untrained_networks_are_recognised():

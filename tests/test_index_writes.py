@@ -195,11 +195,12 @@ def test_settings_of_an_existing_index_are_compared(models, tmp_path, monkeypatc
         assert why in capsys.readouterr().err
 
 
-def test_a_table_with_other_tasks_for_known_models_is_not_ignored_without_a_word(models, market):
+def test_a_table_with_other_tasks_for_known_models_is_used(models, market):
     index = ModelIndex.load(market)
     table = pd.DataFrame(dict(file=["t0_0.safetensors", "t0_1.safetensors"], task=[0, 5]))
-    with pytest.warns(UserWarning, match="1 model in the index, such as .*t0_1.safetensors, had another task"):
-        index.add(models, table=table)
+    assert index.add(models, table=table) == 0
+    tasks = {Path(file).name: task for file, task in zip(index.manifest.file, index.manifest.task)}
+    assert tasks["t0_0.safetensors"] == 0 and tasks["t0_1.safetensors"] == 5 and tasks["t1_0.safetensors"] == 1
 
 
 def test_what_is_not_searched_is_named(models, tmp_path, monkeypatch):

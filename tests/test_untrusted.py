@@ -1,4 +1,5 @@
 """Files of strangers: names that lead elsewhere, keys that are slow to hash, claims, bombs, broken servers"""
+import importlib
 import os
 import pickle
 import subprocess
@@ -6,6 +7,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
@@ -390,7 +392,13 @@ def test_an_index_names_no_code_that_is_run(tmp_path, monkeypatch):
     for i in range(4): save_tensors(tmp_path/f"zoo/m{i}.safetensors", tiny(i), dict(task=i % 2))
     index = ModelIndex.build(tmp_path/"zoo", None, "frobenius")
     fact, = index.rows.facts([0])
-    fact["reading"] = dict(arch="lps_canary:f")
+    fact["given"] = dict(arch="lps_canary:f")
     monkeypatch.setattr(index.rows, "facts", lambda places: [fact for _ in places])
-    monkeypatch.setattr("importlib.import_module", lambda name: pytest.fail(f"{name} was imported"))
+    real = importlib.import_module
+    def refusing(name, *package):
+        if "canary" in name: pytest.fail(f"{name} was imported")
+        return real(name, *package)
+    monkeypatch.setattr("importlib.import_module", refusing)
     assert read_row(index, 0, None).digest == index.rows.digests([0])[0]
+    index.add(tmp_path/"zoo", table=pd.DataFrame([dict(file="*", task=3)]))
+    assert not len(index.rejected)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import printable, write_atomic
-from .gather import EVERYTHING, read_item
+from .gather import EVERYTHING, kept_about, read_item
 from .index import ModelIndex, stored_item
 from ..lineage.compare import compare
 from ..lineage.sketch import Sketches, weight_sketch
@@ -36,10 +36,8 @@ def read_row(
 ) -> Model:
     "Read a model of an index from its file; raises `ValueError` if it has changed, `OSError` if it is gone"
     fact = index.rows.facts([place])[0]
-    own = fact.get("reading")  # as its table had it
-    if isinstance(own, dict):
-        known = str(own.get("arch", "timm/")).startswith(("timm/", "torchvision/"))  # no code that a stranger names
-        reading = reading_with({key: own[key] for key in own if known or key != "arch"}, Reading())
+    given = kept_about(fact)
+    if given: reading = reading_with(given, Reading())
     model = read_item(stored_item(fact, hub=False), reading, EVERYTHING)
     if model.digest != index.rows.digests([place])[0]: raise ValueError("its file has changed")
     return model

@@ -23,6 +23,7 @@ from ..lineage.sketch import weight_sketch
 from .related import at_reduced_size, class_facts, describe
 from .store import HEADER_FILE, digest_numbers, fact_line
 from ..methods.registry import embed_models
+from ..models.config import given_stats
 from ..models.table import reading_with, table_row
 from ..models.names import NOT_READ, SUFFIXES
 from ..models.model import Model
@@ -39,6 +40,8 @@ class Item:
     inner: str|None=None  # name in a packed set
     size: int=0           # bytes of its files
     mtime: int=0          # time of the last change, in ns
+    root: str=field(default="", compare=False)  # folder in which it was found; tasks are numbered in it
+    given: dict|None=field(default=None, compare=False)  # what was given about it before, as in `given_about`
 
     @property
     def key(self): return self.path, self.inner, self.size, self.mtime
@@ -90,8 +93,11 @@ def _files_below(folder, bad):
             yield Path(here)
         elif not is_index:
             for path in sorted(Path(here)/name for name in files if not name.startswith(".")):
-                if path.name.lower().endswith(SUFFIXES + NOT_READ) and not is_state(path.name): yield path
-                elif may_be_model(path): yield path
+                weights = path.name.lower().endswith(SUFFIXES + NOT_READ)
+                if weights and is_state(path.name): bad[printable(path)] = STATE
+                elif weights or may_be_model(path): yield path
+
+STATE = "named as the state of an optimiser or of a training loop: give the file itself if it is a model"
 
 # %% ../../nbs/index/02_gather.ipynb #e4667337
 def find_models(
@@ -109,8 +115,10 @@ def find_models(
         source = Path(bundled_sets().get(str(source), source))
         if not source.exists(): raise no_such_path(source)
         for path in _files_below(source, bad) if source.is_dir() else [source]:
+            root = str(source if source.is_dir() and source != path else path.parent)
             try:  # two links to one file are one model, under the name of the first
-                for item in _items_in(path): found.setdefault((str(path.resolve()), item.inner), item)
+                for item in _items_in(path):
+                    found.setdefault((str(path.resolve()), item.inner), replace(item, root=root))
             except (ValueError, OSError) as e: bad[printable(path)] = printable(getattr(e, "strerror", None) or e)
     return list(found.values()), bad
 
@@ -144,6 +152,30 @@ def name_it(
     return why + NAME_IT if "no known architecture" in why else why
 
 # %% ../../nbs/index/02_gather.ipynb #c4c06241
+def given_about(
+    item: Item,
+    table: dict|None = None,        # rows of a table by file name, as from `read_table`
+    reading: Reading|None = None,   # what a user adds about all files
+) -> dict:                          # as a row of a table; empty if nothing is given
+    "Collect what a user gives about a model, in a form that an index keeps"
+    reading = reading or Reading()
+    given = dict(size=reading.size, names=reading.names or None, which=reading.which)
+    if isinstance(reading.arch, str): given["arch"] = reading.arch
+    if reading.stats is not None: given |= zip(("mean", "std"), given_stats(reading.stats))
+    given = {name: value for name, value in given.items() if value is not None} | table_row(table, item.path)
+    given.pop("file", None)
+    return json.loads(json.dumps(given))
+
+def kept_about(
+    fact: dict,  # of a row of an index
+) -> dict:       # as from `given_about`
+    "Return what was given about a model when it was added; no code that a stranger names"
+    given = fact.get("given")
+    given = dict(given) if isinstance(given, dict) else {}
+    if not str(given.get("arch", "timm/")).startswith(("timm/", "torchvision/")): del given["arch"]
+    return given
+
+# %% ../../nbs/index/02_gather.ipynb #70a146ee
 @dataclass
 class _Known:
     "Fields of a model's metadata that an index keeps"
@@ -174,17 +206,17 @@ def _label(known, folder):
 def model_facts(
     item: Item,
     model: Model,
-    table: dict|None = None,  # rows of a table by file name, as from `read_table`; they override the metadata
+    given: dict|None = None,  # what is given about it, from `given_about`; it overrides the metadata
 ) -> dict:
     "Return what an index keeps of a model beside its embedding; raises `ValueError` for metadata that do not fit"
     meta = dict(model.meta)
-    row = table_row(table, item.path)
+    row = given or {}
     pair = [row.get("class_0"), row.get("class_1")]
     names = row.get("classes") or (pair if any(pair) else meta.get("classes"))
     meta |= {**row, "classes": names if _are_names(names) else None}
     known = checked(meta, _Known, item.file)
     first, second = [*(known.classes or []), None, None][:2]
-    of_table = "" if "task" in row else str(Path(item.path).parent)
+    of_table = "" if "task" in row else item.root or str(Path(item.path).parent)
     architecture = model.architecture.name if model.architecture else ""
     if not architecture and model.meta.get("lacks"): architecture = str(meta.get("architecture") or FIRST_LAYERS)
     facts = dict(
@@ -205,8 +237,7 @@ def model_facts(
         key=list(item.key),
     )
     if len(known.classes or ()) > 2: facts["classes"] = known.classes
-    given = {key: row[key] for key in ("arch", "size", "mean", "std") if key in row}
-    if given: facts["reading"] = given
+    if given: facts["given"] = given
     fact_line(facts)  # raises `ValueError` for facts that are too long
     return facts
 
@@ -223,8 +254,9 @@ def _noted_task(item, table):
 def _read_known(item, reading, table, fitted=None):
     "Return an item with its model and facts; None if it cannot be read"
     try:
-        model = read_item(item, reading_with(table_row(table, item.path), reading or Reading()), fitted)
-        return item, model, model_facts(item, model, table)
+        given = given_about(item, table, reading)
+        model = read_item(item, reading_with(given, reading or Reading()), fitted)
+        return item, model, model_facts(item, model, given)
     except Exception: return None  # the reason is given when it is embedded
 
 def labelled_models(
@@ -271,7 +303,7 @@ def _set_of(read):
     return ModelSet(Path(), pd.DataFrame(rows), rejected_table({}), first.shapes, source, first.architecture)
 
 # %% ../../nbs/index/02_gather.ipynb #001168ba
-BATCH = 16  # models that a process embeds at a time
+BATCH = 4  # models that a process embeds at a time
 
 @dataclass
 class Embedded:
@@ -291,10 +323,12 @@ def embed_items(
     done = Embedded()
     for item in items:
         try:
-            model = read_item(item, reading_with(table_row(table, item.path), reading or Reading()), fitted)
-            row = embed_models(fitted, as_embedded(model, fitted), [item.file])[0].numpy()
-            facts = model_facts(item, model, table)
-            if fitted.method == BY_CLASSES: facts |= _class_facts(model, facts)
+            given = (item.given or {}) | given_about(item, table, reading)
+            model = read_item(item, reading_with(given, reading or Reading()), fitted)
+            facts = model_facts(item, model, given)
+            run = as_embedded(model, fitted)
+            row = embed_models(fitted, run, [item.file])[0].numpy()
+            if fitted.method == BY_CLASSES: facts |= _class_facts(run, facts)
             digest_numbers([model.digest])  # raises `ValueError` for what is none
         except Exception as e:
             done.bad[printable(item.file)] = _reason(item, e)

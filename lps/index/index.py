@@ -6,10 +6,10 @@
 __all__ = ['N_COARSE', 'UNFIT', 'ModelIndex', 'BuildSettings', 'bundled_unseen']
 
 # %% ../../nbs/index/03_index.ipynb #b92215d0
-import contextlib, html, itertools, json, tempfile, warnings
+import contextlib, html, itertools, json, tempfile
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from lps.index.answer import (
     telling_similarity,
 )
 from lps.index.gather import (
-    BY_CLASSES, EVERYTHING, Embedded, Item, as_embedded, embed_all, find_models, labelled_models, name_it, read_item,
-    single_models,
+    BY_CLASSES, EVERYTHING, Embedded, Item, as_embedded, embed_all, find_models, given_about, kept_about,
+    labelled_models, name_it, read_item, single_models,
 )
 from lps.index.related import (
     Gallery, Scale, calibrate_pairs, cohort, describe, models_with, name_by_gallery, own_scale,
@@ -42,7 +42,7 @@ from lps.methods.registry import (
     LEADERS, as_fitted, embed_models, fit_method, fit_observed, get_method, leading_method, load_fitted, method_title,
     own_settings, restore_fitted, save_fitted, why_not,
 )
-from ..models.table import read_table, table_row, unmatched_rows
+from ..models.table import read_table, unmatched_rows
 from ..models.model import Model
 from ..models.modelset import ModelSet, bundled, load_modelset, rejected_table, rejection_summary
 from ..models.read import Reading, is_elsewhere
@@ -95,7 +95,8 @@ class ModelIndex:
         layers = ", ".join(self.fitted.layers) or "all layers"
         labels = self.rows.labels(self.rows.places)
         n_tasks = len(np.unique(labels[labels >= 0]))
-        text = f"ModelIndex: {len(self)} models of {n_tasks} tasks, compared by {layers} ({self.fitted.method})"
+        compared = f"compared by {layers} ({self.fitted.method})"
+        text = f"ModelIndex: {len(self)} models of {pluralise(n_tasks, 'task')}, {compared}"
         return printable(text)
 
     def _repr_html_(self):
@@ -122,7 +123,7 @@ ACCURACIES = "val_accuracy", "train_accuracy"
 
 def _manifest(facts):
     "Make a table of facts, without those that only the index uses; facts of an unexpected type become text"
-    manifest = pd.DataFrame(facts).drop(columns=["sketch", "key"], errors="ignore")
+    manifest = pd.DataFrame(facts).drop(columns=["sketch", "key", "given", "descriptors"], errors="ignore")
     for column in ("file", "task", "class_0", "class_1", *ACCURACIES):
         if column not in manifest: manifest[column] = None
     for column in ACCURACIES: manifest[column] = manifest[column].map(_number_or_nan)
@@ -402,7 +403,7 @@ def _fit(method, items, reading, table, settings):
         if not 0 < len(sound) < len(known): raise
         return _fit_on(known[sound], method, settings)
 
-N_COARSE = 64  # images of the embedding of an index that keeps class descriptors
+N_COARSE = 32  # images of the embedding of an index that keeps class descriptors
 
 def _class_method(
     n_images: int = N_COARSE,  # of the embedding, a multiple of 16
@@ -513,7 +514,7 @@ def _take(self: ModelIndex, done: Embedded):
     with self._changing():
         files = self._known_files()
         keys = [tuple(fact["key"]) for fact in done.facts]
-        new = [i for i, key in enumerate(keys) if files.get(key[:2], (None, None))[1] != key[2:]]
+        new = [i for i, key in enumerate(keys) if self._differs(done.facts[i], *files.get(key[:2], (None, None)))]
         replaced = [files[keys[i][:2]][0] for i in new if keys[i][:2] in files]
         facts = [done.facts[i] for i in new]
         rows = np.array([done.rows[i] for i in new]).reshape(len(new), self.rows.width)
@@ -522,17 +523,23 @@ def _take(self: ModelIndex, done: Embedded):
 
 # %% ../../nbs/index/03_index.ipynb #e9c03bb1
 @patch
+def _differs(self: ModelIndex, fact, place, state):
+    "Tell whether a model differs from its row: its file, or what was given about it"
+    if state != tuple(fact["key"])[2:]: return True
+    return self.rows.facts([place])[0].get("given") != fact.get("given")
+
+@patch
 def _grow(self: ModelIndex, items, bad, reading, table, settings, path=None):
     "Add models that are not in the index; with the first ones, a new index gets its rows"
     files = {} if self.rows is None else self._known_files()
-    new = [item for item in items if files.get(item.key[:2], (None, None))[1] != item.key[2:]]
+    new = self._to_read(items, files, reading, table)
     if table:
-        self._check_tasks(items, table, files)
         unmatched = unmatched_rows(table, [*(item.path for item in items), *bad])
         bad |= dict.fromkeys(map(printable, unmatched), "in the table, but it matches no file")
+    kept = {printable(item.file) for item in new if item.key[:2] in files}
     count = 0
     for done in embed_all(self.fitted, new, reading, table, settings.workers, settings.executor):
-        bad |= done.bad
+        bad |= {file: why + "; its row is kept"*(file in kept) for file, why in done.bad.items()}
         count += len(done.rows) + len(done.bad)
         if settings.progress: settings.progress(count, len(new))
         if not done.rows: continue
@@ -542,21 +549,21 @@ def _grow(self: ModelIndex, items, bad, reading, table, settings, path=None):
     if self.rows is None:
         raise ValueError(f"no model can be read: {rejection_summary(bad) or 'there are no model files'}")
     if isinstance(self.rows, Store): write_json(self.rows.path/REJECTED_FILE, bad)
-    if self.fitted.method == BY_CLASSES: self.rows.note(scale=asdict(own_scale(self.gallery) or bundled_scale()))
+    if self.fitted.method == BY_CLASSES: self.rows.note(scale=asdict(own_scale(self.gallery, bundled_scale())))
     elif self.calibration is None and self.calibrate(): self.rows.note(calibration=asdict(self.calibration))
 
 @patch
-def _check_tasks(self: ModelIndex, items, table, files):
-    "Warn of models that are in the index with another task than in a table"
-    differ = []
+def _to_read(self: ModelIndex, items, files, reading, table):
+    "List the models that are not in the index, have changed, or about which something else is given now"
+    new = []
     for item in items:
         place, state = files.get(item.key[:2], (None, None))
-        task = table_row(table, item.path).get("task")
-        if task is None or state != item.key[2:]: continue
-        if self.rows.facts([place])[0].get("task") != task: differ.append(item.file)
-    if not differ: return
-    why = f"{pluralise(len(differ), 'model')} in the index, such as {printable(differ[0])}, had another task"
-    warnings.warn(f"{why} than in the table, and keep it: remove and add them again", stacklevel=4)
+        given = given_about(item, table, reading)
+        if state != item.key[2:]: new.append(item)
+        elif given:
+            known = kept_about(self.rows.facts([place])[0])
+            if known | given != known: new.append(replace(item, given=known))
+    return new
 
 @patch
 def _start(self: ModelIndex, width, path):

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..core.files import load_tensors, printable
 from lps.methods.classes import (
-    Calibration, class_descriptors, class_logits, class_names, fit_calibration, nearest_mean, number_interval,
+    Calibration, class_descriptors, class_names, fit_calibration, nearest_mean, number_interval,
 )
 from ..methods.synthetic import MIXTURES, synthetic_images
 from ..models.model import Model
 from ..models.modelset import bundled
+from ..zoo.recipe import best_precision
 
 # %% ../../nbs/index/07_related.ipynb #359fdb6b
 EVERY = 3       # every third of the images
@@ -40,13 +41,50 @@ def at_reduced_size(
     model: Model,
     most: int = MOST_SIDE,  # side of the images, in pixels
 ) -> Model:                 # the same model if it is not reduced
-    "Return a model that is run on smaller images, if its network accepts them"
+    "Return a model that is run on smaller images, if its network accepts them; of the likeliest size if none is named"
     known = model.architecture
-    if known is None or known.size is None or min(known.size[1:]) <= most: return model
-    smaller = Model(model.state, model.meta, replace(known, size=(known.size[0], most, most)))
-    try: smaller.outputs(bank(model.channels)[:2])
-    except (ValueError, RuntimeError, AssertionError): return model
-    return smaller
+    if known is None or known.size is None: return model
+    if model.meta.get("size_is_usual"): return at_likely_size(model)
+    if min(known.size[1:]) <= most: return model
+    smaller, outputs = _resized(model, most, bank(model.channels)[:2])
+    return model if outputs is None else smaller
+
+def _resized(model, side, images):
+    "Return a model that is run on images of another size, and its outputs; None if its network does not accept them"
+    known = model.architecture
+    meta = {key: value for key, value in model.meta.items() if key != "size_is_usual"}
+    other = Model(model.state, meta, replace(known, size=(known.size[0], side, side)))
+    try: return other, logits_on(other, images)
+    except (ValueError, RuntimeError, AssertionError): return other, None
+
+SIDES = 32, MOST_SIDE  # pixels
+
+def at_likely_size(
+    model: Model,
+) -> Model:
+    "Return a model that is run on images of the size at which its outputs tell most about them"
+    images = bank(model.channels)[::8]
+    trials = [_resized(model, side, images) for side in SIDES]
+    trials = [(information(outputs), other) for other, outputs in trials if outputs is not None]
+    return max(trials, key=lambda trial: trial[0])[1] if trials else model
+
+def information(
+    logits: Tensor, # `(n, K)`
+) -> float:         # in nats
+    "Estimate the mutual information of images and predicted classes"
+    p = logits.double().softmax(1)
+    return float(torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean())
+
+def logits_on(
+    model: Model,
+    images: Tensor,
+) -> Tensor:  # float32 `(n, K)`
+    "Compute logits, in bfloat16 if the processor has it. Raises `ValueError` as `Model.outputs` does"
+    precision = best_precision()
+    try: return model.outputs(images, precision=precision)
+    except (ValueError, RuntimeError):
+        if precision == "float32": raise
+    return model.outputs(images)
 
 # %% ../../nbs/index/07_related.ipynb #01eac4d7
 LEAST_VARIATION = .01  # share of the variance of centred logits that is due to images
@@ -131,8 +169,7 @@ def describe(
     names=None,  # of its classes; None: those of its metadata
 ) -> Described:
     "Run a network and describe its classes. Raises `ValueError` for one that cannot be run or has no finite outputs"
-    smaller = at_reduced_size(model)
-    logits = class_logits(smaller, bank(model.channels))
+    logits = logits_on(at_reduced_size(model), bank(model.channels))
     rows = described(logits)
     known = Model({}, dict(classes=names)) if names else model
     return Described(rows, class_names(known, len(rows)), why_untrained(model.state, logits))
@@ -202,6 +239,7 @@ FEW = .01  # expected number of shared classes that counts as none
 def calibrate_pairs(
     networks: list, # descriptors, `(K, n)` each
     names: list,    # of their classes
+    scale: float | None = None, # of scores; None: it is fitted too
 ) -> Scale:
     "Fit probabilities on all pairs of networks, of which some share classes and some do not"
     from sklearn.linear_model import LogisticRegression
@@ -213,7 +251,7 @@ def calibrate_pairs(
             a, b = sorted((i, j), key=lambda number: len(names[number]))
             scores.append(pair_scores(networks[a], networks[b], hubs[a], hubs[b]))
             truth.append(places_of(names[a], names[b]))
-    of_classes = fit_calibration(scores, truth)
+    of_classes = fit_calibration(scores, truth, scale)
     shared = [max(expected_shared(part, of_classes).sum(), FEW) for part in scores]
     common = np.array([bool((part >= 0).any()) for part in truth])
     curve = LogisticRegression(C=1e6).fit(np.log(shared)[:, None], common)
@@ -294,7 +332,8 @@ MOST_PAIRED = 40
 
 def own_scale(
     gallery: Gallery,
-) -> Scale | None: # None: too few models name their classes, or all pairs share some, or none does
+    usual: Scale,   # its scale of scores is kept, because it decides the order of models
+) -> Scale:         # the usual one if too few models name their classes, or all pairs share some, or none does
     "Calibrate on the models of an index that name their classes"
     networks = []
     names = []
@@ -304,11 +343,11 @@ def own_scale(
         networks.append(rows)
         names.append(own)
     kept = np.random.default_rng(0).permutation(len(networks))[:MOST_PAIRED]
-    if len(kept) < FEWEST: return None
+    if len(kept) < FEWEST: return usual
     names = [names[i] for i in kept]
     common = [bool(set(a) & set(b)) for a, b in itertools.combinations(names, 2)]
-    if min(sum(common), len(common) - sum(common)) < FEWEST: return None
-    return calibrate_pairs([networks[i] for i in kept], names)
+    if min(sum(common), len(common) - sum(common)) < FEWEST: return usual
+    return calibrate_pairs([networks[i] for i in kept], names, usual.scale)
 
 # %% ../../nbs/index/07_related.ipynb #e8ef4acd
 def name_by_gallery(

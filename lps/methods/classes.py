@@ -256,6 +256,7 @@ class Calibration:
 def fit_calibration(
     scores: list,  # of pairs of networks, `(A, B)` each
     truth: list,   # for each pair the column of each row's class, `(A,)`; -1: none of these
+    scale: float | None = None,  # None: it is fitted too
 ) -> Calibration:
     "Fit scale and offset by maximum likelihood"
     from scipy.optimize import minimize
@@ -266,7 +267,8 @@ def fit_calibration(
         total = 0.
         for s, t in together: total -= Calibration(*x)(s).gather(1, t[:, None]).log().clamp(-50).sum()
         return float(total)
-    return Calibration(*map(float, minimize(loss, (10., -5.), method="Nelder-Mead").x))
+    if scale is None: return Calibration(*map(float, minimize(loss, (10., -5.), method="Nelder-Mead").x))
+    return Calibration(scale, float(minimize(lambda x: loss((scale, x[0])), (1.,), method="Nelder-Mead").x[0]))
 
 @lru_cache(1)
 def calibrations():
@@ -437,6 +439,9 @@ def pair_cosines(
     return cosines.fill_diagonal_(-torch.inf)
 
 # %% ../../nbs/methods/11_classes.ipynb #a5ea3d9e
+@lru_cache(2)
+def observed_images(n, seed, channels): return synthetic_images(n, seed, channels=channels)
+
 def whitened_outputs(
     weights: dict,         # tensors of M whole networks by full name, `(M, …)` each
     architectures: list,   # `Architecture` of each model
@@ -447,7 +452,7 @@ def whitened_outputs(
     outputs = []
     for i, architecture in enumerate(architectures):
         model = Model({name: v[i] for name, v in weights.items()}, {}, architecture)
-        images = synthetic_images(n_images, probe_seed, channels=model.channels)
+        images = observed_images(n_images, probe_seed, model.channels)
         outputs.append(class_descriptors(model.outputs(images)).T)  # float32: exact invariances
     return dict(outputs=torch.stack(outputs))
 

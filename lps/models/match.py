@@ -176,7 +176,7 @@ def module_size(
     named = input_size(configs)
     published_size = input_size(published(part.title))
     if named is None and published_size and _failure(part.net, (channels, *published_size[:2])) is None:
-        named = published_size
+        return (channels, *published_size[:2]), published_size[2]
     if named:
         size = channels, *named[:2]
         why = _failure(part.net, size)

@@ -309,7 +309,9 @@ def read_parts(
     hints = {key: value for key, value in own_meta(found.configs).items() if key == "shortcut"}
     architecture = architecture_of(part, size) if named else recognise(shapes_of(part.state), **hints)
     stats = normalisation(configs, channels)
-    model = _model(part, _metadata(found, architecture, size, stats, named), architecture, named)
+    meta = _metadata(found, architecture, size, stats, named)
+    if size and input_size(configs) is None: meta["size_is_usual"] = True  # of such networks; none is recorded
+    model = _model(part, meta, architecture, named)
     model.unchecked = large
     return Read(model, found, part, architecture, integers, words, stats, notes, candidates)
 

@@ -140,11 +140,11 @@ def table_row(
     return table[max(plain or found, key=len)] if found else {}
 
 def reading_with(
-    row: dict,         # of a table
+    row: dict,         # of a table; or with names and which, as an index keeps what was given about a model
     reading,           # a `Reading`: what the user adds about all files
 ):                     # a `Reading`
     "Add what a row of a table records about a file"
-    known = {key: row[key] for key in ("arch", "size") if key in row}
+    known = {key: row[key] for key in ("arch", "size", "names", "which") if key in row}
     if "mean" in row: known["stats"] = row["mean"], row["std"]
     return replace(reading, **known) if known else reading
 
