@@ -42,7 +42,7 @@ from lps.methods.registry import (
     LEADERS, as_fitted, embed_models, fit_method, fit_observed, get_method, leading_method, load_fitted, method_title,
     own_settings, restore_fitted, save_fitted, why_not,
 )
-from ..models.table import read_table, unmatched_rows
+from ..models.table import read_table, reading_with, unmatched_rows
 from ..models.model import Model
 from ..models.modelset import ModelSet, bundled, load_modelset, rejected_table, rejection_summary
 from ..models.read import Reading, is_elsewhere
@@ -147,6 +147,21 @@ def digests(self: ModelIndex) -> list: # 32 hexadecimal digits each
     return self._once("digests", lambda: self.rows.digests(self.rows.places))
 
 # %% ../../nbs/index/03_index.ipynb #036699fd
+@patch
+def reading_of(self: ModelIndex,
+    source,                       # a model, a module, or a file
+    reading: Reading|None = None, # what the user adds about it
+) -> Reading:
+    "Add what was given about a file when it was added to the index"
+    reading = reading or Reading()
+    if not isinstance(source, (str, Path)) or is_elsewhere(source, reading.hub): return reading
+    path = str(Path(source).absolute())
+    place, _ = self._known_files().get((path, None), (None, None))
+    if place is None: return reading
+    known = kept_about(self.rows.facts([place])[0])
+    return reading_with(known | given_about(Item(path, path), None, reading), reading)
+
+# %% ../../nbs/index/03_index.ipynb #78566543
 @dataclass
 class _Queries:
     "Models to look up"
@@ -171,7 +186,7 @@ def _embed(self: ModelIndex, query, reading):
         kind = type(query).__name__
         raise TypeError(f"a query cannot be a {kind}: give a ModelSet, one model of it, a module, or a file")
     try:
-        model = read_item(query, reading, self.fitted)
+        model = read_item(query, self.reading_of(query, reading), self.fitted)
         embedding = embed_models(self.fitted, as_embedded(model, self.fitted), [name])
     except ValueError as e:
         why = str(e).removeprefix(f"{name}: ")
