@@ -287,6 +287,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'lps.index.index.ModelIndex.__init__': ('index/index.html#modelindex.__init__', 'lps/index/index.py'),
                                  'lps.index.index.ModelIndex.__len__': ('index/index.html#modelindex.__len__', 'lps/index/index.py'),
                                  'lps.index.index.ModelIndex.__repr__': ('index/index.html#modelindex.__repr__', 'lps/index/index.py'),
+                                 'lps.index.index.ModelIndex._calibrate_classes': ( 'index/index.html#modelindex._calibrate_classes',
+                                                                                    'lps/index/index.py'),
                                  'lps.index.index.ModelIndex._changing': ('index/index.html#modelindex._changing', 'lps/index/index.py'),
                                  'lps.index.index.ModelIndex._contents': ('index/index.html#modelindex._contents', 'lps/index/index.py'),
                                  'lps.index.index.ModelIndex._differs': ('index/index.html#modelindex._differs', 'lps/index/index.py'),

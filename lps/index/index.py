@@ -503,12 +503,14 @@ def _key_of(fact):
 
 @patch
 def _known_files(self: ModelIndex):
-    "Map path and inner name of each model to its row, size and time; only new rows are read"
+    "Map path and inner name of each model to its row, size and time; only new rows are read, some at a time"
     rows = self.rows
     found, n_rows, n_removed = self._files
-    for place, fact in enumerate(rows.facts(range(n_rows, len(rows.records))), n_rows):
-        key = _key_of(fact)
-        if key: found[key[:2]] = place, key[2:]
+    for first in range(n_rows, len(rows.records), READ_AT_ONCE):
+        places = range(first, min(first + READ_AT_ONCE, len(rows.records)))
+        for place, fact in zip(places, rows.facts(places)):
+            key = _key_of(fact)
+            if key: found[key[:2]] = place, key[2:]
     if len(rows.removed) > n_removed:
         removed = set(rows.removed.tolist())
         found = {key: value for key, value in found.items() if value[0] not in removed}
@@ -564,8 +566,17 @@ def _grow(self: ModelIndex, items, bad, reading, table, settings, path=None):
     if self.rows is None:
         raise ValueError(f"no model can be read: {rejection_summary(bad) or 'there are no model files'}")
     if isinstance(self.rows, Store): write_json(self.rows.path/REJECTED_FILE, bad)
-    if self.fitted.method == BY_CLASSES: self.rows.note(scale=asdict(own_scale(self.gallery, bundled_scale())))
+    if self.fitted.method == BY_CLASSES: self.rows.note(scale=asdict(self._calibrate_classes()))
     elif self.calibration is None and self.calibrate(): self.rows.note(calibration=asdict(self.calibration))
+
+READ_AT_ONCE = 200  # rows, because those with many classes are large
+
+@patch
+def _calibrate_classes(self: ModelIndex):
+    "Calibrate class descriptors on some models of the index that name their classes"
+    places = self.rows.places
+    if len(places) > READ_AT_ONCE: places = np.sort(np.random.default_rng(0).permutation(places)[:READ_AT_ONCE])
+    return own_scale(Gallery(self.rows.facts(places)), bundled_scale())
 
 @patch
 def _to_read(self: ModelIndex, items, files, reading, table):
