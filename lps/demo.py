@@ -172,7 +172,7 @@ def query_step() -> DemoStep:
         foreign[foreign.found].head(1),
     ])
     table = shown[["query", "nearest", "probability", "answer"]].round(2)
-    table.index = pd.RangeIndex(1, len(table) + 1, name="example")
+    table.index = pd.RangeIndex(1, len(table) + 1, name="#")
     first = known[known.right].iloc[0]
     finding = (
         f"The nearest network solves the same task for {100*known.right.mean():.0f} % of {len(known)} queries, such as"

@@ -4,6 +4,7 @@
 nbdev prepares the notebooks in _proc/: it runs imports and exported cells and adds signatures. smalldocs renders
 _proc/ by _quarto.yml. Formulas become MathML, so that a page loads nothing from elsewhere.
 """
+import ast
 import html
 import json
 import os
@@ -23,16 +24,47 @@ def plain_names(signature: str) -> str:
     )
 
 
+CHECKS = "test_eq test_close test_ne assert_close expect_fail expect_warning".split()
+
+
+def is_check(statement) -> bool:
+    "Return whether a statement, or every statement in a block, only checks"
+    if isinstance(statement, ast.Assert): return True
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+        return ast.unparse(statement.value.func).rpartition(".")[2] in CHECKS
+    if isinstance(statement, ast.With):
+        names = [ast.unparse(item.context_expr).partition("(")[0].rpartition(".")[2] for item in statement.items]
+        if set(names) & set(CHECKS): return True
+    block = getattr(statement, "body", []) if isinstance(statement, (ast.With, ast.For)) else []
+    return bool(block) and all(map(is_check, block))
+
+
+def parted(source: str) -> tuple[str, str]:
+    "Part the code of an example from its checks; code that only checks is the example"
+    try: statements = ast.parse(source).body
+    except SyntaxError: return source, ""
+    checks = [s for s in statements if is_check(s)]
+    taken = set()
+    for s in checks: taken |= set(range(s.lineno, s.end_lineno + 1))
+    shared = any(s.lineno in taken for s in statements if s not in checks)
+    if not checks or len(checks) == len(statements) or shared: return source, ""
+    lines = list(enumerate(source.splitlines(), 1))
+    rest = "\n".join(line for i, line in lines if i not in taken)
+    return re.sub(r"\n{3,}", "\n\n", rest).strip(), "\n".join(line for i, line in lines if i in taken)
+
+
 def with_source():
     """Return nbdev's processors, which keep the source of exported cells in a fold under the signature
 
-    The fold is open for short public cells without a signature.
+    The fold is open for short public cells without a signature. Helpers are one fold without a signature. The checks
+    of all examples are one fold at the end.
     """
-    import ast
     from nbdev.process import Processor
-    from nbdev.processors import FilterDefaults, _def_names
+    from nbdev.processors import FilterDefaults, _def_names, mk_cell
 
     class KeepSource(Processor):
+        def begin(self): self.nb.helpers_ = set()
+
         def cell(self, cell):
             if (
                 cell.cell_type != "code"
@@ -42,16 +74,45 @@ def with_source():
                 return
             if all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in cell.parsed_() or []): return
             cell.private = "exporti" in cell.directives_
+            if cell.private: self.nb.helpers_ |= set(_def_names(cell, ()))
             for name in ("export", "exporti"): cell.directives_.pop(name, None)
             cell.directives_["exports"] = ""
+
+    class FoldHelpers(Processor):
+        "Put an anchor, to which pages link, in the place of a helper's signature"
+        def cell(self, cell):
+            name = re.match(r"show_doc\((\w+)\)", cell.source) if getattr(cell, "has_sd", False) else None
+            if not name or name[1] not in self.nb.helpers_: return
+            cell.cell_type = "markdown"
+            cell.source = f'<span id="{name[1]}"></span>'
+            for key in ("outputs", "execution_count"): cell.pop(key, None)
+
+    class ChecksLast(Processor):
+        "Move the checks of examples into a fold at the end"
+        def begin(self): self.checks = []
+
+        def cell(self, cell):
+            if cell.cell_type != "code" or {"exports", "export", "exporti", "hide"} & cell.directives_.keys(): return
+            cell.source, checks = parted(cell.source)
+            if checks: self.checks.append(checks)
+
+        def end(self):
+            if not self.checks: return
+            fold = '#| code-fold: true\n#| code-summary: "Checks of the examples"\n'
+            last = mk_cell(fold + "\n".join(self.checks))
+            last.directives_ = {}
+            self.nb.cells.append(last)
 
     def finish(cell):
         "Close folds that are long or have a signature, and simplify the signature's names"
         private = getattr(cell, "private", False)
         closed = cell.cell_type == "code" and (private or _def_names(cell, ()) or cell.source.count("\n") > LONG)
+        names = ", ".join(_def_names(cell, ())) if cell.cell_type == "code" and private else ""
+        fold = "true" if closed else "show"
+        summary = f"Helpers: {names}" if names else "Helpers" if private else "Source"
         cell.source = re.sub(
             r"^#\| code-fold: show\n#\| code-summary: .*",
-            f'#| code-fold: {"true" if closed else "show"}\n#| code-summary: "Source"',
+            f'#| code-fold: {fold}\n#| code-summary: "{summary}"',
             cell.source,
         )
         for out in cell.get("outputs", []):
@@ -59,7 +120,10 @@ def with_source():
             if "text/markdown" in data: data["text/markdown"] = plain_names(as_text(data["text/markdown"]))
 
     class WithSource(FilterDefaults):
-        def base_procs(self): return [KeepSource, *super().base_procs(), finish]
+        def base_procs(self):
+            procs = super().base_procs()
+            after = [proc.__name__ for proc in procs].index("add_show_docs") + 1
+            return [KeepSource, *procs[:after], FoldHelpers, *procs[after:], ChecksLast, finish]
 
     return WithSource
 

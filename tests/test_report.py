@@ -180,7 +180,8 @@ def test_table_cells(tmp_path):
     assert cells == ["a", "0.500", "1", "x", "80.7", "0.0001", "b", "", "2", "", "5.0", "0.001"]
     assert re.findall("<th>(.*?)</th>", page) == ["", "f", "i", "s", "p", "lr"]
     assert re.search('<table[^>]*class="([^"]*)"', page)[1].split() == ["dataframe", "n2", "n3", "n5", "n6"]
-    for i in range(1, 7): assert f".n{i} :is(th, td):nth-child({i}) {{ text-align: right; }}" in page
+    look = "{ text-align: right; white-space: nowrap; }"
+    for i in range(1, 7): assert f".n{i} :is(th, td):nth-child({i}) {look}" in page
 
 
 def test_long_cells_and_equal_columns_are_kept(tmp_path):

@@ -118,7 +118,8 @@ def html_report(
         things += [item[0] if isinstance(item, tuple) else item for item in items]
     all_blocks = sum([parts for _, parts in blocks], [])
     widest = max([block.get("columns", 0) for block in all_blocks], default=0)
-    aligned = [f".n{i} :is(th, td):nth-child({i}) {{ text-align: right; }}" for i in range(1, widest + 1)]
+    look = "{ text-align: right; white-space: nowrap; }"
+    aligned = [f".n{i} :is(th, td):nth-child({i}) {look}" for i in range(1, widest + 1)]
     css, template = [bundled(f"report.{suffix}").read_text("utf-8") for suffix in ("css", "html")]
     css += "\n".join(aligned)
     template = jinja2.Environment(autoescape=True).from_string(template)
