@@ -804,8 +804,12 @@ def query(
     for model in models: check_one_model(model)
     from lps.models.read import is_elsewhere
     read = reading.settings()
-    here = {model: None if is_elsewhere(model, read.hub) else lps.read_model(model, read) for model in models}
-    opened = index_by(index, method) if method else open_index(index)
+    opened = None if method else open_index(index)
+    here = {}
+    for model in models:
+        own = read if opened is None else opened.reading_of(model, read)
+        here[model] = None if is_elsewhere(model, read.hub) else lps.read_model(model, own)
+    if opened is None: opened = index_by(index, method)  # after the models, because it may take long
     how = dict(k=k, expected=expected, approximate=approximate)
     found = {source: ask_index(opened, model, source, read, **how) for source, model in counted(here.items(), "models")}
     if as_json:

@@ -42,7 +42,7 @@ from lps.methods.registry import (
     LEADERS, as_fitted, embed_models, fit_method, fit_observed, get_method, leading_method, load_fitted, method_title,
     own_settings, restore_fitted, save_fitted, why_not,
 )
-from ..models.table import read_table, unmatched_rows
+from ..models.table import read_table, reading_with, unmatched_rows
 from ..models.model import Model
 from ..models.modelset import ModelSet, bundled, load_modelset, rejected_table, rejection_summary
 from ..models.read import Reading, is_elsewhere
@@ -147,6 +147,21 @@ def digests(self: ModelIndex) -> list: # 32 hexadecimal digits each
     return self._once("digests", lambda: self.rows.digests(self.rows.places))
 
 # %% ../../nbs/index/03_index.ipynb #036699fd
+@patch
+def reading_of(self: ModelIndex,
+    source,                       # a model, a module, or a file
+    reading: Reading|None = None, # what the user adds about it
+) -> Reading:
+    "Add what was given about a file when it was added to the index"
+    reading = reading or Reading()
+    if not isinstance(source, (str, Path)) or is_elsewhere(source, reading.hub): return reading
+    path = str(Path(source).absolute())
+    place, _ = self._known_files().get((path, None), (None, None))
+    if place is None: return reading
+    known = kept_about(self.rows.facts([place])[0])
+    return reading_with(known | given_about(Item(path, path), None, reading), reading)
+
+# %% ../../nbs/index/03_index.ipynb #78566543
 @dataclass
 class _Queries:
     "Models to look up"
@@ -171,7 +186,7 @@ def _embed(self: ModelIndex, query, reading):
         kind = type(query).__name__
         raise TypeError(f"a query cannot be a {kind}: give a ModelSet, one model of it, a module, or a file")
     try:
-        model = read_item(query, reading, self.fitted)
+        model = read_item(query, self.reading_of(query, reading), self.fitted)
         embedding = embed_models(self.fitted, as_embedded(model, self.fitted), [name])
     except ValueError as e:
         why = str(e).removeprefix(f"{name}: ")
@@ -488,12 +503,14 @@ def _key_of(fact):
 
 @patch
 def _known_files(self: ModelIndex):
-    "Map path and inner name of each model to its row, size and time; only new rows are read"
+    "Map path and inner name of each model to its row, size and time; only new rows are read, some at a time"
     rows = self.rows
     found, n_rows, n_removed = self._files
-    for place, fact in enumerate(rows.facts(range(n_rows, len(rows.records))), n_rows):
-        key = _key_of(fact)
-        if key: found[key[:2]] = place, key[2:]
+    for first in range(n_rows, len(rows.records), READ_AT_ONCE):
+        places = range(first, min(first + READ_AT_ONCE, len(rows.records)))
+        for place, fact in zip(places, rows.facts(places)):
+            key = _key_of(fact)
+            if key: found[key[:2]] = place, key[2:]
     if len(rows.removed) > n_removed:
         removed = set(rows.removed.tolist())
         found = {key: value for key, value in found.items() if value[0] not in removed}
@@ -549,8 +566,17 @@ def _grow(self: ModelIndex, items, bad, reading, table, settings, path=None):
     if self.rows is None:
         raise ValueError(f"no model can be read: {rejection_summary(bad) or 'there are no model files'}")
     if isinstance(self.rows, Store): write_json(self.rows.path/REJECTED_FILE, bad)
-    if self.fitted.method == BY_CLASSES: self.rows.note(scale=asdict(own_scale(self.gallery, bundled_scale())))
+    if self.fitted.method == BY_CLASSES: self.rows.note(scale=asdict(self._calibrate_classes()))
     elif self.calibration is None and self.calibrate(): self.rows.note(calibration=asdict(self.calibration))
+
+READ_AT_ONCE = 200  # rows, because those with many classes are large
+
+@patch
+def _calibrate_classes(self: ModelIndex):
+    "Calibrate class descriptors on some models of the index that name their classes"
+    places = self.rows.places
+    if len(places) > READ_AT_ONCE: places = np.sort(np.random.default_rng(0).permutation(places)[:READ_AT_ONCE])
+    return own_scale(Gallery(self.rows.facts(places)), bundled_scale())
 
 @patch
 def _to_read(self: ModelIndex, items, files, reading, table):
