@@ -561,6 +561,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'lps.lineage.compare.Comparison': ('lineage/compare.html#comparison', 'lps/lineage/compare.py'),
                                      'lps.lineage.compare.Comparison.__repr__': ( 'lineage/compare.html#comparison.__repr__',
                                                                                   'lps/lineage/compare.py'),
+                                     'lps.lineage.compare.Comparison.p_text': ( 'lineage/compare.html#comparison.p_text',
+                                                                                'lps/lineage/compare.py'),
                                      'lps.lineage.compare.Comparison.similarity': ( 'lineage/compare.html#comparison.similarity',
                                                                                     'lps/lineage/compare.py'),
                                      'lps.lineage.compare.Comparison.to_dict': ( 'lineage/compare.html#comparison.to_dict',

@@ -673,9 +673,9 @@ def show_comparison(found, names: list[str]):
     arrow = {"a → b": "{0} → {1}", "b → a": "{1} → {0}"}.get(found.direction, "")
     lines = [f"Verdict: {found.verdict}" + (f" ({', '.join(found.how)})" if found.how else "")]
     if arrow: lines.append(f"Direction: {arrow.format(*names)} ({found.because})")
+    elif found.verdict == "derived": lines.append("Direction: not known; no counter or statistic tells which was first")
     if found.layers is not None:
-        p = f"1e{found.log10_p:.0f}" if found.log10_p < -3 else f"{10**found.log10_p:.3f}"
-        lines.append(f"p = {p}: probability that the layers of independent models match as well")
+        lines.append(f"p {found.p_text}: probability that the layers of independent models match as well")
     for line in lines: console.print(one_line(line), soft_wrap=True)
     if found.layers is None or not len(found.layers): return
     layers = found.layers.set_axis(range(1, len(found.layers) + 1)).rename_axis("#")

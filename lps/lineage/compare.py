@@ -875,11 +875,14 @@ def distance_trained(
         elif not has_norms: found[name] = float(v.norm())
     return found
 
+CHANCE = .05  # p-value of a sign test above which distances do not tell a direction
+
 def history(
     a: dict,  # tensors of one model by name
     b: dict,  # tensors of a model related to it
 ) -> tuple:   # 1 from a to b, -1 from b to a, 0 unknown; what that is concluded from
     "Conclude from counters and statistics which of two models was trained longer"
+    from scipy.special import bdtr
     counts = [n_batches(state) for state in (a, b)]
     if all(counts) and counts[0] != counts[1]:
         return _sign(counts[1] - counts[0], 0), f"batches: {counts[0]} and {counts[1]}"
@@ -888,9 +891,10 @@ def history(
     two = distance_trained(b)
     both = [name for name in one if name in two and a[name].shape == b[name].shape and one[name] != two[name]]
     if not both: return 0, ""
-    share = sum(two[name] > one[name] for name in both)/len(both)
-    if share == .5: return 0, ""
-    return _sign(share - .5, 0), f"distance from initial values: {max(share, 1 - share):.0%} of {len(both)} tensors"
+    longer = sum(two[name] > one[name] for name in both)
+    if 2*bdtr(min(longer, len(both) - longer), len(both), .5) > CHANCE: return 0, ""
+    share = max(longer, len(both) - longer)/len(both)
+    return _sign(longer - len(both)/2, 0), f"distance from initial values: {share:.0%} of {len(both)} tensors"
 
 # %% ../../nbs/lineage/01_compare.ipynb #4a68c8a3
 RELATED = 1e-12  # p-value below which two models are related
@@ -908,7 +912,13 @@ class Comparison:
     def __repr__(self):
         text = self.verdict + (f" ({', '.join(self.how)})" if self.how else "")
         if self.direction: text += f", {self.direction}"
-        return f"{text}, p = 1e{self.log10_p:.0f}" if self.layers is not None else text
+        return f"{text}, p {self.p_text}" if self.layers is not None else text
+
+    @property
+    def p_text(self) -> str:
+        "The p-value as text, such as '= 1e-20'"
+        if self.log10_p < -300: return "< 1e-300"
+        return f"= 1e{self.log10_p:.0f}" if self.log10_p < -3 else f"= {10**self.log10_p:.3f}"
 
     @property
     def similarity(self) -> float:
