@@ -806,8 +806,12 @@ def query(
     for model in models: check_one_model(model)
     from lps.models.read import is_elsewhere
     read = reading.settings()
-    here = {model: None if is_elsewhere(model, read.hub) else lps.read_model(model, read) for model in models}
-    opened = index_by(index, method) if method else open_index(index)
+    opened = None if method else open_index(index)
+    here = {}
+    for model in models:
+        own = read if opened is None else opened.reading_of(model, read)
+        here[model] = None if is_elsewhere(model, read.hub) else lps.read_model(model, own)
+    if opened is None: opened = index_by(index, method)  # after the models, because it may take long
     how = dict(k=k, expected=expected, approximate=approximate)
     found = {source: ask_index(opened, model, source, read, **how) for source, model in counted(here.items(), "models")}
     if as_json:
@@ -827,13 +831,9 @@ IN_INDEX = "Choose names from the classes that the models of an index name"
 
 def classes_of(source: str, read):
     "Return class descriptors from a file or bundled ones, or a model"
-    from lps.methods.classes import BUNDLED, load_class_descriptors
-    if source in BUNDLED: return load_class_descriptors(source)
-    if Path(source).suffix == ".safetensors" and Path(source).is_file():
-        try: return load_class_descriptors(source)
-        except ValueError: pass  # a model
-    check_one_model(source)
-    return lps.read_model(source, read)
+    from lps.methods.classes import BUNDLED, descriptors_or_model
+    if source not in BUNDLED: check_one_model(source)
+    return descriptors_or_model(source, read)
 
 def relation_text(relation: dict) -> str:
     "Return how two networks are related, in a sentence"
@@ -861,6 +861,9 @@ def classes(
     probe_images: Annotated[
         Path | None, Option(parser=path_of, metavar="FOLDER", help=PHOTOGRAPHS, rich_help_panel=METHOD)
     ] = None,
+    multilabel: Annotated[
+        bool, Option("--multilabel", help="Classes of a network do not exclude each other", rich_help_panel=METHOD)
+    ] = False,
     reading: ReadingOptions = None,
     k: Annotated[int, Option("-k", min=1, help="Names for each class", rich_help_panel=OUTPUT)] = 1,
     save: Annotated[
@@ -877,7 +880,7 @@ def classes(
         found = open_index(index).name_classes(model, k, reading.settings())
         if as_json: return print_json(dict(classes=found.to_dict("records")))
         return show_table(found.set_index("class"), "Classes")
-    how = dict(n_images=images, folder=probe_images)
+    how = dict(n_images=images, folder=probe_images, multilabel=multilabel)
     pair = [classes_of(source, reading.settings()) for source in (model, other or known)]
     with busy(f"running {model}"): own, others = describe_pair(*pair, **how)
     if save:

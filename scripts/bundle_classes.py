@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 
 from lps.core.files import load_tensors, save_tensors
-from lps.methods.classes import ClassDescriptors, centred_logits, class_scores, fit_calibration, fit_class_vectors
+from lps.methods.classes import (
+    FOR_FEW, ClassDescriptors, centred_logits, class_scores, fit_calibration, fit_class_vectors,
+)
 from lps.methods.synthetic import synthetic_images
 from lps.study.classes import all_pairs, describe_networks, fit_pairs, naming_ranks, open_class_sets
 from lps.study.imagenet import SIZES, cached_logits, imagenet_model, wordnet_names
 
 DATA = Path(__file__).resolve().parent.parent/"lps/data"
-FEW = dict(n_images=768, seed=0, size=32, kinds="smooth")
+FEW = dict(n_images=768, seed=0, size=32, kinds=FOR_FEW)
 MANY = dict(n_images=768, seed=0, size=32, kinds="mixed")
 
 

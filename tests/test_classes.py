@@ -6,13 +6,15 @@ from fastcore.test import expect_fail
 from networks import CHANGES, some_net
 
 from lps.methods.classes import (
-    ClassDescriptors, Calibration, class_descriptors, class_scores, cohort_for, describe_classes, fit_class_vectors,
-    describe_pair, load_class_descriptors, match_classes, name_classes, name_pair, number_interval, prototypes,
-    relate_classes,
+    ClassDescriptors, Calibration, class_descriptors, class_scores, gallery_for, describe_classes, fit_class_vectors,
+    FLOOR, WEIGHT, Gallery, describe_pair, load_class_descriptors, match_classes, name_classes, name_pair,
+    number_interval, packed_classes, packed_networks, pair_scores, prototypes, relate_classes, with_agreement,
 )
+from lps.core.files import save_tensors
 from lps.methods.synthetic import KINDS, dead_leaves, kinds_of, synthetic_images
 from lps.models.model import Model
 from lps.nets.resnet import ResNet
+from lps.study.classes import Described, all_pairs
 
 FEW = dict(n_images=64, size=16)
 
@@ -141,7 +143,7 @@ def test_bundled_descriptors_name_themselves():
     some = ClassDescriptors(known.logits[:, 200:300], known.names[200:300], known.images)
     named = name_classes(some, known)
     assert (named.name == named["class"]).mean() > .9 and named.probability.between(0, 1).all()
-    assert cohort_for(known, some) is None
+    assert gallery_for(known, some) is None
 
 
 def test_a_network_of_the_set_shares_all_classes_with_itself():
@@ -163,9 +165,10 @@ def test_descriptors_decide_the_images_of_the_other_network():
     known = describe_classes(network(0), kinds="mixed", **FEW)
     own, other = describe_pair(network(1), known)
     assert other is known and own.images == known.images == dict(FEW, seed=0, kinds="mixed")
-    assert describe_classes(network(0), **FEW).images["kinds"] == "smooth"
+    assert describe_classes(network(0), **FEW).images["kinds"] == "smooth objects"
     assert describe_classes(network(0, n_classes=50), **FEW).images["kinds"] == "mixed"
-    with expect_fail(ValueError, regex="choose from mixed, smooth"): describe_classes(network(0), kinds="rough", **FEW)
+    with expect_fail(ValueError, regex="choose from mixed, smooth objects"):
+        describe_classes(network(0), kinds="rough", **FEW)
 
 
 def test_probabilities_are_appended_for_smooth_images():
@@ -228,3 +231,82 @@ def test_leaves_hide_each_other():
     images = dead_leaves(8, size=32, texture=.01)
     steps = (images[..., 1:] - images[..., :-1]).abs()
     assert steps.median() < .1 < 1 < steps.max()
+
+
+@pytest.mark.parametrize("form", ["module", "state dict", "file"])
+def test_models_in_any_form_are_matched(form, tmp_path):
+    model = network(0)
+    net = ResNet(8, 4, n_classes=6).eval()
+    net.load_state_dict(model.state)
+    save_tensors(tmp_path/"model.safetensors", model.state, model.meta)
+    forms = {"module": net, "state dict": model.state, "file": tmp_path/"model.safetensors"}
+    found = match_classes(forms[form], network(1), **FEW)
+    expected = match_classes(model, network(1), **FEW)
+    np.testing.assert_allclose(found.score, expected.score, atol=.02)
+    assert len(name_classes(forms[form], model, **FEW)) == 6
+
+
+@pytest.mark.parametrize("source", [3, None, [torch.zeros(2)]])
+def test_what_is_no_model_is_refused(source):
+    with expect_fail(TypeError, regex="give a file, a folder"): match_classes(network(0), source, **FEW)
+
+
+def test_several_labels_for_one_image_are_named():
+    named = name_classes(network(0, n_classes=4), "cifar100", multilabel=True)
+    assert len(named) == 4 and named.probability.between(0, 1).all()
+    rows = describe_classes(network(0), multilabel=True, **FEW).rows
+    assert rows.shape == (6, 128)
+    assert not torch.allclose(rows, describe_classes(network(0), **FEW).rows, atol=.05)
+
+
+def test_agreement_is_the_probability_of_the_same_known_class():
+    scores = torch.zeros(2, 2)
+    sure = torch.eye(3, dtype=torch.double)[:2]
+    found = with_agreement(scores, sure, sure)
+    expected = WEIGHT*torch.tensor([[1 + FLOOR, FLOOR], [FLOOR, 1 + FLOOR]]).log()
+    torch.testing.assert_close(found, expected)
+
+
+def gallery_networks():
+    "Made-up networks for the experiment: five tasks, the first one twice"
+    networks, vectors = made_up(noise=1.)
+    networks.append(described("0123", vectors, 1., seed=11))
+    kinds = ["a"]*5 + ["b"]
+    return [Described(kind, about, about.rows) for kind, about in zip(kinds, networks)]
+
+
+@pytest.mark.parametrize("pair", [(0, 1), (2, 5)])
+def test_pairs_are_scored_as_with_a_gallery_of_networks_of_other_tasks(pair):
+    networks = gallery_networks()
+    a, b = (networks[i] for i in pair)
+    rest = [other for other in networks if set(other.names) not in (set(a.names), set(b.names))]
+    names = sorted(set().union(*(other.names for other in rest)))
+    gallery = Gallery(torch.cat([other.rows for other in rest]), prototypes(rest, names), {})
+    found, = (p.scores for p in all_pairs(networks) if (p.i, p.j) == pair)
+    torch.testing.assert_close(found, pair_scores(a.about, b.about, gallery), atol=1e-4, rtol=1e-4)
+    assert len(rest) == 3  # not the second network of the first task
+
+
+def test_ways_to_score_pairs_differ():
+    networks = gallery_networks()
+    found = {way: all_pairs(networks, way=way)[0].scores for way in ("known", "unknown", "alone", "plain")}
+    assert len({tuple(scores.flatten().tolist()) for scores in found.values()}) == 4
+    a, b = networks[:2]
+    torch.testing.assert_close(found["plain"], a.rows @ b.rows.T)
+    with expect_fail(ValueError, regex="choose from known, unknown, alone, plain"): all_pairs(networks, way="guessed")
+
+
+def test_descriptors_of_images_that_are_no_longer_used_are_refused(tmp_path):
+    about = described("0123", made_up()[1])
+    ClassDescriptors(about.logits, about.names, dict(n_images=64, kinds="rough")).save(tmp_path/"old.safetensors")
+    with expect_fail(ValueError, regex="no longer used"): load_class_descriptors(tmp_path/"old.safetensors")
+
+
+@pytest.mark.parametrize("name", packed_classes())
+def test_packed_classes_name_their_own_networks(name):
+    networks = packed_networks(packed_classes()[name])
+    known = load_class_descriptors(name)
+    assert known.images == load_class_descriptors("cifar100").images
+    for network in networks[:5]:
+        best = name_pair(network, name).iloc[0]
+        assert [best["first"], best["second"]] == network.names

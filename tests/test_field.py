@@ -226,6 +226,8 @@ def test_what_is_given_later_about_a_file_is_used(folder, tmp_path):
     assert facts["renamed.pt"]["classes"] == facts["c.pt"]["classes"] == ["bus", "car", "van"]
     assert facts["renamed.pt"]["given"]["arch"] == "timm/test_vit" and len(again) == 6
     assert relatives(again, read_model(place, reading)).verdict.tolist()[:1] == ["same weights"]
+    assert again.answer(place, k=1).table.note.tolist() == ["copy"]  # read as it was for the index
+    assert main(["query", str(tmp_path/"market"), str(place)]) == 0
 
 
 def test_an_architecture_that_does_not_fit_leaves_the_row(folder, tmp_path):

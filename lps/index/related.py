@@ -26,7 +26,7 @@ from ..zoo.recipe import best_precision
 
 # %% ../../nbs/index/07_related.ipynb #359fdb6b
 EVERY = 3       # every third of the images
-BANK = dict(n_images=768, seed=0, size=32, kinds="smooth")
+BANK = dict(n_images=768, seed=0, size=32, kinds="smooth objects")
 MOST_SIDE = 64  # pixels
 
 @lru_cache(2)

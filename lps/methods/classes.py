@@ -22,7 +22,7 @@ from .probes import Probes, every_tensor, fit_probes, own_bank
 from .registry import INVARIANCES, Method, register_method
 from .synthetic import MIXTURES, kinds_of, standardise, synthetic_images
 from ..models.model import Model
-from ..models.modelset import bundled
+from ..models.modelset import bundled, repository_sets
 from ..zoo.recipe import best_precision
 
 # %% ../../nbs/methods/11_classes.ipynb #385d8371
@@ -51,11 +51,12 @@ def centred_logits(
     return z
 
 MANY = 50  # classes from which on a network is its partner's cohort
+FOR_FEW = "smooth objects"  # images for networks with fewer classes
 
-def soft(z):
+def soft(z, multilabel=False):
     "Convert centred logits to centred probabilities, at a temperature that makes their scale irrelevant"
-    p = (z/z.square().mean().sqrt()).softmax(1)
-    return p - p.mean(1, keepdim=True) - p.mean(0) + p.mean()
+    z = z/z.square().mean().sqrt()
+    return centred_logits(z.sigmoid() if multilabel else z.softmax(1), multilabel)
 
 def whiten(z, ridge):
     "Whiten centred logits `(n, K)` over images; columns become rows of length 1"
@@ -73,10 +74,10 @@ def class_descriptors(
     both: bool = False,          # append the probabilities? For small networks
 ) -> Tensor:                     # rows of length 1, `(K, n)` or `(K, 2n)`; two rows for a network with one logit
     "Compute a descriptor of each class: its logits, centred, whitened and of length 1"
-    if both:
-        z = centred_logits(logits)
-        return F.normalize(torch.cat([whiten(z, ridge), whiten(soft(z), ridge)], 1), dim=1).float()
     z = centred_logits(logits, multilabel)
+    if both:
+        parts = whiten(z, ridge), whiten(soft(z, multilabel), ridge)
+        return F.normalize(torch.cat(parts, 1), dim=1).float()
     few = kinds is None or kinds.unique(return_counts=True)[1].min() < PER_CLASS*z.shape[1]
     if few: return whiten(z, ridge).float()
     rows = z.new_zeros(z.shape[1], len(z))
@@ -107,7 +108,8 @@ class ClassDescriptors:
         "The class descriptors"
         if self.prototypes is not None: return F.normalize(self.prototypes.float(), dim=1)
         z = self.logits.float()
-        if self.images.get("kinds") == "smooth" and not self.multilabel: return class_descriptors(z, .2, both=True)
+        if self.images.get("kinds") == FOR_FEW:
+            return class_descriptors(z, .2, multilabel=self.multilabel, both=True)
         return class_descriptors(z, kinds=self.kinds, multilabel=self.multilabel)
 
     @property
@@ -125,26 +127,46 @@ class ClassDescriptors:
         save_tensors(path, tensors, meta | about)
 
 # %% ../../nbs/methods/11_classes.ipynb #642a2db5
+cached_images = lru_cache(2)(synthetic_images)  # many networks are run on the same
+
 def usual_kinds(model):
     "Choose the mixture of synthetic images by the number of classes of a model"
     n_classes = class_logits(model, synthetic_images(2, channels=model.channels, kinds=("1/f",))).shape[1]
-    return "mixed" if n_classes >= MANY else "smooth"
+    return "mixed" if n_classes >= MANY else FOR_FEW
+
+# %% ../../nbs/methods/11_classes.ipynb #942b2bbd
+def packed_networks(
+    path: str | Path,  # file of two-class networks that `scripts/pack_zoo.py` wrote
+) -> list:             # of `ClassDescriptors`
+    "Read the descriptors of two-class networks"
+    state, meta = load_tensors(path)
+    about = meta["described"]
+    found = []
+    for z, names in zip(state["first"], about["classes"]):
+        found.append(ClassDescriptors(torch.stack([z, -z], 1), names, about["images"]))
+    return found
+
+def packed_classes() -> dict:  # name, such as 'modelset500-cifar100/epoch80' → file
+    "List the model sets in a checkout of the repository whose classes are described"
+    found = {name: file.parent/"classes"/file.name for name, file in repository_sets().items()}
+    return {name: file for name, file in found.items() if file.exists()}
 
 # %% ../../nbs/methods/11_classes.ipynb #96fbe427
 def describe_classes(
-    model,                     # a `Model`
+    model,                     # a `Model`, or what `read_model` takes
     n_images: int = 768,       # synthetic images, a multiple of 16
     seed: int = 0,             # of synthetic images
     size: int = 32,            # side of synthetic images; the network's own size is interpolated
     folder: str | Path | None = None, # photographs to use instead
     multilabel: bool = False,  # independent logits?
-    kinds: str | None = None,  # mixture of synthetic images: mixed, or smooth; None: smooth for fewer than 50 classes
+    kinds: str | None = None,  # mixed, or smooth objects; None: smooth objects for fewer than 50 classes
 ) -> ClassDescriptors:
     "Run a network on probe images and describe its classes. Raises `ValueError` for outputs that are not finite"
+    model = descriptors_or_model(model)
     if folder is None:
         kinds = kinds or usual_kinds(model)
         if kinds not in MIXTURES: raise ValueError(f"kinds is {kinds!r}: choose from {', '.join(MIXTURES)}")
-        images = synthetic_images(n_images, seed, size, model.channels, MIXTURES[kinds])
+        images = cached_images(n_images, seed, size, model.channels, MIXTURES[kinds])
         used = dict(n_images=n_images, seed=seed, size=size, kinds=kinds)
     else:
         images = standardise(own_bank(folder).float())
@@ -155,13 +177,21 @@ def describe_classes(
     return ClassDescriptors(z.half(), class_names(model, z.shape[1]), used, multilabel)
 
 def load_class_descriptors(
-    path: str | Path,    # a file that `ClassDescriptors.save` wrote, or 'imagenet-1k' or 'cifar100', which are bundled
+    path: str | Path,    # a file that `save` wrote; imagenet-1k or cifar100, which are bundled; or a packed set
 ) -> ClassDescriptors:
     "Read class descriptors. Raises `ValueError` for another file"
+    packed = packed_classes()
+    if str(path) in packed:
+        networks = packed_networks(packed[str(path)])
+        classes = names_of(networks)
+        return from_vectors(solve_vectors(networks, classes, RIDGE), classes, networks)
     bundle = path in BUNDLED
     state, meta = load_tensors(bundled(f"classes-{path}.safetensors") if bundle else path)
     images = meta.get("images")
-    if isinstance(images, dict) and "folder" not in images: images = dict(kinds="mixed") | images
+    if isinstance(images, dict) and "folder" not in images:
+        images = dict(kinds="mixed") | images
+        if images["kinds"] not in MIXTURES:
+            raise ValueError(f"{printable(path)} is of images {printable(images['kinds'])}, which are no longer used")
     rows = prototypes(members_of(state, meta), meta["names"]) if "members" in meta else state.get("prototypes")
     try: return ClassDescriptors(state["logits"], meta["names"], images, meta["multilabel"], rows)
     except KeyError: raise ValueError(f"{printable(path)} holds no class descriptors: write it with save") from None
@@ -195,14 +225,28 @@ def check_same_images(a, b):
     if a.images == b.images: return
     raise ValueError(f"descriptors of images {a.images} and {b.images}: use the same images for both")
 
+def descriptors_or_model(
+    source,                         # `ClassDescriptors`, a file or a name of them, or what `read_model` takes
+    reading=None,                   # `Reading` of a model
+):  # `ClassDescriptors`, or a `Model`
+    "Open class descriptors or a model. Raises as `read_model` does"
+    import lps  # reading models is a long chain of imports, and descriptors need none of it
+    if isinstance(source, (ClassDescriptors, Model)): return source
+    if isinstance(source, (str, Path)):
+        if str(source) in BUNDLED or str(source) in packed_classes(): return load_class_descriptors(str(source))
+        if Path(source).suffix == ".safetensors" and Path(source).is_file():
+            try: return load_class_descriptors(source)
+            except ValueError: pass  # a model
+    return lps.read_model(source, reading or lps.Reading())
+
 def describe_pair(
-    a,         # a `Model`, `ClassDescriptors`, or what `load_class_descriptors` takes
+    a,         # as for `descriptors_or_model`
     b,         # the other
     **images,  # of `describe_classes`; None, or not given: those of the other one's descriptors, or the usual ones
 ) -> tuple:    # of `ClassDescriptors`
     "Describe the classes of two models by the same images. Raises `ValueError` for descriptors of different images"
     chosen = {name: value for name, value in images.items() if value is not None}
-    found = [load_class_descriptors(x) if isinstance(x, (str, Path)) else x for x in (a, b)]
+    found = [descriptors_or_model(x) for x in (a, b)]
     for i in sorted((0, 1), key=lambda i: not isinstance(found[i], ClassDescriptors)):  # stored ones decide the images
         if not isinstance(found[i], ClassDescriptors): found[i] = describe_classes(found[i], **chosen)
         chosen = found[i].images | chosen
@@ -229,17 +273,56 @@ def class_scores(
     of_b = nearest_mean(b, a if cohort is None else cohort, k)
     return 2*a @ b.T - of_a[:, None] - of_b
 
-@lru_cache(1)
-def bundled_cohort():
-    "Return the descriptors of the networks of the class-subset set, `(C, n)`, and the images they were computed from"
-    state, meta = load_tensors(bundled("classes-cifar100.safetensors"))
-    return torch.cat([network.rows for network in members_of(state, meta)]), meta["images"]
+# %% ../../nbs/methods/11_classes.ipynb #7cc087a1
+SHARPNESS = 12  # of the probabilities of known classes
+FLOOR = .03     # of the agreement
+WEIGHT = .2     # of its logarithm; all three were chosen on 38 networks, see the page of the experiment
 
-def cohort_for(a, b):
-    "Return the bundled cohort for two sets of descriptors; None for many classes or other images"
+@dataclass
+class Gallery:
+    "Networks with known classes"
+    rows: Tensor        # descriptors of all classes of all networks, `(M, n)`
+    prototypes: Tensor  # of each class, `(C, n)`
+    images: dict        # of all descriptors
+
+    def known(self,
+        rows: Tensor,  # descriptors `(K, n)`
+    ) -> Tensor:       # `(K, C)`
+        "Compute the probability of each known class, as if there were no other"
+        return (SHARPNESS*class_scores(rows, self.prototypes, self.rows).double()).softmax(1)
+
+def with_agreement(
+    scores: Tensor,   # from `class_scores`, `(A, B)`
+    known_a: Tensor,  # probabilities of known classes, `(A, C)`
+    known_b: Tensor,  # `(B, C)`
+) -> Tensor:          # `(A, B)`
+    "Add the logarithm of the probability that both are the same known class"
+    return scores + (WEIGHT*(known_a @ known_b.T + FLOOR).log()).to(scores.dtype)
+
+@lru_cache(1)
+def bundled_gallery():
+    "Return the class-subset set as a gallery"
+    state, meta = load_tensors(bundled("classes-cifar100.safetensors"))
+    networks = members_of(state, meta)
+    rows = torch.cat([network.rows for network in networks])
+    return Gallery(rows, prototypes(networks, meta["names"]), meta["images"])
+
+def gallery_for(a, b):
+    "Return the bundled gallery for two sets of descriptors; None for many classes or other images"
     if min(len(a), len(b)) >= MANY: return None
-    rows, images = bundled_cohort()
-    return rows if images == a.images == b.images else None
+    gallery = bundled_gallery()
+    return gallery if gallery.images == a.images == b.images else None
+
+def pair_scores(
+    a: ClassDescriptors,
+    b: ClassDescriptors,
+    gallery: Gallery | None,
+) -> Tensor:  # `(A, B)`
+    "Score all pairs of classes of two networks, with the agreement if both have few classes"
+    if gallery is None: return class_scores(a.rows, b.rows)
+    scores = class_scores(a.rows, b.rows, gallery.rows)
+    if max(len(a), len(b)) >= MANY: return scores
+    return with_agreement(scores, gallery.known(a.rows), gallery.known(b.rows))
 
 # %% ../../nbs/methods/11_classes.ipynb #ec5645bc
 @dataclass
@@ -276,25 +359,25 @@ def calibrations():
     _, meta = load_tensors(bundled("classes-cifar100.safetensors"))
     return {name: Calibration(*values) for name, values in meta["calibrations"].items()}
 
-def probabilities(scores, cohort):
-    "Compute probabilities, where they were measured: NaN for few classes without the bundled cohort"
+def probabilities(scores, gallery):
+    "Compute probabilities, where they were measured: NaN for few classes without the bundled gallery"
     sizes = ["many" if n >= MANY else "few" for n in sorted(scores.shape)]
-    if sizes[0] == "few" and cohort is None: return torch.full((scores.shape[0], scores.shape[1] + 1), torch.nan)
+    if sizes[0] == "few" and gallery is None: return torch.full((scores.shape[0], scores.shape[1] + 1), torch.nan)
     return calibrations()[" and ".join(sizes)](scores)
 
 # %% ../../nbs/methods/11_classes.ipynb #9656050c
 def match_classes(
-    a,              # a `Model`, `ClassDescriptors`, a file of them, or 'imagenet-1k' or 'cifar100', which are bundled
+    a,              # `Model`, module, file, `ClassDescriptors`, or 'imagenet-1k' or 'cifar100', which are bundled
     b,              # the other
     **images,       # of `describe_classes`: n_images, seed, size, folder, kinds
 ) -> pd.DataFrame:  # one row a pair: class of a, class of b, cosine, score, probability
     "Match the classes of two models one to one, best pairs first. Raises `ValueError` for different images"
     from scipy.optimize import linear_sum_assignment
     of_a, of_b = describe_pair(a, b, **images)
-    cohort = cohort_for(of_a, of_b)
-    scores = class_scores(of_a.rows, of_b.rows, cohort)
+    gallery = gallery_for(of_a, of_b)
+    scores = pair_scores(of_a, of_b, gallery)
     rows, columns = linear_sum_assignment(scores.numpy(), maximize=True)
-    likely = probabilities(scores, cohort)
+    likely = probabilities(scores, gallery)
     table = pd.DataFrame({
         "a": [of_a.names[i] for i in rows],
         "b": [of_b.names[j] for j in columns],
@@ -323,9 +406,9 @@ def relate_classes(
     "Estimate how many classes two networks share"
     of_a, of_b = describe_pair(a, b, **images)
     if len(of_b) < len(of_a): of_a, of_b = of_b, of_a
-    cohort = cohort_for(of_a, of_b)
-    scores = class_scores(of_a.rows, of_b.rows, cohort)
-    shared = 1 - probabilities(scores, cohort)[:, -1].numpy()
+    gallery = gallery_for(of_a, of_b)
+    scores = pair_scores(of_a, of_b, gallery)
+    shared = 1 - probabilities(scores, gallery)[:, -1].numpy()
     matched = match_classes(of_a, of_b)
     known = bool(np.isfinite(shared).all())
     low, high = number_interval(shared) if known else (np.nan, np.nan)
@@ -338,6 +421,8 @@ def relate_classes(
     )
 
 # %% ../../nbs/methods/11_classes.ipynb #6434bb7c
+RIDGE = .1  # of class vectors
+
 def names_of(networks):
     "Return the names of the classes of several networks, sorted"
     return sorted(set().union(*(network.names for network in networks)))
@@ -356,11 +441,17 @@ def solve_vectors(networks, classes, ridge):
     design = torch.cat(designs)
     seen = torch.cat([network.logits.double().T for network in networks])
     return torch.linalg.solve(design.T @ design + ridge*torch.eye(len(classes), dtype=torch.double), design.T @ seen)
+def from_vectors(vectors, classes, networks):
+    "Return class vectors `(C, n)` of networks as `ClassDescriptors`"
+    z = (vectors - vectors.mean(0)).T
+    z = z/z.square().mean().sqrt()
+    means = prototypes(networks, classes).half()
+    return ClassDescriptors(z.half(), classes, networks[0].images, prototypes=means)
 
 # %% ../../nbs/methods/11_classes.ipynb #abb14751
 def fit_class_vectors(
     networks: list,      # `ClassDescriptors` with names, of the same images
-    ridge: float = 0.1,  # relative to one network that shows a class
+    ridge: float = RIDGE,  # relative to one network that shows a class
 ) -> tuple:              # `ClassDescriptors` of all classes, and the reliability of each, `(C,)`
     "Fit a vector for each class from networks that show some of them. Raises `ValueError` for different images"
     for other in networks: check_same_images(networks[0], other)
@@ -376,10 +467,7 @@ def fit_class_vectors(
         cosines = F.cosine_similarity(predicted, network.logits.double().T)
         for name, cosine in zip(network.names, cosines.tolist()): agreement[name].append(cosine)
     reliability = [np.mean(agreement[name]) if agreement[name] else np.nan for name in classes]
-    z = (vectors - vectors.mean(0)).T
-    z = z/z.square().mean().sqrt()
-    means = prototypes(networks, classes).half()
-    return ClassDescriptors(z.half(), classes, networks[0].images, prototypes=means), np.array(reliability)
+    return from_vectors(vectors, classes, networks), np.array(reliability)
 
 # %% ../../nbs/methods/11_classes.ipynb #0d1818dc
 def name_classes(
@@ -392,10 +480,10 @@ def name_classes(
     own, others = describe_pair(model, known, **images)
     if others.names == list(range(len(others))):
         raise ValueError("known does not name its classes: set meta['classes'] of that model")
-    cohort = cohort_for(own, others)
-    scores = class_scores(own.rows, others.rows, cohort)
+    gallery = gallery_for(own, others)
+    scores = pair_scores(own, others, gallery)
     cosines = own.rows @ others.rows.T
-    likely = probabilities(scores, cohort)
+    likely = probabilities(scores, gallery)
     best = scores.topk(min(k, len(others)), 1).indices
     found = []
     for i, name in enumerate(own.names):
@@ -424,7 +512,7 @@ def name_pair(
 def pair_cosines(
     z: Tensor,            # centred logits of two classes, `(n, 2)`
     known: Tensor,        # of C classes, `(n, C)`
-    ridge: float = 0.2,   # of the whitening by the known classes
+    ridge: float = 0.4,   # of the whitening by the known classes
 ) -> Tensor:              # `(C, C)`: first class, second class; -inf on the diagonal
     "Compute the cosine of a difference with the differences of all pairs of known classes, whitened by these"
     u, s, _ = torch.linalg.svd(known - known.mean(1, keepdim=True), full_matrices=False)

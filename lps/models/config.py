@@ -8,6 +8,8 @@ __all__ = []
 # %% ../../nbs/models/03_config.ipynb #902abb9e
 import math, re
 
+from ..core.optional import optional
+
 # %% ../../nbs/models/03_config.ipynb #da6c2098
 NESTED = (
     "pretrained_cfg", "hyper_parameters", "hparams", "config", "args", "cfg", "meta", "preprocess_cfg", "model_cfg",
@@ -108,6 +110,9 @@ def class_names(
         for key in ("id2label", "label_names", "class_names", "classes"):
             named = _names_in(values.get(key))
             if named: return named
+    for _, values in places(configs):
+        named = _imagenet_names(values)
+        if named: return named
 
 def _names_in(named):
     "Return the names in a list, or in a dict by number; None if they are no names"
@@ -118,6 +123,19 @@ def _names_in(named):
     if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named): return None
     numbered = [f"LABEL_{i}" for i in range(len(named))]  # what transformers writes if nothing is known
     return None if named == numbered else named
+
+IMAGENET_TAG = re.compile(r"(^|_)in(1|12|21|22)k(_\d+)?$")  # of timm's pretrained networks, such as a1_in1k
+
+def _imagenet_names(values):
+    "Return the names that timm has for the classes of its pretrained networks; None for another configuration"
+    n = values.get("num_classes")
+    if type(n) is not int or not IMAGENET_TAG.search(str(values.get("tag", ""))[:100]): return None
+    try: data = optional("timm.data")
+    except ImportError: return None
+    subset = data.infer_imagenet_subset(dict(num_classes=n))
+    if subset is None: return None
+    info = data.ImageNetInfo(subset)
+    return [info.index_to_description(i) for i in range(n)]
 
 # %% ../../nbs/models/03_config.ipynb #7a94deb5
 SHAPE_ARGUMENTS = (

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/study/23_classes.ipynb #4977f2a2
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import ClassVar
@@ -19,8 +20,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from lps.methods.classes import (
-    ClassDescriptors, centred_logits, class_descriptors, class_logits, class_scores, describe_classes,
-    fit_calibration, load_class_descriptors, names_of, number_interval, prototypes,
+    FOR_FEW, SHARPNESS, ClassDescriptors, centred_logits, class_descriptors, class_logits, class_scores,
+    describe_classes, fit_calibration, load_class_descriptors, names_of, number_interval, prototypes, with_agreement,
 )
 from ..methods.synthetic import KINDS, MIXTURES, synthetic_images
 from .architectures import ModelSets, load_sets
@@ -51,7 +52,7 @@ def describe_networks(
     n_images: int = 768,          # synthetic images, a multiple of 16
     seed: int = 0,                # of the images
     size: int = 32,               # side of the images
-    kinds: str = "smooth",        # mixture of images
+    kinds: str = FOR_FEW,         # mixture of images
 ) -> list:                        # of `Described`, in the order of the sets
     "Run all networks on synthetic images"
     found = []
@@ -112,30 +113,73 @@ def related(a, b):
     near = (of_a[:, None] == of_b) & (of_a != "")[:, None] & ~same
     return same, near
 
+@dataclass
+class Rest:
+    "The networks of other tasks as the gallery of a pair, as in `pair_scores`"
+    cosines: Tensor   # of all classes, `(M, M)`
+    kept: Tensor      # bool `(M,)`: classes of the gallery
+    members: Tensor   # the prototypes of the gallery as sums of descriptors, `(C, M)`
+
+    def hubs(self,
+        cosines: Tensor,  # with all classes, `(K, M)`
+    ) -> Tensor:          # `(K,)`
+        "Compute the mean cosine of each row to its nearest classes of the gallery"
+        k = min(5, max(1, int(self.kept.sum())//4))
+        return cosines[:, self.kept].topk(k, 1).values.mean(1)
+
+    def known(self,
+        cosines: Tensor,  # of a network's classes with all classes, `(K, M)`
+    ) -> Tensor:          # `(K, C)`
+        "Compute the probability of each known class"
+        of_prototypes = self.hubs(self.members @ self.cosines)
+        scores = 2*cosines @ self.members.T - self.hubs(cosines)[:, None] - of_prototypes
+        return (SHARPNESS*scores.double()).softmax(1)
+
+def rest_of(cosines, labels, out, unknown):
+    "Return the gallery without some classes of networks; if they are to be unknown, without their labels"
+    shown = ~out & ~torch.isin(labels, labels[out]) if unknown else ~out
+    members = (labels == labels[shown].unique()[:, None]) & shown
+    members = members.to(cosines.dtype)
+    lengths = (members @ cosines*members).sum(1).sqrt()
+    return Rest(cosines, ~out, members/lengths[:, None])
+
+WAYS = "known", "unknown", "alone", "plain"
+
 def all_pairs(
     networks: list,        # of `Described`
     shuffle: bool = False, # shuffle the images of the second network, as a control
-    plain: bool = False,   # cosines alone, without a cohort
+    way: str = "known",    # unknown: a gallery without the classes of both; alone: no gallery; plain: cosines
 ) -> list:                 # of `Pair`: within the first architecture, and of two architectures
     "Score the classes of pairs of networks"
+    if way not in WAYS: raise ValueError(f"way is {way!r}: choose from {', '.join(WAYS)}")
     first = networks[0].kind
     stacked = torch.cat([network.rows for network in networks])
     sizes = torch.tensor([len(network.names) for network in networks])
     owner = torch.arange(len(networks)).repeat_interleave(sizes)
+    every = names_of(networks)
+    shown = []
+    for network in networks: shown += network.names
+    labels = torch.tensor([every.index(name) for name in shown])
+    tasks = [frozenset(network.names) for network in networks]
     order = torch.randperm(stacked.shape[1], generator=torch.Generator().manual_seed(0))
     cosines = stacked @ stacked.T
-    with_second = stacked @ stacked[:, order].T if shuffle else cosines
+    of_second = stacked[:, order] @ stacked.T if shuffle else cosines
+    @lru_cache(64)
+    def rest(both):
+        out = torch.tensor([task in both for task in tasks])[owner]
+        return rest_of(cosines, labels, out, way == "unknown")
     pairs = []
     for i, j in combinations(range(len(networks)), 2):
         a, b = networks[i], networks[j]
         if a.kind == b.kind != first: continue
-        scores = with_second[owner == i][:, owner == j]
-        if not plain:  # as `class_scores`, from cosines that are computed once
-            cohort = (owner != i) & (owner != j)
-            k = min(5, max(1, int(cohort.sum())//4))
-            of_a = cosines[owner == i][:, cohort].topk(k, 1).values.mean(1)
-            of_b = with_second[cohort][:, owner == j].topk(k, 0).values.mean(0)
-            scores = 2*scores - of_a[:, None] - of_b
+        of_a = cosines[owner == i]
+        of_b = of_second[owner == j]
+        scores = of_b[:, owner == i].T
+        if way != "plain":
+            gallery = rest(frozenset([tasks[i], tasks[j]]))
+            if gallery.kept.any(): scores = 2*scores - gallery.hubs(of_a)[:, None] - gallery.hubs(of_b)
+            if way != "alone" and len(gallery.members):
+                scores = with_agreement(scores, gallery.known(of_a), gallery.known(of_b))
         pairs.append(Pair(i, j, a.kind == b.kind, scores, *related(a.names, b.names)))
     return pairs
 
@@ -257,10 +301,10 @@ def reliability(p, right):
 def naming_ranks(
     networks: list,  # of `Described`
 ) -> pd.DataFrame:   # one row a class: network, rank (NaN if no other shows it), among; `attrs`: half of the names
-    "Look up the classes of each network among the prototypes of the others"
+    "Look up the classes of each network among the prototypes of networks of other tasks"
     rows, scores, truth = [], [], []
     for i, network in enumerate(networks):
-        rest = [other for other in networks if other is not network]
+        rest = [other for other in networks if set(other.names) != set(network.names)]
         names = names_of(rest)
         cohort = torch.cat([other.rows for other in rest])
         found = class_scores(network.rows, prototypes(rest, names), cohort)
@@ -351,24 +395,26 @@ def both_figures(pairs, n_boot, seed, measure=pair_figures):
     parts = {"within": [p for p in pairs if p.within], "across": [p for p in pairs if not p.within]}
     return {name: measure(part, n_boot, seed) for name, part in parts.items() if part}
 
-def areas(pairs):
-    "Return the areas for shared classes, within and across"
-    found = {}
-    for name, within in (("within", True), ("across", False)):
-        part = [pair for pair in pairs if pair.within == within]
-        if part: found[name] = round(float(auc_measure(part, lambda pair: pair.same)(np.ones(len(part)))), 4)
-    return found
+def areas(pairs, n_boot, seed):
+    "Return the areas for shared classes, within and across, with their intervals"
+    def area(part, n_boot, seed): return with_interval(auc_measure(part, lambda pair: pair.same), part, n_boot, seed)
+    return both_figures(pairs, n_boot, seed, area)
 
 def described_by(networks, logits):
     "Describe networks by other logits, as small networks are described"
     return [network.changed(class_descriptors(z, .2, both=True)) for network, z in zip(networks, logits)]
 
-def variant_figures(networks):
+def variant_figures(networks, n_boot, seed):
     "Measure descriptors that lack one part of the method"
-    def area(rows): return areas(all_pairs([network.changed(row) for network, row in zip(networks, rows)]))
+    def of_way(way): return areas(all_pairs(networks, way=way), n_boot, seed)
+    def area(rows):
+        changed = [network.changed(row) for network, row in zip(networks, rows)]
+        return areas(all_pairs(changed), n_boot, seed)
     logits = [centred_logits(network.about.logits.float()) for network in networks]
     return {
-        "cosine, no cohort": areas(all_pairs(networks, plain=True)),
+        "classes that the gallery lacks": of_way("unknown"),
+        "no known classes": of_way("alone"),
+        "cosine, no gallery": of_way("plain"),
         "logits alone": area([class_descriptors(z, .2) for z in logits]),
         "hardly whitened": area([network.about.graded for network in networks]),
     }
@@ -383,9 +429,9 @@ def chosen_networks(networks, n_first, n_other):
         if seen[network.kind] <= most: found.append(i)
     return found
 
-def image_figures(networks, chosen, several, n_images, seed, size):
+def image_figures(networks, chosen, several, n_images, seed, size, n_boot):
     "Compare kinds of images on some networks, and numbers of images on all"
-    kinds = [*KINDS, *MIXTURES]
+    kinds = [*KINDS, "mixed"]
     n = n_images//8
     channels = next(iter(several.sets.values()))[0].channels
     parts = [synthetic_images(n, seed + 1, size, channels, MIXTURES.get(kind, (kind,))) for kind in kinds]
@@ -395,20 +441,21 @@ def image_figures(networks, chosen, several, n_images, seed, size):
     some = [networks[i] for i in chosen]
     found = {}
     for number, kind in enumerate(kinds):
-        found[kind] = areas(all_pairs(described_by(some, [z[n*number:n*(number + 1)] for z in outputs])))
+        described = described_by(some, [z[n*number:n*(number + 1)] for z in outputs])
+        found[kind] = areas(all_pairs(described), n_boot, seed)
     order = torch.randperm(n_images, generator=torch.Generator().manual_seed(seed))
     logits = [network.about.logits.float() for network in networks]
     curve = {}
     count = 32
     while count < n_images:
-        curve[str(count)] = areas(all_pairs(described_by(networks, [z[order[:count]] for z in logits])))
+        described = described_by(networks, [z[order[:count]] for z in logits])
+        curve[str(count)] = areas(all_pairs(described), n_boot, seed)
         count *= 2
-    curve[str(n_images)] = areas(all_pairs(networks))
+    curve[str(n_images)] = areas(all_pairs(networks), n_boot, seed)
     return dict(kinds=dict(n_images=n, networks=len(chosen), found=found), curve=curve)
 
-def held_out_figures(networks, pairs, n_first, n_other, n_boot, seed):
+def held_out_figures(networks, pairs, chosen, n_boot, seed):
     "Measure pairs of networks that no choice was made on"
-    chosen = chosen_networks(networks, n_first, n_other)
     kept = [pair for pair in pairs if pair.i not in chosen and pair.j not in chosen]
     found = both_figures(kept, n_boot, seed)
     for name, figures in found.items():
@@ -416,42 +463,54 @@ def held_out_figures(networks, pairs, n_first, n_other, n_boot, seed):
         figures["rho"] = number_figures(part, len(networks), n_boot, seed).get("rho")
     return found
 
+def mean_accuracy(several):
+    "Return the mean validation accuracy of each set"
+    return {name: round(float(models.manifest.val_accuracy.mean()), 4) for name, models in several.sets.items()}
+
 def classes_fields(
     several: ModelSets,
     n_images: int = 768,   # synthetic images, a multiple of 128
     n_boot: int = 200,     # bootstrap samples of the networks
     seed: int = 0,         # of images and bootstrap
     size: int = 32,        # side of the images
-    n_first: int = 11,     # networks of the reference set that choices were made on, the first ones
-    n_other: int = 2,      # of each other set
+    n_first: int = 20,     # networks of the reference set that choices were made on, the first ones
+    n_other: int = 3,      # of each other set
 ) -> dict:                 # fields of `ClassesRecord`
     "Match the classes of all pairs of networks"
     networks = describe_networks(several, n_images, seed, size)
+    chosen = chosen_networks(networks, n_first, n_other)
     kind, models = next(iter(several.sets.items()))
     mixed = describe_networks(ModelSets({kind: models}), n_images, seed, size, "mixed")
     pairs = all_pairs(networks)
     figures = both_figures(pairs, n_boot, seed)
-    graded = all_pairs([network.changed(network.about.graded) for network in networks])
+    graded = all_pairs([network.changed(network.about.graded) for network in networks], way="alone")
     for name, found in both_figures(graded, n_boot, seed, superclass_figures).items(): figures[name] |= found
     number = {}
+    alone = all_pairs(networks, way="alone")
     for name, within in (("within", True), ("across", False)):
         number[name] = number_figures([p for p in pairs if p.within == within], len(networks), n_boot, seed)
-    accuracy = {name: float(models.manifest.val_accuracy.mean()) for name, models in several.sets.items()}
+        part = [p for p in alone if p.within == within]
+        if number[name]: number[name]["alone"] = number_figures(part, len(networks), n_boot, seed)["rho"]
     return dict(
         networks={name: len(models) for name, models in several.sets.items()},
-        accuracy={name: round(value, 4) for name, value in accuracy.items()},
+        accuracy=mean_accuracy(several),
         within=figures["within"],
         across=figures["across"],
         control=both_figures(all_pairs(networks, shuffle=True), n_boot, seed),
-        variants=variant_figures(networks),
+        variants=variant_figures(networks, n_boot, seed),
         number=number,
         names=naming_figures(networks, n_boot, seed),
         domains=domain_figures(mixed),
-        held_out=held_out_figures(networks, pairs, n_first, n_other, n_boot, seed),
-        **image_figures(networks, chosen_networks(networks, n_first, n_other), several, n_images, seed, size),
+        held_out=held_out_figures(networks, pairs, chosen, n_boot, seed),
+        **image_figures(networks, chosen, several, n_images, seed, size, n_boot),
     )
 
 # %% ../../nbs/study/23_classes.ipynb #8d6fb918
+def middle_and_ends(found, name):
+    "Return areas, and the distances to both ends of their intervals, `(2, n)`"
+    values = np.array([v.get(name, [np.nan]*3) for v in found.values()])
+    return values[:, 0], np.abs(values[:, 1:] - values[:, :1]).T
+
 def plot_classes(
     record: ClassesRecord,
 ):  # figure
@@ -461,9 +520,11 @@ def plot_classes(
     found = record.kinds["found"]
     for row, (name, colour) in enumerate((("within", COLOURS[0]), ("across", COLOURS[1]))):
         places = np.arange(len(found)) + .4*row - .2
-        axes[0].barh(places, [v.get(name, np.nan) for v in found.values()], height=.38, color=colour, label=name)
-        values = [v.get(name, np.nan) for v in record.curve.values()]
-        axes[1].plot(list(map(int, record.curve)), values, "o-", ms=3, color=colour, label=name)
+        values, error = middle_and_ends(found, name)
+        style = dict(color=colour, label=name)
+        axes[0].barh(places, values, xerr=error, height=.38, error_kw=dict(lw=.8), **style)
+        values, error = middle_and_ends(record.curve, name)
+        axes[1].errorbar(list(map(int, record.curve)), values, error, fmt="o-", ms=3, lw=1, **style)
         by_true = record.number[name].get("by_true", {})
         axes[2].plot(list(map(int, by_true)), list(by_true.values()), "o", color=colour, label=name)
     axes[0].set_yticks(range(len(found)), list(found))
@@ -471,7 +532,7 @@ def plot_classes(
     axes[0].set_xlim(.8, 1)
     axes[0].set_xlabel(f"area, {record.kinds['n_images']} images")
     axes[1].set_xscale("log", base=2)
-    axes[1].set_xlabel("synthetic images")
+    axes[1].set_xlabel("smooth objects")
     axes[1].set_ylabel("area, shared classes")
     axes[2].axline((0, 0), slope=1, color=".6", lw=.8)
     axes[2].set_xlabel("shared classes")
@@ -495,9 +556,10 @@ def classes_table(
     shuffled = {name: interval_text(*found["shared"], digits=3) for name, found in record.control.items()}
     rows["shared class, images shuffled"] = shuffled
     for title, found in record.variants.items():
-        rows[f"shared class, {title}"] = {name: f"{value:.3f}" for name, value in found.items()}
+        rows[f"shared class, {title}"] = {name: interval_text(*v, digits=3) for name, v in found.items()}
     texts = {name: found for name, found in record.number.items() if found}
     rows["ρ, number of shared classes"] = {name: interval_text(*found["rho"]) for name, found in texts.items()}
+    rows["ρ, no known classes"] = {name: interval_text(*found["alone"]) for name, found in texts.items()}
     rows["true number in the interval, %"] = {name: f"{100*found['inside']:.0f}" for name, found in texts.items()}
     rows["pairs of networks"] = {name: str(getattr(record, name)["pairs"]) for name in ("within", "across")}
     return pd.DataFrame.from_dict(rows, orient="index").fillna("").rename_axis("area under the ROC curve, and more")

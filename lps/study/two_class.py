@@ -18,13 +18,11 @@ from scipy.optimize import minimize_scalar
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from lps.core.files import load_tensors
 from lps.methods.classes import (
-    ClassDescriptors, centred_logits, class_logits, describe_classes, fit_class_vectors, names_of, pair_cosines,
-    solve_vectors,
+    ClassDescriptors, check_same_images, describe_classes, fit_class_vectors, names_of, packed_classes,
+    packed_networks, pair_cosines, solve_vectors,
 )
-from lps.methods.probes import probe_bank
-from lps.models.modelset import ModelSet, load_modelset
+from lps.models.modelset import ModelSet
 from lps.study.architectures import ModelSets
 from lps.study.figures import COLOURS
 from lps.study.records import MEASURED_BY, Record
@@ -66,7 +64,7 @@ def decode(
     network,             # `ClassDescriptors` of two classes
     vectors: Tensor,     # class vectors `(n, C)`
     names: list,         # of the known classes
-    ridge: float = 0.2,  # of `pair_cosines`
+    ridge: float = 0.4,  # of `pair_cosines`
 ) -> Decoded:
     "Compare the difference of two logits with the differences of known classes"
     cosines = pair_cosines(network.logits.double(), vectors, ridge)
@@ -190,32 +188,15 @@ def decoding_figures(
     return found
 
 # %% ../../nbs/study/25_two_class.ipynb #5192e456
-def probe_descriptors(
-    several: ModelSets,
-) -> list:  # of `ClassDescriptors`
-    "Describe networks by the noise images that ModelSet500 was observed on"
-    bank = probe_bank(256, 0, 2)
-    found = []
-    for models in several.sets.values():
-        for i in range(len(models)):
-            z = centred_logits(class_logits(models[i], bank))
-            z = z/z.square().mean().sqrt()
-            found.append(ClassDescriptors(z.half(), models[i].meta["classes"], dict(n_images=256)))
-    return found
-
 def decode_packed(
-    known: ClassDescriptors,  # class vectors for the same images
-    packed: str,              # a packed set with classes in its manifest
-    observed: str | Path,     # file of its outputs on 256 probe images
+    known: ClassDescriptors,  # class vectors
+    name: str,                # a key of `packed_classes`
 ) -> list:                    # of `Decoded`
     "Decode the networks of a packed set whose classes are known"
-    manifest = load_modelset(packed).manifest
-    outputs = load_tensors(observed)[0]["outputs"].double()
     found = []
-    for z, *names in zip(outputs, manifest.class_0, manifest.class_1):
-        if not set(names) <= set(known.names): continue
-        z = z if z.shape[1] == 2 else torch.cat([z, -z], 1)  # observed: the difference of logit 0 and logit 1
-        network = ClassDescriptors(centred_logits(z), names, known.images)
+    for network in packed_networks(packed_classes()[name]):
+        if not set(network.names) <= set(known.names): continue
+        check_same_images(network, known)
         found.append(decode(network, known.logits.double(), known.names))
     return found
 
@@ -238,7 +219,7 @@ def two_class_fields(
     n_boot: int = 1000,       # bootstrap samples of the networks
     seed: int = 0,            # of images and bootstrap
     size: int = 32,           # side of the images
-    packed: dict | None = None, # packed set → file of its outputs
+    packed: tuple = (),       # keys of `packed_classes`
 ) -> dict:                    # fields of `TwoClassRecord`
     "Decode two-class networks by each other and by a gallery"
     networks = describe_pairs(models, n_images, seed, size)
@@ -267,9 +248,7 @@ def two_class_fields(
     )
     of_class = dict(zip(vectors.names, reliability))
     fields["gallery"]["reliability"] = {name: round(float(of_class[name]), 3) for name in among}
-    if packed: noise, _ = fit_class_vectors(probe_descriptors(gallery))
-    for name, file in (packed or {}).items():
-        fields["packed"][Path(name).stem] = measured(decode_packed(noise, name, file))
+    for name in packed: fields["packed"][Path(name).name] = measured(decode_packed(vectors, name))
     return fields
 
 # %% ../../nbs/study/25_two_class.ipynb #28b064a3
