@@ -343,6 +343,7 @@ def zoo_build(
         keep=tuple(map(int, keep.split(","))) if keep else (),
         until=until,
         packed=packed,
+        progress=log.isEnabledFor(logging.INFO),
     )
     log_modelset(models)
 
