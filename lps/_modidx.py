@@ -1387,6 +1387,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'lps.models.pickles._check_room': ('models/pickles.html#_check_room', 'lps/models/pickles.py'),
                                     'lps.models.pickles._check_weight': ('models/pickles.html#_check_weight', 'lps/models/pickles.py'),
                                     'lps.models.pickles._checked_dict': ('models/pickles.html#_checked_dict', 'lps/models/pickles.py'),
+                                    'lps.models.pickles._class_names': ('models/pickles.html#_class_names', 'lps/models/pickles.py'),
                                     'lps.models.pickles._end_if_forbidden': ( 'models/pickles.html#_end_if_forbidden',
                                                                               'lps/models/pickles.py'),
                                     'lps.models.pickles._entries': ('models/pickles.html#_entries', 'lps/models/pickles.py'),

@@ -76,11 +76,22 @@ def test_a_network_is_named_with_arguments(tmp_path):
     ("classes", ["cat", "dog", "cow"]),
     ("class_names", ("cat", "dog", "cow")),
     ("id2label", {"2": "cow", "0": "cat", "1": "dog"}),
+    ("id2label", {2: "cow", 0: "cat", 1: "dog"}),
 ])
 def test_checkpoints_name_their_classes(tmp_path, key, value):
     state = network(num_classes=3).state_dict()
     torch.save({"arch": "test_resnet", "state_dict": state, key: value}, tmp_path/"m.pth.tar")
     assert read_model(tmp_path/"m.pth.tar").meta["classes"] == ["cat", "dog", "cow"]
+
+
+def test_checkpoints_name_many_classes(tmp_path):
+    names = [f"class {i}" for i in range(300)]
+    state = network(num_classes=300).state_dict()
+    for key, value in dict(classes=names, id2label=dict(enumerate(names))).items():
+        torch.save({"arch": "test_resnet", "state_dict": state, key: value}, tmp_path/"m.pth.tar")
+        assert read_model(tmp_path/"m.pth.tar").meta["classes"] == names
+    torch.save({"arch": "test_resnet", "state_dict": state, "classes": ["x"*10_000]*300}, tmp_path/"m.pth.tar")
+    assert len(read_model(tmp_path/"m.pth.tar").meta.get("classes", ())) < 300  # too long to be names
 
 
 def test_rows_of_a_table_are_matched_by_name_path_and_pattern():

@@ -30,7 +30,7 @@ from lps.index.gather import (
     labelled_models, name_it, read_item, single_models,
 )
 from lps.index.related import (
-    Gallery, Scale, calibrate_pairs, cohort, describe, models_with, name_by_gallery, own_scale,
+    MOST_PAIRED, Gallery, Scale, calibrate_pairs, cohort, describe, models_with, name_by_gallery, own_scale,
 )
 from lps.index.store import (
     HEADER_FILE, PACKED_SUFFIX, SEALED_NAME, Rows, Store, check_new_folder, read_packed, sealed_name, unpack_rows,
@@ -147,6 +147,30 @@ def digests(self: ModelIndex) -> list: # 32 hexadecimal digits each
     return self._once("digests", lambda: self.rows.digests(self.rows.places))
 
 # %% ../../nbs/index/03_index.ipynb #036699fd
+READ_AT_ONCE = 200  # rows, because those with many classes are large
+
+def _key_of(fact):
+    "Return the key of the file of a model: path, inner name, size, time; None if the index does not record it"
+    key = fact.get("key")
+    fits = isinstance(key, list) and len(key) == 4 and isinstance(key[0], str)
+    if fits and (key[1] is None or isinstance(key[1], str)) and {type(key[2]), type(key[3])} == {int}: return tuple(key)
+
+@patch
+def _known_files(self: ModelIndex):
+    "Map path and inner name of each model to its row, size and time; only new rows are read, some at a time"
+    rows = self.rows
+    found, n_rows, n_removed = self._files
+    for first in range(n_rows, len(rows.records), READ_AT_ONCE):
+        places = range(first, min(first + READ_AT_ONCE, len(rows.records)))
+        for place, fact in zip(places, rows.facts(places)):
+            key = _key_of(fact)
+            if key: found[key[:2]] = place, key[2:]
+    if len(rows.removed) > n_removed:
+        removed = set(rows.removed.tolist())
+        found = {key: value for key, value in found.items() if value[0] not in removed}
+    self._files = found, len(rows.records), len(rows.removed)
+    return found
+
 @patch
 def reading_of(self: ModelIndex,
     source,                       # a model, a module, or a file
@@ -433,12 +457,16 @@ def _class_method(
 def _is_mixed(items, reading, table):
     "Tell whether some models, of which most can be run, have different layers, or more than two classes and no task"
     places = sorted({len(items)*i//TRIED for i in range(TRIED)} & set(range(len(items))))
-    found = list(single_models([items[i] for i in places], reading, table))
-    known = [models for models in found if models.architecture is not None and models.architecture.head]
-    if 2*len(known) <= len(found): return False
-    if len({tuple(sorted(models.shapes.items())) for models in found}) > 1: return True
-    heads = [models.shapes[f"{models.architecture.head}.weight"][0] for models in known]
-    return min(heads) > 2 and not any(len(models.tasks) and models.tasks[0] >= 0 for models in found)
+    shapes = []
+    heads = []  # numbers of classes of those that can be run
+    has_task = False
+    for models in single_models([items[i] for i in places], reading, table):  # one by one: they may be large
+        shapes.append(tuple(sorted(models.shapes.items())))
+        has_task |= bool(len(models.tasks) and models.tasks[0] >= 0)
+        head = models.architecture.head if models.architecture is not None else None
+        if head: heads.append(models.shapes.get(f"{head}.weight", (0,))[0])
+    if 2*len(heads) <= len(shapes): return False
+    return len(set(shapes)) > 1 or min(heads) > 2 and not has_task
 
 UNFIT = ValueError, RuntimeError, IndexError  # what a fit raises for weights that make no sense
 
@@ -495,28 +523,6 @@ def _no_model(items, reading):
     return f"no model can be read: {rejection_summary(bad) or 'there are no model files'}"
 
 # %% ../../nbs/index/03_index.ipynb #6be7bdd6
-def _key_of(fact):
-    "Return the key of the file of a model: path, inner name, size, time; None if the index does not record it"
-    key = fact.get("key")
-    fits = isinstance(key, list) and len(key) == 4 and isinstance(key[0], str)
-    if fits and (key[1] is None or isinstance(key[1], str)) and {type(key[2]), type(key[3])} == {int}: return tuple(key)
-
-@patch
-def _known_files(self: ModelIndex):
-    "Map path and inner name of each model to its row, size and time; only new rows are read, some at a time"
-    rows = self.rows
-    found, n_rows, n_removed = self._files
-    for first in range(n_rows, len(rows.records), READ_AT_ONCE):
-        places = range(first, min(first + READ_AT_ONCE, len(rows.records)))
-        for place, fact in zip(places, rows.facts(places)):
-            key = _key_of(fact)
-            if key: found[key[:2]] = place, key[2:]
-    if len(rows.removed) > n_removed:
-        removed = set(rows.removed.tolist())
-        found = {key: value for key, value in found.items() if value[0] not in removed}
-    self._files = found, len(rows.records), len(rows.removed)
-    return found
-
 @patch
 @contextlib.contextmanager
 def _changing(self: ModelIndex):
@@ -569,14 +575,15 @@ def _grow(self: ModelIndex, items, bad, reading, table, settings, path=None):
     if self.fitted.method == BY_CLASSES: self.rows.note(scale=asdict(self._calibrate_classes()))
     elif self.calibration is None and self.calibrate(): self.rows.note(calibration=asdict(self.calibration))
 
-READ_AT_ONCE = 200  # rows, because those with many classes are large
-
 @patch
 def _calibrate_classes(self: ModelIndex):
     "Calibrate class descriptors on some models of the index that name their classes"
-    places = self.rows.places
-    if len(places) > READ_AT_ONCE: places = np.sort(np.random.default_rng(0).permutation(places)[:READ_AT_ONCE])
-    return own_scale(Gallery(self.rows.facts(places)), bundled_scale())
+    found = []
+    for place in np.random.default_rng(0).permutation(self.rows.places):
+        fact, = self.rows.facts([place])
+        if fact.get("classes") and not fact.get("untrained"): found.append(fact)
+        if len(found) == MOST_PAIRED: break
+    return own_scale(Gallery(found), bundled_scale())
 
 @patch
 def _to_read(self: ModelIndex, items, files, reading, table):

@@ -316,6 +316,21 @@ def _plain(value, depth=3):
     named = [(name, item) for name, item in _fields(value).items() if isinstance(name, str)]
     return {name: _plain(item, depth - 1) for name, item in named[:MAX_VALUES]}
 
+NAMES_OF_CLASSES = "id2label", "label_names", "class_names", "classes"
+MAX_CLASSES = 30_000  # names that are read
+MAX_TEXT = 2**20      # characters in all names
+
+def _class_names(value):
+    "Return the names of classes in a list, or in a dict by number; of anything else the first values"
+    by_number = isinstance(value, dict)
+    names = list(value.values()) if by_number else value
+    fit = isinstance(names, (list, tuple)) and len(names) <= MAX_CLASSES
+    if not fit or not all(isinstance(name, str) for name in names) or sum(map(len, names)) > MAX_TEXT:
+        return _plain(value)
+    if not by_number: return list(names)
+    if not all(isinstance(key, str) or isinstance(key, int) and 0 <= key <= MAX_CLASSES for key in value): return None
+    return {str(key): name for key, name in value.items()}
+
 # %% ../../nbs/models/07_pickles.ipynb #3aea94e3
 def _no_weights(obj):
     "Make the error for a file without weights; it names the first class or function that the file calls"
@@ -422,7 +437,9 @@ def _answer(path, which):
         kinds = [(str(tensor.dtype).removeprefix("torch."), list(tensor.shape)) for tensor in places.values()]
         names = [(name, numbers[_place(tensor)], list(tensor.shape)) for name, tensor in tensors.items()]
         header = dict(names=names, kinds=kinds)
-        header |= dict(values={key: _plain(value) for key, value in beside.items()}, networks=others)
+        values = {}
+        for key, value in beside.items(): values[key] = (_class_names if key in NAMES_OF_CLASSES else _plain)(value)
+        header |= dict(values=values, networks=others)
         header |= dict(beside={key: describe(value) for key, value in beside.items()})
         return header, places.values()
 
