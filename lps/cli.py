@@ -343,6 +343,7 @@ def zoo_build(
         keep=tuple(map(int, keep.split(","))) if keep else (),
         until=until,
         packed=packed,
+        progress=log.isEnabledFor(logging.INFO),
     )
     log_modelset(models)
 
@@ -674,8 +675,9 @@ def show_comparison(found, names: list[str]):
     lines = [f"Verdict: {found.verdict}" + (f" ({', '.join(found.how)})" if found.how else "")]
     if arrow: lines.append(f"Direction: {arrow.format(*names)} ({found.because})")
     if found.layers is not None:
-        p = f"1e{found.log10_p:.0f}" if found.log10_p < -3 else f"{10**found.log10_p:.3f}"
-        lines.append(f"p = {p}: probability that the layers of independent models match as well")
+        p = f"= 1e{found.log10_p:.0f}" if found.log10_p < -3 else f"= {10**found.log10_p:.3f}"
+        if found.log10_p < -300: p = "< 1e-300"
+        lines.append(f"p {p}: probability that the layers of independent models match as well")
     for line in lines: console.print(one_line(line), soft_wrap=True)
     if found.layers is None or not len(found.layers): return
     layers = found.layers.set_axis(range(1, len(found.layers) + 1)).rename_axis("#")

@@ -1,6 +1,7 @@
 "Lineage from weights alone: every derivation is recognised, in both orders, and independent models are not related"
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -241,7 +242,7 @@ def test_lineage_on_the_command_line(shelf, monkeypatch, capsys):
         return capsys.readouterr().out
     said = says("compare", "models/net0.safetensors", "models/pruned.safetensors")
     assert "Verdict: derived (pruned)" in said and "Direction: net0.safetensors → pruned.safetensors" in said
-    assert "layer3.0.conv2.weight" in said and "p = 1e-" in said
+    assert "layer3.0.conv2.weight" in said and re.search("p (= 1e-|< 1e-300)", said)
     found = json.loads(says("compare", "models/net0.safetensors", "models/net1.safetensors", "--json"))
     assert found["verdict"] == "independent" and found["layers"] == []
     says("index", "build", "market", "models", "--method", "probes", "--workers", 1)
