@@ -1589,6 +1589,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'lps.nets.named': { 'lps.nets.named.Roles': ('nets/named.html#roles', 'lps/nets/named.py'),
                                 'lps.nets.named._calls': ('nets/named.html#_calls', 'lps/nets/named.py'),
                                 'lps.nets.named._head_called': ('nets/named.html#_head_called', 'lps/nets/named.py'),
+                                'lps.nets.named._is_averaged': ('nets/named.html#_is_averaged', 'lps/nets/named.py'),
                                 'lps.nets.named._is_depthwise': ('nets/named.html#_is_depthwise', 'lps/nets/named.py'),
                                 'lps.nets.named._own_builder': ('nets/named.html#_own_builder', 'lps/nets/named.py'),
                                 'lps.nets.named._timm_builder': ('nets/named.html#_timm_builder', 'lps/nets/named.py'),

@@ -98,7 +98,8 @@ def counted(items, what: str):
 def cell_text(value) -> str:
     "Return the text of a table's cell"
     from lps.core.files import printable
-    return f"{value:.3f}" if isinstance(value, float) else printable(value)
+    if isinstance(value, float): return "" if math.isnan(value) else f"{value:.3f}"
+    return printable(value)
 
 def show_table(df, title: str = ""):
     "Print a data frame, with its index as the first column"
@@ -108,7 +109,7 @@ def show_table(df, title: str = ""):
     for column in df:
         is_number = df[column].dtype.kind in "if"
         table.add_column(str(column), justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
-    for name, row in df.iterrows(): table.add_row(cell_text(name), *map(cell_text, row))
+    for row in df.itertuples(name=None): table.add_row(*map(cell_text, row))
     console.print(table)
 
 # %% ../nbs/04_cli.ipynb #bb03fd07
@@ -533,7 +534,7 @@ def log_index(index, path: Path):
 
 def kind_of_reason(reason: str) -> str:
     "Return what many reasons have in common: their beginning, without names and numbers"
-    plain = re.split(r"[:;,(]| such as ", re.sub(r"'[^']*'", "…", reason))[0]
+    plain = re.split(r"[:;(]| such as ", re.sub(r"'[^']*'", "…", reason))[0]
     words = re.sub(r"(?<!\S)\d\S*|\S+[./]\S+", "…", plain).split()
     return " ".join(words[:12] if words[:1] != ["…"] else ["a tensor", *words[1:12]])
 
@@ -737,7 +738,10 @@ def show_answer(answer):
     columns = "shared", "similarity", "probability", "expected accuracy", "task", "note", "file"
     table = answer.table
     if "shared" in table:
-        texts = [f"{row.shared:.1f} [{row.low}, {row.high}]" for row in table.itertuples()]
+        texts = []
+        for row in table.itertuples():
+            known = not math.isnan(row.probability)
+            texts.append(f"{row.shared:.1f} [{row.low}, {row.high}]" if known else "")
         table = table.assign(shared=texts).drop(columns="similarity")
     if "expected_accuracy" in table: table = table.assign(**{"expected accuracy": interval_texts(table)})
     number = table.task.astype(str).where(table.task != -1, "")

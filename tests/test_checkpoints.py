@@ -23,6 +23,7 @@ from lps.models.folders import is_model_folder
 from lps.models.inspect import inspect_model
 from lps.models.read import Reading, read_model
 from lps.nets.architectures import logits_of, stem_of
+from lps.nets.named import roles_of
 from lps.nets.resnet import ResNet
 
 
@@ -851,3 +852,22 @@ def test_only_what_is_needed_of_a_large_file_is_in_memory(tmp_path):
     command = [sys.executable, "-c", LARGE, str(tmp_path / "x.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert float(done.stdout) < 1000
+
+
+def test_a_network_that_averages_its_last_convolution_has_a_head(tmp_path):
+    "SqueezeNet has no linear layer; a headless network is still refused"
+    from torchvision.models import resnet18, squeezenet1_1
+    torch.manual_seed(0)
+    net = squeezenet1_1(num_classes=5).eval()
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.Conv2d): torch.nn.init.uniform_(layer.bias, 0, .1)
+    torch.save(net, tmp_path/"squeezenet.pt")
+    model = read_model(tmp_path/"squeezenet.pt")
+    assert model.architecture.head == "classifier.1"
+    images = torch.randn(2, 3, 224, 224)
+    features, outputs = model.features_and_outputs(images)
+    torch.testing.assert_close(outputs, net(images).detach(), rtol=1e-4, atol=1e-4)
+    assert features.shape == (2, 512)
+    headless = resnet18()
+    headless.fc = torch.nn.Identity()
+    assert roles_of(headless.eval(), (3, 64, 64)).head is None

@@ -169,6 +169,7 @@ def test_untrained_networks_are_never_recommended(index, folder):
     assert str(folder/"fresh.pt") not in opened.answer(folder/"c.pt", k=9).table.file.tolist()
     answer = opened.answer(network(seed=6, num_classes=4))
     assert answer.recommended == "" and "seems untrained" in str(answer)
+    assert answer.table.probability.isna().all() and (answer.table.shared == 0).all()
 
 
 def test_copies_alone_are_no_related_models(folder):

@@ -24,6 +24,7 @@ from .related import at_reduced_size, class_facts, describe
 from .store import HEADER_FILE, digest_numbers, fact_line
 from ..methods.registry import embed_models
 from ..models.config import given_stats
+from ..nets.known import architectures_with
 from ..models.table import reading_with, table_row
 from ..models.names import NOT_READ, SUFFIXES
 from ..models.model import Model
@@ -322,16 +323,18 @@ def embed_items(
     "Read and embed some models"
     done = Embedded()
     for item in items:
+        shapes = {}
         try:
             given = (item.given or {}) | given_about(item, table, reading)
             model = read_item(item, reading_with(given, reading or Reading()), fitted)
+            shapes = model.shapes
             facts = model_facts(item, model, given)
             run = as_embedded(model, fitted)
             row = embed_models(fitted, run, [item.file])[0].numpy()
             if fitted.method == BY_CLASSES: facts |= _class_facts(run, facts)
             digest_numbers([model.digest])  # raises `ValueError` for what is none
         except Exception as e:
-            done.bad[printable(item.file)] = _reason(item, e)
+            done.bad[printable(item.file)] = _reason(item, e, shapes)
             continue
         done.rows.append(row)
         done.digests.append(model.digest)
@@ -354,12 +357,15 @@ def _class_facts(model, facts):
     fact_line(facts | found)
     return found
 
-def _reason(item, error):
+def _reason(item, error, shapes):
     "Format an error without the name of the file"
     text = getattr(error, "strerror", None) or str(error)  # of an OSError without its number
     why = printable(" ".join(text.split())) or type(error).__name__
     for name in (item.path, Path(item.path).name): why = why.removeprefix(f"{printable(name)}: ")
-    return name_it(why)
+    candidates = architectures_with(shapes) if "no known architecture" in why else []
+    if not candidates: return name_it(why)
+    shown = ", ".join(candidates[:3]) + ", …"*(len(candidates) > 3)
+    return f"several architectures with other outputs have its tensors: {shown}; arch names it (--arch, or the table)"
 
 # %% ../../nbs/index/02_gather.ipynb #89455e22
 def embed_all(

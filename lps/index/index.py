@@ -777,7 +777,8 @@ def _related(self: ModelIndex, model, digest, similarity):
     for i, relation in enumerate(gallery.relations(found.rows, self.scale)):
         note = "untrained" if gallery.untrained[i] else ""
         if equal[i] or similarity[i] > EQUAL: note = "copy"
-        if relation is None: rows.append([0., 0, 0, np.nan, note or "no class descriptors"])
+        if found.untrained: rows.append([0., 0, 0, np.nan, note])
+        elif relation is None: rows.append([0., 0, 0, np.nan, note or "no class descriptors"])
         else: rows.append([relation.shared, relation.low, relation.high, relation.probability, note])
     table = pd.DataFrame(rows, columns=["shared", "low", "high", "probability", "note"])
     known = _found_table(self.rows.facts(places), similarity).reset_index(drop=True)
@@ -805,7 +806,8 @@ def answer_by_classes(self: ModelIndex,
         "Shared classes: the expected number with an interval of 95 %, and the probability that there is one;"
         f" calibrated on pairs of {self.scale.networks} networks whose classes are known."
     )
-    if found.untrained: explained = f"The query seems untrained: {found.untrained}. {explained}"
+    if found.untrained:
+        explained = f"The query seems untrained: {found.untrained}. No number of shared classes is estimated for it."
     n = int((table.note == "untrained").sum())
     if n: explained += f" {pluralise(n, 'model')} of the index {'is' if n == 1 else 'are'} untrained and left out."
     return Answer(

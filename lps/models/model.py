@@ -206,9 +206,10 @@ def features_and_outputs(self: Model,
     head = self.architecture.head
     if head is None:
         why = "no layer returns its outputs, which are features"
-        raise ValueError(f"{self!r} has no head: {why}. Read it with its head, or compare it by its weights")
+        raise ValueError(f"the network has no head: {why}. Read it with its head, or compare it by its weights")
     read = []
-    net.get_submodule(head).register_forward_pre_hook(lambda layer, args: read.append(args[0].flatten(1)))
+    def note(layer, args): read.append(args[0].mean((2, 3)) if args[0].ndim == 4 else args[0].flatten(1))
+    net.get_submodule(head).register_forward_pre_hook(note)
     outputs = []
     if precision != "float32": net = net.to(memory_format=torch.channels_last)
     with one_thread(), torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32"):

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/nets/03_named.ipynb #a595719f
-import ast, copy, functools, importlib, re
+import ast, copy, functools, importlib, math, re
 from typing import NamedTuple
 
 import torch
@@ -135,7 +135,8 @@ def _calls(net, size):
         def note(layer, args, output, name=name): called.append((name, layer, output))
         hooks.append(layer.register_forward_hook(note))
     try:
-        with one_thread(), torch.no_grad(): output = net(torch.zeros(1, *size))
+        image = torch.linspace(-1, 1, math.prod(size)).view(1, *size)
+        with one_thread(), torch.no_grad(): output = net(image)
     finally:
         for hook in hooks: hook.remove()
     return called, output
@@ -146,7 +147,15 @@ def _head_called(called, output, last):
     except ValueError: return None if isinstance(output, Tensor) else last
     widths = {1, 2} if logits.shape[1] == 2 else {logits.shape[1]}
     fit = [name for name, _, found in called if isinstance(found, Tensor) and found.numel() in widths]
-    return fit[-1] if fit else None
+    if fit: return fit[-1]
+    name, layer, found = called[-1]
+    return name if _is_averaged(layer, found, logits) else None
+
+def _is_averaged(layer, found, logits):
+    "Tell whether the logits are means over the image of what a 1 × 1 convolution returns, as in SqueezeNet"
+    if not isinstance(found, Tensor) or found.ndim != 4 or layer.kernel_size != (1, 1): return False
+    means = found.mean((2, 3)), found.relu().mean((2, 3))
+    return bool(logits.any()) and any(v.shape == logits.shape and torch.allclose(v, logits, atol=1e-6) for v in means)
 
 def roles_of(
     net: nn.Module,      # any network, in evaluation mode
