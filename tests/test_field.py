@@ -16,7 +16,8 @@ from lps.core.jobs import seeded
 from lps.index.family import relatives
 from lps.index.gather import BY_CLASSES
 from lps.index.index import BuildSettings, ModelIndex
-from lps.index.related import at_reduced_size, information, initial_norms, variation
+from lps.index.related import at_reduced_size, initial_norms, variation
+from lps.methods.classes import describe_classes, information
 from lps.methods.synthetic import synthetic_images
 from lps.models.table import read_table, table_row, unmatched_rows
 from lps.models.read import Reading, read_model
@@ -204,13 +205,18 @@ def test_any_executor_gives_the_same_index(folder):
     assert sorted(by_threads.digests) == sorted(here.digests) and told[-1] == (6, 6)
 
 
-def test_the_size_of_images_is_chosen_if_no_file_names_it(folder, tmp_path):
+def test_the_size_of_images_is_chosen_if_no_file_names_it(folder, tmp_path, caplog):
     state = trained(0, 4).state_dict()
     torch.save(dict(arch="test_resnet", state_dict=state), tmp_path/"m.pt")
     model = read_model(tmp_path/"m.pt")
     assert model.meta["size_is_usual"] and model.meta["size"] == [3, 160, 160]
     chosen = at_reduced_size(model)
     assert chosen.architecture.size[1] in (32, 64) and at_reduced_size(chosen) is chosen
+    with caplog.at_level("INFO", logger="lps"): found = describe_classes(tmp_path/"m.pt", n_images=64)
+    side = chosen.architecture.size[1]
+    assert f"not recorded: run at {side} pixels" in caplog.text
+    told = describe_classes(read_model(tmp_path/"m.pt", Reading(size=side)), n_images=64)
+    assert torch.equal(found.logits, told.logits)
     named = read_model(folder/"a.pt")
     assert "size_is_usual" not in named.meta and at_reduced_size(named) is named
 

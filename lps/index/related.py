@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/index/07_related.ipynb #79f923d7
 import base64, itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -18,11 +18,11 @@ from torch import Tensor
 from ..core.files import load_tensors, printable
 from lps.methods.classes import (
     Calibration, class_descriptors, class_names, fit_calibration, nearest_mean, number_interval,
+    at_likely_size, logits_on, resized,
 )
 from ..methods.synthetic import MIXTURES, synthetic_images
 from ..models.model import Model
 from ..models.modelset import bundled
-from ..zoo.recipe import best_precision
 
 # %% ../../nbs/index/07_related.ipynb #359fdb6b
 EVERY = 3       # every third of the images
@@ -44,47 +44,10 @@ def at_reduced_size(
     "Return a model that is run on smaller images, if its network accepts them; of the likeliest size if none is named"
     known = model.architecture
     if known is None or known.size is None: return model
-    if model.meta.get("size_is_usual"): return at_likely_size(model)
+    if model.meta.get("size_is_usual"): return at_likely_size(model, bank(model.channels)[::8])
     if min(known.size[1:]) <= most: return model
-    smaller, outputs = _resized(model, most, bank(model.channels)[:2])
+    smaller, outputs = resized(model, most, bank(model.channels)[:2])
     return model if outputs is None else smaller
-
-def _resized(model, side, images):
-    "Return a model that is run on images of another size, and its outputs; None if its network does not accept them"
-    known = model.architecture
-    meta = {key: value for key, value in model.meta.items() if key != "size_is_usual"}
-    other = Model(model.state, meta, replace(known, size=(known.size[0], side, side)))
-    try: return other, logits_on(other, images)
-    except (ValueError, RuntimeError, AssertionError): return other, None
-
-SIDES = 32, MOST_SIDE  # pixels
-
-def at_likely_size(
-    model: Model,
-) -> Model:
-    "Return a model that is run on images of the size at which its outputs tell most about them"
-    images = bank(model.channels)[::8]
-    trials = [_resized(model, side, images) for side in SIDES]
-    trials = [(information(outputs), other) for other, outputs in trials if outputs is not None]
-    return max(trials, key=lambda trial: trial[0])[1] if trials else model
-
-def information(
-    logits: Tensor, # `(n, K)`
-) -> float:         # in nats
-    "Estimate the mutual information of images and predicted classes"
-    p = logits.double().softmax(1)
-    return float(torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean())
-
-def logits_on(
-    model: Model,
-    images: Tensor,
-) -> Tensor:  # float32 `(n, K)`
-    "Compute logits, in bfloat16 if the processor has it. Raises `ValueError` as `Model.outputs` does"
-    precision = best_precision()
-    try: return model.outputs(images, precision=precision)
-    except (ValueError, RuntimeError):
-        if precision == "float32": raise
-    return model.outputs(images)
 
 # %% ../../nbs/index/07_related.ipynb #01eac4d7
 LEAST_VARIATION = .01  # share of the variance of centred logits that is due to images

@@ -7,7 +7,8 @@ __all__ = ['BUNDLED', 'class_descriptors', 'ClassDescriptors', 'describe_classes
            'relate_classes', 'fit_class_vectors', 'name_classes', 'name_pair']
 
 # %% ../../nbs/methods/11_classes.ipynb #fe221c49
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,13 +27,56 @@ from ..models.modelset import bundled, repository_sets
 from ..zoo.recipe import best_precision
 
 # %% ../../nbs/methods/11_classes.ipynb #385d8371
+log = logging.getLogger(__name__)
+
 def class_logits(
     model,           # a `Model`
     images: Tensor,  # normalised, `(n, C, H, W)`; see `Model.outputs`
 ) -> Tensor:         # float32 `(n, K)`
-    "Compute the logits of images, in bfloat16 if the processor has it. Raises `ValueError` as `Model.outputs` does"
-    with torch.autocast("cpu", torch.bfloat16, enabled=best_precision() == "bfloat16"):
-        return model.outputs(images).float()
+    "Compute the logits of images in float32. Raises `ValueError` as `Model.outputs` does"
+    return model.outputs(images).float()
+
+def logits_on(
+    model: Model,
+    images: Tensor,
+) -> Tensor:  # float32 `(n, K)`
+    "Compute logits, in bfloat16 if the processor has it. Raises `ValueError` as `Model.outputs` does"
+    precision = best_precision()
+    try: return model.outputs(images, precision=precision)
+    except (ValueError, RuntimeError):
+        if precision == "float32": raise
+    return model.outputs(images)
+
+def resized(
+    model: Model,
+    side: int,       # of the images, in pixels
+    images: Tensor,  # normalised, `(n, C, H, W)`
+) -> tuple:          # the model, and its logits `(n, K)` or None
+    "Return a model that is run on images of another size, and its outputs; None if its network does not accept them"
+    known = model.architecture
+    meta = {key: value for key, value in model.meta.items() if key != "size_is_usual"}
+    other = Model(model.state, meta, replace(known, size=(known.size[0], side, side)))
+    try: return other, logits_on(other, images)
+    except (ValueError, RuntimeError, AssertionError): return other, None
+
+SIDES = 32, 64  # pixels
+
+def at_likely_size(
+    model: Model,
+    images: Tensor,  # a few normalised images, `(n, C, H, W)`
+    sides=SIDES,     # of the images, in pixels
+) -> Model:
+    "Return a model that is run on images of the size at which its outputs tell most about them"
+    trials = [resized(model, side, images) for side in sides]
+    trials = [(information(outputs), other) for other, outputs in trials if outputs is not None]
+    return max(trials, key=lambda trial: trial[0])[1] if trials else model
+
+def information(
+    logits: Tensor, # `(n, K)`
+) -> float:         # in nats
+    "Estimate the mutual information of images and predicted classes"
+    p = logits.double().softmax(1)
+    return float(torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean())
 
 # %% ../../nbs/methods/11_classes.ipynb #a038d61b
 def centred_logits(
@@ -172,6 +216,10 @@ def describe_classes(
         images = standardise(own_bank(folder).float())
         if model.channels != 3: images = standardise(images.mean(1, keepdim=True).repeat(1, model.channels, 1, 1))
         used = dict(folder=str(folder), n_images=len(images))
+    if model.meta.get("size_is_usual") and model.architecture.size is not None:
+        model = at_likely_size(model, images[::max(1, len(images)//32)], (*SIDES, model.architecture.size[1]))
+        side = model.architecture.size[1]
+        log.info("the size of its images is not recorded: run at %d pixels, where its outputs tell most of them", side)
     z = centred_logits(class_logits(model, images), multilabel)
     z = z/z.square().mean().sqrt()
     return ClassDescriptors(z.half(), class_names(model, z.shape[1]), used, multilabel)
