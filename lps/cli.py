@@ -826,8 +826,8 @@ def query(
         show_relatives(entry["relatives"])
 
 # %% ../nbs/04_cli.ipynb #6dd3073a
-CLASSES_MODEL = f"{MODEL}; a file that --save wrote; imagenet-1k or cifar100, which come with lps"
-KNOWN = "Classes to choose names from: a model that names its classes; a file that --save wrote; imagenet-1k; cifar100"
+CLASSES_MODEL = f"{MODEL}; a file that --save wrote; imagenet-1k, cifar100 or modelset500"
+KNOWN = "Where names come from: a model that names its classes; a saved file; imagenet-1k; cifar100; modelset500"
 PHOTOGRAPHS = "Folder of unlabelled photographs to run the networks on, instead of synthetic images"
 
 IN_INDEX = "Choose names from the classes that the models of an index name"

@@ -310,3 +310,9 @@ def test_packed_classes_name_their_own_networks(name):
     for network in networks[:5]:
         best = name_pair(network, name).iloc[0]
         assert [best["first"], best["second"]] == network.names
+
+
+def test_descriptors_of_modelset500_are_those_of_the_repository():
+    "The package has a copy of what `scripts/pack_zoo.py` wrote last"
+    packed = packed_classes()
+    assert packed["modelset500"].read_bytes() == packed["modelset500-cifar100/epoch80"].read_bytes()

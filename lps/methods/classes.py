@@ -190,9 +190,10 @@ def packed_networks(
         found.append(ClassDescriptors(torch.stack([z, -z], 1), names, about["images"]))
     return found
 
-def packed_classes() -> dict:  # name, such as 'modelset500-cifar100/epoch80' → file
-    "List the model sets in a checkout of the repository whose classes are described"
-    found = {name: file.parent/"classes"/file.name for name, file in repository_sets().items()}
+def packed_classes() -> dict:  # name, such as 'modelset500' → file
+    "List the two-class networks whose descriptors come with lps or lie in a checkout of the repository"
+    found = dict(modelset500=bundled("classes-modelset500.safetensors"))
+    for name, file in repository_sets().items(): found[name] = file.parent/"classes"/file.name
     return {name: file for name, file in found.items() if file.exists()}
 
 # %% ../../nbs/methods/11_classes.ipynb #96fbe427
@@ -225,7 +226,7 @@ def describe_classes(
     return ClassDescriptors(z.half(), class_names(model, z.shape[1]), used, multilabel)
 
 def load_class_descriptors(
-    path: str | Path,    # a file that `save` wrote; imagenet-1k or cifar100, which are bundled; or a packed set
+    path: str | Path,    # a file that `save` wrote; imagenet-1k, cifar100 or modelset500, which are bundled
 ) -> ClassDescriptors:
     "Read class descriptors. Raises `ValueError` for another file"
     packed = packed_classes()
@@ -415,7 +416,7 @@ def probabilities(scores, gallery):
 
 # %% ../../nbs/methods/11_classes.ipynb #9656050c
 def match_classes(
-    a,              # `Model`, module, file, `ClassDescriptors`, or 'imagenet-1k' or 'cifar100', which are bundled
+    a,              # `Model`, module, file, `ClassDescriptors`, or a name, as for `load_class_descriptors`
     b,              # the other
     **images,       # of `describe_classes`: n_images, seed, size, folder, kinds
 ) -> pd.DataFrame:  # one row a pair: class of a, class of b, cosine, score, probability
