@@ -316,3 +316,24 @@ def test_descriptors_of_modelset500_are_those_of_the_repository():
     "The package has a copy of what `scripts/pack_zoo.py` wrote last"
     packed = packed_classes()
     assert packed["modelset500"].read_bytes() == packed["modelset500-cifar100/epoch80"].read_bytes()
+
+
+@pytest.mark.parametrize("meta, why", [
+    (dict(images=None), "images"), (dict(names=["a", "b", "c"]), "expected \\(16, 3\\)"), (dict(names=5), "names"),
+    (dict(images=dict(n_images=10**9, seed=0, size=32)), "n_images"), (dict(images=dict(n_images=16, size=2)), "size"),
+    (dict(images=dict(n_images=16, seed=0, size=32, kinds="rough")), "no longer used"), (dict(multilabel="q"), "multi"),
+])
+def test_what_a_file_says_of_its_descriptors_is_checked(tmp_path, meta, why):
+    "Also descriptors by network, which only files that come with lps have, are not read from others"
+    about = dict(names=["a", "b"], images=dict(n_images=16, seed=0, size=32), multilabel=False, members=[1])
+    save_tensors(tmp_path/"sound.safetensors", dict(logits=torch.randn(16, 2)), about)
+    assert load_class_descriptors(tmp_path/"sound.safetensors").prototypes is None
+    save_tensors(tmp_path/"odd.safetensors", dict(logits=torch.randn(16, 2)), about | meta)
+    with pytest.raises(ValueError, match=why): load_class_descriptors(tmp_path/"odd.safetensors")
+
+
+def test_no_folder_that_a_file_names_is_read(tmp_path):
+    about = dict(names=["a", "b"], images=dict(folder=str(tmp_path), n_images=16), multilabel=False)
+    save_tensors(tmp_path/"photographs.safetensors", dict(logits=torch.randn(16, 2)), about)
+    with pytest.raises(ValueError, match="give that folder too"):
+        match_classes(tmp_path/"photographs.safetensors", some_net(0, 0))
