@@ -259,7 +259,7 @@ def checked_descriptors(
     meta: dict,  # of a file
     where: str,  # name of the file, for messages
 ) -> ClassDescriptors:
-    "Check what a file says about its descriptors. Raises `ValueError` for what does not fit"
+    "Check what a file records about its descriptors. Raises `ValueError` for what does not fit"
     about = checked(meta, _Stored, where)
     kind = _Photographs if "folder" in about.images else _Synthetic
     known = asdict(checked(about.images, kind, f"{where}: images"))
