@@ -502,7 +502,7 @@ def choose_pairs(subjects, n):
 
 
 def one_seed(a, b):
-    "Do two models record the same seed?"
+    "Tell whether two models record the same seed"
     return a.seed is not None and a.seed == b.seed
 
 

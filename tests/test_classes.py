@@ -337,3 +337,7 @@ def test_no_folder_that_a_file_names_is_read(tmp_path):
     save_tensors(tmp_path/"photographs.safetensors", dict(logits=torch.randn(16, 2)), about)
     with pytest.raises(ValueError, match="give that folder too"):
         match_classes(tmp_path/"photographs.safetensors", some_net(0, 0))
+
+
+def test_descriptors_are_not_described_again():
+    with pytest.raises(ValueError, match="give a model"): describe_classes("cifar100")

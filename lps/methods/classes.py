@@ -213,6 +213,7 @@ def describe_classes(
 ) -> ClassDescriptors:
     "Run a network on probe images and describe its classes. Raises `ValueError` for outputs that are not finite"
     model = descriptors_or_model(model)
+    if isinstance(model, ClassDescriptors): raise ValueError("these are class descriptors already: give a model")
     if folder is None:
         kinds = kinds or usual_kinds(model)
         if kinds not in MIXTURES: raise ValueError(f"kinds is {kinds!r}: choose from {', '.join(MIXTURES)}")
