@@ -23,7 +23,7 @@ setup(
     project_urls=dict(re.split(r"\s*=\s*", line, maxsplit=1) for line in cfg["urls"].strip().splitlines()),
     packages=find_packages(include=["lps", "lps.*"]),
     include_package_data=True,
-    package_data={"lps": ["data/*", "py.typed", "__init__.pyi"]},
+    package_data={"lps": ["data/*", "data/observed/*", "py.typed", "__init__.pyi"]},
     python_requires=f">={cfg['python_floor']}",
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in EXTRAS},

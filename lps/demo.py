@@ -17,8 +17,7 @@ import torch
 from .core.files import pluralise
 from .core.jobs import ctrl_c_waits
 from .index.answer import calibrate, own_trials
-from .index.index import bundled_outputs
-from .methods.registry import LEADERS, METHODS, default_methods, fit_observed, method_title
+from .methods.registry import LEADERS, METHODS, default_methods, embed_models, fit_method, method_title
 from .models.modelset import ModelSet, load_modelset
 from .study.figures import plot_rank_k
 from .study.records import RunsRecord, runs_fields, summary
@@ -135,12 +134,12 @@ def _is_query(facts):
 
 def lookups() -> pd.DataFrame: # one row a query: task, nearest task, probability, has relative, found relative
     "Look up bundled networks in an index of the others, by the strongest method for whole networks"
-    method, observed, facts = bundled_outputs()
-    query, left_out = _is_query(facts)
-    def rows(chosen): return {name: value[torch.tensor(np.flatnonzero(chosen))] for name, value in observed.items()}
+    models = load_modelset("bundled")
+    facts = models.manifest
     task = facts.task.to_numpy()
-    fitted = fit_observed(method, rows(~query), torch.tensor(task[~query]))
-    z = torch.nn.functional.normalize(fitted.embed(observed)).numpy()
+    query, left_out = _is_query(facts)
+    fitted = fit_method(models[~query], LEADERS["whole networks"])
+    z = torch.nn.functional.normalize(embed_models(fitted, models)).numpy()
     calibration = calibrate(own_trials(z[~query], task[~query]))
     similarity = z[query] @ z[~query].T
     nearest = similarity.argmax(1)

@@ -16,16 +16,17 @@ from lps.study.table1 import table1
 from lps.study.table2 import table2
 from lps.core.files import load_tensors, mark_complete, save_tensors
 from lps.methods.classes import describe_classes, packed_networks
-from lps.models.modelset import bundled, digest, load_modelset, pack, repository_sets
+from lps.models.modelset import bundled, bundled_sets, digest, load_modelset, pack
 from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex
 from lps.methods.registry import embed_models, fit_method, load_fitted, observations, score_models
 from lps.zoo.tasks import source_of
 
 QUICK = dict(n_filters=8, epochs=2, milestones=(1,))
-FILES = ["DATASHEET.md", "datasheet.json", "index.zip", "modelset.safetensors", "net.safetensors"]
-KEPT = {epoch: f"modelset500-epoch{epoch}" for epoch in (10, 20, 40, 60, 80)}  # networks of the paper's recipe
-KEPT |= {epoch: f"modelset500-late-epoch{epoch}" for epoch in (100, 120, 140, 160)}  # a few of them, trained on
+FILES = [
+    "DATASHEET.md", "classes-modelset500.safetensors", "datasheet.json", "index.zip", "modelset500.safetensors",
+    "net.safetensors", "observed/modelset500.safetensors",
+]
 
 
 @pytest.fixture(scope="module")
@@ -239,15 +240,16 @@ def test_bundled_set_loads_without_a_network(monkeypatch):
     assert len(models) >= 4*len(models.tasks) and embed_models(net, models).isfinite().all()
 
 
+def files_in(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
 def test_bundled_set_is_small_and_holds_no_image(ours):
     data = bundled().parent
-    kept = [f"{name}.safetensors" for name in KEPT.values()]
-    kept += ["modelset500-fan-in-epoch20.safetensors", "answers-modelset500.safetensors"]
     small = ["expected_accuracy.json", "market_map.css", "market_map.html", "market_map.js"]
     small += ["report.css", "report.html", "imagenet_classes.tsv", "architectures.tsv"]
-    small += ["classes-cifar100.safetensors", "classes-imagenet-1k.safetensors", "classes-modelset500.safetensors"]
-    assert sorted(p.name for p in data.iterdir()) == sorted([*FILES, *kept, *small])
-    assert sum(p.stat().st_size for p in data.iterdir()) <= 9_000_000
+    small += ["classes-cifar100.safetensors", "classes-imagenet-1k.safetensors"]
+    assert files_in(data) == sorted([*FILES, *small])
+    assert sum((data/name).stat().st_size for name in files_in(data)) <= 9_000_000
     shapes = {k: tuple(v.shape[1:]) for k, v in load_tensors(bundled())[0].items()}
     assert shapes == {
         "conv1.weight": (16, 3, 3, 3),
@@ -261,7 +263,8 @@ def test_bundled_set_is_small_and_holds_no_image(ours):
 
 def test_bundled_datasheet_is_complete(ours):
     sheet = json.loads(bundled("datasheet.json").read_text())
-    assert [k for k, v in sheet.items() if v in (None, [], {}, "") and k not in ("set_aside", "rejected")] == []
+    optional = "set_aside", "rejected", "planned_tasks", "training_hours"
+    assert [k for k, v in sheet.items() if v in (None, [], {}, "") and k not in optional] == []
     assert (
         sheet["models"] == len(ours)
         and [m["file"] for m in sheet["members"]] == ours.manifest.file.tolist()
@@ -269,14 +272,10 @@ def test_bundled_datasheet_is_complete(ours):
     )
     assert all(re.fullmatch("[0-9a-f]{64}", h) for h in ours.hashes) and len(set(ours.hashes)) == len(ours)
     assert [t["task"] for t in sheet["tasks"]] == ours.tasks == list(range(len(ours.tasks)))
-    names, ids = ([c for t in sheet["tasks"] for c in t[k]] for k in ("classes", "class_ids"))
-    assert (
-        all(re.fullmatch(r"n\d{8}", i) for i in ids)
-        and not any(re.fullmatch(r"n\d{8}", n) for n in names)
-        and len(set(names)) == len(names) == 2 * len(ours.tasks)
-    )
+    names = [name for task in sheet["tasks"] for name in task["classes"]]
+    assert len(set(names)) == len(names) == 2*len(ours.tasks) == 100
     assert set(names) == set(ours.manifest.class_0) | set(ours.manifest.class_1)
-    words = ["CIFAR-100", "ImageNet", "research", "no image", "Reconstruction", "other architectures", "two classes"]
+    words = ["CIFAR-100", "research", "no image", "Reconstruction", "other architectures", "two classes"]
     assert [w for w in words if w not in bundled("DATASHEET.md").read_text()] == []
 
 
@@ -294,20 +293,44 @@ def test_bundled_net_saw_its_training_split_only_and_knows_the_others(ours):
     assert curve[0] > 1.5/len(net.tasks)
 
 
-def test_bundling_is_one_command(folder, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    "Packed two-class networks of a build: three runs of two tasks, and a fourth of one task"
+    path = tmp_path_factory.mktemp("toys")
+    for i in range(7):
+        torch.manual_seed(i)
+        about = dict(task=i % 2, run=i//2, epoch=3, recipe=dict(name="tiny", epochs=6), shortcut="conv", data="toys")
+        about |= dict(classes=["cat", "dog"] if i % 2 else ["oak", "elm"], seed=i)
+        save_tensors(path/f"build/task0{i % 2}_run{i//2}.safetensors", ResNet(8, 4).state_dict(), about)
+    script = runpy.run_path(str(ROOT/"scripts/pack_zoo.py"))
+    script["pack_epoch"](load_modelset(path/"build"), path/"out", 3, "toys")
+    return path/"out/epoch3.safetensors"
+
+
+def test_bundling_is_one_command(toys, tmp_path):
+    "Only runs that all tasks have are taken, with their observations"
     script = runpy.run_path(str(ROOT/"scripts/bundle.py"))
-    assert "15 models of 4 tasks" in script["bundle"](folder, None, "toys", tmp_path/"out")
-    assert (
-        sorted(p.name for p in (tmp_path / "out").iterdir()) == FILES
-        and load_modelset(tmp_path / "out/modelset.safetensors").about["datasheet"]["name"] == "toys"
-    )
-    script["bundle"].__globals__["LIMIT"] = 10_000
-    with pytest.raises(SystemExit, match="nothing was bundled: .* bytes, 10000 are allowed"):
-        script["bundle"](folder, None, "toys", tmp_path / "new")
-    (tmp_path/"classes.tsv").write_text("wnid\tname\nn00\tcat, house cat\n")
-    with pytest.raises(SystemExit, match="does not name"):
-        script["bundle"](folder, tmp_path / "classes.tsv", "toys", tmp_path / "new")
-    assert not (tmp_path/"new").exists()
+    out = tmp_path/"out"
+    assert "6 models of 2 tasks" in script["bundle"](toys, out)
+    assert files_in(out) == sorted(FILES)
+    models = load_modelset(out/"modelset500.safetensors")
+    assert models.about["datasheet"]["name"] == "toys, after 3 epochs"
+    packed = load_modelset(toys)
+    chosen = packed[packed.manifest.file.isin(models.manifest.file).to_numpy()]
+    assert models.digests == chosen.digests and len(packed) == 7
+    for method, observed in chosen.stored.items():
+        for name, v in observed.items(): assert torch.equal(models.stored[method][name], v)
+    assert script["unfit"](out) is None
+    script["unfit"].__globals__["LIMIT"] = 10_000
+    assert "bytes, 10000 are allowed" in script["unfit"](out)
+
+
+def test_two_runs_are_too_few_to_bundle(toys, tmp_path):
+    models = load_modelset(toys)
+    few = pack(models[(models.manifest.run < 2).to_numpy()], tmp_path/"few.safetensors")
+    script = runpy.run_path(str(ROOT/"scripts/bundle.py"))
+    with pytest.raises(SystemExit, match="all tasks have 2 runs in common, expected at least 3"):
+        script["bundle"](few.path, tmp_path/"out")
 
 
 def test_commands_take_the_bundled_set(tmp_path, monkeypatch, capsys, ours):
@@ -317,7 +340,7 @@ def test_commands_take_the_bundled_set(tmp_path, monkeypatch, capsys, ours):
     assert main(["query", "bundled", "mine.safetensors", "-k", "2"]) == 0
     assert main(["zoo", "datasheet", "bundled"]) == 0
     out, err = capsys.readouterr()
-    assert err == "net.safetensors: fc on conv1 of 200 models, 20 tasks\n"
+    assert err == f"net.safetensors: fc on conv1 of {len(ours)} models, 50 tasks\n"
     assert "Most similar models" in out and " / " in out and "## Not suitable for" in out
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["mine.safetensors", "net.safetensors"]
 
@@ -354,41 +377,14 @@ def test_wheel_holds_the_bundled_set(tmp_path):
     assert not [n for n in sizes if n.endswith((".png", ".jpg", ".pt", ".npz"))]
 
 
-@pytest.mark.parametrize("epoch", KEPT)
-def test_networks_of_the_paper_s_recipe_say_how_far_they_are(epoch):
-    kept = load_modelset(KEPT[epoch])
-    elsewhere = "paper, first 80 epochs" if epoch == 80 else f"paper, first 80 epochs, after {epoch} of 80 epochs"
-    here = "paper" if epoch == 160 else f"paper, after {epoch} of 160 epochs"
-    assert set(kept.manifest.recipe) <= {here, elsewhere}
-    assert f"after {epoch} epochs" in kept.about["datasheet"]["name"]
-    assert kept.layers == ["conv1"] and kept.stack("conv1").isfinite().all() and len(kept.tasks) >= 8
+def test_the_bundled_set_is_that_of_the_repository(ours):
+    "Networks of runs that all tasks have, after 80 epochs"
+    of_all = load_modelset("modelset500-cifar100-epoch80").manifest.set_index("file").seed
+    assert (of_all[ours.manifest.file].to_numpy() == ours.manifest.seed.to_numpy()).all()
+    assert ours.manifest.task.value_counts().nunique() == 1 and set(ours.manifest.data) == {"cifar100"}
 
 
-def test_networks_kept_later_are_the_same_networks():
-    first, *others = [load_modelset(name).manifest.set_index("file").seed for name in KEPT.values()]
-    for later in others:
-        shared = first.index.intersection(later.index)
-        assert len(shared) >= 8 and (first[shared] == later[shared]).all()
-
-
-def test_kept_networks_are_added_by_one_command(folder, tmp_path):
-    script = runpy.run_path(str(ROOT/"scripts/bundle.py"))
-    kept = folder/"epochs/003"
-    for i in range(4):
-        torch.manual_seed(i)
-        about = dict(task=i//2, run=i % 2, epoch=3, recipe=dict(name="tiny", epochs=6))
-        save_tensors(kept/f"task0{i//2}_run{i % 2}.safetensors", ResNet(8, 4, in_channels=1).state_dict(), about)
-    script["bundle_kept"](script["kept_models"](folder, 3, []), 3, None, "toys", tmp_path)
-    packed = load_modelset(tmp_path/"modelset500-epoch3.safetensors")
-    assert len(packed) == 4 and set(packed.manifest.recipe) == {"tiny, after 3 of 6 epochs"}
-    (kept/"task01_run1.safetensors").unlink()
-    again = script["kept_models"](folder, 3, [packed.path])
-    assert [model.meta.get("digest", model.digest) for model in again] == [model.meta["digest"] for model in packed]
-    with pytest.raises(SystemExit, match="after .3. epochs, not 4"): script["kept_models"](None, 4, [packed.path])
-    assert packed.about["datasheet"]["name"] == "toys, after 3 epochs"
-
-
-@pytest.mark.parametrize("name", repository_sets())
+@pytest.mark.parametrize("name", bundled_sets())
 def test_packed_networks_of_the_repository_have_their_observations(name):
     "First layers and what methods observe belong to the same networks, and each says what trained it"
     models = load_modelset(name)

@@ -315,7 +315,7 @@ def test_packed_classes_name_their_own_networks(name):
 def test_descriptors_of_modelset500_are_those_of_the_repository():
     "The package has a copy of what `scripts/pack_zoo.py` wrote last"
     packed = packed_classes()
-    assert packed["modelset500"].read_bytes() == packed["modelset500-cifar100/epoch80"].read_bytes()
+    assert packed["modelset500"].read_bytes() == packed["modelset500-cifar100-epoch80"].read_bytes()
 
 
 @pytest.mark.parametrize("meta, why", [

@@ -39,7 +39,7 @@ from lps.index.store import (
 from ..lineage.sketch import weight_sketch
 from ..methods.probes import Probes, ProbesConfig
 from lps.methods.registry import (
-    LEADERS, as_fitted, embed_models, fit_method, fit_observed, get_method, leading_method, load_fitted, method_title,
+    LEADERS, as_fitted, embed_models, fit_method, get_method, leading_method, load_fitted, method_title,
     own_settings, restore_fitted, save_fitted, why_not,
 )
 from ..models.table import read_table, reading_with, unmatched_rows
@@ -927,22 +927,6 @@ def _with_expected(self: ModelIndex, table, places, model, source, relation, rea
 
 # %% ../../nbs/index/03_index.ipynb #da28c236
 BUNDLED_INDEX = "index.zip"
-BUNDLED_OUTPUTS = "answers-modelset500.safetensors"  # outputs of two-class networks on synthetic images
-
-@dataclass
-class _Outputs:
-    "Metadata of the file of outputs"
-    method: str
-    facts: list[dict]
-    digests: list[str]
-
-def bundled_outputs() -> tuple: # name of a method; its observations of M networks; a table with one row for each
-    "Load the bundled outputs of two-class networks on synthetic images"
-    tensors, meta = load_tensors(bundled(BUNDLED_OUTPUTS))
-    known = checked(meta["answers"], _Outputs, BUNDLED_OUTPUTS)
-    first = tensors["first"].float()
-    observed = dict(outputs=torch.stack([first, -first], dim=2))  # two centred logits are one number and its negative
-    return known.method, observed, pd.DataFrame(known.facts).assign(digest=known.digests)
 
 def _held_out(models):
     "Test which bundled models were held out from the fit of the bundled LPS, `(M,)`"
@@ -952,17 +936,12 @@ def _held_out(models):
 # %% ../../nbs/index/03_index.ipynb #0991aa14
 @patch(cls_method=True)
 def bundled(cls: ModelIndex,
-    method: str = "lps",  # a name; methods other than 'lps' that read first layers are fitted
+    method: str = "lps",  # a name; methods other than 'lps' are fitted
 ):
-    "Load an index that comes with the package; no method was fitted on the models of `bundled_unseen`"
+    "Load an index of the bundled models; no method was fitted on those of `bundled_unseen`"
     if method == "lps": return cls.load(bundled(BUNDLED_INDEX))
-    if method != LEADERS["whole networks"]:
-        models = load_modelset("bundled")
-        return cls(fit_method(models[~_held_out(models)], method), models)
-    method, observed, facts = bundled_outputs()
-    fitted = fit_observed(method, observed, torch.tensor(facts.task.to_numpy()))
-    facts_list = facts.drop(columns="digest").to_dict("records")
-    return cls._of(fitted, _rows_in_memory(fitted.embed(observed).numpy(), facts.digest.tolist(), facts_list))
+    models = load_modelset("bundled")
+    return cls(fit_method(models[~_held_out(models)], method), models)
 
 # %% ../../nbs/index/03_index.ipynb #dd632a23
 def bundled_unseen() -> ModelSet: # two models of each task

@@ -25,13 +25,13 @@ from .stats import mean_sd, rank_k, spread
 
 # %% ../../nbs/study/08_learning_curve.ipynb #71f2d408
 def other_epochs(
-    models: ModelSet,  # finished models of a build, or a packed file named `…-epochN.safetensors`
+    models: ModelSet,  # finished models of a build, or a packed file named `epochN.safetensors`
 ) -> dict:             # epochs, ascending → `ModelSet`; empty if none were kept
     "Open the same models at other epochs of their training"
     path = models.path
-    packed = re.fullmatch(r"(.+-epoch)[0-9]+\.safetensors", path.name)
+    packed = re.fullmatch(r"epoch[0-9]+\.safetensors", path.name)
     if path.is_dir(): pattern, places = "([0-9]+)", path.glob("epochs/*")
-    elif packed: pattern, places = re.escape(packed[1]) + r"([0-9]+)\.safetensors", path.parent.iterdir()
+    elif packed: pattern, places = r"epoch([0-9]+)\.safetensors", path.parent.iterdir()
     else: return {}
     found = [(re.fullmatch(pattern, place.name), place) for place in places]
     sets = {int(match[1]): load_modelset(place) for match, place in found if match}
