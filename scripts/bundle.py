@@ -2,10 +2,10 @@
 
 python scripts/bundle.py data/modelset500-cifar100/epoch80.safetensors [--out lps/data]
 
-It writes `modelset500.safetensors`, the first layers; `observed/modelset500.safetensors`, what two methods observe of the
-whole networks; `classes-modelset500.safetensors`, class descriptors; `net.safetensors`, an LPS that was fitted on all but
-two networks of each task; `index.zip`, an index of all networks by it; and the datasheet. Only runs that all tasks have
-are taken. The fit takes some minutes.
+It writes `modelset500.safetensors`, the first layers; `observed/modelset500.safetensors`, what two methods observe of
+the whole networks; `classes-modelset500.safetensors`, class descriptors; `net.safetensors`, an LPS that was fitted on
+all but two networks of each task; `index.zip`, an index of all networks by it; and the datasheet. Only runs that all
+tasks have are taken. The fit takes some minutes.
 """
 import argparse
 import os

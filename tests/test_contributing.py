@@ -70,7 +70,7 @@ def test_the_method(tmp_path, capsys):
     index = ModelIndex(load_fitted(out), models)
     assert index.query(models[3], 1, with_self=True).file[1] == models.manifest.file[3]
     few = models[models.manifest.task < 4]
-    assert "Lengths of filters" in summary(table1(few, 2, 8, methods=("lengths",), classifier="nearest")).index
+    assert "Lengths of filters" in summary(table1(few, 2, 2, methods=("lengths",), classifier="nearest")).index
 
 
 def test_the_architecture(tmp_path):

@@ -17,8 +17,11 @@ def test_the_leader_leads_among_methods_without_a_caveat(kind, name):
     assert free.set_index("method")["top-1"].idxmax() == LEADERS[kind]
 
 
-def test_a_packed_set_gets_a_method_that_reads_first_layers():
-    assert leading_method(load_modelset("bundled")) == "stem-signature"
+def test_a_packed_set_gets_a_method_that_reads_what_it_holds():
+    models = load_modelset("bundled")
+    assert leading_method(models) == "two-spectra-probes"
+    models.stored = {}
+    assert leading_method(models) == "stem-signature"
 
 
 def test_every_measured_method_has_one_row_and_says_what_it_needs():

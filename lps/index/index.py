@@ -39,7 +39,7 @@ from lps.index.store import (
 from ..lineage.sketch import weight_sketch
 from ..methods.probes import Probes, ProbesConfig
 from lps.methods.registry import (
-    LEADERS, as_fitted, embed_models, fit_method, get_method, leading_method, load_fitted, method_title,
+    as_fitted, embed_models, fit_method, get_method, leading_method, load_fitted, method_title,
     own_settings, restore_fitted, save_fitted, why_not,
 )
 from ..models.table import read_table, reading_with, unmatched_rows
