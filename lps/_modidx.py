@@ -2089,6 +2089,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lps.study.splits.classification_splits': ( 'study/splits.html#classification_splits',
                                                                               'lps/study/splits.py'),
                                   'lps.study.splits.count_right': ('study/splits.html#count_right', 'lps/study/splits.py'),
+                                  'lps.study.splits.count_train': ('study/splits.html#count_train', 'lps/study/splits.py'),
                                   'lps.study.splits.first_models': ('study/splits.html#first_models', 'lps/study/splits.py'),
                                   'lps.study.splits.nested_splits': ('study/splits.html#nested_splits', 'lps/study/splits.py'),
                                   'lps.study.splits.per_split': ('study/splits.html#per_split', 'lps/study/splits.py'),

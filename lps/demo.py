@@ -21,7 +21,7 @@ from .methods.registry import LEADERS, METHODS, default_methods, embed_models, f
 from .models.modelset import ModelSet, load_modelset
 from .study.figures import plot_rank_k
 from .study.records import RunsRecord, runs_fields, summary
-from .study.splits import count_right
+from .study.splits import count_train
 from .study.stats import chance_curves, mean_sd, verdict, Verdict
 from .study.table1 import table1
 from .zoo.build import build
@@ -62,7 +62,7 @@ def measure_methods(
     **others,                # settings of some methods
 ) -> pd.DataFrame:           # one row a method and split
     "Measure Table 1"
-    how = dict(n_splits=settings.splits, n_train=count_right(models), seed=settings.seed, **settings.fit, **others)
+    how = dict(n_splits=settings.splits, n_train=count_train(models), seed=settings.seed, **settings.fit, **others)
     with ctrl_c_waits(): return table1(models, methods=methods, executor=executor, progress=progress, **how)
 
 def compare_with_lps(
@@ -90,15 +90,15 @@ def classification_step(
     finding: str,           # what was found
 ) -> DemoStep:
     "Make a step from the runs of Table 1"
-    n_right = count_right(models)
+    n_train = count_train(models)
     ks = [k for k in (1, 5) if k < len(models.tasks)]
     caption = (
         f"{about} Share of networks whose task is among the first k, in percent, mean ± standard deviation over"
-        f" {settings.splits} random splits. {n_right} networks of each task to fit on, two to classify (§5.1)."
+        f" {settings.splits} random splits. {n_train} networks of each task to fit on, the others to classify (§5.1)."
     )
     see = "Share of networks whose task is among the first k guesses. The higher a curve at k = 1, the better."
     ax = plot_rank_k(runs, chance_curves(1, len(models.tasks)), title)
-    how = dict(name=name, layers=[models.stem], n_splits=settings.splits, seed=settings.seed, n_train=n_right)
+    how = dict(name=name, layers=[models.stem], n_splits=settings.splits, seed=settings.seed, n_train=n_train)
     record = RunsRecord.make(models, how | settings.fit, **runs_fields(runs)).as_dict()
     return DemoStep(name, title, finding, [(summary(runs, ks=ks), caption)], {"rank_k": (ax.figure, see)}, record)
 

@@ -4,7 +4,7 @@ python scripts/bundle.py data/modelset500-cifar100/epoch80.safetensors [--out lp
 
 It writes `modelset500.safetensors`, the first layers; `observed/modelset500.safetensors`, what two methods observe of
 the whole networks; `classes-modelset500.safetensors`, class descriptors; `net.safetensors`, an LPS that was fitted on
-all but two networks of each task; `index.zip`, an index of all networks by it; and the datasheet. Only runs that all
+four fifths of the networks; `index.zip`, an index of all networks by it; and the datasheet. Only runs that all
 tasks have are taken. The fit takes some minutes.
 """
 import argparse
@@ -18,7 +18,7 @@ from lps.core.files import load_tensors, save_tensors
 from lps.index.index import BUNDLED_INDEX, ModelIndex
 from lps.methods.registry import fit_method, load_fitted, save_fitted
 from lps.models.modelset import ModelSet, load_modelset, pack
-from lps.study.splits import classification_splits, count_right
+from lps.study.splits import classification_splits, count_train
 from lps.zoo.datasheet import datasheet, write_datasheet
 
 DATA = Path(__file__).resolve().parent.parent/"lps/data"
@@ -31,7 +31,7 @@ FILES = MODELS, OBSERVED, CLASSES, NET, BUNDLED_INDEX, "DATASHEET.md", "datashee
 
 
 def complete_runs(models: ModelSet) -> ModelSet:
-    "Select the networks of the runs that all tasks have. Exits if they are fewer than three, which leaves none to fit on"
+    "Select the networks of the runs that all tasks have. Exits if there are fewer than three, too few to fit on"
     counts = models.manifest.groupby("run").task.nunique()
     runs = counts.index[counts == len(models.tasks)]
     if len(runs) < 3: sys.exit(f"{models.path}: all tasks have {len(runs)} runs in common, expected at least 3")
@@ -49,8 +49,8 @@ def add_observed(path: Path, source: Path, models: ModelSet):
 
 
 def add_net(path: Path, models: ModelSet, name: str):
-    "Fit LPS on all but two networks of each task; its metadata name them"
-    n_train = count_right(models)
+    "Fit LPS on four fifths of the networks; its metadata name them"
+    n_train = count_train(models)
     train, held_out = classification_splits(models.labels, n_train, n_splits=1, seed=0)[0]
     fitted = fit_method(models[train])
     files = models.manifest.file

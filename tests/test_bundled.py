@@ -440,6 +440,8 @@ def test_packing_again_keeps_networks_of_earlier_builds(tmp_path):
     assert meta["observed"]["digests"] == [model.digest for model in wanted]
     assert all(torch.equal(a.state["conv1.weight"], b.state["conv1.weight"]) for a, b in zip(packed, wanted))
     assert all(torch.equal(tensors[name][[0, 2]], before[name][[0, 2]]) for name in tensors)
+    once_more = pack(packed, tmp_path/"again.safetensors")
+    assert [model.meta["digest"] for model in once_more] == [model.meta["digest"] for model in packed]
     assert not torch.equal(tensors["outputs"][1], before["outputs"][1])
     described = packed_networks(tmp_path/"out/classes/epoch3.safetensors")
     torch.testing.assert_close(described[1].logits, describe_classes(again[0]).logits)

@@ -944,7 +944,7 @@ def bundled(cls: ModelIndex,
     return cls(fit_method(models[~_held_out(models)], method), models)
 
 # %% ../../nbs/index/03_index.ipynb #dd632a23
-def bundled_unseen() -> ModelSet: # two models of each task
+def bundled_unseen() -> ModelSet: # the same number of models of each task
     "Load the bundled models that were held out from the fit of all bundled methods"
     models = load_modelset("bundled")
     return models[_held_out(models)]

@@ -419,9 +419,9 @@ def _packed_meta(model, sha256, classes):
 
 def _packed_models(models, kept, classes):
     "Gather the metadata of the models: common entries once, then those of each"
-    lacks = [layer for layer in models.layers if layer not in kept]
     metas = []
     for model, file, sha256 in zip(models, models.manifest.file, models.hashes):
+        lacks = [layer for layer in model.layers if layer not in kept]
         missing = [*lacks, *(model.meta.get("lacks") or [])]
         metas.append(_packed_meta(model, sha256, classes) | dict(lacks=missing, file=file))
     common = dict(metas[0])
