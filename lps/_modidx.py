@@ -1961,6 +1961,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'lps.study.records.Unseen': ('study/records.html#unseen', 'lps/study/records.py'),
                                    'lps.study.records._Captioned': ('study/records.html#_captioned', 'lps/study/records.py'),
                                    'lps.study.records.about_models': ('study/records.html#about_models', 'lps/study/records.py'),
+                                   'lps.study.records.computes': ('study/records.html#computes', 'lps/study/records.py'),
                                    'lps.study.records.escaped': ('study/records.html#escaped', 'lps/study/records.py'),
                                    'lps.study.records.find_record': ('study/records.html#find_record', 'lps/study/records.py'),
                                    'lps.study.records.fingerprint': ('study/records.html#fingerprint', 'lps/study/records.py'),
