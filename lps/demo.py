@@ -21,7 +21,7 @@ from .methods.registry import LEADERS, METHODS, default_methods, embed_models, f
 from .models.modelset import ModelSet, load_modelset
 from .study.figures import plot_rank_k
 from .study.records import RunsRecord, runs_fields, summary
-from .study.splits import count_train
+from .study.sets import count_train
 from .study.stats import chance_curves, mean_sd, verdict, Verdict
 from .study.table1 import table1
 from .zoo.build import build

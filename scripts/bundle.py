@@ -18,7 +18,8 @@ from lps.core.files import load_tensors, save_tensors
 from lps.index.index import BUNDLED_INDEX, ModelIndex
 from lps.methods.registry import fit_method, load_fitted, save_fitted
 from lps.models.modelset import ModelSet, load_modelset, pack
-from lps.study.splits import classification_splits, count_train
+from lps.study.sets import count_train
+from lps.study.splits import classification_splits
 from lps.zoo.datasheet import datasheet, write_datasheet
 
 DATA = Path(__file__).resolve().parent.parent/"lps/data"

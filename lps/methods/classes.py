@@ -25,7 +25,7 @@ from .probes import Probes, every_tensor, fit_probes, own_bank
 from .registry import INVARIANCES, Method, register_method
 from .synthetic import MIXTURES, kinds_of, standardise, synthetic_images
 from ..models.model import Model
-from ..models.modelset import bundled, bundled_sets
+from ..models.modelset import bundled, repository_sets
 from ..zoo.recipe import best_precision
 
 # %% ../../nbs/methods/11_classes.ipynb #385d8371
@@ -197,7 +197,7 @@ def packed_networks(
 def packed_classes() -> dict:  # name, such as 'modelset500' → file
     "List the two-class networks whose descriptors come with lps or lie in a checkout of the repository"
     found = dict(modelset500=bundled("classes-modelset500.safetensors"))
-    for name, file in bundled_sets().items(): found[name] = file.parent/"classes"/file.name
+    for name, file in repository_sets().items(): found[name] = file.parent/"classes"/file.name
     return {name: file for name, file in found.items() if file.exists()}
 
 # %% ../../nbs/methods/11_classes.ipynb #96fbe427

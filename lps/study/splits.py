@@ -85,13 +85,6 @@ def count_right(
     "Return the number of models in the gallery that are right for a query"
     return int(models.manifest.task.value_counts().min()) - n_query
 
-def count_train(
-    models: ModelSet,  # all models
-) -> int:
-    "Return four fifths of the models of each task, so that at least one is left for testing"
-    n = int(models.manifest.task.value_counts().min())
-    return n - max(1, round(n/5))
-
 # %% ../../nbs/study/01_splits.ipynb #40e74d16
 def nested_splits(
     labels: Tensor,     # task of each model, `(M,)`
