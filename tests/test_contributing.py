@@ -107,7 +107,7 @@ def test_the_experiment(tmp_path):
     models = models[models.manifest.task < 3]
     few = dict(epochs=2, milestones=(1,), n_filters=4)
     how = dict(name="bundled", n_splits=2, seed=0, layers=["conv1"], momentum=.9, folded=False)
-    fields = runs_fields(table1(models, 2, methods=("lps",), **few))
+    fields = runs_fields(table1(models, 2, 2, methods=("lps",), **few))
     RunsRecord.make(models, how | few, **fields).write(result_path(tmp_path, "hurried", "bundled"))
     grid = overview(tmp_path)
     assert grid.index.tolist() == [("not in the paper", "two epochs are enough", "top-1")]

@@ -7,7 +7,7 @@ import pytest
 from lps.study.table1 import table1
 from lps.models.modelset import bundled, load_modelset
 
-RECORD = Path(__file__).resolve().parent.parent/"results/table1-bundled.json"
+RECORD = Path(__file__).resolve().parent.parent/"results/table1-modelset500-cifar100-epoch80.json"
 
 
 @pytest.mark.parametrize("method", ["fc", "frobenius", "lps"])

@@ -59,7 +59,7 @@ def test_a_method_from_outside_arrives_everywhere(strength, tmp_path, capsys):
     assert main(["fit", "bundled", "--method", "strength", "--out", str(out)]) == 0
     assert load_fitted(out).layers == ["conv1"]
     few = models[models.manifest.task < 4]
-    runs = table1(few, 2, 8, methods=("strength",), classifier="nearest")
+    runs = table1(few, 2, 2, methods=("strength",), classifier="nearest")
     assert "Norms of filters" in summary(runs).index and "Norms of filters" in runs_fields(runs)["summary"]
 
 

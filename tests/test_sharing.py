@@ -19,7 +19,7 @@ from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex
 from lps.index.share import card, from_pretrained, push_to_hub, save_pretrained
 
-RESULT = ROOT/"results/table1-bundled.json"
+RESULT = ROOT/"results/table1-modelset500-cifar100-epoch80.json"
 
 
 @pytest.fixture(scope="module")
