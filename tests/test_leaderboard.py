@@ -10,7 +10,7 @@ from lps.models.modelset import load_modelset
 FOUND = measured(ROOT/"results")
 
 
-@pytest.mark.parametrize("kind, name", [("whole networks", "foreignzoo"), ("first layers", "bundled")])
+@pytest.mark.parametrize("kind, name", [("whole networks", "foreignzoo"), ("first layers", "modelset500-epoch20")])
 def test_the_leader_leads_among_methods_without_a_caveat(kind, name):
     rows = FOUND[(FOUND["set"] == name) & (FOUND.splits >= 20)]
     free = rows[[not METHODS[method].caveat for method in rows.method]]
