@@ -1,12 +1,10 @@
-"""Networks of several kinds side by side, tasks that share a class, and copies"""
+"""Networks of several kinds side by side, builds of given tasks, and copies"""
 from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from torch.nn.functional import normalize
 
 from lps.nets.architectures import net_from_state, norms_of, recognise, shapes_of, stem_of
 from lps.lineage.benchmark import CHANGED, TRAINED, noisy, pruned, quantised, train_copy, write_copies
@@ -17,17 +15,7 @@ from lps.order_chain import permute, random_perms
 from lps.nets.plain import PlainNet
 from lps.nets.resnet import ResNet
 from lps.index.index import ModelIndex
-from lps.study.architectures import (
-    ModelSets,
-    embed_sets,
-    fit_sets,
-    is_reversed,
-    load_sets,
-    query_across,
-    readable_sets,
-    summarise_queries,
-)
-from lps.study.overlap import OverlapPairs, overlap_pairs
+from lps.study.architectures import ModelSets, load_sets
 from lps.zoo.tasks import load_images, task_images
 from lps.zoo.recipe import Recipe, init_model, recipe_fields, recipes
 from lps.zoo.train import train_model
@@ -132,43 +120,6 @@ def test_a_gallery_of_one_depth_answers_queries_of_others(kinds, method, tmp_pat
         np.testing.assert_allclose(one.similarity, of_set, atol=1e-5)
 
 
-def test_kinds_stand_in_one_embedding_and_the_others_are_left_out(kinds):
-    assert list(readable_sets(kinds, "probes").sets) == list(kinds.sets)
-    assert list(readable_sets(kinds, "chain").sets) == ["resnet8", "resnet14", "wide", "plain"]
-    assert list(readable_sets(kinds, "lps").sets) == ["resnet8", "resnet14", "plain", "without_norm"]
-    some = [kinds.sets["wide"], kinds.sets["plain"]]
-    fitted = fit_sets(some, "all-layer-signature")
-    assert torch.equal(embed_sets(fitted, some), torch.cat([embed_models(fitted, models) for models in some]))
-    with pytest.raises(ValueError, match="conv1 is .* in set 0 and .* in set 1"): fit_sets(some, "lps")
-
-
-def test_each_kind_asks_once_and_chance_is_chance(kinds):
-    asked = query_across(readable_sets(kinds, "all-layer-signature"), "all-layer-signature")
-    assert asked.groupby("kind").size().to_dict() == dict(resnet8=6, resnet14=6, wide=6, plain=6)
-    summary = summarise_queries(asked, 50)
-    assert summary["rank-1"][1] <= summary["rank-1"][0] <= summary["rank-1"][2]
-
-
-def test_a_reversal_is_another_task_before_every_network_of_the_own():
-    query, gallery = torch.tensor([0, 1]), torch.tensor([0, 0, 1])
-    own, others = torch.tensor([[1., .5], [.5, 1.]]), torch.tensor([[.1, .6, .9], [.3, .3, .4]])
-    assert is_reversed(own, others, query, gallery).tolist() == [False, True]
-
-
-def test_areas_and_their_intervals_follow_the_overlap():
-    manifest = pd.DataFrame(list(combinations("abcdef", 2)), columns=["class_0", "class_1"])
-    manifest = pd.concat([manifest, manifest], ignore_index=True)
-    member = torch.tensor([[float(c in pair) for c in "abcdef"] for pair in manifest.values])
-    pairs = overlap_pairs(normalize(member, dim=1), manifest)
-    assert pairs.auc(1, 0) == pairs.auc(2, 1) == 1 and pairs.interval(1, 0, 20) == [1, 1]
-    noise = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
-    by_chance = overlap_pairs(normalize(noise, dim=1), manifest)
-    low, high = by_chance.interval(1, 0, 100)
-    assert low < by_chance.auc(1, 0) < high and .3 < low < high < .7
-    few = OverlapPairs(np.array([.9, .1, .5]), np.array([1, 0, 0]), np.ones((3, 2), dtype=bool))
-    assert few.auc(1, 0, np.array([1, 1, 0])) == 1 and np.isnan(few.auc(2, 1))
-
-
 def test_copies_move_step_by_step(tmp_path):
     models = build(tmp_path/"zoo", "digits", replace(TINY, epochs=3), n_tasks=2, n_models=1, workers=1)
     state = models[0].state
@@ -178,9 +129,9 @@ def test_copies_move_step_by_step(tmp_path):
     write_copies(tmp_path/"copies", models)
     copies = load_sets(tmp_path/"copies")
     assert set(copies.sets) == {"original", *CHANGED}
-    fitted = fit_sets([models], "probes")
-    z = embed_sets(fitted, [copies.sets["original"]])
-    def cosine(kind): return float((embed_sets(fitted, [copies.sets[kind]])*z).sum(1).mean())
+    fitted = fit_method(models, "probes")
+    z = embed_models(fitted, copies.sets["original"])
+    def cosine(kind): return float((embed_models(fitted, copies.sets[kind])*z).sum(1).mean())
     cosines = [cosine(kind) for kind in ("original", "eight-bits", "noise-01", "noise-03", "noise-10")]
     assert cosines == sorted(cosines, reverse=True) and cosines[0] > .999 > cosines[2]
     assert cosine("pruned-50") > cosine("pruned-80")

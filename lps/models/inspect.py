@@ -51,7 +51,9 @@ def table(self: Inspection): # DataFrame: column `found`
 def __repr__(self: Inspection): return "\n".join(f"{name}: {text}" for name, text in self.table().found.items())
 
 @patch
-def _repr_html_(self: Inspection): return self.table().to_html()
+def _repr_html_(self: Inspection):
+    import pandas as pd
+    with pd.option_context("display.max_colwidth", None): return self.table().to_html()
 
 # %% ../../nbs/models/13_inspect.ipynb #e951204e
 def _count_layers(state):

@@ -177,7 +177,7 @@ def module_size(
     named = input_size(configs)
     published_size = input_size(published(part.title))
     if named is None and published_size and _failure(part.net, (channels, *published_size[:2])) is None:
-        return (channels, *published_size[:2]), f"{published_size[2]}, as no file records it (size, --size)"
+        return (channels, *published_size[:2]), f"{published_size[2]}; no file records it (size, --size)"
     if named:
         size = channels, *named[:2]
         why = _failure(part.net, size)

@@ -7,6 +7,7 @@ __all__ = ['open_models']
 
 # %% ../../nbs/study/21_sets.ipynb #34a3874e
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 from ..models.modelset import ModelSet, load_modelset
@@ -35,3 +36,6 @@ def open_models(
     if model_set != "digits": return load_modelset(model_set)
     recipe = digits_recipe(zoo_epochs, **changes or {})
     return build(f"{runs}/{folder}", images="digits", recipe=recipe, progress=False, **kwargs)
+
+# %% ../../nbs/study/21_sets.ipynb #30abb13d
+ALL_PAIRS = dict(folder="digits-overlap", changes=dict(depth=8, width=8), tasks=list(combinations(range(4), 2)))
