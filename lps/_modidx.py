@@ -279,7 +279,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lps.index.gather.kept_about': ('index/gather.html#kept_about', 'lps/index/gather.py'),
                                   'lps.index.gather.labelled_models': ('index/gather.html#labelled_models', 'lps/index/gather.py'),
                                   'lps.index.gather.model_facts': ('index/gather.html#model_facts', 'lps/index/gather.py'),
-                                  'lps.index.gather.name_it': ('index/gather.html#name_it', 'lps/index/gather.py'),
                                   'lps.index.gather.read_item': ('index/gather.html#read_item', 'lps/index/gather.py'),
                                   'lps.index.gather.single_models': ('index/gather.html#single_models', 'lps/index/gather.py')},
             'lps.index.index': { 'lps.index.index.BuildSettings': ('index/index.html#buildsettings', 'lps/index/index.py'),

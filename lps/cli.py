@@ -657,7 +657,9 @@ def comparisons(reasons: dict) -> dict[str, str]:
     if by_outputs: found["can be compared by its outputs"] = ", ".join(by_outputs)
     if by_weights: found["can be compared by its weights"] = ", ".join(by_weights)
     if fit: found["methods"] = "lps methods explains these names; lps query and lps index build choose one"
-    for name, why in reasons.items(): found[UNFIT.get(name, f"cannot be compared by {name}")] = why
+    unfit = {}
+    for name, why in reasons.items(): unfit.setdefault(why, []).append(name)
+    for why, names in unfit.items(): found[UNFIT.get(names[0], f"cannot be compared by {', '.join(names)}")] = why
     return found
 
 @app.command("inspect", epilog="Example: lps inspect my-model.pth --arch timm/resnet18")

@@ -294,7 +294,7 @@ def test_a_normalisation_that_is_none_stays_unknown(small, tmp_path, said):
     report = inspect_model(folder(tmp_path/"hub", small, preprocessor_config=said))
     model = report.model
     assert "mean" not in model.meta and report.normalisation.startswith("not known")
-    assert why_not(model, ["read-out"])["read-out"].endswith("its architecture is not known: name it (arch, --arch)")
+    assert why_not(model, ["read-out"])["read-out"].endswith("its architecture is not known")
 
 
 def test_shortcuts_without_weights_are_told_apart_by_answers():
@@ -468,10 +468,13 @@ def test_a_report_on_the_command_line(small, tmp_path, capsys):
     torch.save(small.state_dict(), tmp_path/"b.pt")
     assert main(["inspect", str(tmp_path/"b.pt")]) == 0
     said = capsys.readouterr().out
-    assert "architecture: not known; name it" in said and "cannot be compared by probes: " in said
+    assert "architecture: not known; name it" in said
+    assert "by probes, two-spectra-probes, gallery-probes, class-descriptors: no known architecture" in said
     words = ["--arch", "test_intake:Small", "--size", "20", "--stats", ".5,.5,.5", ".25,.25,.2"]
     assert main(["inspect", str(tmp_path/"b.pt"), *words]) == 0
     said = capsys.readouterr().out
     assert "3 × 20 × 20, from the call" in said and "standard deviation 0.25, 0.25, 0.2, from the call" in said
-    assert "cannot be compared by probes" not in said and "beside the network: places: whole numbers" in said
+    able, _, unable = said.partition("cannot be compared")
+    assert "by its outputs: probes" in able and "probes" not in unable
+    assert "beside the network: places: whole numbers" in said
     assert main(["inspect", str(tmp_path/"b.pt"), "--stats", "x", "1"]) == 2

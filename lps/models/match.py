@@ -181,12 +181,14 @@ def module_size(
     if named:
         size = channels, *named[:2]
         why = _failure(part.net, size)
-        return (None, f"cannot be run with {size}, from {named[2]}: {why}") if why else (size, named[2])
+        if why is None: return size, named[2]
+        refused = f"cannot be run with {size}, from {named[2]}: {why}"
+        if named[2] == "the call": return None, refused
     for side in SIDES:
         size = channels, side, side
         why = _failure(part.net, size)
         if why is None: return size, f"the first of {', '.join(map(str, SIDES))} that it takes: pass size for its own"
-    return None, f"cannot be run: {why}"
+    return None, refused if named else f"cannot be run: {why}"
 
 # %% ../../nbs/models/12_match.ipynb #1defc62d
 @torch.no_grad()
