@@ -44,6 +44,26 @@ def test_a_function_of_nothing_but_a_docstring_stays_one():
     assert plain_source('def f():\n    "Nothing"') == "def f():\n    pass"
 
 
+def test_what_shows_a_result_does_not_make_it_stale(module):
+    module.write_text("def half(x):\n    if x is None: raise ValueError('none')\n    return x/2\n")
+    before = source_hash("half_of_it")
+    more = "import math\n__all__ = ['half']\ndef plot(record): pass\nregister_experiment(half)\n"
+    module.write_text(more + module.read_text().replace("'none'", "f'{x}'"))
+    assert source_hash("half_of_it") == before
+    module.write_text(module.read_text().replace("record", "x"))
+    assert source_hash("half_of_it") != before
+
+
+def test_one_definition_of_a_module_is_hashed_alone(module):
+    before = source_hash("half_of_it:half")
+    module.write_text(module.read_text() + "def third(x): return x/3\n")
+    assert source_hash("half_of_it:half") == before != source_hash("half_of_it:half,third")
+    with pytest.raises(ValueError, match="half_of_it:whole has no such definition"): source_hash("half_of_it:whole")
+    for listed in MEASURED_BY:
+        name, _, names = listed.partition(":")
+        for part in filter(None, names.split(",")): assert source_hash(f"{name}:{part}"), part
+
+
 def test_which_module_changed_matters_not_their_names(module):
     assert source_hash("half_of_it", "lps.align") != source_hash("lps.align", "half_of_it")
     with pytest.raises(ValueError, match="no_such_module is not a module"): source_hash("no_such_module")

@@ -46,32 +46,48 @@ def about_models(
 
 # %% ../../nbs/study/03_records.ipynb #5af9333a
 MEASURED_BY = (
-    "lps.order_chain", "lps.models.modelset", "lps.align", "lps.second_order", "lps.methods.registry",
-    "lps.methods.paper", "lps.study.splits", "lps.study.stats", "lps.study.table1", "lps.study.table2",
+    "lps.order_chain", "lps.align", "lps.second_order", "lps.methods.paper",
+    "lps.models.modelset:__getitem__,weights,stack",
+    "lps.methods.registry:observe_models,prepare_fit,fit_many,observations,embed_models,score_models",
+    "lps.study.splits", "lps.study.stats", "lps.study.table1", "lps.study.table2",
 )
 
+def computes(
+    statement, # at the top of a module
+) -> bool:
+    "Return whether a statement is more than an import, a function of a record, or an entry of the experiments"
+    if isinstance(statement, ast.FunctionDef): return [a.arg for a in statement.args.args[:1]] != ["record"]
+    if isinstance(statement, ast.Import | ast.ImportFrom): return False
+    return not ast.unparse(statement).startswith(("__all__", "register_experiment("))
+
 def plain_source(
-    text: str, # Python source
+    text: str,         # Python source
+    names: tuple = (), # of definitions; none: all
 ) -> str:
-    "Remove comments, docstrings and formatting from source"
+    "Select the source that computes, without comments, docstrings, messages of errors and formatting"
     tree = ast.parse(text)
+    tree.body = [part for part in tree.body if computes(part) and (not names or getattr(part, "name", "") in names)]
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
+        if isinstance(node, ast.Raise): node.exc = node.cause = None
         if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
 # %% ../../nbs/study/03_records.ipynb #a6f4a3fa
 def source_hash(
-    *modules: str, # names of modules, such as `lps.align`
+    *modules: str, # such as `lps.align`, or `lps.align:align_layer` for one definition
 ) -> str:          # 16 hexadecimal digits
-    "Compute a hash of what modules do. Raises `ValueError` for a module without a source file"
+    "Compute a hash of what modules do. Raises `ValueError` for a module without a source file, or a definition"
     sha = hashlib.sha256()
-    for name in modules:
+    for module in modules:
+        name, _, names = module.partition(":")
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.has_location:
             raise ValueError(f"{name} is not a module with a source file: name modules that the result depends on")
-        sha.update(plain_source(Path(spec.origin).read_text(encoding="utf-8")).encode())
+        source = plain_source(Path(spec.origin).read_text(encoding="utf-8"), tuple(filter(None, names.split(","))))
+        if not source: raise ValueError(f"{module} has no such definition: name what the result depends on")
+        sha.update(source.encode())
     return sha.hexdigest()[:16]
 
 @dataclass
