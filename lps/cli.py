@@ -838,11 +838,11 @@ def classes_of(source: str, read):
     if source not in BUNDLED: check_one_model(source)
     return descriptors_or_model(source, read)
 
-def relation_text(relation: dict) -> str:
+def relation_text(relation: dict, untrained: bool) -> str:
     "Return how two networks are related, in a sentence"
     of_a, of_b = relation["classes"]
     known = math.isfinite(relation["shared"])
-    number = "not calibrated for these images"
+    number = "not estimated for an untrained network" if untrained else "not calibrated for these images"
     if known: number = f"{relation['shared']:.1f} expected, between {relation['low']} and {relation['high']}"
     return f"Shared classes: {number}, of {of_a} and {of_b}. Similarity {relation['similarity']:.2f}."
 
@@ -885,7 +885,7 @@ def classes(
         return show_table(found.set_index("class"), "Classes")
     how = dict(n_images=images, folder=probe_images, multilabel=multilabel)
     pair = [classes_of(source, reading.settings()) for source in (model, other or known)]
-    with busy(f"running {model}"): own, others = describe_pair(*pair, **how)
+    with counting("images") as progress: own, others = describe_pair(*pair, progress=progress, **how)
     if save:
         own.save(save)
         log.info("%s: descriptors of %d classes", save, len(own))
@@ -895,8 +895,10 @@ def classes(
     else:
         table = match_classes(own, others)
         relation = relate_classes(own, others)
-        sentence = relation_text(relation)
-    if as_json: return print_json(dict(classes=table.to_dict("records")) | (relation if other else {}))
+        sentence = relation_text(relation, bool(own.untrained or others.untrained))
+    if as_json:
+        about = dict(untrained=[own.untrained, others.untrained])
+        return print_json(dict(classes=table.to_dict("records")) | about | (relation if other else {}))
     show_table(table.set_index(table.columns[0]), "Classes")
     if sentence: console.print(sentence, soft_wrap=True)
 

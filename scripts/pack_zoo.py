@@ -65,7 +65,7 @@ def describe(models: ModelSet, file: Path) -> int:
             known = dict(zip(about["files"], zip(about["digests"], about["classes"], state["first"])))
     for i, (name, digest) in enumerate(zip(models.manifest.file, models.digests)):
         if name in known and known[name][0] == digest: continue
-        found = describe_classes(models[i], **IMAGES)
+        found = describe_classes(models[i], precision="float32", **IMAGES)
         if len(found) == 2: known[name] = digest, found.names, found.logits[:, 0]
     if not known: return 0
     names = sorted(known)

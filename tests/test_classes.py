@@ -26,6 +26,16 @@ def network(seed, n_classes=6, **kwargs):
     return Model(net.state_dict(), dict(shortcut="conv", classes=[f"class {i}" for i in range(n_classes)]))
 
 
+def trained(seed, n_classes=6):
+    "A network with outputs that vary and other than initial norms"
+    model = network(seed, n_classes)
+    for name, v in model.state.items():
+        if name.endswith("running_mean"): v += .1
+    outputs = Model(dict(model.state), model.meta).outputs(synthetic_images(64, size=16))
+    model.state["fc.bias"] = model.state["fc.bias"] - outputs.mean(0)
+    return model
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_descriptors_are_invariant_to_changes_that_keep_the_outputs(change):
     net = some_net(1, 7)
@@ -252,7 +262,7 @@ def test_what_is_no_model_is_refused(source):
 
 
 def test_several_labels_for_one_image_are_named():
-    named = name_classes(network(0, n_classes=4), "cifar100", multilabel=True)
+    named = name_classes(trained(0, n_classes=4), "cifar100", multilabel=True)
     assert len(named) == 4 and named.probability.between(0, 1).all()
     rows = describe_classes(network(0), multilabel=True, **FEW).rows
     assert rows.shape == (6, 128)
@@ -341,3 +351,33 @@ def test_no_folder_that_a_file_names_is_read(tmp_path):
 
 def test_descriptors_are_not_described_again():
     with pytest.raises(ValueError, match="give a model"): describe_classes("cifar100")
+
+
+def test_an_untrained_network_gets_no_probabilities(tmp_path, caplog):
+    usual = describe_classes(trained(0))
+    assert usual.untrained == "" and not caplog.records
+    assert match_classes(usual, trained(1)).probability.notna().all()
+    fresh = describe_classes(network(0))
+    assert "batch normalisation" in fresh.untrained and "seems untrained" in caplog.text
+    fresh.save(tmp_path/"fresh.safetensors")
+    again = load_class_descriptors(tmp_path/"fresh.safetensors")
+    assert again.untrained == fresh.untrained
+    for a, b in ((again, usual), (usual, again)):
+        assert match_classes(a, b).probability.isna().all() and np.isnan(relate_classes(a, b)["shared"])
+    named = name_classes(again, "cifar100")
+    assert named.probability.isna().all() and named.none.isna().all()
+
+
+def test_images_are_counted_over_both_networks():
+    counts = []
+    describe_pair(trained(0), trained(1), progress=lambda *n: counts.append(n), n_images=96, size=8)
+    assert counts == [(64, 192), (96, 192), (160, 192), (192, 192)]
+    counts.clear()
+    describe_pair(trained(0), "cifar100", progress=lambda *n: counts.append(n))
+    assert counts[-1] == (768, 768)
+
+
+def test_descriptors_in_bfloat16_are_close():
+    exact, rounded = (describe_classes(trained(0), 96, precision=p) for p in ("float32", "bfloat16"))
+    assert not torch.equal(exact.logits, rounded.logits)
+    assert (exact.rows*rounded.rows).sum(1).min() > .99

@@ -16,8 +16,8 @@ from lps.core.jobs import seeded
 from lps.index.family import relatives
 from lps.index.gather import BY_CLASSES
 from lps.index.index import BuildSettings, ModelIndex
-from lps.index.related import at_reduced_size, initial_norms, variation
-from lps.methods.classes import describe_classes, information
+from lps.index.related import at_reduced_size
+from lps.methods.classes import describe_classes, information, initial_norms, variation
 from lps.methods.synthetic import synthetic_images
 from lps.models.table import read_table, table_row, unmatched_rows
 from lps.models.read import Reading, read_model

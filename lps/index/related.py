@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/index/07_related.ipynb #79f923d7
-import base64, itertools
+import base64, itertools, logging
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -18,13 +18,15 @@ from torch import Tensor
 from ..core.files import load_tensors, printable
 from lps.methods.classes import (
     Calibration, class_descriptors, class_names, fit_calibration, nearest_mean, number_interval,
-    at_likely_size, logits_on, resized,
+    at_likely_size, logits_on, resized, why_untrained,
 )
 from ..methods.synthetic import MIXTURES, synthetic_images
 from ..models.model import Model
 from ..models.modelset import bundled
 
 # %% ../../nbs/index/07_related.ipynb #359fdb6b
+log = logging.getLogger(__name__)
+
 EVERY = 3       # every third of the images
 BANK = dict(n_images=768, seed=0, size=32, kinds="smooth objects")
 MOST_SIDE = 64  # pixels
@@ -48,47 +50,6 @@ def at_reduced_size(
     if min(known.size[1:]) <= most: return model
     smaller, outputs = resized(model, most, bank(model.channels)[:2])
     return model if outputs is None else smaller
-
-# %% ../../nbs/index/07_related.ipynb #01eac4d7
-LEAST_VARIATION = .01  # share of the variance of centred logits that is due to images
-
-def _are_constant(state, ending, value):
-    "Tell whether all tensors whose name has an ending are equal to a value; None if there are none"
-    found = [v for name, v in state.items() if name.endswith(ending)]
-    return all(bool((v == value).all()) for v in found) if found else None
-
-def initial_norms(
-    state: dict, # tensors by name
-) -> str:        # why its norms are those of an untrained network; empty if they are not
-    "Tell whether the norms of a network are as before training"
-    fresh = _are_constant(state, "running_mean", 0)
-    if fresh and _are_constant(state, "running_var", 1): return "batch normalisation at its initial values"
-    if fresh is not None: return ""
-    norms = {}
-    for name, v in state.items():
-        layer, _, what = name.rpartition(".")
-        if v.ndim == 1 and what == "weight" and f"{layer}.bias" in state: norms[layer] = v, state[f"{layer}.bias"]
-    initial = [bool((weight == 1).all() and (bias == 0).all()) for weight, bias in norms.values()]
-    return "norms at their initial values" if initial and all(initial) else ""
-
-def variation(
-    logits: Tensor, # `(n, K)`
-) -> float:         # 0 to 1
-    "Compute the share of the variance of logits, centred over classes, that is due to images"
-    z = logits.double()
-    if z.shape[1] > 1: z = z - z.mean(1, keepdim=True)
-    total = z.square().mean()
-    return float((z - z.mean(0)).square().mean()/total) if total > 0 else 0.
-
-def why_untrained(
-    state: dict,    # tensors by name
-    logits: Tensor, # on the images of `bank`, `(n, K)`
-) -> str:           # empty for a trained network
-    "Say why a network seems untrained"
-    reason = initial_norms(state)
-    if reason: return reason
-    share = variation(logits)
-    return f"outputs hardly vary ({share:.1%} of their variance is due to the image)" if share < LEAST_VARIATION else ""
 
 # %% ../../nbs/index/07_related.ipynb #7ac6c770
 WIDTH = 2*(BANK["n_images"]//EVERY)  # numbers of a descriptor
@@ -323,6 +284,9 @@ def name_by_gallery(
     known, scores = gallery.by_name(pair_scores(found.rows, gallery.rows, None, gallery.hubs))
     if not known: raise ValueError("no model of the index names its classes: name them in a table, column classes")
     likely = scale.of_classes(scores)
+    if found.untrained:
+        log.warning("the network seems untrained: %s. No probabilities are given for it.", found.untrained)
+        likely = torch.full_like(likely, torch.nan)
     rows = []
     for i, label in enumerate(found.names):
         for j in scores[i].topk(min(k, len(known))).indices.tolist():

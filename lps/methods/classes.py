@@ -38,16 +38,20 @@ def class_logits(
     "Compute the logits of images in float32. Raises `ValueError` as `Model.outputs` does"
     return model.outputs(images).float()
 
+BATCH = 64  # images at once
+
 def logits_on(
     model: Model,
-    images: Tensor,
-) -> Tensor:  # float32 `(n, K)`
-    "Compute logits, in bfloat16 if the processor has it. Raises `ValueError` as `Model.outputs` does"
-    precision = best_precision()
-    try: return model.outputs(images, precision=precision)
+    images: Tensor,           # normalised, `(n, C, H, W)`
+    precision: str = "auto",  # bfloat16, float32, or 'auto': bfloat16 if the processor has it
+    progress=None,            # function of the number of images that are done, and of all; None: silent
+) -> Tensor:                  # float32 `(n, K)`
+    "Compute logits, in float32 if bfloat16 fails. Raises `ValueError` as `Model.outputs` does"
+    if precision == "auto": precision = best_precision()
+    try: return model.outputs(images, bs=BATCH, precision=precision, progress=progress)
     except (ValueError, RuntimeError):
         if precision == "float32": raise
-    return model.outputs(images)
+    return model.outputs(images, bs=BATCH, progress=progress)
 
 def resized(
     model: Model,
@@ -79,6 +83,47 @@ def information(
     "Estimate the mutual information of images and predicted classes"
     p = logits.double().softmax(1)
     return float(torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(1).mean())
+
+# %% ../../nbs/methods/11_classes.ipynb #455e8b04
+LEAST_VARIATION = .01  # share of the variance of centred logits that is due to images
+
+def _are_constant(state, ending, value):
+    "Tell whether all tensors whose name has an ending are equal to a value; None if there are none"
+    found = [v for name, v in state.items() if name.endswith(ending)]
+    return all(bool((v == value).all()) for v in found) if found else None
+
+def initial_norms(
+    state: dict, # tensors by name
+) -> str:        # why its norms are those of an untrained network; empty if they are not
+    "Tell whether the norms of a network are as before training"
+    fresh = _are_constant(state, "running_mean", 0)
+    if fresh and _are_constant(state, "running_var", 1): return "batch normalisation at its initial values"
+    if fresh is not None: return ""
+    norms = {}
+    for name, v in state.items():
+        layer, _, what = name.rpartition(".")
+        if v.ndim == 1 and what == "weight" and f"{layer}.bias" in state: norms[layer] = v, state[f"{layer}.bias"]
+    initial = [bool((weight == 1).all() and (bias == 0).all()) for weight, bias in norms.values()]
+    return "norms at their initial values" if initial and all(initial) else ""
+
+def variation(
+    logits: Tensor, # `(n, K)`
+) -> float:         # 0 to 1
+    "Compute the share of the variance of logits, centred over classes, that is due to images"
+    z = logits.double()
+    if z.shape[1] > 1: z = z - z.mean(1, keepdim=True)
+    total = z.square().mean()
+    return float((z - z.mean(0)).square().mean()/total) if total > 0 else 0.
+
+def why_untrained(
+    state: dict,    # tensors by name
+    logits: Tensor, # on synthetic images, `(n, K)`
+) -> str:           # empty for a trained network
+    "Say why a network seems untrained"
+    reason = initial_norms(state)
+    if reason: return reason
+    share = variation(logits)
+    return f"outputs hardly vary ({share:.1%} of their variance is due to the image)" if share < LEAST_VARIATION else ""
 
 # %% ../../nbs/methods/11_classes.ipynb #a038d61b
 def centred_logits(
@@ -142,6 +187,7 @@ class ClassDescriptors:
     images: dict             # n_images, seed, size and kinds of the synthetic images; or folder
     multilabel: bool = False # independent logits?
     prototypes: Tensor | None = None # class descriptors as means over several networks, `(K, …)`
+    untrained: str = ""      # why the network seems untrained; empty for a trained one
 
     @property
     def kinds(self): # kind of each image, `(n,)`; None for photographs
@@ -168,6 +214,7 @@ class ClassDescriptors:
     def save(self, path, **about):
         "Write a file"
         meta = dict(names=list(map(str, self.names)), images=self.images, multilabel=self.multilabel)
+        meta["untrained"] = self.untrained
         tensors = dict(logits=self.logits.half())
         if self.prototypes is not None: tensors["prototypes"] = self.prototypes.half()
         save_tensors(path, tensors, meta | about)
@@ -209,6 +256,8 @@ def describe_classes(
     folder: str | Path | None = None, # photographs to use instead
     multilabel: bool = False,  # independent logits?
     kinds: str | None = None,  # mixed, or smooth objects; None: smooth objects for fewer than 50 classes
+    precision: str = "auto",   # bfloat16, float32, or 'auto': bfloat16 if the processor has it
+    progress=None,             # function of the number of images that are done, and of all; None: silent
 ) -> ClassDescriptors:
     "Run a network on probe images and describe its classes. Raises `ValueError` for outputs that are not finite"
     model = descriptors_or_model(model)
@@ -226,9 +275,14 @@ def describe_classes(
         model = at_likely_size(model, images[::max(1, len(images)//32)], (*SIDES, model.architecture.size[1]))
         side = model.architecture.size[1]
         log.info("the size of its images is not recorded: run at %d pixels, where its outputs tell most of them", side)
-    z = centred_logits(class_logits(model, images), multilabel)
+    logits = logits_on(model, images, precision, progress)
+    untrained = why_untrained(model.state, logits)
+    where = printable(model.meta.get("file", "the network"))
+    if untrained: log.warning("%s seems untrained: %s. No probabilities are given for it.", where, untrained)
+    z = centred_logits(logits, multilabel)
     z = z/z.square().mean().sqrt()
-    return ClassDescriptors(z.half(), class_names(model, z.shape[1]), used, multilabel)
+    names = class_names(model, z.shape[1])
+    return ClassDescriptors(z.half(), names, used, multilabel, untrained=untrained)
 
 # %% ../../nbs/methods/11_classes.ipynb #b16de607
 @dataclass
@@ -254,6 +308,7 @@ class _Stored:
     names: list[str]
     images: dict
     multilabel: bool = False
+    untrained: str = ""
 
 def checked_descriptors(
     state: dict, # tensors by name
@@ -274,7 +329,7 @@ def checked_descriptors(
     for v in (logits, rows):
         if v is not None and not (v.is_floating_point() and v.isfinite().all()):
             raise ValueError(f"{where}: its descriptors are not finite: write it again")
-    return ClassDescriptors(logits, about.names, images, about.multilabel, rows)
+    return ClassDescriptors(logits, about.names, images, about.multilabel, rows, printable(about.untrained))
 
 # %% ../../nbs/methods/11_classes.ipynb #088f1ff5
 def load_class_descriptors(
@@ -340,17 +395,24 @@ def descriptors_or_model(
 def describe_pair(
     a,         # as for `descriptors_or_model`
     b,         # the other
+    progress=None, # function of the number of images that are done, and of all; None: silent
+    precision: str = "auto", # as for `describe_classes`
     **images,  # of `describe_classes`; None, or not given: those of the other one's descriptors, or the usual ones
 ) -> tuple:    # of `ClassDescriptors`
     "Describe the classes of two models by the same images. Raises `ValueError` for descriptors of different images"
     chosen = {name: value for name, value in images.items() if value is not None}
     found = [descriptors_or_model(x) for x in (a, b)]
+    n_models = sum(not isinstance(x, ClassDescriptors) for x in found)
+    n_run = 0
+    def advance(done, total): progress(n_run*total + done, n_models*total)
+    how = dict(precision=precision, progress=advance if progress else None)
     for i in sorted((0, 1), key=lambda i: not isinstance(found[i], ClassDescriptors)):  # stored ones decide the images
         if not isinstance(found[i], ClassDescriptors):
             if "folder" in chosen and images.get("folder") is None:  # no path that a file names is read
                 folder = printable(chosen["folder"])
                 raise ValueError(f"descriptors of photographs in {folder}: give that folder too (--probe-images)")
-            found[i] = describe_classes(found[i], **chosen)
+            found[i] = describe_classes(found[i], **how, **chosen)
+            n_run += 1
         chosen = found[i].images | chosen
     check_same_images(*found)
     return tuple(found)
@@ -461,17 +523,19 @@ def calibrations():
     _, meta = load_tensors(bundled("classes-cifar100.safetensors"))
     return {name: Calibration(*values) for name, values in meta["calibrations"].items()}
 
-def probabilities(scores, gallery):
-    "Compute probabilities, where they were measured: NaN for few classes without the bundled gallery"
+def probabilities(scores, gallery, a, b):
+    "Compute probabilities of two sets of descriptors, where they were measured; else NaN"
     sizes = ["many" if n >= MANY else "few" for n in sorted(scores.shape)]
-    if sizes[0] == "few" and gallery is None: return torch.full((scores.shape[0], scores.shape[1] + 1), torch.nan)
+    measured = sizes[0] == "many" or gallery is not None
+    if not measured or a.untrained or b.untrained:
+        return torch.full((scores.shape[0], scores.shape[1] + 1), torch.nan)
     return calibrations()[" and ".join(sizes)](scores)
 
 # %% ../../nbs/methods/11_classes.ipynb #9656050c
 def match_classes(
     a,              # `Model`, module, file, `ClassDescriptors`, or a name, as for `load_class_descriptors`
     b,              # the other
-    **images,       # of `describe_classes`: n_images, seed, size, folder, kinds
+    **images,       # of `describe_classes`: n_images, seed, size, folder, kinds, precision
 ) -> pd.DataFrame:  # one row a pair: class of a, class of b, cosine, score, probability
     "Match the classes of two models one to one, best pairs first. Raises `ValueError` for different images"
     from scipy.optimize import linear_sum_assignment
@@ -479,7 +543,7 @@ def match_classes(
     gallery = gallery_for(of_a, of_b)
     scores = pair_scores(of_a, of_b, gallery)
     rows, columns = linear_sum_assignment(scores.numpy(), maximize=True)
-    likely = probabilities(scores, gallery)
+    likely = probabilities(scores, gallery, of_a, of_b)
     table = pd.DataFrame({
         "a": [of_a.names[i] for i in rows],
         "b": [of_b.names[j] for j in columns],
@@ -504,13 +568,13 @@ def relate_classes(
     a,         # as for `match_classes`
     b,         # the other
     **images,  # of `describe_classes`
-) -> dict:     # shared, low, high: expected number and interval, NaN if not calibrated; similarity; classes of both
-    "Estimate how many classes two networks share"
+) -> dict:     # shared, low, high: expected number and interval, or NaN; similarity; classes of both
+    "Estimate how many classes two networks share; NaN if that is not calibrated, or one seems untrained"
     of_a, of_b = describe_pair(a, b, **images)
     if len(of_b) < len(of_a): of_a, of_b = of_b, of_a
     gallery = gallery_for(of_a, of_b)
     scores = pair_scores(of_a, of_b, gallery)
-    shared = 1 - probabilities(scores, gallery)[:, -1].numpy()
+    shared = 1 - probabilities(scores, gallery, of_a, of_b)[:, -1].numpy()
     matched = match_classes(of_a, of_b)
     known = bool(np.isfinite(shared).all())
     low, high = number_interval(shared) if known else (np.nan, np.nan)
@@ -585,7 +649,7 @@ def name_classes(
     gallery = gallery_for(own, others)
     scores = pair_scores(own, others, gallery)
     cosines = own.rows @ others.rows.T
-    likely = probabilities(scores, gallery)
+    likely = probabilities(scores, gallery, own, others)
     best = scores.topk(min(k, len(others)), 1).indices
     found = []
     for i, name in enumerate(own.names):

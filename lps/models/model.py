@@ -198,6 +198,7 @@ def features_and_outputs(self: Model,
     stats: tuple | None = None, # mean and standard deviation of each channel, if the metadata have none
     bs: int = 250,              # images at once
     precision: str = "float32", # or bfloat16, for convolutions and matrix products: faster where it is built in
+    progress=None,              # function of the number of images that are done, and of all; None: silent
 ) -> tuple:                     # features `(n, F)` and logits `(n, K)`, float32
     "Run the network on images. Raises `ValueError` without a head, a normalisation or finite outputs"
     if bs < 1: raise ValueError(f"bs is {bs}: take one image at once at least")
@@ -216,6 +217,7 @@ def features_and_outputs(self: Model,
         for xb in images.split(bs):
             xb = xb if xb.is_floating_point() else normalise(xb, stats)
             outputs.append(self.architecture.run(net, xb))
+            if progress: progress(sum(map(len, outputs)), len(images))
     found = torch.cat(read).float(), torch.cat(outputs).float()
     if all(part.isfinite().all() for part in found): return found
     raise ValueError(f"{self!r} has outputs that are NaN or inf: exclude this model")
@@ -236,6 +238,7 @@ def outputs(self: Model,
     stats: tuple | None = None, # mean and standard deviation of each channel, if the metadata have none
     bs: int = 250,              # images at once
     precision: str = "float32", # as in `features_and_outputs`
+    progress=None,              # as there
 ) -> Tensor:                    # float32 `(n, K)`
     "Compute the logits of images"
-    return self.features_and_outputs(images, stats, bs, precision)[1]
+    return self.features_and_outputs(images, stats, bs, precision, progress)[1]

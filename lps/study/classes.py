@@ -58,7 +58,7 @@ def describe_networks(
     found = []
     for kind, models in several.sets.items():
         for i in range(len(models)):
-            about = describe_classes(models[i], n_images, seed, size, kinds=kinds)
+            about = describe_classes(models[i], n_images, seed, size, kinds=kinds, precision="float32")
             found.append(Described(kind, about, about.rows))
     return found
 

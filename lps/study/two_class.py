@@ -37,7 +37,7 @@ def describe_pairs(
     size: int = 32,      # side of the images
 ) -> list:               # of `ClassDescriptors`
     "Describe the two classes of each network"
-    return [describe_classes(models[i], n_images, seed, size) for i in range(len(models))]
+    return [describe_classes(models[i], n_images, seed, size, precision="float32") for i in range(len(models))]
 
 @dataclass
 class Decoded:
@@ -179,8 +179,8 @@ def decoding_figures(
         "within five": ranks < 5,
         "classes right": np.array([one.n_right for one in decoded])/2,
     }
-    n = len(decoded[0].names)
-    found = dict(networks=len(ranks), pairs=n*(n - 1), median_rank=float(np.median(ranks)))
+    n_pairs = int(decoded[0].cosines.isfinite().sum())
+    found = dict(networks=len(ranks), pairs=n_pairs, median_rank=float(np.median(ranks)))
     drawn = bootstrap(len(ranks), n_boot, seed)
     for name, hit in measures.items():
         values = [hit.mean(), *interval(hit[drawn].mean(1))]
@@ -199,6 +199,16 @@ def decode_packed(
         check_same_images(network, known)
         found.append(decode(network, known.logits.double(), known.names))
     return found
+
+def among_tasks(
+    decoded: list,  # of `Decoded`, of the same classes
+) -> list:          # of `Decoded`
+    "Keep the ordered pairs that are tasks of these networks, in either order"
+    tasks = torch.zeros_like(decoded[0].cosines, dtype=torch.bool)
+    for one in decoded:
+        tasks[one.right] = True
+        tasks[one.right[::-1]] = True
+    return [Decoded(one.cosines.where(tasks, -torch.inf), one.names, one.right) for one in decoded]
 
 # %% ../../nbs/study/25_two_class.ipynb #b7565aab
 @dataclass(kw_only=True)
@@ -248,7 +258,10 @@ def two_class_fields(
     )
     of_class = dict(zip(vectors.names, reliability))
     fields["gallery"]["reliability"] = {name: round(float(of_class[name]), 3) for name in among}
-    for name in packed: fields["packed"][Path(name).name] = measured(decode_packed(vectors, name))
+    for name in packed:
+        decoded = decode_packed(vectors, name)
+        fields["packed"][Path(name).name] = measured(decoded)
+        if decoded: fields["packed"][f"{Path(name).name}, among its tasks"] = measured(among_tasks(decoded))
     return fields
 
 # %% ../../nbs/study/25_two_class.ipynb #28b064a3
