@@ -245,7 +245,9 @@ class LineageRecord(Record):
     recall: dict[str, dict[str, float]] # derivation → method → recall without a false alarm
     seconds: dict[str, float] = field(default_factory=dict) # kind → median time of `compare` for a pair
     measured_by: ClassVar = (
-        *MEASURED_BY, "lps.lineage.compare", "lps.lineage.sketch", "lps.lineage.benchmark", "lps.study.lineage",
+        *MEASURED_BY, "lps.lineage.compare", "lps.lineage.sketch", "lps.study.lineage",
+        "lps.lineage.benchmark:_is_matrix,grey,half,merged,noisy,pruned,quantised,renamed,reordered,rescaled",
+        "lps.lineage.benchmark:sliced,with_new_head",
     )
 
 def plot_lineage(
