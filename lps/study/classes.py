@@ -21,8 +21,7 @@ from torch import Tensor
 
 from lps.methods.classes import (
     FOR_FEW, SHARPNESS, ClassDescriptors, centred_logits, class_descriptors, class_logits, class_scores,
-    describe_classes, fit_calibration, fit_class_vectors, load_class_descriptors, names_of, number_interval,
-    prototypes, with_agreement,
+    describe_classes, fit_calibration, load_class_descriptors, names_of, number_interval, prototypes, with_agreement,
 )
 from ..methods.synthetic import KINDS, MIXTURES, synthetic_images
 from .architectures import ModelSets, load_sets
@@ -349,13 +348,12 @@ def naming_figures(networks, n_boot, seed):
 def domain_figures(
     networks: list,  # of `Described`, for the images of the bundled descriptors
 ) -> dict:           # classes, area, and for classes with one right class the median rank; empty for other images
-    "Look up class vectors among the classes of ImageNet-1k, hardly whitened"
+    "Look up prototypes among the classes of ImageNet-1k"
     known = load_class_descriptors("imagenet-1k")
     if networks[0].about.images != known.images: return {}
     above = hypernym_names()
-    vectors, _ = fit_class_vectors([network.about for network in networks])
-    names = vectors.names
-    scores = class_scores(vectors.graded, known.graded).numpy()
+    names = names_of(networks)
+    scores = class_scores(prototypes(networks, names), known.rows).numpy()
     areas, ranks = {}, {}
     for name, row in zip(names, scores):
         right = np.array([name.replace("_", " ") in names for names in above])
@@ -481,7 +479,8 @@ def classes_fields(
     "Match the classes of all pairs of networks"
     networks = describe_networks(several, n_images, seed, size)
     chosen = chosen_networks(networks, n_first, n_other)
-    mixed = describe_networks(several, n_images, seed, size, "mixed")
+    kind, models = next(iter(several.sets.items()))
+    mixed = describe_networks(ModelSets({kind: models}), n_images, seed, size, "mixed")
     pairs = all_pairs(networks)
     figures = both_figures(pairs, n_boot, seed)
     graded = all_pairs([network.changed(network.about.graded) for network in networks], way="alone")
