@@ -45,8 +45,10 @@ log = logging.getLogger("lps")
 # %% ../nbs/04_cli.ipynb #901b050f
 def one_line(text) -> str:
     "Return a text on one line, without control characters"
-    from lps.core.files import printable
-    return printable(" ".join(str(text).split()))
+    line = " ".join(str(text).split())
+    if line.isprintable(): return line
+    from lps.core.files import printable  # imports PyTorch
+    return printable(line)
 
 class LineHandler(logging.Handler):
     "Print each log record as one line on stderr"

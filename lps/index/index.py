@@ -39,8 +39,8 @@ from lps.index.store import (
 from ..lineage.sketch import weight_sketch
 from ..methods.probes import Probes, ProbesConfig
 from lps.methods.registry import (
-    LEADERS, as_fitted, embed_models, fit_method, fit_observed, get_method, leading_method, load_fitted, method_title,
-    own_settings, restore_fitted, save_fitted, why_not,
+    LEADERS, METHODS, as_fitted, embed_models, fit_method, fit_observed, get_method, leading_method, load_fitted,
+    method_title, own_settings, restore_fitted, save_fitted, why_not,
 )
 from ..models.table import read_table, reading_with, unmatched_rows
 from ..models.model import Model
@@ -92,11 +92,14 @@ class ModelIndex:
     def __len__(self): return len(self.rows)
 
     def __repr__(self):
-        layers = ", ".join(self.fitted.layers) or "all layers"
+        method = METHODS.get(self.fitted.method)
+        is_run = method is not None and method.needs != "weights only"
+        layers = "their outputs" if is_run else ", ".join(self.fitted.layers) or "all layers"
         labels = self.rows.labels(self.rows.places)
         n_tasks = len(np.unique(labels[labels >= 0]))
         compared = f"compared by {layers} ({self.fitted.method})"
-        text = f"ModelIndex: {len(self)} models of {pluralise(n_tasks, 'task')}, {compared}"
+        tasks = pluralise(n_tasks, "task") if n_tasks else "unknown tasks"
+        text = f"ModelIndex: {len(self)} models of {tasks}, {compared}"
         return printable(text)
 
     def _repr_html_(self):
