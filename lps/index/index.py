@@ -27,7 +27,7 @@ from lps.index.answer import (
 )
 from lps.index.gather import (
     BY_CLASSES, EVERYTHING, Embedded, Item, as_embedded, embed_all, find_models, given_about, kept_about,
-    labelled_models, name_it, read_item, single_models,
+    labelled_models, read_item, single_models,
 )
 from lps.index.related import (
     MOST_PAIRED, Gallery, Scale, calibrate_pairs, cohort, describe, models_with, name_by_gallery, own_scale,
@@ -215,7 +215,7 @@ def _embed(self: ModelIndex, query, reading):
     except ValueError as e:
         why = str(e).removeprefix(f"{name}: ")
         if "no layer" in why: why += "; a name map renames its tensors, names= in Python, --names on the command line"
-        raise ValueError(f"{name} {why}" if why.startswith("is ") else f"{name}: {name_it(why)}") from None
+        raise ValueError(f"{name} {why}" if why.startswith("is ") else f"{name}: {why}") from None
     return _Queries(embedding, [name], [model.digest], [weight_sketch(model.state)], model)
 
 # %% ../../nbs/index/03_index.ipynb #b05de13a
