@@ -408,6 +408,14 @@ def test_a_missing_package_is_named(monkeypatch):
         network_builder("timm/resnet18")
 
 
+def test_a_network_in_memory_whose_configuration_is_of_another_head_and_size():
+    timm = pytest.importorskip("timm")
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=3)
+    report = inspect_model(net)
+    assert report.model.meta["size"] == [3, 32, 32] and "the first of 32" in report.input
+    assert "classes" not in report.model.meta and "probes" not in why_not(report.model)
+
+
 def test_a_network_for_larger_images_is_asked_in_its_size():
     "A head that counts pixels cannot take 32 × 32; asked about those, it sees them enlarged, as if it had been told"
     torch.manual_seed(0)
