@@ -45,8 +45,10 @@ log = logging.getLogger("lps")
 # %% ../nbs/04_cli.ipynb #901b050f
 def one_line(text) -> str:
     "Return a text on one line, without control characters"
-    from lps.core.files import printable
-    return printable(" ".join(str(text).split()))
+    line = " ".join(str(text).split())
+    if line.isprintable(): return line
+    from lps.core.files import printable  # imports PyTorch
+    return printable(line)
 
 class LineHandler(logging.Handler):
     "Print each log record as one line on stderr"
@@ -645,6 +647,23 @@ def index_info(
 MODEL = "A model file, a Hugging Face folder, or hf://org/name on the Hub"
 Model = Annotated[str, Argument(parser=source_of, metavar="MODEL", help=MODEL)]
 
+UNFIT = {"read-out": "accuracy after fine-tuning cannot be estimated"}  # what is no method → what it is for
+
+def comparisons(reasons: dict) -> dict[str, str]:
+    "Return the methods that can compare a model, by what they need, then why others cannot"
+    from lps.methods.registry import METHODS
+    fit = [name for name in METHODS if name not in reasons]
+    by_weights = [name for name in fit if METHODS[name].needs == "weights only"]
+    by_outputs = [name for name in fit if name not in by_weights]
+    found = {}
+    if by_outputs: found["can be compared by its outputs"] = ", ".join(by_outputs)
+    if by_weights: found["can be compared by its weights"] = ", ".join(by_weights)
+    if fit: found["methods"] = "lps methods explains these names; lps query and lps index build choose one"
+    unfit = {}
+    for name, why in reasons.items(): unfit.setdefault(why, []).append(name)
+    for why, names in unfit.items(): found[UNFIT.get(names[0], f"cannot be compared by {', '.join(names)}")] = why
+    return found
+
 @app.command("inspect", epilog="Example: lps inspect my-model.pth --arch timm/resnet18")
 @with_groups
 def inspect_command(
@@ -659,8 +678,7 @@ def inspect_command(
     start_early(model)
     from lps.methods.registry import why_not
     inspection = lps.inspect_model(model, dataclasses.replace(reading.settings(), whole=whole))
-    found = dict(inspection.table().found)
-    for method, why in why_not(inspection.model).items(): found[f"cannot be compared by {method}"] = why
+    found = dict(inspection.table().found) | comparisons(why_not(inspection.model))
     if as_json: return print_json(found)
     for name, value in found.items(): console.print(f"{cell_text(name)}: {cell_text(value)}", soft_wrap=True)
 

@@ -156,10 +156,10 @@ def mathml(page: str) -> str:
     return re.sub(r"<(?:link|script)[^>]*cdn\.jsdelivr\.net/npm/katex[^>]*>(?:</script>)?", "", page)
 
 
-MOST = 4  # columns of a table that a narrow screen shows side by side
+MOST = 3  # columns of a table that a narrow screen shows side by side
 
 
-LONG_WORD = r"[^\s<>]{17,}"  # a name of a file, or a hash
+LONG_WORD = r"[^\s<>]{13,}"  # a name of a file, or a hash
 
 
 def breakable(table):
@@ -169,17 +169,33 @@ def breakable(table):
         text.replace_with(marked)
 
 
+def columns_of(table) -> tuple[list, list]:
+    "Return the heads and the rows of a table as cells; none for a table in which cells span others"
+    heads = table.select("thead tr")
+    if not heads or table.select("[rowspan], [colspan]"): return [], []
+    names = heads[0].find_all(["th", "td"], recursive=False)
+    rows = [row.find_all(["th", "td"], recursive=False) for row in table.select("tbody tr")]
+    return (names, rows) if all(len(row) == len(names) for row in rows) else ([], [])
+
+
+def left_aligned(table):
+    "Mark the columns that hold words, which start at the left; numbers end at the right"
+    names, rows = columns_of(table)
+    for column in list(zip(names, *rows))[1:]:
+        texts = [cell.get_text(strip=True) for cell in column[1:]]
+        if any(texts) and all(re.match(r"[^\W\d]|[✓✗?]|$", text) for text in texts):
+            for cell in column: cell["class"] = [*cell.get("class", []), "words"]
+
+
 def labelled(table):
     "Write each column's name into the cells of a wide table, so that a narrow screen shows a card a row"
-    heads = table.select("thead tr")
-    if not heads or table.select("[rowspan], [colspan]"): return
-    names = [cell.get_text(" ", strip=True) for cell in heads[0].find_all(["th", "td"], recursive=False)]
-    rows = [row.find_all(["th", "td"], recursive=False) for row in table.select("tbody tr")]
-    if len(names) <= MOST or any(len(row) != len(names) for row in rows): return
+    names, rows = columns_of(table)
+    if not names and len(table.select("tr:last-child > *")) > MOST: table["class"] = [*table.get("class", []), "tight"]
+    if len(names) <= MOST: return
     for row in rows:
         for name, cell in zip(names[1:], row[1:]):
-            if cell.get_text(strip=True) or cell.find(): cell["data-label"] = name or " "
-            else: cell["class"] = "empty"
+            if cell.get_text(strip=True) or cell.find(): cell["data-label"] = name.get_text(" ", strip=True) or " "
+            else: cell["class"] = [*cell.get("class", []), "empty"]
     table["class"] = [*table.get("class", []), "cards"]
 
 
@@ -188,14 +204,15 @@ def cards(page: str) -> str:
     from bs4 import BeautifulSoup
     def replaced(found):
         table = BeautifulSoup(found[0], "html.parser").table
+        left_aligned(table)
         labelled(table)
         breakable(table)
         return str(table).replace("\u200b", "<wbr>")
     return re.sub(r"<table\b(?:(?!<table\b).)*?</table>", replaced, page, flags=re.S)
 
 
-def alt_texts(page: str) -> str:
-    "Describe each picture of an HTML page that has no alternative text by the paragraph or heading before it"
+def alt_texts(page: str, see: str = "") -> str:
+    "Describe each picture of an HTML page that has no alternative text by the heading before it, and what to see"
     text = ""
     def described(found):
         nonlocal text
@@ -204,8 +221,10 @@ def alt_texts(page: str) -> str:
             return found[0]
         if re.search(r'\balt="[^"]', found[0]): return found[0]
         image = re.sub(r'\salt="[^"]*"', "", found[0])
-        return image.replace("<img ", f'<img alt="{html.escape(html.unescape(text), quote=True)}" ', 1)
-    blocks = r"<(?P<tag>p|h[1-6])\b[^>]*>(?P<words>.*?)</(?P=tag)>|<img [^>]*>"
+        alt = html.escape(html.unescape(f"{text}: {see}" if see else text), quote=True)
+        return image.replace("<img ", f'<img alt="{alt}" ', 1)
+    blocks = r"<(?P<tag>h[1-6])\b[^>]*>(?P<words>.*?)</(?P=tag)>|<img [^>]*>"
+    if not see: blocks = blocks.replace("h[1-6]", "p|h[1-6]")
     return re.sub(blocks, described, page, flags=re.S)
 
 
@@ -266,8 +285,11 @@ def site():
     draw_map(staged)
     dark_theme(staged)
     built, warnings = render(staged)
+    from lps.study.registry import EXPERIMENTS
     for page in built.rglob("*.html"):
-        page.write_text(alt_texts(cards(mathml(page.read_text(encoding="utf-8")))), encoding="utf-8")
+        text = cards(mathml(page.read_text(encoding="utf-8")))
+        see = EXPERIMENTS[page.stem].see if page.parent.name == "experiments" else ""
+        page.write_text(alt_texts(text, see), encoding="utf-8")
     for name, notebook in notebooks_of_api().items():
         page = built/f"api/{name}.html"
         page.write_text(with_examples(page.read_text(encoding="utf-8"), notebook), encoding="utf-8")

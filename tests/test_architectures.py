@@ -130,7 +130,7 @@ def test_without_an_entry_the_stem_is_the_layer_that_reads_an_image(tmp_path):
     models = load_modelset(tmp_path)
     assert recognise(models.shapes) is None and convolutions(models.shapes)[0] == "cortex"
     assert models.stem == "retina" == stem_of(models.shapes)
-    with pytest.raises(ValueError, match="known are resnet"): models[0].net
+    with pytest.raises(ValueError, match="no known architecture"): models[0].net
 
 
 @pytest.mark.parametrize("shapes, stem", [
@@ -180,7 +180,7 @@ def state_with(**changes):
 
 
 @pytest.mark.parametrize("state, words", [
-    ([1, 2], "a list is no state dict"), ({}, "known are resnet"), ({0: torch.zeros(1)}, "0 is no name"),
+    ([1, 2], "a list is no state dict"), ({}, "no known architecture"), ({0: torch.zeros(1)}, "0 is no name"),
     ({"conv1.weight": [1.]}, "'conv1.weight' is of type list"), ({"conv1.weight": None}, "of type NoneType"),
     (state_with(fc__bias=torch.zeros(2, device="meta")), "'fc.bias' is on meta"),
     (state_with(fc__bias=torch.zeros(2).to_sparse()), "to_dense"),
@@ -189,7 +189,7 @@ def state_with(**changes):
     (state_with(fc__bias=torch.zeros(2, dtype=torch.bool)), "is torch.bool"),
     (state_with(fc__bias=torch.zeros(1).expand(2)), "claims 2 values and holds fewer"),
     ({"conv1.weight": torch.zeros(1).expand(10**6, 10**3, 3, 3)}, "claims 9000000000 values"),
-    ({"\x1b[31m.weight": torch.zeros(1)}, r"'\x1b[31m.weight'")])
+    ({"\x1b[31m.weight": torch.zeros(1)}, r"\x1b[31m.weight:")])
 def test_what_is_no_state_is_refused_with_the_cure(state, words):
     with pytest.raises(ValueError) as e: net_from_state(state)
     assert words in str(e.value) and "\x1b" not in str(e.value)

@@ -15,6 +15,7 @@ from lps.methods.synthetic import KINDS, dead_leaves, kinds_of, synthetic_images
 from lps.models.model import Model
 from lps.nets.resnet import ResNet
 from lps.study.classes import Described, all_pairs
+from lps.study.two_class import Decoded, among_tasks, decoding_figures
 
 FEW = dict(n_images=64, size=16)
 
@@ -381,3 +382,13 @@ def test_descriptors_in_bfloat16_are_close():
     exact, rounded = (describe_classes(trained(0), 96, precision=p) for p in ("float32", "bfloat16"))
     assert not torch.equal(exact.logits, rounded.logits)
     assert (exact.rows*rounded.rows).sum(1).min() > .99
+
+
+def test_ordered_pairs_are_ranked_among_the_tasks_of_the_set():
+    cosines = torch.zeros(4, 4).fill_diagonal_(-torch.inf)
+    cosines[0, 2] = 1.  # no task of this set
+    cosines[0, 1] = .5
+    decoded = [Decoded(cosines, list("abcd"), right) for right in ((0, 1), (3, 2))]
+    assert [one.rank for one in decoded] == [1, 2]
+    assert [one.rank for one in among_tasks(decoded)] == [0, 1]
+    assert decoding_figures(decoded, 10)["pairs"] == 12 and decoding_figures(among_tasks(decoded), 10)["pairs"] == 4

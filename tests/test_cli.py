@@ -237,7 +237,7 @@ MISTAKES = {
     "query zoo nowhere.pt --method zoo-net.safetensors": "no model file or folder nowhere.pt",
     "query zoo zoo --method zoo-net.safetensors": "zoo is a folder",
     "query zoo half.safetensors --method zoo-net.safetensors": "half.safetensors: truncated",
-    "query zoo hello.json --method zoo-net.safetensors": "hello.json: truncated, damaged or not a PyTorch file",
+    "query zoo hello.json --method zoo-net.safetensors": "hello.json: a text file, not a model",
     "query zoo foreign/evil.pt --method zoo-net.safetensors": "refused and not executed",
     "query zoo nan.pt --method zoo-net.safetensors": "nan.pt: conv1.weight holds NaN",
     "query zoo zoo-net.safetensors --method zoo-net.safetensors": "no layer 'conv1' in these models",

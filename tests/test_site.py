@@ -115,6 +115,24 @@ BOXES = """() => [...document.querySelectorAll('main :is(table, figure, img, pre
     .filter(box => box.scrollWidth > box.clientWidth + 1 && box.tagName != 'IMG' ||
                    box.getBoundingClientRect().right > box.closest('main').getBoundingClientRect().right + 1)
     .map(box => `${box.tagName}.${box.className} ${box.scrollWidth}`)"""  # that scroll sideways or stick out
+FORMULAS = """() => [...document.querySelectorAll('main math')].filter(m => m.checkVisibility()).filter(m => {
+    const end = m.closest('main').getBoundingClientRect().right + 1
+    if (m.textContent.includes('\\\\')) return true
+    return [...m.querySelectorAll('*')].some(k => k.getBoundingClientRect().right > end)
+}).map(m => m.textContent)"""  # that are cut, or hold a command that was not typeset
+BROKEN_WORDS = """() => {
+    const broken = new Set(), range = document.createRange()
+    for (const cell of document.querySelectorAll('main table:not(.tight) :is(td, th)')) {
+        if (!cell.checkVisibility()) continue
+        const walker = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT)
+        while (walker.nextNode()) for (const word of walker.currentNode.data.matchAll(/[A-Za-z]{2,12}/g)) {
+            range.setStart(walker.currentNode, word.index)
+            range.setEnd(walker.currentNode, word.index + word[0].length)
+            if (new Set([...range.getClientRects()].map(r => Math.round(r.top))).size > 1) broken.add(word[0])
+        }
+    }
+    return [...broken]
+}"""  # in tables; `tight` ones have too many columns for a narrow screen
 IS_DARK = "wanted => document.documentElement.classList.contains('quarto-dark') == wanted"
 CONTRAST = """least => {
     const parse = text => {
@@ -150,13 +168,13 @@ CONTRAST = """least => {
 }"""
 LEAST = 4.5  # contrast of text with its background, as WCAG 2.2 AA asks
 SCHEMES = "light", "dark"
-Visits = namedtuple("Visits", "errors blank wide boxes")
+Visits = namedtuple("Visits", "errors blank wide boxes formulas words")
 
 
 @pytest.fixture(scope="session")
 def visits(browser, served, pages) -> Visits:
     "Visit all pages in a browser, on a wide and on a narrow screen; return its complaints"
-    found, tab = Visits([], [], [], []), browser.new_page()
+    found, tab = Visits([], [], [], [], [], []), browser.new_page()
     def note_message(message):
         if message.type == "error": found.errors.append(f"{tab.url}: {message.text}")
     def note_failure(request):
@@ -171,7 +189,8 @@ def visits(browser, served, pages) -> Visits:
         for width in WIDTHS:
             tab.set_viewport_size({"width": width, "height": 800})
             if tab.evaluate("document.documentElement.scrollWidth") > width: found.wide.append((name, width))
-            found.boxes.extend(f"{name} at {width}: {box}" for box in tab.evaluate(BOXES))
+            for kind, script in dict(boxes=BOXES, formulas=FORMULAS, words=BROKEN_WORDS).items():
+                getattr(found, kind).extend(f"{name} at {width}: {text}" for text in tab.evaluate(script))
     tab.close()
     return found
 
@@ -192,6 +211,31 @@ def test_every_picture_has_alternative_text(pages):
     assert not {name: page.undescribed for name, page in pages.items() if page.undescribed}
 
 
+def pictures_of(path: Path) -> dict[str, str]:
+    "Return the alternative text of each cell with a picture in a notebook, empty if it has none"
+    from lps.study.registry import EXPERIMENTS
+    found = {}
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if not any("image/png" in out.get("data", {}) for out in cell.get("outputs", [])): continue
+        source = "".join(cell["source"])
+        alt = re.search(r'^#\| fig-alt: "(.+)"$', source, flags=re.M)
+        is_result = path.parent.name == "experiments" and "show_results(" in source  # docs.py describes these
+        found[cell["id"]] = alt[1] if alt else EXPERIMENTS[path.stem].see if is_result else ""
+    return found
+
+
+def test_every_stored_picture_is_described_by_more_than_the_text_around_it():
+    n_pictures, bad = 0, []
+    for path in NOTEBOOKS:
+        if path.stem in ("modelset500", "quickstart"): continue
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        prose = " ".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        for cell, alt in pictures_of(path).items():
+            n_pictures += 1
+            if len(alt.split()) < 7 or alt in prose: bad.append(f"{path.stem} {cell}: {alt}")
+    assert n_pictures > 80 and not bad
+
+
 def test_every_figure_of_the_results_has_a_caption(site):
     text = (site/"results.html").read_text(encoding="utf-8")
     main = text[text.index("<main"):text.index("</main>")]
@@ -207,6 +251,12 @@ def test_no_page_is_wider_than_the_screen(visits): assert not visits.wide
 
 
 def test_no_table_figure_or_output_scrolls_sideways(visits): assert not visits.boxes
+
+
+def test_no_formula_is_cut(visits): assert not visits.formulas
+
+
+def test_no_word_of_a_table_is_broken(visits): assert not visits.words
 
 
 PAGES_OF_EACH_KIND = [

@@ -143,15 +143,6 @@ def read_item(
     if lacks and (not wanted or wanted & lacks): return read_model(place, replace(reading, whole=True))
     return model
 
-# %% ../../nbs/index/02_gather.ipynb #021b15a6
-NAME_IT = "; arch names the network, or names renames its tensors (--arch, --names on the command line)"
-
-def name_it(
-    why: str, # reason why a method cannot use a model
-) -> str:
-    "Add the cure to a reason if the architecture is unknown"
-    return why + NAME_IT if "no known architecture" in why else why
-
 # %% ../../nbs/index/02_gather.ipynb #c4c06241
 def given_about(
     item: Item,
@@ -363,7 +354,7 @@ def _reason(item, error, shapes):
     why = printable(" ".join(text.split())) or type(error).__name__
     for name in (item.path, Path(item.path).name): why = why.removeprefix(f"{printable(name)}: ")
     candidates = architectures_with(shapes) if "no known architecture" in why else []
-    if not candidates: return name_it(why)
+    if not candidates: return why
     shown = ", ".join(candidates[:3]) + ", …"*(len(candidates) > 3)
     return f"several architectures with other outputs have its tensors: {shown}; arch names it (--arch, or the table)"
 

@@ -27,7 +27,7 @@ from lps.index.answer import (
 )
 from lps.index.gather import (
     BY_CLASSES, EVERYTHING, Embedded, Item, as_embedded, embed_all, find_models, given_about, kept_about,
-    labelled_models, name_it, read_item, single_models,
+    labelled_models, read_item, single_models,
 )
 from lps.index.related import (
     MOST_PAIRED, Gallery, Scale, calibrate_pairs, cohort, describe, models_with, name_by_gallery, own_scale,
@@ -39,7 +39,7 @@ from lps.index.store import (
 from ..lineage.sketch import weight_sketch
 from ..methods.probes import Probes, ProbesConfig
 from lps.methods.registry import (
-    as_fitted, embed_models, fit_method, get_method, leading_method, load_fitted, method_title,
+    METHODS, as_fitted, embed_models, fit_method, get_method, leading_method, load_fitted, method_title,
     own_settings, restore_fitted, save_fitted, why_not,
 )
 from ..models.table import read_table, reading_with, unmatched_rows
@@ -92,11 +92,14 @@ class ModelIndex:
     def __len__(self): return len(self.rows)
 
     def __repr__(self):
-        layers = ", ".join(self.fitted.layers) or "all layers"
+        method = METHODS.get(self.fitted.method)
+        is_run = method is not None and method.needs != "weights only"
+        layers = "their outputs" if is_run else ", ".join(self.fitted.layers) or "all layers"
         labels = self.rows.labels(self.rows.places)
         n_tasks = len(np.unique(labels[labels >= 0]))
         compared = f"compared by {layers} ({self.fitted.method})"
-        text = f"ModelIndex: {len(self)} models of {pluralise(n_tasks, 'task')}, {compared}"
+        tasks = pluralise(n_tasks, "task") if n_tasks else "unknown tasks"
+        text = f"ModelIndex: {len(self)} models of {tasks}, {compared}"
         return printable(text)
 
     def _repr_html_(self):
@@ -215,7 +218,7 @@ def _embed(self: ModelIndex, query, reading):
     except ValueError as e:
         why = str(e).removeprefix(f"{name}: ")
         if "no layer" in why: why += "; a name map renames its tensors, names= in Python, --names on the command line"
-        raise ValueError(f"{name} {why}" if why.startswith("is ") else f"{name}: {name_it(why)}") from None
+        raise ValueError(f"{name} {why}" if why.startswith("is ") else f"{name}: {why}") from None
     return _Queries(embedding, [name], [model.digest], [weight_sketch(model.state)], model)
 
 # %% ../../nbs/index/03_index.ipynb #b05de13a

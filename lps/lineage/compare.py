@@ -896,6 +896,14 @@ def history(
     share = max(longer, len(both) - longer)/len(both)
     return _sign(longer - len(both)/2, 0), f"distance from initial values: {share:.0%} of {len(both)} tensors"
 
+# %% ../../nbs/lineage/01_compare.ipynb #c41d7e0a
+def p_value_text(
+    log10_p: float, # logarithm of a p-value
+) -> str:
+    "Return a p-value as text, such as '= 1e-20'"
+    if log10_p < -300: return "< 1e-300"
+    return f"= 1e{log10_p:.0f}" if log10_p < -3 else f"= {10**log10_p:.3f}"
+
 # %% ../../nbs/lineage/01_compare.ipynb #4a68c8a3
 RELATED = 1e-12  # p-value below which two models are related
 
@@ -917,8 +925,7 @@ class Comparison:
     @property
     def p_text(self) -> str:
         "The p-value as text, such as '= 1e-20'"
-        if self.log10_p < -300: return "< 1e-300"
-        return f"= 1e{self.log10_p:.0f}" if self.log10_p < -3 else f"= {10**self.log10_p:.3f}"
+        return p_value_text(self.log10_p)
 
     @property
     def similarity(self) -> float:

@@ -84,9 +84,9 @@ def _check_followed(shapes, known, norms):
     "Raise `ValueError` unless networks have a permutation spec and batch normalisation"
     has_spec = known and known.spec
     if has_spec and norms: return
-    why = "it has no batch normalisation" if has_spec else "its architecture is not registered with a permutation spec"
-    names = printable(", ".join(list(shapes)[:3]))
-    raise ValueError(f"{names}, …: no chain for this network, {why}: use method stem-signature instead")
+    unknown = "which layers of this architecture share channels is not registered"
+    why = "the network has no batch normalisation" if has_spec else unknown
+    raise ValueError(f"{why}: use method stem-signature instead")
 
 def patterns(
     tensors: dict,              # tensors of M whole networks with BN by name, `(M, …)` each

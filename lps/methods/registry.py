@@ -13,6 +13,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from ..core.files import checked, digest, load_tensors, printable, save_tensors, suggestion
 from ..core.jobs import counting, each_done, one_thread, usual_torch
 from .fitted import Fitted
+from ..nets.architectures import unknown_architecture
 
 # %% ../../nbs/methods/01_registry.ipynb #fb518099
 NEEDS = {
@@ -345,12 +347,14 @@ def _try_method(model, method):
     "Observe a model as a method does. Raises an error if that fails"
     if isinstance(method, Fitted): return embed_models(method, model)
     if method != "read-out":
+        runs = METHODS[method].needs != "weights only"
+        if runs and model.architecture is None: raise unknown_architecture(model.state)
         few = {name: 16 for name in METHODS[method].observing if name == "n_images"}  # one of each kind
         return observe_models(model, method, observing=few)
     known = model.architecture
-    if known is None: raise ValueError("it cannot be run, its architecture is not known: name it with arch")
+    if known is None: raise ValueError("it cannot be run, as its architecture is not known")
     if known.head is None: raise ValueError("it has no layer that returns logits")
-    if "mean" not in model.meta: raise ValueError("how its images were normalised is not known: pass stats")
+    if "mean" not in model.meta: raise ValueError("how its images were normalised is not known (stats, --stats)")
 
 def why_not(
     model,         # a `Model`
@@ -362,7 +366,8 @@ def why_not(
         try: _try_method(model, method)
         except Exception as e:
             name = method.method if isinstance(method, Fitted) else method
-            found[name] = printable(str(e).strip().partition("\n")[0][:200]) or type(e).__name__
+            first = str(e).strip().partition("\n")[0]
+            found[name] = printable(shorten(first, 300, placeholder=" …")) or type(e).__name__
     return found
 
 # %% ../../nbs/methods/01_registry.ipynb #b6de9611

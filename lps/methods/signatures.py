@@ -33,7 +33,8 @@ def stem_filters(
     "Scale the filters of a layer to length 1. Raises `ValueError` without a convolution"
     layers = [name.removesuffix(".weight") for name, v in tensors.items() if name.endswith(".weight") and v.ndim == 5]
     if not layers:
-        raise ValueError(f"no convolution in {printable(', '.join(tensors))}: give the stem's weight, (M, N, C, k, k)")
+        names = printable(", ".join(tensors)) or "no tensors"
+        raise ValueError(f"no convolution in {names}: give the stem's weight, (M, N, C, k, k)")
     layer = layers[0]
     filters = tensors[f"{layer}.weight"].double().flatten(2)
     bias = tensors.get(f"{layer}.bias", torch.zeros(())).double()
@@ -368,7 +369,8 @@ def reads_all(
         raise ValueError(f"this method reads all layers, not {printable(', '.join(layers))}: leave out layers")
     shapes = models.shapes
     if len(branch_layers(shapes)) < 2:
-        raise ValueError(f"only {printable(', '.join(shapes))} are here: give whole networks, or use stem-signature")
+        known = printable(", ".join(list(shapes)[:3])) + ", …"*(len(shapes) > 3)
+        raise ValueError(f"fewer than two convolutions ({known}): give whole networks of them, or use stem-signature")
     return [name for name in shapes if not name.endswith("num_batches_tracked")]
 
 register_signature(

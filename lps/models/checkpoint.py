@@ -49,6 +49,11 @@ def _tar_kind(path):
         return "a tar archive: unpack it with tar xf, and give the model file in it"
     return "written by PyTorch before 0.2: load it with PyTorch 1.0 to 2.5, and save it again with torch.save"
 
+def _is_text(start):
+    "Tell whether the first bytes of a file are text in UTF-8; the last character may be cut"
+    text = start.decode("utf-8", errors="replace").removesuffix("\ufffd")
+    return all(character.isprintable() or character.isspace() for character in text) and "\ufffd" not in text
+
 def _is_safetensors(path):
     "Tell safetensors from a PyTorch file by the first bytes. Raises `ValueError` for a format that is not read"
     with open_file(path) as file: start = file.read(512)
@@ -58,6 +63,7 @@ def _is_safetensors(path):
     if not start: raise ValueError("an empty file: its download or its writing failed")
     tar = _tar_kind(path) if start[8:9] != b"{" and start[:1] != b"\x80" else None
     if tar: raise ValueError(tar)
+    if _is_text(start): raise ValueError("a text file, not a model")
     return start[8:9] == b"{" or path.suffix.lower() == ".safetensors" and start[:1] != b"\x80"
 
 # %% ../../nbs/models/01_checkpoint.ipynb #fca790a4

@@ -51,7 +51,9 @@ def table(self: Inspection): # DataFrame: column `found`
 def __repr__(self: Inspection): return "\n".join(f"{name}: {text}" for name, text in self.table().found.items())
 
 @patch
-def _repr_html_(self: Inspection): return self.table().to_html()
+def _repr_html_(self: Inspection):
+    import pandas as pd
+    with pd.option_context("display.max_colwidth", None): return self.table().to_html()
 
 # %% ../../nbs/models/13_inspect.ipynb #e951204e
 def _count_layers(state):
@@ -82,23 +84,26 @@ def _head_in_words(state, known):
     return f"perhaps {_with_shape(state, matrices[-1])}, the last matrix" if matrices else "not found"
 
 # %% ../../nbs/models/13_inspect.ipynb #48a78b92
-def _architecture_in_words(known, configs, candidates):
+NAMING = "arch, --arch"  # of `Reading`, and of the command line
+
+def _architecture_in_words(known, configs, candidates, same):
     "Name an architecture, or say how to name it"
     shown = ", ".join(candidates[:6]) + (", …" if len(candidates) > 6 else "")
     if known:
         name = ", ".join([known.name, *(f"{key} {value}" for key, value in known.config.items())])
-        return f"{name}; {shown} has the same tensors: name it with arch if it is that" if shown else name
-    if candidates: return f"not known: {shown} have these tensors and different outputs: name one of them with arch"
+        if same: name += f", the same network as {', '.join(same)}"
+        return f"{name}; if it is {shown}, which has the same tensors, name it ({NAMING})" if shown else name
+    if candidates: return f"not known; name it: {shown} have these tensors and different outputs ({NAMING})"
     for place, values in places(configs):
         name = values.get("architecture")
         names = values.get("architectures")
         if isinstance(name, str): return printable(f"not known; {place} names {name}: arch='timm/{name}' builds it")
-        if isinstance(names, list): return printable(f"not known; {place} names {names}: name it with arch")
-    return "not known: name it with arch, such as 'torchvision/resnet18', or rename its tensors with names"
+        if isinstance(names, list): return printable(f"not known; {place} names {names}: name it ({NAMING})")
+    return f"not known; name it, such as torchvision/resnet18 ({NAMING}), or rename its tensors (names, --names)"
 
 def _stats_in_words(stats):
     "Name a normalisation and where it stands"
-    if stats is None: return "not known, nothing that was read names it: stats=(mean, std) does"
+    if stats is None: return "not known, no file records it; give it if you know it (stats, --stats)"
     def numbers(values): return ", ".join(f"{v:.4g}" for v in values)
     return f"mean {numbers(stats[0])}, standard deviation {numbers(stats[1])}, from {printable(stats[2])}"
 
@@ -136,7 +141,9 @@ def inspect_model(
     return Inspection(
         source=printable(read.found.name),
         kind=read.found.kind,
-        architecture=_architecture_in_words(read.architecture, read.found.configs, read.candidates),
+        architecture=_architecture_in_words(
+            read.architecture, read.found.configs, read.candidates, read.part.same
+        ),
         layers=_count_layers(state),
         norms=_count_norms(state),
         stem=_stem_in_words(state, read.architecture),

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/models/12_match.ipynb #1eb5e61c
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -33,6 +33,7 @@ class Part:
     outside: list                 # names of tensors that are not the network's
     title: str = ""               # name of the network, if it was named
     net: nn.Module | None = None  # the network, if it is at hand
+    same: tuple = ()              # other names of the network
 
 def _under(state, prefix):
     "Return the tensors below a prefix, without it"
@@ -176,16 +177,18 @@ def module_size(
     named = input_size(configs)
     published_size = input_size(published(part.title))
     if named is None and published_size and _failure(part.net, (channels, *published_size[:2])) is None:
-        return (channels, *published_size[:2]), published_size[2]
+        return (channels, *published_size[:2]), f"{published_size[2]}; no file records it (size, --size)"
     if named:
         size = channels, *named[:2]
         why = _failure(part.net, size)
-        return (None, f"cannot be run with {size}, from {named[2]}: {why}") if why else (size, named[2])
+        if why is None: return size, named[2]
+        refused = f"cannot be run with {size}, from {named[2]}: {why}"
+        if named[2] == "the call": return None, refused
     for side in SIDES:
         size = channels, side, side
         why = _failure(part.net, size)
         if why is None: return size, f"the first of {', '.join(map(str, SIDES))} that it takes: pass size for its own"
-    return None, f"cannot be run: {why}"
+    return None, refused if named else f"cannot be run: {why}"
 
 # %% ../../nbs/models/12_match.ipynb #1defc62d
 @torch.no_grad()
@@ -260,7 +263,7 @@ def _groups_of(parts, configs):
         else: groups.append((outputs, [name]))
     return [names for _, names in groups]
 
-_DECIDED = {}  # names of networks with the same tensors → the one that is built, and those that differ from it
+_DECIDED = {}  # names of networks with the same tensors → those with the outputs of the built one, and the others
 
 def known_part(
     state: dict,     # tensors by name
@@ -274,18 +277,19 @@ def known_part(
     given = [name for name in names if name.partition("/")[2] in _named_in(configs)]
     key = tuple(given or names)
     if key not in _DECIDED and len(key) <= MAX_CANDIDATES: _DECIDED[key] = _decide(key, state, configs)
-    chosen, others = _DECIDED.get(key, (None, names))
-    return (named_part(chosen, [state]) if chosen else None), others
+    same, others = _DECIDED.get(key, ([], names))
+    if not same: return None, others
+    return replace(named_part(same[0], [state]), same=tuple(same[1:])), others
 
 def _decide(names, state, configs):
-    "Return the network that is built for tensors that several have, or None; and those with other outputs"
+    "Return names of the network that is built for tensors that several have, if any, and those with other outputs"
     parts = []
     for name in names:
         try: parts.append(named_part(name, [state]))
         except (ValueError, ImportError): continue  # another version of the package has other tensors
-    if len(parts) == 1: return parts[0].title.partition("(")[0], []
+    if len(parts) == 1: return [parts[0].title.partition("(")[0]], []
     groups = _groups_of(parts, configs) if parts else []
     for same in groups:
         packages = {name.partition("/")[0] for name in same}
-        if len(groups) == 1 or len(packages) > 1: return same[0], [name for name in names if name not in same]
-    return None, list(names)
+        if len(groups) == 1 or len(packages) > 1: return same, [name for name in names if name not in same]
+    return [], list(names)

@@ -57,7 +57,8 @@ def check_layer(self: HasLayers,
     "Raise `ValueError` for a layer that is not there"
     if layer in self.shapes or f"{layer}.weight" in self.shapes: return
     known = self.layers
-    if not known: raise ValueError(f"no layer '{printable(layer)}': the models have no layer with filters")
+    what = f"no layer '{printable(layer)}'" if layer else "no first convolution"
+    if not known: raise ValueError(f"{what}: the models have no layer with filters")
     shown = ", ".join(known[:12]) + (f", … ({len(known)} layers)" if len(known) > 12 else "")
     raise ValueError(f"no layer '{printable(layer)}' in these models: known are {printable(shown)}")
 

@@ -240,7 +240,9 @@ def _metadata(found, architecture, size, stats, named):
     if size: meta["size"] = list(size)
     if stats: meta |= dict(mean=stats[0], std=stats[1])
     classes = class_names(found.configs)
-    return meta | dict(classes=classes) if classes else meta
+    head = found.state.get(f"{architecture.head}.weight") if architecture else None
+    fits = head is None or len(classes or []) == len(head)  # timm's configuration may be that of another head
+    return meta | dict(classes=classes) if classes and fits else meta
 
 def _model(part, meta, architecture, named):
     "Make the model; one with tensors that were not read names the layers that it lacks"

@@ -424,10 +424,10 @@ def unknown_architecture(
     state: dict,  # tensors by name
 ) -> ValueError:  # to raise
     "Make the error for a network that no entry recognises"
-    kinds = ", ".join(ARCHITECTURES)
-    first = list(state)[:3]
+    cure = "arch names the network, such as timm/resnet18, or names renames its tensors"
+    first = printable(", ".join(map(str, list(state)[:3])))
     return ValueError(
-        f"no known architecture has tensors such as {first}: known are {kinds}; register_architecture adds one"
+        f"no known architecture has tensors such as {first}: {cure} (--arch, --names on the command line)"
     )
 
 # %% ../../nbs/nets/02_architectures.ipynb #6d0fd411

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.files import pluralise
 from ..lineage.benchmark import DERIVATIONS
-from ..lineage.compare import MAX_CHANNELS, Weights, align, best_map, compare, cosines, related
+from ..lineage.compare import MAX_CHANNELS, Weights, align, best_map, compare, cosines, p_value_text, related
 from ..lineage.sketch import sketch_similarity, weight_sketch
 from ..models.model import Model
 from .figures import new_axes, plain_text
@@ -245,7 +245,9 @@ class LineageRecord(Record):
     recall: dict[str, dict[str, float]] # derivation → method → recall without a false alarm
     seconds: dict[str, float] = field(default_factory=dict) # kind → median time of `compare` for a pair
     measured_by: ClassVar = (
-        *MEASURED_BY, "lps.lineage.compare", "lps.lineage.sketch", "lps.lineage.benchmark", "lps.study.lineage",
+        *MEASURED_BY, "lps.lineage.compare", "lps.lineage.sketch", "lps.study.lineage",
+        "lps.lineage.benchmark:_is_matrix,grey,half,merged,noisy,pruned,quantised,renamed,reordered,rescaled",
+        "lps.lineage.benchmark:sliced,with_new_head",
     )
 
 def plot_lineage(
@@ -274,7 +276,7 @@ def lineage_table(
             "verdict right": str(found["verdict_right"]),
             "change right": str(found["how_right"]),
             "direction right": direction,
-            "largest p": f"1e{found['largest_log10_p']:.0f}",
+            "largest p": p_value_text(found["largest_log10_p"]).removeprefix("= "),
         }
     return pd.DataFrame(rows).T.rename_axis("derivation")
 
@@ -285,7 +287,8 @@ def lineage_text(
     groups = []
     for name, found in record.independent.items():
         alarms = pluralise(found["false_alarms"], "false alarm")
-        groups.append(f"{name}: {found['pairs']} pairs, {alarms}, p at least 1e{found['smallest_log10_p']:.1f}")
+        smallest = p_value_text(found["smallest_log10_p"])
+        groups.append(f"{name}: {found['pairs']} pairs, {alarms}, smallest p {smallest}")
     areas = ", ".join(f"{name} {area:.4f}" for name, area in record.auc.items())
     return f"Independent pairs: {'; '.join(groups)}. Area under the ROC curve: {areas}."
 

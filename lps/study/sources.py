@@ -178,7 +178,7 @@ def data_free_scores(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/study/18_sources.ipynb #0b9776d1
-ALONE = "expected", "readout"                # summed from the networks alone
+ALONE = "expected", "similarity", "own"      # summed without images; chosen on other networks
 SINGLE = "shared", "expected", "similarity", "readout", "own", "logme", "cka"
 
 def standard_scores(table, column):
@@ -288,8 +288,8 @@ TITLES = {
     "expected": "expected number of shared classes",
     "similarity": "similarity of classes",
     "readout": "read-out",
-    "networks alone": "expected + read-out",
-    "networks and record": "expected + read-out + popular",
+    "networks alone": "expected + similarity + own accuracy",
+    "networks and record": "the same + popular",
     "logme": "LogME, labelled images",
     "cka": "CKA, images of the target",
 }
@@ -368,7 +368,8 @@ register_experiment(Experiment(
         "random",
         "popular: record on other targets",
         "expected number of shared classes",
-        "expected + read-out + popular",
+        "expected + similarity + own accuracy",
+        "the same + popular",
         "LogME, labelled images",
         "CKA, images of the target",
     ),
