@@ -224,7 +224,6 @@ def alt_texts(page: str, see: str = "") -> str:
         alt = html.escape(html.unescape(f"{text}: {see}" if see else text), quote=True)
         return image.replace("<img ", f'<img alt="{alt}" ', 1)
     blocks = r"<(?P<tag>h[1-6])\b[^>]*>(?P<words>.*?)</(?P=tag)>|<img [^>]*>"
-    if not see: blocks = blocks.replace("h[1-6]", "p|h[1-6]")
     return re.sub(blocks, described, page, flags=re.S)
 
 
