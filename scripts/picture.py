@@ -14,7 +14,7 @@ from lps.study.table1 import TableRecord
 matplotlib.use("agg")
 
 ROOT = Path(__file__).resolve().parent.parent
-TASKS = ROOT/"results/table1-modelset500-cifar100-epoch80.json"
+TASKS = ROOT/"results/table1-modelset500-epoch20.json"
 CLASSES = ROOT/"results/imagenet-1k.json"
 PICTURE = ROOT/"nbs/images/front.png"
 
