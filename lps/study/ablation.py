@@ -130,10 +130,10 @@ def ablation_table(
     rows = {}
     for row in effects(record).itertuples():
         name = f"{row.group}: {row.value}" if row.value else "default"
+        rows[name] = {"top-1, %": mean_sd(row.top1), "difference": "", "": ""}
+        if not row.value: continue
         undecided = verdict(row.difference) == Verdict.NOT_DECIDED
-        mark = "" if row.value == "" else "within its spread" if undecided else "decided"
-        change = signed(row.difference.mean()) if row.value else ""
-        rows[name] = {"top-1, %": mean_sd(row.top1), "difference": change, "": mark}
+        rows[name] |= {"difference": signed(row.difference.mean()), "": "within its spread" if undecided else "decided"}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variation")
 
 def plot_ablation(
