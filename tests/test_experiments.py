@@ -64,9 +64,9 @@ from lps.study.registry import result_path
 from lps.study.sets import open_models
 from lps.study.records import RunsRecord, runs_fields
 
-models = open_models(model_set)[:40]
+models = open_models(model_set)[:30]
 how = dict(n_splits=n_splits, seed=0, epochs=2, n_filters=6, momentum=.9, folded=False)
-table = table1(models, n_splits, methods=('lps',), milestones=(1,), epochs=2, n_filters=6)
+table = table1(models, n_splits, 2, methods=('lps',), milestones=(1,), epochs=2, n_filters=6)
 settings = dict(name=model_set, layers=['conv1'], **how)
 RunsRecord.make(models, settings, **runs_fields(table)).write(result_path(results, 'hurried', model_set))
 """

@@ -57,7 +57,7 @@ def test_networks_that_share_their_tensors_are_listed(tmp_path):
     "A blurring ResNet has the tensors of a ResNet: the usual one is run, the other is named; arch chooses"
     torch.save(built("torchvision/resnet18").state_dict(), tmp_path/"x.pt")
     found = inspect_model(tmp_path/"x.pt")
-    assert "timm/resnetblur18 has the same tensors" in found.architecture
+    assert "timm/resnetblur18, which has the same tensors" in found.architecture
     blurred = read_model(tmp_path/"x.pt", Reading(arch="timm/resnetblur18"))
     x = torch.rand(1, 3, 64, 64)
     assert not torch.allclose(blurred.outputs(x), found.model.outputs(x))

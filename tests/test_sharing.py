@@ -62,8 +62,11 @@ def test_whole_networks_go_into_files_of_their_own(tmp_path):
     assert "2 models of 2 tasks" in (tmp_path/"shared/DATASHEET.md").read_text()
 
 
-def test_the_card_has_the_figures_of_the_result_file_and_what_speaks_against_them(things):
-    said, record = card(things["index"], "org/market", records=[RESULT]), json.loads(RESULT.read_text())
+def test_the_card_has_the_figures_of_the_result_file_and_what_speaks_against_them(things, tmp_path):
+    record = json.loads(RESULT.read_text())
+    dirty = tmp_path/"table1-toys.json"
+    dirty.write_text(json.dumps(record | dict(commit=record["commit"] + "+changes")))
+    said = card(things["index"], "org/market", records=[dirty])
     for name, row in record["summary"].items(): assert f"| {name} | {' | '.join(row.values())} |" in said
     assert record["commit"] in said and "measured from an uncommitted tree" in said
     assert "from_pretrained('org/market')" in said and 'license: "unknown"' in said

@@ -19,7 +19,7 @@ from .learning_curve import other_epochs
 from .records import MEASURED_BY, RunsRecord, runs_fields
 from .registry import SMALL_FIT, Experiment, register_experiment
 from .splits import classification_splits
-from .stats import Verdict, mean_sd, signed, spread, verdict
+from .stats import mean_sd, signed, spread
 from .table1 import classify
 
 # %% ../../nbs/study/26_ablation.ipynb #923e7728
@@ -132,8 +132,8 @@ def ablation_table(
         name = f"{row.group}: {row.value}" if row.value else "default"
         rows[name] = {"top-1, %": mean_sd(row.top1), "difference": "", "": ""}
         if not row.value: continue
-        undecided = verdict(row.difference) == Verdict.NOT_DECIDED
-        rows[name] |= {"difference": signed(row.difference.mean()), "": "within its spread" if undecided else "decided"}
+        decided = abs(row.difference.mean()) > spread(row.difference)
+        rows[name] |= {"difference": signed(row.difference.mean()), "": "decided" if decided else "within its spread"}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("variation")
 
 def plot_ablation(
