@@ -83,6 +83,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                          'lps.cli.error_text': ('cli.html#error_text', 'lps/cli.py'),
                          'lps.cli.escaped': ('cli.html#escaped', 'lps/cli.py'),
                          'lps.cli.evaluate': ('cli.html#evaluate', 'lps/cli.py'),
+                         'lps.cli.file_text': ('cli.html#file_text', 'lps/cli.py'),
                          'lps.cli.fit': ('cli.html#fit', 'lps/cli.py'),
                          'lps.cli.for_json': ('cli.html#for_json', 'lps/cli.py'),
                          'lps.cli.forget_odd_width': ('cli.html#forget_odd_width', 'lps/cli.py'),

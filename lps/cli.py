@@ -103,15 +103,32 @@ def cell_text(value) -> str:
     if isinstance(value, float): return "" if math.isnan(value) else f"{value:.3f}"
     return printable(value)
 
+def file_text(path, room: int) -> str:
+    "Return a path that is longer than a column in two lines, folder and name"
+    text = cell_text(path)
+    folder, slash, name = text.rpartition("/")
+    return f"{folder}{slash}\n{name}" if slash and len(text) > room else text
+
 def show_table(df, title: str = ""):
     "Print a data frame, with its index as the first column"
     if title: console.print(f"\n{title}", style="bold")
     table = Table()
     table.add_column(df.index.name or "")
+    room = console.width//3  # of a file name, which is not broken if it fits
     for column in df:
         is_number = df[column].dtype.kind in "if"
-        table.add_column(str(column), justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
-    for row in df.itertuples(name=None): table.add_row(*map(cell_text, row))
+        texts = df[column].map(lambda value: file_text(value, room) if column == "file" else cell_text(value))
+        lines = "\n".join(texts).split("\n")
+        longest = max(map(len, lines))
+        df = df.assign(**{column: texts})
+        table.add_column(
+            str(column),
+            justify="right" if is_number else "left",
+            overflow="fold",
+            no_wrap=is_number or column == "file" and longest <= room,
+            min_width=min(6, longest),
+        )
+    for name, *texts in df.itertuples(name=None): table.add_row(cell_text(name), *texts)
     console.print(table)
 
 # %% ../nbs/04_cli.ipynb #bb03fd07
@@ -453,7 +470,7 @@ ROWS = "A row of the tables, may be repeated; default: the methods of the paper.
 def evaluate(
     modelset: Models,
     splits: Annotated[int, Option(min=2, help="Random splits")] = 10,
-    train: Annotated[int, Option(min=1, help="Models of each task to fit on, in Table 1")] = 8,
+    train: Annotated[int | None, Option(min=1, help="Models of each task to fit on; default: four fifths")] = None,
     test_tasks: Annotated[int | None, Option(min=2, help="Tasks held out in Table 2; default: a fifth")] = None,
     method: Annotated[list[str] | None, Option(help=ROWS, rich_help_panel=METHOD)] = None,
     options: FitOptions = None,
@@ -465,12 +482,14 @@ def evaluate(
     from lps.core.files import write_json
     from lps.methods.registry import get_method
     from lps.study.records import RunsRecord, runs_fields, summary
+    from lps.study.sets import count_train
     from lps.study.splits import count_right
     from lps.study.table1 import table1
     from lps.study.table2 import table2
     check_out(out, is_tables, "a file of results that lps evaluate wrote")
     for name in method or (): get_method(name)
     models = open_modelset(modelset)
+    if train is None: train = max(1, count_train(models))
     check_splits(models, train, test_tasks)
 
     settings = dict(seed=seed, **options.settings())
@@ -764,6 +783,7 @@ def show_answer(answer):
     if "expected_accuracy" in table: table = table.assign(**{"expected accuracy": interval_texts(table)})
     number = table.task.astype(str).where(table.task != -1, "")
     table = table.assign(task=table.classes.where(table.classes != "", number))
+    if not table.note.any(): table = table.drop(columns="note")
     show_table(table[[column for column in columns if column in table]], "Most similar models")
     for sentence in answer.sentences: console.print(sentence, soft_wrap=True)
 

@@ -14,12 +14,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import heed_ctrl_c
 
 from lps import __version__ as version
-from lps.cli import console, forget_odd_width, main, print_json
+from lps.cli import console, forget_odd_width, main, print_json, show_table
 from lps.demo import digits, photographs
 from lps.core.files import load_tensors
 from lps.models.modelset import load_modelset
@@ -134,7 +135,7 @@ def test_help_lists_the_commands(tmp_path):
 
 
 def test_help_does_not_load_torch(tmp_path):
-    code = "import sys; from lps.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from lps.cli import main, show_table; main(['--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env(), capture_output=True).returncode == 0
 
 
@@ -219,7 +220,7 @@ MISTAKES = {
     "fit zoo --out empty": "empty is a folder",
     "fit zoo --out hello.json/net.safetensors": "hello.json is not a folder",
     "evaluate nowhere": "no model set at nowhere",
-    "evaluate zoo": "a task has 6 models and --train is 8: take --train 5 or less",
+    "evaluate zoo --train 8": "a task has 6 models and --train is 8: take --train 5 or less",
     "evaluate zoo --train 0": "Invalid value for '--train'",
     "evaluate zoo --train 4 --splits 0": "Invalid value for '--splits'",
     "evaluate zoo --train 4 --test-tasks 4": "5 tasks with 4 held out",
@@ -322,6 +323,17 @@ def json_of(capsys, *args):
     "Return the JSON that a command prints"
     assert main([*map(str, args), "--json"]) == 0
     return json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+
+def test_a_table_keeps_file_names_whole(capsys):
+    "In 80 columns the folder has a line of its own; a column of words gives way"
+    table = pd.DataFrame({
+        "similarity": [.25], "expected accuracy": ["0.88 [0.75, 1.00]"], "task": ["bridge / castle / poppy"],
+        "file": ["runs/my-models/task05_run0.safetensors"],
+    })
+    show_table(table.rename_axis("rank"))
+    out = capsys.readouterr().out
+    assert "runs/my-models/" in out and "task05_run0.safetensors" in out and max(map(len, out.splitlines())) <= 80
 
 
 def test_json_of_every_command_that_prints_a_table(world, tmp_path, monkeypatch, capsys):

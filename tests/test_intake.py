@@ -100,7 +100,7 @@ def test_safetensors_and_own_files(net, tmp_path):
 
 def test_a_checkpoint_of_lightning(net, tmp_path):
     "With the names of an attribute, hyperparameters of a class of its own, a metric and a loss"
-    lightning = pytest.importorskip("lightning")
+    lightning = pytest.importorskip("lightning", reason="reads a checkpoint that Lightning writes")
 
     class Task(lightning.LightningModule):
         def __init__(self, lr=.1, mean=(.4, .5, .6), std=(.2, .2, .2)):

@@ -102,7 +102,7 @@ def test_adding_writes_no_more_than_what_is_added(kept):
     assert len((kept.path/"header.json").read_bytes()) < 600
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="asks /proc what was read")
+@pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="reads /proc")
 def test_opening_reads_only_what_it_needs(tmp_path):
     "Ten million rows, as a file full of holes"
     path, n = tmp_path/"many", 10_000_000

@@ -266,7 +266,7 @@ class UnsyncedOs:
         os.replace(tmp, path)
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="asks /proc which folder is synced")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="reads /proc")
 @pytest.mark.parametrize("n", range(3, 29))
 def test_power_fails_before_a_folder_is_synced(grown, tmp_path, monkeypatch, n):
     "Nothing that was finished is lost, nothing half-written counts, and the build ends as if nothing had happened"

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def zoo(folder, n=2):
 
 # Names from a file are single parts of a path
 
-NAMES = "../out.safetensors", "/tmp/lps-out.safetensors", "a/b.safetensors", "..", r"..\x", "C:x.safetensors", "\0"
+ABSOLUTE = f"{tempfile.gettempdir()}/lps-out.safetensors"
+NAMES = "../out.safetensors", ABSOLUTE, "a/b.safetensors", "..", r"..\x", "C:x.safetensors", "\0"
 
 
 def packed_with(folder, name):

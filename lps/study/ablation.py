@@ -23,7 +23,9 @@ from .stats import mean_sd, signed, spread
 from .table1 import classify
 
 # %% ../../nbs/study/26_ablation.ipynb #923e7728
-def fit_epochs(epochs):
+def fit_epochs(
+    epochs, # int
+):          # settings of the fit
     "Return the settings for another number of epochs"
     return dict(epochs=epochs, milestones=(epochs*2//5, epochs*4//5))
 
@@ -114,7 +116,7 @@ def ablation_fields(
 # %% ../../nbs/study/26_ablation.ipynb #fe34ea05
 def effects(
     record: AblationRecord,
-) -> pd.DataFrame:  # one row a variation: group, value, top1 (mean), sd, and difference from the default of each split
+) -> pd.DataFrame:  # one row a variation: group, value, top1 and its difference from the default, arrays over splits
     "Compare each variation with the default on the same splits"
     default = record.percent("default")
     rows = [["default", "", default, default - default]]

@@ -87,8 +87,11 @@ def source_hash(
         spec = importlib.util.find_spec(name)
         if spec is None or not spec.has_location:
             raise ValueError(f"{name} is not a module with a source file: name modules that the result depends on")
-        source = plain_source(Path(spec.origin).read_text(encoding="utf-8"), tuple(filter(None, names.split(","))))
-        if not source: raise ValueError(f"{module} has no such definition: name what the result depends on")
+        text = Path(spec.origin).read_text(encoding="utf-8")
+        chosen = tuple(filter(None, names.split(",")))
+        source = plain_source(text, chosen)
+        found = bool(source) and all(plain_source(text, (one,)) for one in chosen)
+        if not found: raise ValueError(f"{module} has no such definition: name what the result depends on")
         sha.update(source.encode())
     return sha.hexdigest()[:16]
 
